@@ -1,0 +1,26 @@
+"""Fused scoring, sampling and mask noise for reinforcement learning of masked diffusion language models."""
+
+from dllm_kernels import objectives
+from dllm_kernels.accumulation import accumulate
+from dllm_kernels.elbo import bgpo_loss, elbo_loss
+from dllm_kernels.generation import generate
+from dllm_kernels.heads import headless
+from dllm_kernels.masks import MaskPlan, make_mask_plan
+from dllm_kernels.sampling import sample_tokens
+from dllm_kernels.scoring import head_backward, score_tokens
+from dllm_kernels.version import __version__
+
+__all__ = [
+    "MaskPlan",
+    "__version__",
+    "accumulate",
+    "bgpo_loss",
+    "elbo_loss",
+    "generate",
+    "head_backward",
+    "headless",
+    "make_mask_plan",
+    "objectives",
+    "sample_tokens",
+    "score_tokens",
+]

@@ -1,0 +1,331 @@
+"""The LM head in plain PyTorch: the specification of every backend, its oracle, and the benchmark's baseline.
+
+`run` walks the selected rows in chunks of a fixed row block, so that the bits of a row depend neither on how many rows
+there are nor on its place among them; `row_kernel_` turns one chunk of logits into statistics and, in place, into the
+gradient operand. Other backends replace one or both and keep the two signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.noise import gumbel
+
+NAME = "reference"
+ROW_BLOCK = 256  # rows of every GEMM: one shape, hence one summation order, whatever N is
+WORKSPACE_BYTES = {"cpu": 256 << 20}
+GPU_WORKSPACE_BYTES = 512 << 20
+SLAB_BYTES = 16 << 20  # of a 16-bit weight, upcast at a time
+
+STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.
+
+    `z = softcap * tanh((h W^T + b) / softcap) / temperature`, excluded ids at -inf, then log-softmax over V.
+    """
+
+    hidden_MH: Tensor
+    weight_VH: Tensor
+    target_N: Tensor
+    index_N: Tensor | None = None
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0
+    excluded_V: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.target_N.numel()
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return torch.float64 if self.hidden_MH.dtype == torch.float64 else torch.float32
+
+    def select(self, keep_N: Tensor) -> HeadProblem:
+        """The same problem on the rows that `keep_N` (int64) names."""
+        index_N = keep_N if self.index_N is None else self.index_N[keep_N]
+        temperature = self.temperature[keep_N] if isinstance(self.temperature, Tensor) else self.temperature
+        return HeadProblem(
+            self.hidden_MH,
+            self.weight_VH,
+            self.target_N[keep_N],
+            index_N,
+            self.bias_V,
+            self.softcap,
+            temperature,
+            self.excluded_V,
+        )
+
+
+def _transform_(
+    z_NV: Tensor, bias_V: Tensor | None, softcap: float | None, temperature: float | Tensor, excluded_V: Tensor | None
+) -> Tensor | None:
+    """Raw logits to final ones in place; returns d tanh of the softcap, None without one."""
+    slope_NV = None
+    if bias_V is not None:
+        z_NV += bias_V
+    if softcap is not None:
+        tanh_NV = torch.tanh(z_NV / softcap)
+        slope_NV = 1.0 - tanh_NV * tanh_NV
+        torch.mul(tanh_NV, softcap, out=z_NV)
+    z_NV /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    if excluded_V is not None:  # after softcap, which would map -inf to a finite value
+        z_NV.masked_fill_(excluded_V, float("-inf"))
+    return slope_NV
+
+
+def row_kernel_(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    excluded_V: Tensor | None = None,
+    entropy: bool = False,
+    top: bool = False,
+    gradient: bool = False,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    entropy_operand_NV: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of one chunk of raw logits `h W^T` (float32 or float64), whose storage is used up.
+
+    Returns `[N]` vectors `logp`, `lse`, and on request `entropy`, `top_logp`, `top_id` (ties go to the smallest id).
+    With `gradient`, `logits_NV` is overwritten by `coef * d logp / d raw + entropy_coef * d entropy / d raw`
+    (`coef_N=None` means 1, `entropy_coef_N=None` means 0), and `entropy_operand_NV`, where given, by `d entropy / d raw`.
+    Every `[.., V]` tensor has unit stride in V.
+    """
+    z_NV = logits_NV
+    slope_NV = _transform_(z_NV, bias_V, softcap, temperature, excluded_V)
+    max_N = z_NV.amax(-1)
+    z_NV -= max_N[:, None]  # both terms of logp are shifted, so a common offset costs no digits
+    target_N1 = target_N[:, None]
+    shifted_target_N = z_NV.gather(1, target_N1)[:, 0]
+    top_id_N = z_NV.argmax(-1) if top else None  # torch: the first of equal maxima
+    p_NV = torch.exp(z_NV)
+    sum_N = p_NV.sum(-1)  # >= 1: the maximum contributes exp(0)
+    log_sum_N = torch.log(sum_N)
+    stats = {"logp": shifted_target_N - log_sum_N, "lse": max_N + log_sum_N}
+    if top_id_N is not None:
+        stats["top_logp"] = -log_sum_N
+        stats["top_id"] = top_id_N
+    need_entropy_operand = entropy_coef_N is not None or entropy_operand_NV is not None
+    if entropy or need_entropy_operand:
+        z_NV.masked_fill_(z_NV == float("-inf"), 0.0)  # an excluded lane adds exactly 0, not 0 * -inf
+        entropy_N = log_sum_N - (p_NV * z_NV).sum(-1) / sum_N
+        stats["entropy"] = entropy_N
+    if not gradient:
+        return stats
+
+    entropy_NV = None
+    if need_entropy_operand:
+        entropy_NV = -(p_NV / sum_N[:, None]) * (z_NV + (entropy_N - log_sum_N)[:, None])
+    # d logp: the true class as the sum of the others' probabilities; p - 1 would cancel where p -> 1
+    p_NV.scatter_(1, target_N1, 0.0)
+    others_N = p_NV.sum(-1) / sum_N
+    torch.div(p_NV, -sum_N[:, None], out=z_NV)
+    z_NV.scatter_(1, target_N1, others_N[:, None])
+    scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    factor_NV = 1.0 / scale if slope_NV is None else slope_NV / scale
+    z_NV *= factor_NV
+    if coef_N is not None:
+        z_NV *= coef_N[:, None]
+    if entropy_NV is not None:
+        entropy_NV *= factor_NV
+        if entropy_operand_NV is not None:
+            entropy_operand_NV.copy_(entropy_NV)
+        if entropy_coef_N is not None:
+            z_NV += entropy_NV * entropy_coef_N[:, None]
+    return stats
+
+
+def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, buffers: int = 1) -> int:
+    """Rows per chunk: a multiple of ROW_BLOCK that keeps `buffers` chunks of logits inside the workspace budget."""
+    budget = WORKSPACE_BYTES.get(device.type, GPU_WORKSPACE_BYTES)
+    fit = budget // (vocabulary * dtype.itemsize * buffers) // ROW_BLOCK * ROW_BLOCK
+    return min(max(fit, ROW_BLOCK), -(-rows // ROW_BLOCK) * ROW_BLOCK)
+
+
+def _slabs(weight_VH: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
+    """The weight in `dtype`: itself, or vocabulary slabs to be upcast one at a time."""
+    vocabulary, hidden_size = weight_VH.shape
+    if weight_VH.dtype == dtype:
+        return [(slice(0, vocabulary), weight_VH)]
+    rows = max(1, SLAB_BYTES // (hidden_size * dtype.itemsize))
+    return [(slice(v, min(v + rows, vocabulary)), weight_VH[v : v + rows]) for v in range(0, vocabulary, rows)]
+
+
+def _matmul_nt_(out_NV: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> None:
+    """out = hidden @ weight^T in blocks of ROW_BLOCK rows; fp32 accumulators and results for 16-bit operands too."""
+    for span, slab_VH in _slabs(weight_VH, out_NV.dtype):
+        slab_HV = slab_VH.to(out_NV.dtype).t()
+        for n in range(0, len(hidden_NH), ROW_BLOCK):
+            torch.mm(hidden_NH[n : n + ROW_BLOCK], slab_HV, out=out_NV[n : n + ROW_BLOCK, span])
+
+
+def _matmul_nn(operand_NV: Tensor, weight_VH: Tensor) -> Tensor:
+    """operand @ weight in the operand's dtype, block by block like the logits."""
+    out_NH = operand_NV.new_zeros(len(operand_NV), weight_VH.shape[1])
+    for span, slab_VH in _slabs(weight_VH, operand_NV.dtype):
+        slab_VH = slab_VH.to(operand_NV.dtype)
+        for n in range(0, len(operand_NV), ROW_BLOCK):
+            out_NH[n : n + ROW_BLOCK].addmm_(operand_NV[n : n + ROW_BLOCK, span], slab_VH)
+    return out_NH
+
+
+RowKernel = Callable[..., dict[str, Tensor]]
+
+
+@torch.no_grad()
+def run(
+    problem: HeadProblem,
+    outputs: Collection[str],
+    *,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    row_kernel: RowKernel = row_kernel_,
+) -> dict[str, Tensor]:
+    """Everything a plan needs from one walk over the rows.
+
+    `outputs`: any of STATISTICS (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
+    d entropy / d h); `operand`, `entropy_operand` (`[N, V]`, the same before the product with W); `dhidden` (`[N, H]`,
+    sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
+    `dweight_VH`, `dbias_V`: buffers in the statistics' dtype to which the coefficients' gradients are added.
+    """
+    p = problem
+    dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
+    vocabulary, hidden_size = p.weight_VH.shape
+    accumulate = dweight_VH is not None or dbias_V is not None
+    combined = "dhidden" in outputs or accumulate
+    late = any(name in outputs for name in ("unit", "entropy_unit", "operand", "entropy_operand"))
+    late_entropy = "entropy_unit" in outputs or "entropy_operand" in outputs
+    gradient = combined or late
+
+    result: dict[str, Tensor] = {}
+    for name in outputs:
+        if name in STATISTICS:
+            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, device=device)
+        else:
+            width = vocabulary if name in ("operand", "entropy_operand") else hidden_size
+            result[name] = torch.empty(rows, width, dtype=p.hidden_MH.dtype, device=device)
+    if rows == 0:
+        return result
+
+    chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=2 if late_entropy else 1)
+    logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
+    entropy_CV = torch.empty_like(logits_CV) if late_entropy else None
+    hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
+    bias_V = None if p.bias_V is None else p.bias_V.to(dtype)
+
+    for start in range(0, rows, chunk):
+        n = min(chunk, rows - start)
+        padded = -(-n // ROW_BLOCK) * ROW_BLOCK
+        span = slice(start, start + n)
+        source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
+        hidden_CH[:n] = source_NH
+        _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
+        stats = row_kernel(
+            logits_CV[:n],
+            p.target_N[span],
+            bias_V=bias_V,
+            softcap=p.softcap,
+            temperature=p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature,
+            excluded_V=p.excluded_V,
+            entropy="entropy" in outputs,
+            top="top_logp" in outputs or "top_id" in outputs,
+            gradient=gradient,
+            coef_N=coef_N[span] if combined and coef_N is not None else None,
+            entropy_coef_N=entropy_coef_N[span] if combined and entropy_coef_N is not None else None,
+            entropy_operand_NV=None if entropy_CV is None else entropy_CV[:n],
+        )
+        for name in STATISTICS:
+            if name in result:
+                result[name][span] = stats[name]
+        if "operand" in result:
+            result["operand"][span] = logits_CV[:n]
+        if "entropy_operand" in result and entropy_CV is not None:
+            result["entropy_operand"][span] = entropy_CV[:n]
+        for name in ("unit", "dhidden"):
+            if name in result:
+                result[name][span] = _matmul_nn(logits_CV[:padded], p.weight_VH)[:n]
+        if "entropy_unit" in result and entropy_CV is not None:
+            result["entropy_unit"][span] = _matmul_nn(entropy_CV[:padded], p.weight_VH)[:n]
+        if dweight_VH is not None:
+            dweight_VH.addmm_(logits_CV[:n].t(), hidden_CH[:n])
+        if dbias_V is not None:
+            dbias_V += logits_CV[:n].sum(0)
+    return result
+
+
+@torch.no_grad()
+def from_operands(
+    problem: HeadProblem,
+    operands: list[tuple[Tensor, Tensor]],
+    *,
+    dhidden: bool,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+) -> Tensor | None:
+    """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits."""
+    p = problem
+    dtype, rows = p.statistics_dtype, p.rows
+    out_NH = torch.empty(rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype, device=p.hidden_MH.device) if dhidden else None
+    chunk = chunk_rows(max(rows, 1), p.weight_VH.shape[0], dtype, p.hidden_MH.device, buffers=2)
+    for start in range(0, rows, chunk):
+        span = slice(start, min(start + chunk, rows))
+        terms = [operand_NV[span].to(dtype) * coef_N[span, None] for operand_NV, coef_N in operands]
+        scaled_NV = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+        if out_NH is not None:
+            out_NH[span] = _matmul_nn(scaled_NV, p.weight_VH)
+        if dweight_VH is not None:
+            source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
+            dweight_VH.addmm_(scaled_NV.t(), source_NH.to(dtype))
+        if dbias_V is not None:
+            dbias_V += scaled_NV.sum(0)
+    return out_NH
+
+
+@torch.no_grad()
+def sample(
+    problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float, row_kernel: RowKernel = row_kernel_
+) -> dict[str, Tensor]:
+    """Gumbel-max over `z / temperature + gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
+
+    Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype.
+    `problem.target_N` gives the number of rows, its values are not read; `problem.temperature` is 1.
+    """
+    p = problem
+    dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
+    vocabulary, hidden_size = p.weight_VH.shape
+    result = {"token": torch.empty(rows, dtype=torch.int64, device=device)}
+    result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse")}
+    chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64
+    hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
+    logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
+    bias_V = None if p.bias_V is None else p.bias_V.to(dtype)
+    for start in range(0, rows, chunk):
+        n = min(chunk, rows - start)
+        padded = -(-n // ROW_BLOCK) * ROW_BLOCK
+        span = slice(start, start + n)
+        hidden_CH[:n] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
+        _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
+        perturbed_NV = logits_CV[:n].clone()
+        _transform_(perturbed_NV, bias_V, p.softcap, 1.0, p.excluded_V)
+        if temperature > 0:
+            perturbed_NV = perturbed_NV / temperature + gumbel(key_N[span], vocabulary, step=step)
+        token_N = perturbed_NV.argmax(-1)
+        stats = row_kernel(logits_CV[:n], token_N, bias_V=bias_V, softcap=p.softcap, excluded_V=p.excluded_V, entropy=True)
+        result["token"][span] = token_N
+        for name in ("logp", "entropy", "lse"):
+            result[name][span] = stats[name]
+    return result

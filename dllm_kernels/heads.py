@@ -1,0 +1,133 @@
+"""`headless(model)`: final hidden states and the LM head of any Hugging Face model, without its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from dllm_kernels import checks
+
+
+class _Tap:
+    """Stands in for the head's forward: keeps its input, and hands on one column, too small to matter.
+
+    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column alone.
+    """
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden[..., :1]
+
+
+class Body:
+    """A model without its head. Call it for hidden states; `weight`, `bias` and `options` are the head's.
+
+    `options` holds what `score_tokens` and `sample_tokens` need to reproduce the model's logits: bias, softcap,
+    temperature. Made by `headless`.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
+        self.model = model
+        self.head = head
+        self._tap = tap
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them
+        self.temperature = float(getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0))
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V, H]`, the parameter itself."""
+        return self.head.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[V]` or None."""
+        return getattr(self.head, "bias", None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its head.
+
+        Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids' shape too.
+        """
+        flat = input_ids.reshape(-1, input_ids.shape[-1])
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
+        self._tap.hidden = None
+        self.model(input_ids=flat, **kwargs)
+        hidden, self._tap.hidden = self._tap.hidden, None
+        if hidden is None:
+            raise ValueError(
+                f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
+            )
+        return hidden.view(*input_ids.shape, hidden.shape[-1])
+
+
+@contextmanager
+def headless(model: nn.Module) -> Iterator[Body]:
+    """Within the context, the model's output embedding does nothing and logits are never built.
+
+    Args:
+        model: any module with Hugging Face's `get_output_embeddings()`; tied heads and softcapped logits included.
+
+    Yields a `Body`. The model is restored on exit, after an exception too. Its modules, parameters, state dict and hooks
+    stay in place meanwhile (only the head's forward is replaced), so training and saving work as usual.
+
+    Raises TypeError when `model` is no module, ValueError when it has no output embedding.
+
+    Example:
+        >>> import torch
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> config = EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        ...                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+        >>> model = EuroBertForMaskedLM(config)
+        >>> with headless(model) as body:
+        ...     hidden = body(torch.tensor([[1, 2, 3]]))
+        >>> hidden.shape, body.weight.shape
+        (torch.Size([1, 3, 8]), torch.Size([11, 8]))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    getter = getattr(model, "get_output_embeddings", None)
+    head: Any = getter() if callable(getter) else None
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(
+            f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
+        )
+    checks.shape("model's output embedding weight", head.weight, [None, None])
+    tap = _Tap()
+    previous = head.__dict__.get("forward")  # accelerate and others patch instances too
+    head.forward = tap
+    try:
+        yield Body(model, head, tap)
+    finally:
+        if previous is None:
+            del head.forward
+        else:
+            head.forward = previous
+
+
+def dropout_names(model: nn.Module) -> list[str]:
+    """What makes two forward passes of a training model differ: active dropout modules and dropout rates of the config."""
+    if not model.training:
+        return []
+    active = [
+        name for name, m in model.named_modules() if m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0) > 0
+    ]
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return active + [
+        f"config.{key}" for key, value in settings.items() if "dropout" in key and isinstance(value, float) and value > 0
+    ]

@@ -1,0 +1,60 @@
+"""What an objective declares, so that the engine can give its exact gradient at constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.masks import MaskPlan
+
+Coupling = Literal["none", "token", "sample", "sequence", "batch"]
+Denominator = Literal["tokens", "sequences", "groups", "pairs"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The small tensors that travel with a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo sample."""
+
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sample: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def check(self, plan: MaskPlan) -> None:
+        """Raises ValueError naming the entry whose leading sizes are not the plan's B, or B and K."""
+        K, B, _ = plan.shape
+        for entries, sizes in ((self.per_sequence, (B,)), (self.per_sample, (B, K))):
+            for name, tensor in entries.items():
+                checks.require_tensor(name, tensor)
+                if tuple(tensor.shape[: len(sizes)]) != sizes:
+                    raise ValueError(f"{name} must have leading sizes {list(sizes)}, got shape {list(tensor.shape)}")
+
+    def cut(self, *, samples: slice = slice(None), sequences: slice = slice(None)) -> Batch:
+        return Batch(
+            {name: tensor[sequences] for name, tensor in self.per_sequence.items()},
+            {name: tensor[sequences, samples] for name, tensor in self.per_sample.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of the row log-probs of a mask plan.
+
+    `contributions(logp_N, plan, batch)` returns the *sum* of the contributions of the plan's cut; the engine divides it
+    once by the denominator of the whole optimizer step, so the loss does not depend on how the batch is cut. `coupling`
+    names the smallest unit on which coefficients of the log-probs depend: `none` (data only), `token`, `sample` (one
+    Monte-Carlo sample of one sequence), `sequence` (its K samples), `batch`. `on_policy_coupling` is the coupling when no
+    old scores are given, that is when the old policy is the current one.
+    """
+
+    name: str
+    contributions: Callable[[Tensor, MaskPlan, Batch], Tensor]
+    coupling: Coupling
+    on_policy_coupling: Coupling
+    denominator: Denominator
+    old_scores: str | None  # the per-sample or per-sequence entry of Batch that makes it off-policy
+
+    def is_on_policy(self, batch: Batch) -> bool:
+        return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
