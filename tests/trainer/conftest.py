@@ -1,0 +1,82 @@
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+
+from trainer.config import RunConfig, load_config
+from trainer.demo import Run
+from trainer.run_dir import RunDir
+
+# reward=rules: an almost untrained model solves nothing, and groups without a signal teach nothing
+TINY = [
+    "threads=1",
+    "task.train_puzzles=200",
+    "task.test_puzzles=16",
+    "model.hidden_size=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.intermediate_size=32",
+    "sft.steps=10",
+    "sft.batch=16",
+    "sft.save_every=4",
+    "rl.updates=3",
+    "rl.prompts=4",
+    "rl.group=4",
+    "rl.samples=4",
+    "rl.reward=rules",
+    "rl.save_every=2",
+    "rollout.steps=4",
+    "evaluation.probe_every_sft=5",
+    "evaluation.probe_every_rl=2",
+    "evaluation.probe_puzzles=8",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The trainer sets the number of threads that its config asks for; other tests keep theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_config(out: Path, *more: str) -> RunConfig:
+    return load_config(overrides=[*TINY, f"out={json.dumps(str(out))}", *more])
+
+
+def new_run(out: Path, *more: str) -> Run:
+    config = tiny_config(out, *more)
+    return Run(RunDir.create(Path(config.out)), config, Console(quiet=True))
+
+
+def resumed(out: Path) -> Run:
+    return Run(RunDir.reopen(out), load_config(out / "config.yaml"), Console(quiet=True))
+
+
+def global_random_states() -> tuple[object, ...]:
+    numpy_state = numpy.random.get_state()
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes()
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the clock."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in records]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole tiny demo, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    before, threads = global_random_states(), torch.get_num_threads()
+    run = new_run(out)
+    run.execute()
+    torch.set_num_threads(threads)
+    assert global_random_states() == before, "the run changed a global random state"
+    return out

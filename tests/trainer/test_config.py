@@ -1,0 +1,80 @@
+"""The configuration: defaults that load, overrides that reach their key, and sentences for everything else."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.config import RunConfig, allowed_keys, default_config_text, load_config
+from trainer.errors import ConfigError
+
+
+def test_the_default_names_every_key_and_nothing_else() -> None:
+    shipped = OmegaConf.to_container(OmegaConf.create(default_config_text()))
+    assert isinstance(shipped, dict)
+    flat = {f"{name}.{key}" for name, value in shipped.items() if isinstance(value, dict) for key in value}
+    assert flat | set(shipped) == set(allowed_keys())
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("seed: 5\nrl: {updates: 7, lr: 1e-4}\n")
+    config = load_config(file, ["rl.updates=9", "rollout.temperature=0.7"])
+    assert (config.seed, config.rl.updates, config.rl.lr, config.rollout.temperature) == (5, 9, 1e-4, 0.7)
+    assert config.rl.group == load_config().rl.group
+
+
+def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
+    config = load_config(overrides=["seed=9", "rl.lr=0.000025", "sft.law=bernoulli"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rl.update=3", r"unknown config key rl\.update: the nearest is rl\.updates; allowed in rl: .*rl\.group"),
+        ("updates=3", r"unknown config key updates: the nearest is rl\.updates; allowed at the top level: seed, out"),
+        ("sead=3", r"unknown config key sead: the nearest is seed"),
+        ("modle.heads=3", r"unknown config key modle: the nearest is model"),
+        ("rl.updates.more=3", r"unknown config key rl\.updates\.more: the nearest is rl\.updates"),
+        ("rl=3", r"rl is a section and takes keys such as .*rl\.updates.*, got 3"),
+        ("rl.updates=-1", r"rl\.updates must be greater than or equal to 0, got -1"),
+        ("rl.updates=many", r"rl\.updates must be a valid integer, got 'many'"),
+        ("rl.lr=1.5", r"rl\.lr must be less than 1, got 1\.5"),
+        ("rl.lr=.nan", r"rl\.lr must be .*, got nan"),
+        ("seed=4294967296", r"seed must be less than or equal to 4294967295, got 4294967296"),
+        ("seed=true", r"seed must be a valid integer, got True"),
+        ("seed=null", r"seed must be a valid integer, got None"),
+        ("rl.reward=luck", r"rl\.reward must be 'valid', 'rules' or 'reference_cells', got 'luck'"),
+        ("sft.betas=[0.9]", r"sft\.betas must have 2 entries, got \[0\.9\]"),
+        ("task.clues_min=12", r"task: clues_min must not exceed clues_max=9, got 12"),
+        ("model.heads=5", r"model: hidden_size must be a multiple of 2 x heads = 10, got 64"),
+        ("rollout.block_length=5", r"rollout: block_length must divide 16, got 5"),
+        ("rollout.block_length=1 rollout.steps=8", r"rollout: steps must be a multiple of the 16 blocks, got 8"),
+        ("rl.prompts=50000", r"rl\.prompts must be at most task\.train_puzzles=40000, got 50000"),
+        ("rollout.temperature=0", r"rollout\.temperature must be above 0 for reinforcement learning"),
+        ("rl.updates", r"an override has the form key=value .*, got 'rl\.updates'"),
+        ("rl.updates=[1", r"config is not readable"),
+        ("rl.updates=${nothing}", r"config is not readable"),
+    ],
+)
+def test_a_mistake_is_told_with_the_key_what_came_and_what_is_allowed(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_config(overrides=override.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_config_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold keys and values"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("rl: {updates: \n")
+    with pytest.raises(ConfigError, match="config is not readable"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_the_schema_can_be_printed() -> None:
+    assert RunConfig.model_json_schema()["additionalProperties"] is False

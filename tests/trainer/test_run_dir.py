@@ -1,0 +1,81 @@
+"""A run's folder: claimed once, never overwritten, whole at every moment."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import load_config
+from trainer.errors import UserError
+from trainer.models import build_model
+from trainer.run_dir import RunDir, State
+from trainer.tokenizer import make_tokenizer
+
+
+def test_a_taken_name_is_left_alone(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "runs" / "demo")
+    first.write_text("config.yaml", "mine")
+    second = RunDir.create(tmp_path / "runs" / "demo")
+    second.write_text("config.yaml", "other")
+    third = RunDir.create(tmp_path / "runs" / "demo")
+    assert [run.path.name for run in (first, second, third)] == ["demo", "demo-2", "demo-3"]
+    assert (first.path / "config.yaml").read_text() == "mine"
+
+
+def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert RunDir.create(tmp_path / "empty").path == tmp_path / "empty"
+    (tmp_path / "file").write_text("precious")
+    assert RunDir.create(tmp_path / "file").path == tmp_path / "file-2"
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_unwritable_folder_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out: cannot write to .*file/demo \(its parent is not a folder\); name a writable"):
+        RunDir.create(tmp_path / "file" / "demo")
+
+
+def test_resuming_what_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        RunDir.reopen(tmp_path / "nothing")
+
+
+def test_metrics_are_readable_after_every_step_and_rewind_to_the_saved_state(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    for phase, step in [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2), ("rl", 3)]:
+        run.log({"phase": phase, "step": step, "loss": 0.5})
+        assert run.metrics()[-1] == {"phase": phase, "step": step, "loss": 0.5}
+    run.close()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "rl", "st')  # the power failed here
+    assert len(run.metrics()) == 5
+    run.rewind(State("rl", 2))
+    assert [(r["phase"], r["step"]) for r in run.metrics()] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
+    assert list(run.path.glob("events.out.tfevents.*"))
+
+
+def test_a_state_comes_back_and_a_half_written_one_does_not_count(tmp_path: Path) -> None:
+    run, tokenizer = RunDir.create(tmp_path / "run"), make_tokenizer()
+    model = build_model(load_config().model, tokenizer, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert run.saved_state() is None
+    run.save_state(State("sft", 4, tokens=10, seconds={"sft": 1.5}), model, tokenizer, optimizer)
+    run.save_state(State("sft", 8, tokens=20, seconds={"sft": 3.0}), model, tokenizer, optimizer)
+    broken = run.path / "state" / "sft-000012"
+    broken.mkdir()
+    (broken / "state.json").write_text("{")
+    saved = run.saved_state()
+    assert saved is not None
+    assert saved[0] == State("sft", 8, tokens=20, seconds={"sft": 3.0})
+    assert (saved[1] / "optimizer.pt").is_file()
+    assert not (run.path / "state" / "sft-000004").exists(), "old states pile up"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.write_json("eval.json", {"valid": 0.5})
+    with pytest.raises(TypeError):
+        run.write_json("eval.json", {"valid": object()})
+    assert json.loads((run.path / "eval.json").read_text()) == {"valid": 0.5}

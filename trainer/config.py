@@ -1,0 +1,223 @@
+"""The run's configuration: YAML files and dotted overrides, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from trainer.errors import ConfigError
+
+CELLS = 16
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TaskConfig(Section):
+    clues_min: Annotated[int, Field(ge=4, le=15)]
+    clues_max: Annotated[int, Field(ge=4, le=15)]
+    held_out_grids: Annotated[int, Field(ge=1, le=287)]
+    train_puzzles: Positive
+    test_puzzles: Annotated[int, Field(ge=2)]
+    careless_share: Share
+    careless_forget: Literal["boxes", "columns", "columns_and_boxes"]
+    careless_pick: Literal["first", "random"]
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.clues_min > self.clues_max:
+            raise ValueError(f"clues_min must not exceed clues_max={self.clues_max}, got {self.clues_min}")
+        return self
+
+
+class ModelConfig(Section):
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+    intermediate_size: Positive
+    rope_theta: Annotated[float, Field(gt=1.0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size must be a multiple of 2 x heads = {2 * self.heads}, got {self.hidden_size}")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Rate
+    warmup: Count
+    schedule: Literal["constant", "linear", "cosine"]
+    final_lr_share: Share
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Annotated[float, Field(gt=0.0)]
+    law: Literal["exact", "bernoulli"]
+    t_min: Annotated[float, Field(ge=0.0, lt=1.0)]
+    save_every: Positive
+
+
+class SftConfig(OptimizerConfig):
+    steps: Count
+    batch: Positive
+
+
+class RlConfig(OptimizerConfig):
+    updates: Count
+    prompts: Positive
+    group: Annotated[int, Field(ge=2)]
+    samples: Positive
+    inner_iterations: Positive
+    advantage: Literal["mean", "loo", "std", "population_std"]
+    positive_only: bool
+    reward: Literal["valid", "rules", "reference_cells"]
+
+
+class RolloutConfig(Section):
+    temperature: Annotated[float, Field(ge=0.0)]
+    steps: Annotated[int, Field(ge=1, le=CELLS)]
+    block_length: Annotated[int, Field(ge=1, le=CELLS)]
+    remasking: Literal["low_confidence", "random"]
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if CELLS % self.block_length:
+            raise ValueError(f"block_length must divide {CELLS}, got {self.block_length}")
+        blocks = CELLS // self.block_length
+        if self.steps % blocks:
+            raise ValueError(f"steps must be a multiple of the {blocks} blocks, got {self.steps}")
+        return self
+
+
+class EvaluationConfig(Section):
+    probe_every_sft: Count
+    probe_every_rl: Count
+    probe_puzzles: Positive
+    batch: Positive
+
+
+class RunConfig(Section):
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    out: Annotated[str, Field(min_length=1)]
+    threads: Positive
+    task: TaskConfig
+    model: ModelConfig
+    sft: SftConfig
+    rl: RlConfig
+    rollout: RolloutConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for name, wanted in (("sft.batch", self.sft.batch), ("rl.prompts", self.rl.prompts)):
+            if wanted > self.task.train_puzzles:
+                raise ValueError(f"{name} must be at most task.train_puzzles={self.task.train_puzzles}, got {wanted}")
+        if self.rollout.temperature == 0 and self.rl.updates:
+            raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
+        return self
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+
+
+def default_config_text() -> str:
+    return files("trainer").joinpath("configs/demo.yaml").read_text()
+
+
+def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base: str | None = None) -> RunConfig:
+    """The demo's defaults (or `base`, a YAML text), then `file`, then `overrides` such as `rl.updates=10`.
+
+    Raises ConfigError naming the key, what came and what is allowed.
+    """
+    try:
+        layers = [OmegaConf.create(default_config_text() if base is None else base)]
+        if file is not None:
+            loaded = OmegaConf.load(file)
+            if not isinstance(loaded, DictConfig):
+                raise ConfigError(f"config file {file} must hold keys and values, got {type(loaded).__name__}")
+            layers.append(loaded)
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        _reject_unknown(layers)
+        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def allowed_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key, sections included."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += allowed_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _reject_unknown(layers: Sequence[DictConfig]) -> None:
+    """Before merging, so that a key that does not exist is reported rather than what it would have replaced."""
+    allowed = allowed_keys()
+
+    def visit(node: Any, prefix: str) -> None:
+        for name, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else ():
+            key = f"{prefix}{name}"
+            if key not in allowed:
+                raise ConfigError(_unknown(key, allowed))
+            if isinstance(value, DictConfig):
+                visit(value, f"{key}.")
+            elif any(other.startswith(f"{key}.") for other in allowed):
+                raise ConfigError(f"{key} is a section and takes keys such as {_children(key, allowed)}, got {value!r}")
+
+    for layer in layers:
+        visit(layer, "")
+
+
+def _unknown(key: str, allowed: list[str]) -> str:
+    section, _, name = key.rpartition(".")
+    same_name = [other for other in allowed if other.rpartition(".")[2] == name]  # the right name, the wrong section
+    near = (same_name or difflib.get_close_matches(key, allowed, n=1, cutoff=0.0))[0]
+    while section and not _children(section, allowed):
+        section = section.rpartition(".")[0]
+    where = f"in {section}" if section else "at the top level"
+    return f"unknown config key {key}: the nearest is {near}; allowed {where}: {_children(section, allowed)}"
+
+
+def _children(section: str, allowed: list[str]) -> str:
+    prefix = f"{section}." if section else ""
+    return ", ".join(k for k in allowed if k.startswith(prefix) and "." not in k[len(prefix) :])
+
+
+def _sentence(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if detail["type"] == "value_error":  # written above: names key and value itself
+        return f"{key}: {message}" if key else message
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] in ("too_short", "too_long"):
+        wanted = detail["ctx"].get("min_length") or detail["ctx"].get("max_length")
+        return f"{key} must have {wanted} entries, got {detail['input']!r}"
+    return f"{key} {message}, got {detail['input']!r}"

@@ -1,0 +1,61 @@
+"""What a run ran on, for its files and for `dllm-train env`."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dllm_kernels
+from dllm_kernels.backends import cpu
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, and the code path of the head; plain values, ready for JSON."""
+    return {
+        "dllm_kernels": dllm_kernels.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "head": head_path(),
+    }
+
+
+def head_path() -> str:
+    """Which kernels run the LM head on CPU tensors, and why."""
+    reason = cpu.why_unavailable()
+    return f"pure PyTorch ({reason})" if reason else f"C++ row kernels ({cpu.isa()})"
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that this package runs from; None for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

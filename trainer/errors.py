@@ -1,0 +1,19 @@
+"""Errors that the command line shows as one sentence, and the signal that a run was asked to stop."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user can mend; the CLI prints the sentence and exits with status 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config key or value that is not allowed."""
+
+
+class GuardError(UserError, RuntimeError):
+    """Training went wrong in a way that more steps would not mend (see `guards.py`)."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Ctrl-C was pressed; raised only where the run's state is consistent."""

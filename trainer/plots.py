@@ -1,0 +1,83 @@
+"""curves.png: what moved during both phases, from metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Records = list[dict[str, Any]]
+
+_BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9741a", "#b8bec6"
+_WAYS = {"rollout": ("at the rollout's temperature", _BLUE), "greedy": ("greedy", _ORANGE)}
+# key of metrics.jsonl, title, unit
+_SFT = (("elbo", "ELBO of demonstrations", "nats"), ("loss", "loss", "nats per token"), ("grad_norm", "gradient norm", ""))
+_RL = (("elbo", "ELBO of rollouts", "nats"), ("loss", "BGPO loss", ""), ("grad_norm", "gradient norm", ""))
+
+
+def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: Path) -> None:
+    """Two rows, SFT and RL. Thin lines are single steps, thick ones their running mean; dots are the full evaluations."""
+    by_phase = {phase: [r for r in records if r["phase"] == phase] for phase in ("sft", "rl")}
+    figure = Figure(figsize=(19, 7), layout="constrained")
+    axes = figure.subplots(2, 5)
+    for row, (phase, panels) in enumerate((("sft", _SFT), ("rl", _RL))):
+        own = by_phase[phase]
+        for column, (key, title, unit) in enumerate(panels):
+            _line(axes[row, column + 2], own, key, title, unit)
+        _accuracy(axes[row, 1], own)
+        axes[row, 0].set_ylabel({"sft": "SFT", "rl": "RL (BGPO)"}[phase], fontsize=14, fontweight="bold", labelpad=12)
+    _line(axes[0, 0], by_phase["sft"], "lr", "learning rate", "")
+    _line(axes[1, 0], by_phase["rl"], "reward", "reward of rollouts (training puzzles)", "")
+    last = by_phase["rl"][-1]["step"] if by_phase["rl"] else 0
+    for at, evaluation in zip((0, last), evaluations, strict=False):
+        for way, (_, color) in _WAYS.items():
+            figures = evaluation["sets"]["unseen_puzzles"][way]
+            axes[1, 1].plot([at], [100 * figures["valid"]], "o", color=color, markersize=8, clip_on=False, zorder=5)
+            axes[1, 1].set_title(f"solved unseen puzzles (%; dots: all {figures['puzzles']})", fontsize=11)
+    for axis in axes.flat:
+        axis.grid(color="#e8eaed", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+    for axis in axes[0]:
+        axis.set_xlabel("step", fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("update", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None:
+    points = [(r["step"], r[key]) for r in records if key in r]
+    axis.set_title(f"{title} ({unit})" if unit else title, fontsize=11)
+    if not points:
+        axis.text(0.5, 0.5, "no steps", ha="center", va="center", transform=axis.transAxes, color=_GREY)
+        return
+    steps, values = zip(*points, strict=True)
+    if key == "lr":
+        axis.plot(steps, values, color=_BLUE, linewidth=1.8)
+        return
+    axis.plot(steps, values, color=_GREY, linewidth=0.8)
+    width = max(1, len(values) // 20)
+    means = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    axis.plot(steps, means, color=_BLUE, linewidth=1.8)
+    if max(abs(value) for value in values) < 1e-4:  # on-policy, BGPO's value is minus the mean advantage
+        axis.set_ylim(-0.1, 0.1)
+        axis.text(
+            0.5, 0.6, "0 by construction: on-policy,\nadvantages of a group sum to 0", ha="center", transform=axis.transAxes
+        )
+
+
+def _accuracy(axis: Axes, records: Records) -> None:
+    axis.set_title("solved unseen puzzles (%)", fontsize=11)
+    probed = [r for r in records if "probe_greedy" in r]
+    for way, (label, color) in _WAYS.items():
+        values = [100 * r[f"probe_{way}"] for r in probed]
+        axis.plot([r["step"] for r in probed], values, color=color, linewidth=1.8, marker=".", label=label)
+    axis.set_ylim(0, 100)
+    axis.legend(fontsize=9, frameon=False, loc="upper left")

@@ -1,0 +1,142 @@
+"""Reinforcement learning: groups of rollouts, a reward checked by the rules, BGPO's exact gradient sample by sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dllm_kernels import accumulate, generate, make_mask_plan, noise
+from dllm_kernels.accumulation import score_samples
+from dllm_kernels.generation import Rollout
+from dllm_kernels.objectives import BGPO, Batch, group_advantages
+from trainer.config import RlConfig, RolloutConfig
+from trainer.errors import GuardError
+from trainer.sudoku import REWARDS, Puzzles, reference_cells, valid
+from trainer.tokenizer import Codec
+from trainer.training import batch_indices, guarded_step, learning_rate, mask_floor
+
+
+def rl_updates(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    data: Puzzles,
+    codec: Codec,
+    config: RlConfig,
+    rollout: RolloutConfig,
+    *,
+    seed: int,
+    start: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Updates `start`..`config.updates - 1`, each yielding its figures.
+
+    Prompts, noise and masks are functions of (seed, update).
+    """
+    prompt_ids = codec.prompt_ids(data.puzzles)
+    for update in range(start, config.updates):
+        started = time.perf_counter()
+        chosen, epoch = batch_indices("rl", seed, len(data), config.prompts, update)
+        index = chosen.repeat_interleave(config.group)
+        members = list(range(config.group)) * config.prompts
+        sequence_ids = noise.sequence_ids([f"rl/{i}" for i in index.tolist()], epoch=epoch, members=members)
+        sampled = generate(
+            model,
+            prompt_ids[index],
+            length=data.puzzles.shape[1],
+            mask_id=codec.mask_id,
+            seed=seed,
+            sequence_ids=sequence_ids,
+            **rollout.model_dump(),
+        )
+        filled = codec.digits(sampled.completion_BL)
+        rewards = REWARDS[config.reward](data.puzzles[index], filled, data.solutions[index])
+        _guard_rollouts(sampled, rewards, config.group, vocabulary=int(model.config.vocab_size))
+        advantages = group_advantages(rewards, index, kind=config.advantage)
+        if config.positive_only:
+            advantages = advantages.clamp(min=0.0)
+        kept = advantages.nonzero()[:, 0]
+        rolled_out = time.perf_counter()
+
+        figures = {
+            "reward": rewards.mean().item(),
+            "valid": valid(data.puzzles[index], filled).float().mean().item(),
+            "reference_cells": reference_cells(data.puzzles[index], filled, data.solutions[index]).mean().item(),
+            "groups_with_signal": len(index[kept].unique()),
+            "sequences_scored": len(kept),
+            "rollout_logp": sampled.commit_logp_BL.sum(-1).mean().item(),
+            "tokens": sampled.ids_BS.numel() * rollout.steps,
+            "seconds_rollout": rolled_out - started,
+        }
+        if len(kept):
+            figures |= _learn(model, optimizer, sampled, kept, advantages, sequence_ids, codec, config, seed, update)
+            figures["tokens"] += figures.pop("tokens_scored")
+        figures["seconds_gradient"] = time.perf_counter() - rolled_out
+        figures["seconds"] = time.perf_counter() - started
+        yield figures
+
+
+def _learn(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    sampled: Rollout,
+    kept: Tensor,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    codec: Codec,
+    config: RlConfig,
+    seed: int,
+    update: int,
+) -> dict[str, float]:
+    """The optimizer steps on one set of rollouts. Sequences without an advantage are dropped before anything runs."""
+    ids = sampled.ids_BS[kept]
+    completion = torch.arange(ids.shape[1]) >= ids.shape[1] - sampled.completion_BL.shape[1]
+    plans = [
+        make_mask_plan(
+            ids,
+            completion.expand(len(ids), -1),
+            law=config.law,
+            samples=config.samples,
+            seed=seed,
+            sequence_ids=sequence_ids[kept],
+            mask_id=codec.mask_id,
+            iteration=iteration,
+            t_min=mask_floor(config),
+        )
+        for iteration in range(config.inner_iterations)
+    ]
+    batches = [Batch({"advantages": advantages[kept]}) for _ in plans]
+    passes = len(plans)
+    if len(plans) > 1:  # scored before the first step, under the policy that made the rollouts
+        olds = [score_samples(model, plan) for plan in plans]
+        batches = [Batch(batch.per_sequence, {"old_sample_elbo": old}) for batch, old in zip(batches, olds, strict=True)]
+        passes += len(plans)
+    lr = learning_rate(config, update, config.updates)
+    for plan, batch in zip(plans, batches, strict=True):
+        report = accumulate(model, plan, BGPO, batch, denominator=len(sequence_ids))  # of all rollouts, dropped ones included
+        norm = guarded_step(model, optimizer, report.loss, config, lr)
+    return {
+        "loss": report.loss.item(),
+        "elbo": report.sample_elbo_BK.mean().item(),
+        "grad_norm": norm,
+        "lr": lr,
+        "tokens_scored": ids.numel() * config.samples * passes,
+    }
+
+
+def _guard_rollouts(sampled: Rollout, rewards: Tensor, group: int, *, vocabulary: int) -> None:
+    completion = sampled.completion_BL
+    if not bool(torch.isfinite(rewards).all()):
+        raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
+    if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
+        raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
+    if bool((completion == completion[:, :1]).all()):
+        raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
+    groups = completion.view(-1, group, completion.shape[1])
+    if bool((groups == groups[:, :1]).all()) and float(rewards.min()) < 1.0:
+        raise GuardError(
+            "every group consists of identical rollouts, and not all are right: there is nothing to compare; "
+            "raise rollout.temperature, or the policy has collapsed"
+        )

@@ -1,0 +1,55 @@
+"""What both training phases share: optimizer, learning rate, data order, the guarded step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dllm_kernels import noise
+from dllm_kernels.noise import Stream
+from trainer.config import OptimizerConfig
+from trainer.errors import GuardError
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`."""
+    done = step / total
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    floor = config.final_lr_share if config.schedule != "constant" else 0.0
+    warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    return config.lr * warmup * (floor + (1.0 - floor) * decay)
+
+
+def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tuple[Tensor, int]:
+    """Which of `size` examples step `step` takes, and in which epoch: a new order each epoch, its short rest left out."""
+    epoch, position = divmod(step, size // batch)
+    order = torch.tensor(noise.sequence_id(f"order/{name}", epoch=epoch))
+    bits = noise.row_bits(seed, Stream.DATA, order, torch.tensor(0), torch.arange(size))
+    return torch.argsort(bits, stable=True)[position * batch : (position + 1) * batch], epoch
+
+
+def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: OptimizerConfig, lr: float) -> float:
+    """Clip and step; returns the gradient norm before clipping. What is not finite never reaches the weights."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise GuardError(f"the loss became {value}; a smaller learning rate than {lr:.2g} usually helps")
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not math.isfinite(norm):
+        raise GuardError(f"the gradient norm became {norm} at loss {value:.4g}; the weights were left as they were")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def mask_floor(config: OptimizerConfig) -> float:
+    """`t_min` for `make_mask_plan`: the exact-count law has none."""
+    return config.t_min if config.law == "bernoulli" else 0.0
