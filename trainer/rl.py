@@ -19,6 +19,8 @@ from trainer.sudoku import REWARDS, Puzzles, reference_cells, valid
 from trainer.tokenizer import Codec
 from trainer.training import batch_indices, guarded_step, learning_rate, mask_floor
 
+IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
+
 
 def rl_updates(
     model: PreTrainedModel,
@@ -135,8 +137,10 @@ def _guard_rollouts(sampled: Rollout, rewards: Tensor, group: int, *, vocabulary
     if bool((completion == completion[:, :1]).all()):
         raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
     groups = completion.view(-1, group, completion.shape[1])
-    if bool((groups == groups[:, :1]).all()) and float(rewards.min()) < 1.0:
+    # A policy that is sure of itself repeats itself; noise that is broken repeats what is improbable to be drawn twice.
+    repeats_logp = float(sampled.commit_logp_BL.sum(-1).view(-1, group)[:, 1:].sum())
+    if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
         raise GuardError(
-            "every group consists of identical rollouts, and not all are right: there is nothing to compare; "
-            "raise rollout.temperature, or the policy has collapsed"
+            f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "
+            "the members of a group share their noise, or the sampler ignores its temperature"
         )
