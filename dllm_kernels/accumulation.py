@@ -114,8 +114,10 @@ def accumulate(
         loss = elbo_BK.new_zeros(())
         options = {**body.options, "suppress": suppress}
         coefficients: dict[tuple[int, int], Tensor] = {}
+        logps: dict[tuple[int, int], Tensor] = {}
+        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it couples
+        whole_loss = not two_passes and coupling == "none" and objective.coupling in ("sequence", "batch")
         if two_passes:
-            logps: dict[tuple[int, int], Tensor] = {}
             with torch.no_grad():
                 for cut in cuts:
                     hidden = cut.hidden(body)
@@ -125,6 +127,8 @@ def accumulate(
         for cut in cuts:
             cut_rows = cut.plan.rows
             if len(cut_rows) == 0:
+                if not two_passes and not whole_loss:
+                    loss = loss + objective.contributions(loss.new_zeros(0), cut.plan, cut.batch).detach() / denominator
                 continue
             hidden = cut.hidden(body)
             forwards, backwards, rows = forwards + 1, backwards + 1, rows + len(cut_rows)
@@ -142,7 +146,9 @@ def accumulate(
                 assert scores.logp is not None
                 logp_N = scores.logp
                 scores.weighted_sum.backward()
-                if not two_passes:
+                if whole_loss:
+                    logps[cut.key] = logp_N
+                elif not two_passes:
                     loss = loss + objective.contributions(logp_N, cut.plan, cut.batch).detach() / denominator
             else:
                 logp_N = _logp(hidden, body, cut.plan, options, head_plan)
@@ -150,6 +156,13 @@ def accumulate(
                 cut_loss.backward()
                 loss = loss + cut_loss.detach()
             elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N.detach()).t()
+        if whole_loss:
+            with torch.no_grad():
+                dense_KBS = elbo_BK.new_zeros(plan.shape)
+                for cut in cuts:
+                    if cut.key in logps:
+                        dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.masked, logps[cut.key])
+                loss = objective.contributions(dense_KBS[plan.masked], plan, batch) / denominator
     return Report(loss, elbo_BK, 2 if two_passes else 1, forwards, backwards, rows, time.perf_counter() - started)
 
 

@@ -131,6 +131,7 @@ def bgpo_loss(
     B, L, rows, target_N, position_N = _masked_rows(hidden, target, masked, shift)
     checks.shape("masked", masked, [None, None])
     checks.shape("advantages", advantages, [B])
+    advantages = advantages.detach()
     divisor = samples * (B if sequences is None else checks.count("sequences", sequences))
     factor_N = _at_rows("token_weight", token_weight, masked.shape, position_N)
     options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "suppress": suppress}

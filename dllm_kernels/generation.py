@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
-from dllm_kernels.heads import Body, headless
+from dllm_kernels.heads import Body, dropout_names, headless
 from dllm_kernels.noise import Stream
 from dllm_kernels.sampling import sample_tokens
 
@@ -104,6 +104,12 @@ def generate(
         sequence_ids = torch.arange(B, device=prompt_ids.device)
     checks.dtype("sequence_ids", sequence_ids, [torch.int64])
     checks.shape("sequence_ids", sequence_ids, [B])
+    if checks.may_read(sequence_ids) and len(torch.unique(sequence_ids)) != B:
+        raise ValueError("sequence_ids must be distinct: equal ids would share their noise")
+    if active := dropout_names(model):
+        raise ValueError(
+            f"model must be deterministic in a rollout, but dropout is active: {', '.join(active[:3])}; call model.eval()"
+        )
     if attention_mask is not None:
         checks.shape("attention_mask", attention_mask, [B, P])
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
@@ -113,6 +119,8 @@ def generate(
     draw = {"temperature": temperature, "suppress": (*suppress, mask_id) if suppress_mask else tuple(suppress)}
     parts = []
     with headless(model) as body:
+        if not 0 <= mask_id < len(body.weight):
+            raise ValueError(f"mask_id must be in 0..{len(body.weight) - 1}, got {mask_id}")
         for b in range(0, B, micro_batch):
             span = slice(b, b + micro_batch)
             attention = None if attention_mask is None else attention_mask[span]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dllm_kernels import checks
@@ -36,6 +37,9 @@ class Body:
         self.model = model
         self.head = head
         self._tap = tap
+        embed = getattr(model, "get_input_embeddings", None)
+        # the input embedding may have more rows than the head
+        self._vocabulary = int(getattr(embed() if callable(embed) else None, "num_embeddings", self.weight.shape[0]))
         config: Any = getattr(model, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
@@ -62,17 +66,29 @@ class Body:
 
         Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids' shape too.
         """
+        checks.in_range("input_ids", input_ids, 0, self._vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
-        self.model(input_ids=flat, **kwargs)
+        output = self.model(input_ids=flat, **kwargs)
         hidden, self._tap.hidden = self._tap.hidden, None
         if hidden is None:
             raise ValueError(
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
+        self._check_logits(hidden, getattr(output, "logits", None))
         return hidden.view(*input_ids.shape, hidden.shape[-1])
+
+    def _check_logits(self, hidden: Tensor, column: Tensor | None) -> None:
+        """What the model made of the one column that the tap returned must be what `options` say."""
+        if not isinstance(column, Tensor) or column.shape != (*hidden.shape[:-1], 1) or not checks.may_read(column):
+            return
+        want = hidden.detach()[..., :1].float()
+        if self.softcap is not None:
+            want = self.softcap * torch.tanh(want / self.softcap)
+        if not torch.allclose(column.detach().float(), want / self.temperature, rtol=2e-2, atol=1e-3, equal_nan=True):
+            raise ValueError(f"model must not change its logits beyond softcap and scale: {type(self.model).__name__} does")
 
 
 @contextmanager

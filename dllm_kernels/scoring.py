@@ -208,6 +208,8 @@ def head_problem(
         checks.dtype("rows", rows, [torch.int64])
         checks.shape("rows", rows, [count])
         checks.in_range("rows", rows, 0, available)
+        if checks.may_read(rows) and bool((rows.bincount(minlength=1) > 1).any()):
+            raise ValueError(f"rows must be unique, got {int(rows.bincount().argmax())} more than once")
     if bias is not None:
         checks.dtype("bias", bias, checks.FLOATS)
         checks.shape("bias", bias, [vocabulary])
@@ -421,6 +423,8 @@ class _LateScore(torch.autograd.Function):
         hidden, weight, bias, *stored = ctx.saved_tensors
         by_name = dict(zip(ctx.outputs, upstream, strict=True))
         coefficients = {"": by_name.get("logp"), "entropy_": by_name.get("entropy")}
+        if coefficients[""] is None and coefficients["entropy_"] is None:  # autograd may pass no gradient at all
+            return None, None, None, None, None, None
         pairs = [(s, c) for s, p in zip(stored, ctx.prefixes, strict=True) if (c := coefficients[p]) is not None]
         if ctx.plan == "unit":
             terms = [vectors_NH.to(coef_N.dtype) * coef_N[:, None] for vectors_NH, coef_N in pairs]

@@ -286,7 +286,9 @@ def from_operands(
         terms = [operand_NV[span].to(dtype) * coef_N[span, None] for operand_NV, coef_N in operands]
         scaled_NV = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
         if out_NH is not None:
-            out_NH[span] = _matmul_nn(scaled_NV, p.weight_VH)
+            # padded to whole row blocks, like every other product: a row's bits depend on no other row
+            padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
+            out_NH[span] = _matmul_nn(padded_NV, p.weight_VH)[: len(scaled_NV)]
         if dweight_VH is not None:
             source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
             dweight_VH.addmm_(scaled_NV.t(), source_NH.to(dtype))
@@ -309,6 +311,8 @@ def sample(
     vocabulary, hidden_size = p.weight_VH.shape
     result = {"token": torch.empty(rows, dtype=torch.int64, device=device)}
     result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse")}
+    if rows == 0:
+        return result
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
@@ -319,12 +323,21 @@ def sample(
         span = slice(start, start + n)
         hidden_CH[:n] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
+        temperature_N = p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature
         perturbed_NV = logits_CV[:n].clone()
-        _transform_(perturbed_NV, bias_V, p.softcap, 1.0, p.excluded_V)
+        _transform_(perturbed_NV, bias_V, p.softcap, temperature_N, p.excluded_V)
         if temperature > 0:
             perturbed_NV = perturbed_NV / temperature + gumbel(key_N[span], vocabulary, step=step)
         token_N = perturbed_NV.argmax(-1)
-        stats = row_kernel(logits_CV[:n], token_N, bias_V=bias_V, softcap=p.softcap, excluded_V=p.excluded_V, entropy=True)
+        stats = row_kernel(
+            logits_CV[:n],
+            token_N,
+            bias_V=bias_V,
+            softcap=p.softcap,
+            temperature=temperature_N,
+            excluded_V=p.excluded_V,
+            entropy=True,
+        )
         result["token"][span] = token_N
         for name in ("logp", "entropy", "lse"):
             result[name][span] = stats[name]

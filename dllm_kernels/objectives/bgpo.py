@@ -8,6 +8,8 @@ Verified against the paper's text; `lengths`, `clip` and `dual_clip` are what th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,15 @@ def _total(
     A_B1, old_BK = advantages_B.detach()[:, None], old_elbo_BK.detach()
     if lengths is not None:
         checks.shape("lengths", lengths, [len(elbo_BK)])
+        if checks.may_read(lengths) and not bool((lengths > 0).all()):
+            raise ValueError(f"lengths must be above 0, got {float(lengths.min())}")
         elbo_BK, old_BK = elbo_BK / lengths[:, None], old_BK / lengths[:, None]
+    if dual_clip is not None:
+        if not dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+        # on d, not on e^d: the gradient of an overflowing exp is NaN even where it is not taken
+        bound_BK = old_BK + math.log(dual_clip)
+        elbo_BK = torch.where((A_B1 < 0) & (elbo_BK > bound_BK), bound_BK, elbo_BK)
     terms_BK = bgpo_terms(elbo_BK, old_BK, A_B1)
     if clip is not None:
         low, high = clip
@@ -73,11 +83,7 @@ def _total(
             raise ValueError(f"clip must be (low in [0, 1), high >= 0), got {clip}")
         bound_B1 = torch.where(A_B1 >= 0, A_B1 * (1 + high), A_B1 * (1 - low))
         # only strictly clipped terms are constants: at the bound the gradient stays whole, as PPO's with epsilon = 0
-        terms_BK = torch.where(terms_BK <= bound_B1, terms_BK, bound_B1)
-    if dual_clip is not None:
-        if not dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-        terms_BK = torch.where((A_B1 < 0) & (terms_BK < A_B1 * dual_clip), A_B1 * dual_clip, terms_BK)
+        terms_BK = torch.where(terms_BK > bound_B1, bound_B1, terms_BK)
     return -terms_BK.sum() / samples
 
 

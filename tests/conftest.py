@@ -1,0 +1,29 @@
+"""Fixtures of all tests: the backends that run here, and hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from dllm_kernels import backends
+
+torch.set_num_threads(1)  # at these sizes a second thread only waits, and does so for long on a busy machine
+
+# the same examples on every machine; HYPOTHESIS_PROFILE=explore looks for new ones
+_quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, max_examples=30, **_quiet)
+settings.register_profile("explore", max_examples=1000, **_quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+pytest.register_assert_rewrite("tests.head_suite")
+
+from tests.head_suite import Target  # noqa: E402 (its tests take the profile that is loaded when they are defined)
+
+
+@pytest.fixture(params=backends.names())
+def backend(request, monkeypatch) -> Target:
+    """Every backend that can run on this machine, forced by DLLM_KERNELS_BACKEND."""
+    monkeypatch.setenv("DLLM_KERNELS_BACKEND", request.param)
+    return Target(request.param, torch.device("cpu"))

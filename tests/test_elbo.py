@@ -1,0 +1,347 @@
+"""`elbo_loss` and `bgpo_loss` against the published lines written with full logits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_kernels import bgpo_loss, elbo_loss
+from tests import oracle
+
+F64 = torch.float64
+
+
+def problem(leading=(3,), L=6, H=5, V=9, *, shift=0, seed=0, dtype=F64):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*leading, L, H, generator=g, dtype=F64).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g, dtype=F64).to(dtype).requires_grad_()
+    bias = torch.randn(V, generator=g, dtype=F64).to(dtype).requires_grad_()
+    target = torch.randint(V, (*leading, L), generator=g)
+    masked = torch.rand(*leading, L, generator=g) < 0.6
+    masked[..., 1] = True
+    masked[..., :shift] = False
+    p_mask = torch.rand(*leading, 1, generator=g, dtype=F64).clamp(min=0.05).expand(*leading, L)
+    return hidden, weight, bias, target, masked, p_mask
+
+
+def logits_of(hidden, weight, bias=None, softcap=None, suppress=(), shift=0):
+    """The model's logits `[..., L, V]`, moved so that row i predicts position i."""
+    z = oracle.logits(hidden, weight, bias=bias, softcap=softcap, suppress=suppress)
+    z = z.reshape(*hidden.shape[:-1], -1)
+    return torch.cat([z[..., :1, :], z[..., :-shift, :]], dim=-2) if shift == 1 else z
+
+
+def grads(loss, leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def same_value_and_gradients(ours, want, leaves, **limits):
+    limits = limits or {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(ours, want, **limits)
+    for a, b in zip(grads(ours, leaves), grads(want, leaves), strict=True):
+        torch.testing.assert_close(a, b, **limits)
+
+
+def test_it_equals_llada_s_pre_training_loss():
+    hidden, weight, _, target, masked, p_mask = problem()
+    ours = elbo_loss(hidden, weight, target, masked, p_mask)
+    same_value_and_gradients(
+        ours, oracle.llada_pretraining_loss(logits_of(hidden, weight), target, masked, p_mask), (hidden, weight)
+    )
+
+
+def test_it_equals_llada_s_sft_loss():
+    hidden, weight, _, target, masked, p_mask = problem()
+    lengths = torch.tensor([6, 2, 4])
+    ours = elbo_loss(hidden, weight, target, masked, p_mask, lengths=lengths)
+    want = oracle.llada_sft_loss(logits_of(hidden, weight), target, masked, p_mask, lengths[:, None].expand(3, 6))
+    same_value_and_gradients(ours, want, (hidden, weight))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_options_of_the_head_and_the_shift_are_applied(shift):
+    hidden, weight, bias, target, masked, p_mask = problem(shift=shift)
+    target = target.clamp(max=7)
+    options = {"bias": bias, "softcap": 2.0, "suppress": (8,)}
+    ours = elbo_loss(hidden, weight, target, masked, p_mask, shift=shift, **options)
+    want = oracle.llada_pretraining_loss(logits_of(hidden, weight, shift=shift, **options), target, masked, p_mask)
+    same_value_and_gradients(ours, want, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (4, 3), (2, 2, 2)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sequence_is_the_plain_sum_of_each_sequence(leading, shift):
+    hidden, weight, _, target, masked, p_mask = problem(leading, shift=shift)
+    ours = elbo_loss(hidden, weight, target, masked, p_mask, reduction="sequence", shift=shift)
+    logp = logits_of(hidden, weight, shift=shift).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    want = (torch.where(masked, -logp, 0.0) / p_mask).sum(-1)
+    assert ours.shape == leading
+    upstream = torch.arange(1.0, 1 + want.numel(), dtype=F64).reshape(leading)
+    same_value_and_gradients((ours * upstream).sum(), (want * upstream).sum(), (hidden, weight))
+
+
+def test_mean_divides_by_all_leading_dimensions_and_targets_broadcast_over_samples():
+    hidden, weight, _, _, masked, p_mask = problem((4, 3))
+    target = torch.randint(9, (3, 6), generator=torch.Generator().manual_seed(5))
+    ours = elbo_loss(hidden, weight, target, masked, p_mask[:, :, :1])
+    want = oracle.llada_pretraining_loss(
+        logits_of(hidden, weight).reshape(12, 6, -1),
+        target.expand(4, 3, 6).reshape(12, 6),
+        masked.reshape(12, 6),
+        p_mask.reshape(12, 6),
+    )
+    same_value_and_gradients(ours, want, (hidden, weight))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (3, 1), (3, 6)])
+def test_p_mask_broadcasts(shape):
+    hidden, weight, _, target, masked, _ = problem()
+    p_mask = torch.full(shape, 0.25)
+    want = oracle.llada_pretraining_loss(logits_of(hidden, weight), target, masked, torch.full((3, 6), 0.25, dtype=F64))
+    ours = elbo_loss(hidden, weight, target, masked, p_mask)
+    same_value_and_gradients(ours, want, (hidden, weight), rtol=1e-6, atol=1e-7)  # 1 / (p B L) is in p_mask's float32
+
+
+def test_bfloat16_gives_a_float32_loss_close_to_the_exact_one():
+    hidden, weight, _, target, masked, p_mask = problem(dtype=torch.bfloat16, L=32, H=32)
+    ours = elbo_loss(hidden, weight, target, masked, p_mask.float())
+    want = oracle.llada_pretraining_loss(logits_of(hidden.double(), weight.double()), target, masked, p_mask)
+    assert ours.dtype == torch.float32
+    assert float(ours.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    ours.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_only_hidden_states_of_masked_rows_get_a_gradient():
+    hidden, weight, _, target, masked, p_mask = problem()
+    elbo_loss(hidden, weight, target, masked, p_mask).backward()
+    assert torch.equal(hidden.grad.abs().amax(-1) > 0, masked)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sequence"])
+def test_nothing_masked_is_a_loss_of_0_with_zero_gradients(reduction):
+    hidden, weight, bias, target, _, p_mask = problem()
+    loss = elbo_loss(hidden, weight, target, torch.zeros(3, 6, dtype=torch.bool), p_mask, bias=bias, reduction=reduction)
+    assert (loss == 0).all()
+    for gradient in grads(loss.sum(), (hidden, weight, bias)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sequence"])
+def test_a_sequence_with_nothing_masked_adds_0_and_still_counts(reduction):
+    hidden, weight, _, target, masked, p_mask = problem()
+    masked[1] = False
+    ours = elbo_loss(hidden, weight, target, masked, p_mask, reduction=reduction)
+    if reduction == "sequence":
+        assert ours[1] == 0
+        assert (ours[[0, 2]] > 0).all()
+    else:
+        want = oracle.llada_pretraining_loss(logits_of(hidden, weight), target, masked, p_mask)
+        same_value_and_gradients(ours, want, (hidden, weight))
+
+
+def test_the_sum_over_micro_batches_of_weighted_means_is_the_mean_of_the_batch():
+    hidden, weight, _, target, masked, p_mask = problem((4,))
+    whole = elbo_loss(hidden, weight, target, masked, p_mask)
+    parts = [elbo_loss(hidden[b : b + 1], weight, target[b : b + 1], masked[b : b + 1], p_mask[b : b + 1]) / 4 for b in range(4)]
+    same_value_and_gradients(sum(parts), whole, (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"p_mask": torch.tensor(0.0)}, ValueError, ["p_mask", "0", "1"]),
+        ({"p_mask": torch.tensor(1.5)}, ValueError, ["p_mask", "1.5"]),
+        ({"p_mask": torch.tensor(-0.5)}, ValueError, ["p_mask", "-0.5"]),
+        ({"p_mask": torch.tensor([0.5, math.nan, 0.5, 0.5, 0.5, 0.5])}, ValueError, ["p_mask", "nan"]),
+        ({"p_mask": torch.full((2, 1), 0.5)}, ValueError, ["p_mask", "[3, 6]", "[2, 1]"]),
+        ({"p_mask": 0.5}, TypeError, ["p_mask", "float"]),
+        ({"masked": torch.ones(3, 6)}, TypeError, ["masked", "bool", "float32"]),
+        ({"masked": torch.ones(3, 5, dtype=torch.bool)}, ValueError, ["masked", "5", "6"]),
+        ({"target": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, ["target", "[3, 6]", "[3, 5]"]),
+        ({"target": torch.full((3, 6), 9)}, ValueError, ["target", "9", "8"]),
+        ({"target": torch.zeros(3, 6)}, TypeError, ["target", "float32"]),
+        ({"hidden": torch.zeros(3, 6, 4, dtype=F64)}, ValueError, ["hidden", "4", "5"]),
+        ({"hidden": torch.zeros(5, dtype=F64)}, ValueError, ["hidden", "L, H"]),
+        ({"lengths": torch.tensor([6, 0, 3])}, ValueError, ["lengths", "0"]),
+        ({"lengths": torch.tensor([6, 3])}, ValueError, ["lengths", "2", "3"]),
+        ({"lengths": torch.tensor([6, 3, 2]), "reduction": "sequence"}, ValueError, ["lengths", "sequence"]),
+        ({"reduction": "sum"}, ValueError, ["reduction", "sum", "mean"]),
+        ({"shift": 1}, ValueError, ["masked", "shift=1"]),
+        ({"shift": -1}, ValueError, ["shift", "-1"]),
+        ({"suppress": (1, 99)}, ValueError, ["suppress", "99"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_an_error_names_the_argument_and_what_came(changes, error, words):
+    hidden, weight, _, target, masked, p_mask = problem()
+    masked[:, 0] = True
+    arguments = {"hidden": hidden, "weight": weight, "target": target, "masked": masked, "p_mask": p_mask} | changes
+    with pytest.raises(error) as caught:
+        elbo_loss(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_empty_batch_and_a_nan_in_hidden_states_are_errors():
+    hidden, weight, _, target, masked, p_mask = problem()
+    with pytest.raises(ValueError, match="masked"):
+        elbo_loss(hidden[:0], weight, target[:0], masked[:0], p_mask[:0])
+    broken = hidden.detach().clone()
+    broken[2, 1, 0] = math.nan
+    with pytest.raises(ValueError, match="hidden"):
+        elbo_loss(broken, weight, target, masked, p_mask)
+
+
+# --- bgpo_loss --------------------------------------------------------------------------------------------------------
+
+ADVANTAGES = torch.tensor([1.5, -2.0, 0.0], dtype=F64)
+
+
+def mc_samples(K, shift=0):
+    """K samples of three sequences: hidden states per sample, one head, the full-logits ELBOs `[B, K]`."""
+    parts, elbos = [], []
+    _, weight, bias, target, *_ = problem(shift=shift)
+    for k in range(K):
+        hidden, _, _, _, masked, p_mask = problem(seed=k + 1, shift=shift)
+        token_weight = 1.0 / p_mask
+        logp = logits_of(hidden, weight, bias, shift=shift).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        elbos.append((torch.where(masked, logp, 0.0) * token_weight).sum(-1))
+        parts.append((hidden, masked, token_weight))
+    return parts, weight, bias, target, torch.stack(elbos, 1)
+
+
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_backward_on_each_sample_in_turn_sums_to_the_full_gradient(K, shift):
+    parts, weight, bias, target, elbo_BK = mc_samples(K, shift)
+    old_BK = elbo_BK.detach() + 0.3 * torch.randn(3, K, generator=torch.Generator().manual_seed(7), dtype=F64)
+    want = oracle.bgpo(elbo_BK, old_BK, ADVANTAGES)
+    leaves = [*(p[0] for p in parts), weight, bias]
+    want_grads = grads(want, leaves)
+    total = 0.0
+    for k, (hidden, masked, token_weight) in enumerate(parts):
+        loss = bgpo_loss(hidden, weight, target, masked, token_weight, old_BK[:, k], ADVANTAGES, K, bias=bias, shift=shift)
+        loss.backward()
+        total += float(loss.detach())
+    assert total == pytest.approx(float(want.detach()), rel=1e-12)
+    for leaf, gradient in zip(leaves, want_grads, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trainable_head", [True, False])
+def test_old_elbo_none_is_old_equal_to_the_current_policy(trainable_head):
+    ((hidden, masked, token_weight),), weight, bias, target, elbo_BK = mc_samples(1)
+    weight = weight.detach().requires_grad_(trainable_head)
+    bias = bias.detach()
+    leaves = (hidden, weight) if trainable_head else (hidden,)
+    arguments = hidden, weight, target, masked, token_weight
+    short = bgpo_loss(*arguments, None, ADVANTAGES, 8, bias=bias)
+    full = bgpo_loss(*arguments, elbo_BK[:, 0].detach(), ADVANTAGES, 8, bias=bias)
+    assert float(full.detach()) == pytest.approx(0.5 / 24)  # -(sum of A) / (samples x B)
+    same_value_and_gradients(short, full, leaves)
+
+
+def test_sequences_is_the_denominator_so_that_a_batch_may_be_cut():
+    ((hidden, masked, token_weight),), weight, _, target, elbo_BK = mc_samples(1)
+    old = elbo_BK[:, 0].detach() + 0.1
+    for old_elbo in (old, None):
+        whole = bgpo_loss(hidden, weight, target, masked, token_weight, old_elbo, ADVANTAGES, 4)
+        parts = sum(
+            bgpo_loss(
+                hidden[b : b + 1],
+                weight,
+                target[b : b + 1],
+                masked[b : b + 1],
+                token_weight[b : b + 1],
+                None if old_elbo is None else old_elbo[b : b + 1],
+                ADVANTAGES[b : b + 1],
+                4,
+                sequences=3,
+            )
+            for b in range(3)
+        )
+        same_value_and_gradients(parts, whole, (hidden, weight))
+
+
+def test_old_elbo_and_advantages_get_no_gradient():
+    ((hidden, masked, token_weight),), weight, _, target, elbo_BK = mc_samples(1)
+    old, advantages = elbo_BK[:, 0].detach().requires_grad_(), ADVANTAGES.clone().requires_grad_()
+    for old_elbo in (old, None):
+        bgpo_loss(hidden, weight, target, masked, token_weight, old_elbo, advantages, 4).backward()
+    assert old.grad is None
+    assert advantages.grad is None
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_a_sample_without_masked_tokens_is_finite(on_policy):
+    hidden, weight, _, target, _, _ = problem()
+    masked = torch.zeros(3, 6, dtype=torch.bool)
+    old = None if on_policy else torch.zeros(3, dtype=F64)
+    loss = bgpo_loss(hidden, weight, target, masked, torch.tensor(2.0), old, ADVANTAGES, 4)
+    assert float(loss.detach()) == pytest.approx(0.5 / 12)
+    for gradient in grads(loss, (hidden, weight)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_policy_far_from_the_old_one_gives_finite_gradients_where_a_is_positive():
+    ((hidden, masked, token_weight),), weight, _, target, elbo_BK = mc_samples(1)
+    for distance in (-2000.0, 2000.0):
+        loss = bgpo_loss(
+            hidden, weight, target, masked, token_weight, elbo_BK[:, 0].detach() + distance, torch.ones(3, dtype=F64), 4
+        )
+        for gradient in grads(loss, (hidden, weight)):
+            assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"samples": 0}, ["samples", "0"]),
+        ({"sequences": 0}, ["sequences", "0"]),
+        ({"token_weight": torch.tensor(0.0)}, ["token_weight", "0"]),
+        ({"token_weight": torch.tensor(-1.0)}, ["token_weight", "-1"]),
+        ({"token_weight": torch.tensor(math.nan)}, ["token_weight", "nan"]),
+        ({"old_elbo": torch.zeros(2)}, ["old_elbo", "2", "3"]),
+        ({"advantages": torch.zeros(3, 1)}, ["advantages", "3, 1"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bgpo_error_names_the_argument(changes, words):
+    hidden, weight, _, target, masked, p_mask = problem()
+    arguments = {
+        "token_weight": 1 / p_mask,
+        "old_elbo": torch.zeros(3, dtype=F64),
+        "advantages": ADVANTAGES,
+        "samples": 4,
+    } | changes
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        bgpo_loss(hidden, weight, target, masked, **arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(
+    leading=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    L=st.integers(1, 6),
+    V=st.integers(1, 7),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_equals_the_plain_sum(leading, L, V, share, seed):
+    hidden, weight, _, target, masked, p_mask = problem(leading, max(L, 2), 3, V, seed=seed)
+    masked = torch.rand(masked.shape, generator=torch.Generator().manual_seed(seed)) < share
+    ours = elbo_loss(hidden, weight, target, masked, p_mask)
+    logp = logits_of(hidden, weight).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    want = (torch.where(masked, -logp, 0.0) / p_mask).sum() / masked.numel()
+    same_value_and_gradients(ours, want, (hidden, weight), rtol=1e-9, atol=1e-10)
+
+
+def test_the_shape_of_every_argument_survives_non_contiguous_inputs():
+    hidden, weight, _, target, masked, p_mask = problem((4, 3))
+    want = elbo_loss(hidden, weight, target, masked, p_mask)
+    moved = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (hidden, target, masked, p_mask)]
+    assert not any(t.is_contiguous() for t in moved)
+    same_value_and_gradients(elbo_loss(moved[0], weight, *moved[1:]), want, (hidden, weight))
