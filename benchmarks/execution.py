@@ -1,0 +1,115 @@
+"""One case through setup, accuracy, time and memory: the rows of a result file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.measure import MIB, Memory, Timing, interleave, peak_memory
+from benchmarks.registry import Case, Contestant, Prepared, Row, Runner, Settings, Suite
+
+# a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another job
+PEER_SLACK = 100.0
+
+
+def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
+    """Every contestant's row: `status` is ok, absent, failed or wrong, with a `reason` unless ok.
+
+    Whatever raises becomes a row; nothing is dropped.
+    """
+    try:
+        prepared = case.setup(case.sizes)
+    except Exception as error:
+        return [_row(case, Contestant("all", "ours"), status="failed", reason=f"set-up: {_describe(error)}")]
+    rows = {contestant.name: _row(case, contestant) for contestant in prepared.contestants}
+    runners: dict[str, Runner] = {}
+    first_run_s: dict[str, float] = {}
+    for contestant in prepared.contestants:
+        row = rows[contestant.name]
+        if contestant.make is None:
+            row |= {"status": "absent", "reason": contestant.absent}
+            continue
+        try:
+            runner = contestant.make()
+            started = time.perf_counter()
+            result = runner()
+            first_run_s[contestant.name] = time.perf_counter() - started
+            row["errors"] = prepared.errors(result)
+            del result
+        except Exception as error:
+            row |= {"status": "failed", "reason": _describe(error)}
+            continue
+        row["note"] = contestant.note() if callable(contestant.note) else contestant.note
+        runners[contestant.name] = runner
+        if excess := _excess(row["errors"], case, contestant):
+            row |= {"status": "wrong", "reason": excess}
+    for name, timing in interleave(runners, first_run_s).items():
+        if isinstance(timing, Timing):
+            rows[name]["time_ms"] = timing.as_json()
+        else:
+            rows[name] |= {"status": "failed", "reason": _describe(timing)}
+    _add_ratios(rows, suite, case, prepared)
+    runners.clear()
+    for contestant in prepared.contestants:
+        if contestant.role != "floor" and rows[contestant.name]["time_ms"]:
+            _add_memory(rows[contestant.name], suite, case, contestant, settings)
+    return list(rows.values())
+
+
+def _row(case: Case, contestant: Contestant, *, status: str = "ok", reason: str = "") -> Row:
+    return {
+        "case": case.label,
+        "sizes": dict(case.sizes),
+        "contestant": contestant.name,
+        "role": contestant.role,
+        "status": status,
+        "reason": reason,
+        "note": "",
+        "time_ms": None,
+        "gflops_per_s": None,
+        "to_floor": None,
+        "to_baseline": None,
+        "memory_mib": None,
+        "memory_method": "",
+        "errors": {},
+    }
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _excess(errors: dict[str, float], case: Case, contestant: Contestant) -> str:
+    slack = 1.0 if contestant.role == "ours" else PEER_SLACK
+    over = [
+        f"{name} error {errors[name]:.1e} above {limit * slack:.0e}"
+        for name, limit in case.tolerance.items()
+        if name in errors and not errors[name] <= limit * slack  # a NaN is wrong
+    ]
+    return "; ".join(over)
+
+
+def _add_ratios(rows: dict[str, Row], suite: Suite, case: Case, prepared: Prepared) -> None:
+    def median(name: str) -> float | None:
+        row: dict[str, Any] = rows.get(name) or {}
+        return row["time_ms"]["median"] if row.get("time_ms") else None
+
+    floor = next((c.name for c in prepared.contestants if c.role == "floor"), "")
+    for name, row in rows.items():
+        if (own := median(name)) is None:
+            continue
+        if case.flops:
+            row["gflops_per_s"] = round(case.flops / own / 1e6, 1)
+        for key, other in (("to_floor", median(floor)), ("to_baseline", median(suite.baseline))):
+            row[key] = round(own / other, 4) if other else None
+        if row["role"] == "floor":
+            row |= {"memory_mib": round(prepared.output_bytes / MIB, 2), "memory_method": "outputs, by arithmetic"}
+
+
+def _add_memory(row: Row, suite: Suite, case: Case, contestant: Contestant, settings: Settings) -> None:
+    try:
+        memory: Memory = peak_memory(suite.name, case.label, contestant.name, settings)
+    except Exception as error:
+        row["memory_method"] = _describe(error)
+    else:
+        row |= {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}

@@ -1,0 +1,138 @@
+"""One PNG per suite, next to its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.registry import Row
+
+COLOURS = {
+    "ours": "#1b7837",
+    "ours (reference)": "#7fbf7b",
+    "ours (loop)": "#7fbf7b",
+    "eager": "#b35806",
+    "full graph": "#b35806",
+    "torch linear_ce": "#542788",
+    "floor": "#555555",
+}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
+    )
+    return pyplot
+
+
+def bars(rows: Sequence[Row], path: Path) -> None:
+    """Time over the floor, and extra memory, of each case and contestant; one line of panels per shape."""
+    pyplot = _pyplot()
+    shapes: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["time_ms"]:
+            key = ", ".join(f"{name}={row['sizes'][name]}" for name in row["sizes"] if name != "N")
+            shapes.setdefault(key, []).append(row)
+    if not shapes:
+        return
+    figure, axes = pyplot.subplots(len(shapes), 2, figsize=(13, 0.6 + 3.6 * len(shapes)), squeeze=False)
+    names = [name for name in COLOURS if any(row["contestant"] == name for row in rows)]
+    for (shape, members), (left, right) in zip(shapes.items(), axes, strict=True):
+        labels = list(dict.fromkeys(row["case"] for row in members))
+        for axis, value, title in (
+            (left, lambda row: row["to_floor"], "time / bare matrix products"),
+            (right, lambda row: row["memory_mib"], "extra peak memory, MiB"),
+        ):
+            _bars_of(axis, members, labels, names, value)
+            axis.set_title(f"{title}    ({shape})", loc="left", fontsize=10)
+            _log_scale(axis)
+        left.axhline(1.0, color=COLOURS["floor"], linewidth=1.2, linestyle="--", label="floor")
+    handles, captions = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, captions, loc="upper center", ncols=len(captions), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / (0.6 + 3.6 * len(shapes))))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars_of(axis: Any, rows: Sequence[Row], labels: Sequence[str], names: Sequence[str], value: Any) -> None:
+    shown = [name for name in names if name != "floor"]
+    width = 0.8 / max(1, len(shown))
+    by = {(row["case"], row["contestant"]): row for row in rows}
+    for i, name in enumerate(shown):
+        points = [
+            (x + (i - (len(shown) - 1) / 2) * width, value(by[label, name]))
+            for x, label in enumerate(labels)
+            if (label, name) in by and value(by[label, name])
+        ]
+        if not points:
+            continue
+        drawn = axis.bar(*zip(*points, strict=True), width=width * 0.92, color=COLOURS[name], label=name)
+        axis.bar_label(drawn, fmt=_short, fontsize=7, padding=1)
+    axis.set_xticks(range(len(labels)), [label.split()[0] for label in labels])
+    axis.grid(axis="x", visible=False)
+    axis.margins(y=0.12)
+
+
+def _log_scale(axis: Any) -> None:
+    """Logarithmic y with plain numbers at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
+    """Extra memory and seconds against the number of Monte-Carlo samples."""
+    pyplot = _pyplot()
+    measured = [row for row in rows if row["time_ms"]]
+    if not measured:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6))
+    ticks = sorted({row["sizes"]["K"] for row in measured})
+    for name in dict.fromkeys(row["contestant"] for row in measured):
+        mine = [row for row in measured if row["contestant"] == name]
+        style = {"color": COLOURS[name], "marker": "o", "markersize": 5, "label": f"{name} ({mine[0]['note']})"}
+        style["linestyle"] = "--" if name == "ours (loop)" else "-"
+        known = [row for row in mine if row["memory_mib"] is not None]
+        left.plot([row["sizes"]["K"] for row in known], [row["memory_mib"] for row in known], **style)
+        if known:
+            last = known[-1]
+            offset = (6, -11) if name == "ours (loop)" else (6, 4)
+            left.annotate(
+                f"{last['memory_mib']:.0f}",
+                (last["sizes"]["K"], last["memory_mib"]),
+                xytext=offset,
+                textcoords="offset points",
+                color=COLOURS[name],
+                fontsize=9,
+            )
+        milliseconds = [[row["time_ms"][key] for row in mine] for key in ("median", "q1", "q3")]
+        medians, low, high = ([value / 1e3 for value in values] for values in milliseconds)
+        right.plot([row["sizes"]["K"] for row in mine], medians, **style)
+        right.fill_between([row["sizes"]["K"] for row in mine], low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+    sizes = {key: value for key, value in measured[0]["sizes"].items() if key != "K"}
+    left.set_title("extra peak memory of one update, MiB", loc="left", fontsize=10)
+    right.set_title("seconds per update (median, quartiles)", loc="left", fontsize=10)
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        _log_scale(axis)
+        axis.set_xlabel("Monte-Carlo samples n_t")
+    left.legend(frameon=False, loc="upper left")
+    figure.suptitle(f"BGPO, EuroBERT of 2 layers, {', '.join(f'{k}={v}' for k, v in sizes.items())}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,181 @@
+"""Measure the library against its baselines: time, peak memory and accuracy from one setup each.
+
+    python benchmarks/run.py                                   all suites, under 3 minutes on 2 CPU cores
+    python benchmarks/run.py --list                            what there is
+    python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
+    python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
+    python benchmarks/run.py --compare benchmarks/results/cpu-2024-11-21.json                  what changed since
+
+Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
+runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong results, one of
+ours failed, or --compare found something worse; 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# run as a script, Python puts this folder first; the packages `benchmarks`, `trainer` and `dllm_kernels` lie one above
+sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """`N=256,H=64` to a dictionary. Raises ValueError naming what is wrong."""
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if not value.strip().isdigit() or int(value) == 0:
+            raise ValueError(f"--shape must be like N=256,H=64,V=1000 with sizes above 0, got {text!r}")
+        shape[key.strip()] = int(value)
+    return shape
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="append", help="a suite's name; may be given several times; default all")
+    parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
+    parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: runs/bench/<time>.json")
+    arguments = parser.parse_args(argv)
+    try:
+        return run(arguments, argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
+    """Measures and reports; returns the exit code. Raises ValueError for bad arguments, before anything is measured."""
+    import torch
+
+    from benchmarks import execution, measure, registry, report
+
+    names = list(dict.fromkeys(arguments.suite or registry.SUITE_MODULES))
+    suites = [registry.load(name) for name in names]
+    settings = _settings(arguments, suites)
+    base = _load_base(arguments.compare)
+    console = report.console()
+    if arguments.list:
+        for suite in suites:
+            console.print(f"[bold]{suite.name}[/]  {suite.title}")
+            for case in suite.cases(settings):
+                contestants = [c.name + f" (absent: {c.absent})" * bool(c.absent) for c in case.setup(case.tiny).contestants]
+                console.print(f"  {case.label}: {', '.join(contestants)}")
+        return 0
+
+    started = datetime.now().astimezone()
+    out = arguments.out or ROOT / "runs" / "bench" / f"{started:%Y-%m-%d-%H%M%S}.json"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+    except OSError as error:
+        raise ValueError(f"--out must be a writable file, got {out}: {error.strerror}") from None
+
+    measure.start_memory_server([module for suite in suites for module in suite.preload])
+    torch.set_num_threads(settings.threads)
+    results: dict[str, Any] = {
+        "schema": 1,
+        "created": started.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
+        "environment": _environment(settings),
+        "settings": asdict(settings),
+        "suites": {},
+    }
+    console.print(report.header(results["environment"], results["settings"]))
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 0.5 * cores:
+        console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
+    bad = 0
+    for suite in suites:
+        cases = suite.cases(settings)
+        rows: list[registry.Row] = []
+        for number, case in enumerate(cases, 1):
+            print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
+            rows += execution.measure_case(suite, case, settings)
+        entry: dict[str, Any] = {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
+        results["suites"][suite.name] = entry
+        out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
+        suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
+        console.print()
+        console.print(report.table(suite, rows))
+        if entry["arithmetic"]:
+            console.print(report.arithmetic_table(suite, entry["arithmetic"]))
+        console.print(f"{suite.name}: {entry['summary']}")
+        bad += sum(row["status"] == "wrong" or (row["status"] == "failed" and row["role"] == "ours") for row in rows)
+    seconds = (datetime.now().astimezone() - started).total_seconds()
+    console.print(f"\n{out} and {len(suites)} plots beside it, after {seconds:.0f} s", soft_wrap=True)
+    if bad:
+        console.print(f"[red]{bad} rows are wrong or failed[/]: see the tables")
+    if base is not None:
+        lines, worse = report.compare(base, results)
+        console.print("\n".join([f"\ncompared with {arguments.compare}:", *lines]), soft_wrap=True, markup=False)
+        bad += worse
+    return 1 if bad else 0
+
+
+def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
+    import torch
+
+    from benchmarks.registry import DTYPES, Settings
+
+    if arguments.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+    shape: dict[str, int] = {}
+    if arguments.shape is not None:
+        if len(suites) != 1:
+            raise ValueError("--shape needs exactly one --suite, since suites have sizes of their own")
+        shape, allowed = parse_shape(arguments.shape), suites[0].shape_keys
+        unknown, missing = shape.keys() - set(allowed), set(suites[0].required_shape) - shape.keys()
+        if unknown or missing:
+            raise ValueError(
+                f"--shape of {suites[0].name} takes {', '.join(allowed)}, got {arguments.shape!r}"
+                + f" without {', '.join(sorted(missing))}" * bool(missing)
+            )
+    threads = arguments.threads or torch.get_num_threads()
+    return Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads)
+
+
+def _load_base(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        base = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--compare must name a result file, got {path}: {error}") from None
+    if not isinstance(base, dict) or base.get("schema") != 1:
+        raise ValueError(f"--compare must name a result file of schema 1, got {path}")
+    return base
+
+
+def _environment(settings: Any) -> dict[str, Any]:
+    import torch
+
+    from dllm_kernels.backends import select
+    from dllm_kernels.backends.reference import HeadProblem
+    from trainer.environment import environment
+
+    probe = torch.zeros(1, 1, dtype=settings.torch_dtype)
+    return {
+        **environment(),
+        "backend": select(HeadProblem(probe, probe, torch.zeros(1, dtype=torch.int64))).NAME,
+        "load_average": ", ".join(f"{load:.1f}" for load in os.getloadavg()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""The LM head alone: scoring with each plan, and sampling, against eager PyTorch, PyTorch's own fused loss and the floor.
+
+The floor is the bare matrix products of the plan, outputs preallocated and touched, each by the fastest of the layouts that
+the vendor libraries offer here; its memory is the outputs alone, by arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import plots
+from benchmarks.registry import Case, Contestant, Prepared, Result, Row, Runner, Settings, Suite, relative_error
+from dllm_kernels import noise, sample_tokens, score_tokens
+from dllm_kernels.backends import select
+from dllm_kernels.backends.reference import HeadProblem
+
+# plan: matrix products (each 2 N H V FLOPs) by output, whether the head trains
+PLANS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "forward": (("logits",), False),
+    "unit": (("logits", "dhidden"), False),
+    "coef": (("logits", "dhidden", "dweight"), True),
+    "keep": (("logits", "dhidden", "dweight"), True),
+    "recompute": (("logits", "logits", "dhidden", "dweight"), True),
+    "sample": (("logits",), False),
+}
+SHAPES = ({"N": 256, "H": 512, "V": 16384}, {"N": 1024, "H": 64, "V": 16})
+SAMPLE_ROWS = 32  # a block of 32, as LLaDA decodes
+TINY = {"N": 16, "H": 16, "V": 64}
+PEER_CHUNK = 64  # rows; the default of F.linear_cross_entropy is 8 at H = 512, V = 32768: 15 to 20 times slower than eager
+SLAB = 2048  # vocabulary rows of the floor's blocked layout
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    target_N: Tensor
+    coef_N: Tensor
+    key_N: Tensor
+
+    def leaves(self, head_trains: bool) -> tuple[Tensor, Tensor]:
+        return self.hidden_NH.detach().requires_grad_(True), self.weight_VH.detach().requires_grad_(head_trains)
+
+
+def _inputs(sizes: Mapping[str, int], dtype: torch.dtype) -> _Inputs:
+    N, H, V = sizes["N"], sizes["H"], sizes["V"]
+    generator = torch.Generator().manual_seed(0)
+    zero = torch.zeros((), dtype=torch.int64)
+    return _Inputs(
+        hidden_NH=torch.randn(N, H, generator=generator).to(dtype),
+        weight_VH=torch.randn(V, H, generator=generator).mul_(2.5 / H**0.5).to(dtype),  # logits of deviation 2.5
+        target_N=torch.randint(V, (N,), generator=generator),
+        coef_N=torch.randn(N, generator=generator),
+        key_N=noise.row_bits(0, noise.Stream.TOKEN, zero, zero, torch.arange(N)),
+    )
+
+
+def cases(settings: Settings) -> list[Case]:
+    shapes = [TINY] if settings.tiny else [settings.shape] if settings.shape else SHAPES
+    found = []
+    for shape in shapes:
+        for plan, (products, _) in PLANS.items():
+            sizes = dict(shape)
+            if plan == "sample" and not settings.shape:
+                sizes["N"] = min(sizes["N"], SAMPLE_ROWS)
+            found.append(
+                Case(
+                    name=plan,
+                    sizes=sizes,
+                    tiny=TINY,
+                    setup=functools.partial(_setup, plan=plan, dtype=settings.torch_dtype),
+                    flops=2.0 * len(products) * sizes["N"] * sizes["H"] * sizes["V"],
+                    tolerance={
+                        "logp": 1e-3 if settings.dtype != "float32" else 1e-4,
+                        "entropy": 1e-3 if settings.dtype != "float32" else 1e-4,
+                        "gradient": 2e-2 if settings.dtype != "float32" else 1e-5,
+                    },
+                )
+            )
+    return found
+
+
+def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype) -> Prepared:
+    x = _inputs(sizes, dtype)
+    head_trains = PLANS[plan][1]
+    active = select(HeadProblem(x.hidden_NH, x.weight_VH, x.target_N)).NAME
+    floor = _Floor(x, PLANS[plan][0])
+    makers: list[Contestant] = [
+        Contestant("ours", "ours", functools.partial(_ours, x, plan), note=f"backend {active}"),
+        _second_backend(x, plan, active),
+        Contestant("eager", "peer", functools.partial(_eager, x, plan)),
+        _torch_fused(x, plan),
+        Contestant("floor", "floor", floor.make, note=lambda: floor.note),
+    ]
+    outputs = x.target_N.numel() * 4
+    if plan not in ("forward", "sample"):
+        outputs += x.hidden_NH.nbytes + (x.weight_VH.nbytes if head_trains else 0)
+    return Prepared(tuple(makers), _Oracle(x), outputs)
+
+
+@contextmanager
+def _backend(name: str | None) -> Iterator[None]:
+    before = os.environ.get("DLLM_KERNELS_BACKEND")
+    if name is not None:
+        os.environ["DLLM_KERNELS_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop("DLLM_KERNELS_BACKEND")
+            if before is not None:
+                os.environ["DLLM_KERNELS_BACKEND"] = before
+
+
+def _ours(x: _Inputs, plan: str, backend: str | None = None) -> Runner:
+    hidden, weight = x.leaves(PLANS[plan][1])
+
+    def run() -> Result:
+        hidden.grad = weight.grad = None
+        with _backend(backend):
+            if plan == "sample":
+                drawn = sample_tokens(x.hidden_NH, x.weight_VH, x.key_N)
+                return {"token": drawn.token, "logp": drawn.logp, "entropy": drawn.entropy}
+            if plan == "forward":
+                return _with_gradients(score_tokens(x.hidden_NH, x.weight_VH, x.target_N).logp)
+            if plan == "coef":
+                scores = score_tokens(hidden, weight, x.target_N, coef=x.coef_N)
+                assert scores.weighted_sum is not None
+                scores.weighted_sum.backward()
+            else:
+                scores = score_tokens(hidden, weight, x.target_N, plan=plan)
+                assert scores.logp is not None
+                scores.logp.backward(x.coef_N)
+        return _with_gradients(scores.logp, hidden, weight)
+
+    return run
+
+
+def _second_backend(x: _Inputs, plan: str, active: str) -> Contestant:
+    if active == "reference":
+        return Contestant("ours (reference)", "ours", absent="the active backend is the reference already")
+    return Contestant("ours (reference)", "ours", functools.partial(_ours, x, plan, "reference"))
+
+
+def _eager(x: _Inputs, plan: str) -> Runner:
+    """What a trainer writes without a library: logits, an fp32 log-softmax, a gather, autograd."""
+    hidden, weight = x.leaves(PLANS[plan][1])
+    generator = torch.Generator()
+
+    def run() -> Result:
+        hidden.grad = weight.grad = None
+        if plan == "sample":
+            # github ML-GSAI/LLaDA, generate.py: Gumbel-max in float64
+            logits = F.linear(x.hidden_NH, x.weight_VH).float()
+            uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
+            token = (logits.double().exp() / -torch.log(uniform)).argmax(-1)
+            logps = logits.log_softmax(-1)
+            return {
+                "token": token,
+                "logp": logps.gather(1, token[:, None])[:, 0],
+                "entropy": -(logps.exp() * logps).sum(-1),
+            }
+        with torch.set_grad_enabled(plan != "forward"):
+            logits = F.linear(hidden, weight)
+            logp = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, x.target_N[:, None])[:, 0]
+            del logits
+        if plan == "forward":
+            return _with_gradients(logp)
+        logp.backward(x.coef_N)
+        return _with_gradients(logp, hidden, weight)
+
+    return run
+
+
+def _torch_fused(x: _Inputs, plan: str) -> Contestant:
+    name = "torch linear_ce"
+    if plan == "sample":
+        return Contestant(name, "peer", absent="F.linear_cross_entropy does not sample")
+    if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return Contestant(name, "peer", absent=f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    note = f"{PEER_CHUNK}-row chunks"
+    return Contestant(name, "peer", functools.partial(_run_torch_fused, x, plan), note=note)
+
+
+def _run_torch_fused(x: _Inputs, plan: str) -> Runner:
+    hidden, weight = x.leaves(PLANS[plan][1])
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(PEER_CHUNK, len(x.target_N)))
+
+    def run() -> Result:
+        hidden.grad = weight.grad = None
+        with torch.set_grad_enabled(plan != "forward"):
+            # "none": the scalar reductions cannot weigh rows
+            logp = -F.linear_cross_entropy(hidden, weight, x.target_N, reduction="none", options=options)
+        if plan == "forward":
+            return _with_gradients(logp)
+        logp.backward(x.coef_N)
+        return _with_gradients(logp, hidden, weight)
+
+    return run
+
+
+def _with_gradients(logp: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None) -> Result:
+    assert logp is not None
+    found = {"logp": logp.detach()}
+    for name, leaf in (("dhidden", hidden), ("dweight", weight)):
+        if leaf is not None and leaf.grad is not None:
+            found[name] = leaf.grad
+    return found
+
+
+class _Floor:
+    """The bare products; `make` picks the fastest layout of each on this machine."""
+
+    def __init__(self, x: _Inputs, products: Sequence[str]) -> None:
+        self.x, self.products, self.note = x, products, ""
+
+    def make(self) -> Runner:
+        x, V, N = self.x, len(self.x.weight_VH), len(self.x.target_N)
+        slabs = [slice(v, min(v + SLAB, V)) for v in range(0, V, SLAB)]
+        z_NV = torch.randn(N, V).to(x.hidden_NH.dtype)
+        dhidden_NH, dweight_VH = torch.ones_like(x.hidden_NH), torch.ones_like(x.weight_VH)
+        layouts: dict[str, dict[str, Callable[[], object]]] = {
+            "logits": {"whole": lambda: torch.mm(x.hidden_NH, x.weight_VH.t(), out=z_NV)},
+            "dhidden": {"whole": lambda: torch.mm(z_NV, x.weight_VH, out=dhidden_NH)},
+            "dweight": {"whole": lambda: torch.mm(z_NV.t(), x.hidden_NH, out=dweight_VH)},
+        }
+        if x.hidden_NH.dtype == torch.float32:
+            if len(slabs) > 1:
+                layouts["logits"]["slabs"] = lambda: [torch.mm(x.hidden_NH, x.weight_VH[s].t(), out=z_NV[:, s]) for s in slabs]
+        else:  # where 16-bit products are emulated, an upcast in slabs is faster
+            h_NH, z32_NV, out_NH, out_VH = x.hidden_NH.float(), z_NV.float(), dhidden_NH.float(), dweight_VH.float()
+            layouts["logits"]["fp32"] = lambda: [torch.mm(h_NH, x.weight_VH[s].float().t(), out=z32_NV[:, s]) for s in slabs]
+            layouts["dhidden"]["fp32"] = lambda: [out_NH.addmm_(z32_NV[:, s], x.weight_VH[s].float()) for s in slabs]
+            layouts["dweight"]["fp32"] = lambda: torch.mm(z32_NV.t(), h_NH, out=out_VH)
+        best = {
+            name: min(layouts[name], key=lambda layout: _quickest(layouts[name][layout])) for name in dict.fromkeys(self.products)
+        }
+        self.note = ", ".join(f"{name} in {best[name]}" for name in best if best[name] != "whole") or "whole products"
+        chain = [layouts[name][best[name]] for name in self.products]
+
+        def run() -> Result:
+            for product in chain:
+                product()
+            return {}
+
+        return run
+
+
+def _quickest(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+class _Oracle:
+    """Errors against float64 on the same inputs; the weight is upcast in vocabulary slabs."""
+
+    def __init__(self, x: _Inputs) -> None:
+        self.x = x
+
+    @functools.cached_property
+    def logp_NV(self) -> Tensor:
+        hidden_NH = self.x.hidden_NH.double()
+        return torch.cat([hidden_NH @ w.double().t() for w in self.x.weight_VH.split(SLAB)], 1).log_softmax(-1)
+
+    @functools.cached_property
+    def operand_NV(self) -> Tensor:
+        operand_NV = -self.logp_NV.exp()
+        operand_NV[torch.arange(len(operand_NV)), self.x.target_N] += 1.0
+        return operand_NV.mul_(self.x.coef_N.double()[:, None])
+
+    @functools.cached_property
+    def dhidden_NH(self) -> Tensor:
+        total_NH = torch.zeros(self.x.hidden_NH.shape, dtype=torch.float64)
+        for start in range(0, len(self.x.weight_VH), SLAB):
+            span = slice(start, start + SLAB)
+            total_NH.addmm_(self.operand_NV[:, span], self.x.weight_VH[span].double())
+        return total_NH
+
+    def __call__(self, result: Result) -> dict[str, float]:
+        if not result:
+            return {}
+        chosen_N1 = result.get("token", self.x.target_N)[:, None]
+        true_logp_N = self.logp_NV.gather(1, chosen_N1)[:, 0]
+        found = {"logp": float((result["logp"].double() - true_logp_N).abs().max())}
+        if "entropy" in result:
+            true_entropy_N = -(self.logp_NV.exp() * self.logp_NV).sum(-1)
+            found["entropy"] = float((result["entropy"].double() - true_entropy_N).abs().max())
+        gradients = []
+        if "dhidden" in result:
+            gradients.append(relative_error([result["dhidden"]], [self.dhidden_NH]))
+        if "dweight" in result:
+            gradients.append(self._dweight_error(result["dweight"]))
+        return found | ({"gradient": max(gradients)} if gradients else {})
+
+    def _dweight_error(self, dweight_VH: Tensor) -> float:
+        hidden_NH, difference, size = self.x.hidden_NH.double(), 0.0, 0.0
+        for start in range(0, len(dweight_VH), SLAB):
+            true_VH = self.operand_NV[:, start : start + SLAB].t() @ hidden_NH
+            difference += float((dweight_VH[start : start + SLAB].double() - true_VH).square().sum())
+            size += float(true_VH.square().sum())
+        return (difference / size) ** 0.5
+
+
+def summary(rows: Sequence[Row]) -> str:
+    by_shape: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["contestant"] == "ours" and row["to_baseline"] and row["to_floor"]:
+            by_shape.setdefault(f"H={row['sizes']['H']}, V={row['sizes']['V']}", []).append(row)
+    if not by_shape:
+        return "ours did not run beside eager and the floor"
+    return (
+        "; ".join(
+            f"{shape}: "
+            + ", ".join(f"{r['case'].split()[0]} {r['to_baseline']:.2f} ({r['to_floor']:.2f})" for r in members)
+            + f", faster in {sum(r['to_baseline'] < 1 for r in members)} of {len(members)}"
+            for shape, members in by_shape.items()
+        )
+        + "; our time over eager's, and over the floor's in brackets"
+    )
+
+
+SUITE = Suite(
+    name="head",
+    title="the LM head: hidden states to log-probabilities, gradients and samples",
+    cases=cases,
+    baseline="eager",
+    error_columns=("logp", "entropy", "gradient"),
+    shape_keys=("N", "H", "V"),
+    required_shape=("N", "H", "V"),
+    summary=summary,
+    plot=plots.bars,
+)

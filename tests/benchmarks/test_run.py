@@ -1,0 +1,187 @@
+"""`benchmarks/run.py` end to end at its smallest sizes, and that its judgements can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
+
+from benchmarks import execution, measure, registry, report  # noqa: E402
+from benchmarks import run as runner  # noqa: E402
+from benchmarks.suites import bgpo, head  # noqa: E402
+
+TINY = registry.Settings(tiny=True, threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    out = tmp_path_factory.mktemp("bench") / "new" / "result.json"
+    command = [sys.executable, "benchmarks/run.py", "--tiny", "--threads", "1", "--out", str(out)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200), out
+
+
+def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    process, out = finished
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = json.loads(out.read_text())
+    assert results["schema"] == 1
+    assert results["command"].startswith("python benchmarks/run.py --tiny")
+    assert {"cpu", "threads", "python", "torch", "dllm_kernels", "git_commit", "head", "backend"} <= results["environment"].keys()
+    assert results["environment"]["threads"] == 1
+    assert results["suites"].keys() == registry.SUITE_MODULES.keys()
+    for name, suite in results["suites"].items():
+        assert f"{name}: {suite['summary']}" in " ".join(process.stdout.split()), "the summary is on the screen"
+        assert out.with_name(f"result-{name}.png").read_bytes().startswith(b"\x89PNG")
+        for row in suite["rows"]:
+            assert row["status"] in ("ok", "absent"), row
+            if row["status"] == "absent":
+                assert row["reason"]
+                continue
+            assert row["time_ms"]["runs"] >= 7
+            assert row["time_ms"]["min"] <= row["time_ms"]["q1"] <= row["time_ms"]["median"] <= row["time_ms"]["q3"]
+            assert row["memory_mib"] is not None, row["memory_method"]
+            assert row["to_baseline"] > 0
+            assert row["errors"] or row["role"] == "floor"
+    names = {row["case"].split()[0] for row in results["suites"]["head"]["rows"]}
+    assert names == {"forward", "unit", "coef", "keep", "recompute", "sample"}
+    assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} == {"ours", "ours (loop)", "full graph"}
+    assert results["suites"]["bgpo"]["arithmetic"]
+
+
+def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("head", "bgpo", "recompute N=256", "n_t=32", "full graph", "does not sample"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--suite", "heads"], "--suite must be one of head, bgpo, got 'heads'"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--shape", "N=1"], "--shape needs exactly one --suite"),
+        (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, H, V"),
+        (["--suite", "bgpo", "--shape", "V=zero"], "--shape must be like"),
+        (["--compare", "/nowhere.json"], "--compare must name a result file"),
+        (["--out", "/dev/null/x.json"], "--out must be a writable file"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_code_2(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(argv) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def _without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "peak_memory", lambda *_: measure.Memory(1.0, "none"))
+
+
+@pytest.mark.parametrize(("suite", "number"), [(bgpo.SUITE, 1), (head.SUITE, 2)])
+def test_unequal_gradients_fail_the_run(suite: registry.Suite, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_memory(monkeypatch)
+    case = suite.cases(TINY)[number]
+
+    def with_a_wrong_one(sizes: Any) -> registry.Prepared:
+        prepared = case.setup(sizes)
+        ours = prepared.contestants[0]
+        assert ours.make is not None
+        honest = ours.make()
+
+        def off_by_a_thousandth() -> registry.Result:
+            return {name: value * 1.001 if value.dim() > 1 else value for name, value in honest().items()}
+
+        def breaks() -> registry.Runner:
+            raise RuntimeError("no such library")
+
+        wrong = replace(ours, name="wrong", make=lambda: off_by_a_thousandth)
+        return replace(prepared, contestants=(*prepared.contestants, wrong, replace(ours, name="broken", make=breaks)))
+
+    rows = {row["contestant"]: row for row in execution.measure_case(suite, replace(case, setup=with_a_wrong_one), TINY)}
+    assert rows["ours"]["status"] == "ok"
+    assert rows["wrong"]["status"] == "wrong"
+    assert "gradient error 1.0e-03" in rows["wrong"]["reason"]
+    assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "RuntimeError: no such library")
+
+
+def test_a_wrong_row_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _without_memory(monkeypatch)
+    honest = bgpo.bgpo_in_pytorch
+    # the baseline and the oracle change sign, ours does not
+    monkeypatch.setattr(bgpo, "bgpo_in_pytorch", lambda *args: -honest(*args))
+    argv = ["--suite", "bgpo", "--tiny", "--threads", "1", "--shape", "K=1", "--out", str(tmp_path / "a.json")]
+    threads = torch.get_num_threads()
+    try:
+        assert runner.main(argv) == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_setup_that_fails_is_a_row() -> None:
+    def broken(_: Any) -> registry.Prepared:
+        raise ImportError("No module named 'transformers'")
+
+    rows = execution.measure_case(bgpo.SUITE, replace(bgpo.cases(TINY)[0], setup=broken), TINY)
+    assert [(row["status"], row["reason"]) for row in rows] == [("failed", "set-up: ImportError: No module named 'transformers'")]
+
+
+def test_compare_flags_a_regression(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    base = json.loads(finished[1].read_text())
+    assert report.compare(base, base)[1] == 0
+    slower = copy.deepcopy(base)
+    row = next(row for row in slower["suites"]["head"]["rows"] if row["contestant"] == "ours")
+    row["time_ms"] = {key: value * (1 if key == "runs" else 2) for key, value in row["time_ms"].items()}
+    fatter = next(row for row in slower["suites"]["bgpo"]["rows"] if row["contestant"] == "ours")
+    fatter["memory_mib"] += 100.0
+    fatter["errors"]["gradient"] = 1.0
+    # quartiles of this noisy tiny run may overlap their own double
+    original = next(r for r in base["suites"]["head"]["rows"] if r["contestant"] == "ours")["time_ms"]
+    row["time_ms"]["q1"] = max(row["time_ms"]["q1"], 1.01 * original["q3"])
+    lines, worse = report.compare(base, slower)
+    assert worse == 3
+    assert any(line.startswith("WORSE") and "(x2.00)" in line for line in lines)
+    assert any("extra memory" in line for line in lines)
+    assert report.compare(slower, base)[1] == 0, "an improvement is no regression"
+
+
+def test_memory_of_a_known_size_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = measure._growth(lambda: {"x": torch.ones(64 << 18)})  # 64 MiB
+    assert 60 < grown.extra_mib < 70
+    assert "reset" not in grown.method or "cannot be reset" in grown.method
+
+
+def test_interleaving_is_fair_and_survives_a_failure() -> None:
+    calls: list[str] = []
+
+    def breaks_later() -> registry.Result:
+        calls.append("c")
+        if calls.count("c") > 2:
+            raise RuntimeError("third")
+        return {}
+
+    def note(name: str) -> registry.Runner:
+        def call() -> registry.Result:
+            calls.append(name)
+            return {}
+
+        return call
+
+    runners = {"a": note("a"), "b": note("b"), "c": breaks_later}
+    found = measure.interleave(runners, dict.fromkeys(runners, 1.0), rounds=7)
+    assert isinstance(found["a"], measure.Timing)
+    assert len(found["a"].runs) == len(found["b"].runs) == 7  # type: ignore[union-attr]
+    assert isinstance(found["c"], RuntimeError)
+    assert calls[:7] == ["a", "b", "c", "b", "c", "a", "c"], "every round starts with another one"
