@@ -1,5 +1,6 @@
 """The README is true: its code runs, its before and after agree, its figures are those of the committed results."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from benchmarks import demo_table
 from dllm_kernels import elbo_loss, headless
 from tests.tiny import eurobert
 
@@ -54,3 +56,32 @@ def test_the_two_sides_of_the_diff_give_the_same_loss_and_gradients():
 )
 def test_every_file_it_names_is_there(path):
     assert (ROOT / path).exists()
+
+
+def test_the_demo_s_table_is_that_of_the_committed_runs_and_meets_its_bounds():
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo-cpu.json").read_text())
+    assert demo_table.in_readme(README) == demo_table.table(result)
+    assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
+    for way in ("rollout", "greedy"):
+        gains = [run["sets"]["unseen_puzzles"][way]["gain"]["gain"] for run in result["runs"]]
+        assert min(gains) > 0
+        assert sum(gains) / 3 >= 0.15
+
+
+def test_the_bgpo_figures_are_those_of_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu-xeon-2-cores.json").read_text())
+    rows = {(row["case"].split()[0], row["contestant"]): row for row in result["suites"]["bgpo"]["rows"]}
+    mib = {key: f"{row['memory_mib']:.0f}" for key, row in rows.items()}
+    assert f"from {mib['n_t=2', 'ours']} to {mib['n_t=32', 'ours']} MiB between n_t = 2 and 32" in README
+    assert f"from {mib['n_t=2', 'full graph']} to {mib['n_t=32', 'full graph']} MiB" in README
+    ratio = {n: rows[f"n_t={n}", "ours"]["to_baseline"] for n in (1, 32)}
+    assert f"Time at n_t = 32 is {ratio[32]:.2f} x the full graph's, at n_t = 1 {ratio[1]:.2f} x" in README
+
+
+def test_the_head_figures_are_those_of_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu-xeon-2-cores.json").read_text())
+    rows = [row for row in result["suites"]["head"]["rows"] if row["contestant"] == "ours" and row["sizes"]["V"] == 16384]
+    times = {row["case"].split()[0]: row["to_baseline"] for row in rows}
+    for plan in ("forward", "unit", "keep", "coef", "recompute"):
+        assert f"`{plan}` {times[plan]:.2f}" in README
+    assert f"`sample_tokens` takes {times['sample']:.1f} x eager" in README

@@ -80,4 +80,4 @@ def _accuracy(axis: Axes, records: Records) -> None:
         values = [100 * r[f"probe_{way}"] for r in probed]
         axis.plot([r["step"] for r in probed], values, color=color, linewidth=1.8, marker=".", label=label)
     axis.set_ylim(0, 100)
-    axis.legend(fontsize=9, frameon=False, loc="upper left")
+    axis.legend(fontsize=9, frameon=False, loc="lower right")
