@@ -53,9 +53,11 @@ def _cpu_model() -> str:
 
 def _git_commit() -> str | None:
     """Of the checkout that this package runs from; None for an installed one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:  # a virtual environment may lie inside somebody else's checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=5, check=True)
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
