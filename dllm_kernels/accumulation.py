@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dllm_kernels import checks
 from dllm_kernels.heads import Body, dropout_names, headless
 from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objectives.base import Batch, Objective
+from dllm_kernels.objective import Batch, Objective
 from dllm_kernels.scoring import score_tokens
 
 
@@ -84,8 +84,16 @@ def accumulate(
         >>> report.passes, report.backwards
         (1, 4)
     """
-    batch.check(plan)
+    if not isinstance(plan, MaskPlan) or not isinstance(batch, Batch):
+        raise TypeError(f"plan must be a MaskPlan and batch a Batch, got {type(plan).__name__} and {type(batch).__name__}")
+    objective.check(batch, plan)
     K, B, _ = plan.shape
+    if K == 0 or B == 0:
+        raise ValueError(f"plan must hold at least one sample and one sequence, got K={K}, B={B}")
+    if not torch.is_grad_enabled():
+        raise ValueError("accumulate computes gradients: call it outside torch.no_grad()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have a parameter that requires a gradient, got a fully frozen one")
     if denominator is None:
         if objective.denominator != "sequences":
             raise ValueError(
@@ -97,15 +105,12 @@ def accumulate(
     checks.count("samples_per_pass", samples_per_pass)
     sequences_per_pass = B if sequences_per_pass is None else checks.count("sequences_per_pass", sequences_per_pass)
     model_kwargs = model_kwargs or {}
-    for name, tensor in model_kwargs.items():
-        checks.shape(name, tensor, [B, *([None] * (tensor.dim() - 1))])
+    _check_kwargs(model_kwargs, plan)
     started = time.perf_counter()
     coupling = objective.on_policy_coupling if objective.is_on_policy(batch) else objective.coupling
     two_passes = coupling == "batch" or (coupling == "sequence" and samples_per_pass < K)
-    if two_passes and (active := dropout_names(model)):
-        raise ValueError(
-            f"model must be deterministic where two passes have to agree, but dropout is active: {', '.join(active[:3])}"
-        )
+    if two_passes or (objective.old_scores is not None and not objective.is_on_policy(batch)):
+        _refuse_dropout(model)
 
     cuts = _Cuts(plan, batch, model_kwargs, samples_per_pass, sequences_per_pass)
     forwards = backwards = rows = 0
@@ -177,13 +182,31 @@ def score_samples(
 ) -> Tensor:
     """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy."""
     K, B, _ = plan.shape
-    cuts = _Cuts(plan, Batch(), model_kwargs or {}, checks.count("samples_per_pass", samples_per_pass), sequences_per_pass or B)
+    _refuse_dropout(model)
+    _check_kwargs(model_kwargs or {}, plan)
+    checks.count("samples_per_pass", samples_per_pass)
+    sequences_per_pass = B if sequences_per_pass is None else checks.count("sequences_per_pass", sequences_per_pass)
+    cuts = _Cuts(plan, Batch(), model_kwargs or {}, samples_per_pass, sequences_per_pass)
     with torch.no_grad(), headless(model) as body:
         elbo_BK = torch.zeros(B, K, dtype=_statistics_dtype(body.weight), device=plan.input_ids_BS.device)
         for cut in cuts:
             logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
             elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N).t()
     return elbo_BK
+
+
+def _check_kwargs(model_kwargs: dict[str, Tensor], plan: MaskPlan) -> None:
+    for name, tensor in model_kwargs.items():
+        checks.require_tensor(name, tensor)
+        checks.shape(name, tensor, [plan.shape[1], *([None] * (tensor.dim() - 1))])
+        checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    if active := dropout_names(model):
+        raise ValueError(
+            f"model must be deterministic where two passes have to agree, but dropout is active: {', '.join(active[:3])}"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -61,3 +62,21 @@ def count(name: str, value: object, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity; reads values, see `may_read`."""
+    if may_read(tensor) and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be finite, got {float(tensor[~torch.isfinite(tensor)].flatten()[0])}")
+
+
+def number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
+    """A finite Python number, above or at least a bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    bound = (
+        "" if above is None and least is None else f" and {f'above {above:g}' if above is not None else f'at least {least:g}'}"
+    )
+    if not math.isfinite(value) or (above is not None and not value > above) or (least is not None and not value >= least):
+        raise ValueError(f"{name} must be finite{bound}, got {value}")
+    return float(value)

@@ -25,6 +25,7 @@ def elbo_loss(
     shift: int = 0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    temperature: float = 1.0,
     suppress: Sequence[int] = (),
     reduction: str = "mean",
 ) -> Tensor:
@@ -39,7 +40,7 @@ def elbo_loss(
         masked: bool `[..., L]`, the hidden tokens.
         p_mask: broadcastable to `[..., L]`, in (0, 1]: the probability with which each token was hidden.
         lengths: broadcastable to `[...]`, above 0, the answer lengths.
-        shift: 1 where position i is predicted by row i - 1. bias, softcap, suppress: as in `score_tokens`.
+        shift: 1 where position i is predicted by row i - 1. bias, softcap, temperature, suppress: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
             (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`.
@@ -57,7 +58,7 @@ def elbo_loss(
     factor_N = 1.0 / _at_rows("p_mask", p_mask, masked.shape, position_N, upper=1.0)
     sequence_N = position_N // L
     leading = masked.shape[:-1]
-    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "suppress": suppress}
+    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "temperature": temperature, "suppress": suppress}
     if reduction == "sequence":
         if lengths is not None:
             raise ValueError("lengths divides only under reduction='mean', got reduction='sequence'")
@@ -102,6 +103,7 @@ def bgpo_loss(
     shift: int = 0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    temperature: float = 1.0,
     suppress: Sequence[int] = (),
 ) -> Tensor:
     """BGPO's bound terms of one Monte-Carlo sample: call backward on each of the `samples` in turn.
@@ -117,7 +119,7 @@ def bgpo_loss(
             current one, then d = 0 and the coefficients A / samples are known before the forward pass, which is cheaper.
         advantages: `[B]`. samples: n_t >= 1.
         sequences: the denominator, the number of sequences of the whole optimizer step; default B.
-        shift, bias, softcap, suppress: as in `elbo_loss`.
+        shift, bias, softcap, temperature, suppress: as in `elbo_loss`.
 
     old_elbo and advantages are detached. Returns a float32 scalar (float64 for float64 inputs). Raises as `elbo_loss`.
 
@@ -131,10 +133,12 @@ def bgpo_loss(
     B, L, rows, target_N, position_N = _masked_rows(hidden, target, masked, shift)
     checks.shape("masked", masked, [None, None])
     checks.shape("advantages", advantages, [B])
+    checks.same_device("advantages", advantages, "hidden", hidden)
+    checks.finite("advantages", advantages)
     advantages = advantages.detach()
     divisor = samples * (B if sequences is None else checks.count("sequences", sequences))
     factor_N = _at_rows("token_weight", token_weight, masked.shape, position_N)
-    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "suppress": suppress}
+    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "temperature": temperature, "suppress": suppress}
     if old_elbo is None:
         coef_N = -advantages.to(factor_N.dtype)[position_N // L] * factor_N / divisor
         scores = score_tokens(hidden, weight, target_N, coef=coef_N, **options)
@@ -142,6 +146,8 @@ def bgpo_loss(
         # value of the loss at d = 0 with the gradient of the weighted sum
         return scores.weighted_sum - scores.weighted_sum.detach() - (advantages.sum() / divisor).to(scores.weighted_sum.dtype)
     checks.shape("old_elbo", old_elbo, [B])
+    checks.same_device("old_elbo", old_elbo, "hidden", hidden)
+    checks.finite("old_elbo", old_elbo)
     logp_N = score_tokens(hidden, weight, target_N, **options).logp
     assert logp_N is not None
     elbo_B = _sum_by_sequence(logp_N * factor_N.to(logp_N.dtype), position_N, B, L)
@@ -159,6 +165,10 @@ def _masked_rows(hidden: Tensor, target: Tensor, masked: Tensor, shift: int) -> 
     if masked.numel() == 0:
         raise ValueError(f"masked must hold at least one sequence and one token, got shape {list(masked.shape)}")
     checks.dtype("target", target, [torch.int64])
+    if target.dim() == 0 or target.shape[-1] != masked.shape[-1]:
+        raise ValueError(
+            f"target must be broadcastable to {list(masked.shape)} in its leading dimensions, got {list(target.shape)}"
+        )
     try:
         target = target.expand(masked.shape)
     except RuntimeError:
@@ -175,15 +185,17 @@ def _masked_rows(hidden: Tensor, target: Tensor, masked: Tensor, shift: int) -> 
 def _at_rows(name: str, values: Tensor, shape: Sequence[int], index_N: Tensor, *, upper: float | None = None) -> Tensor:
     """Positive values, broadcast to `shape`, at flat indices; detached, in float64 where they are, else float32."""
     checks.require_tensor(name, values)
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     try:
-        broadcast = values.detach().expand(*shape)
+        broadcast = values.detach().expand(tuple(shape))
     except RuntimeError:
         raise ValueError(f"{name} must be broadcastable to {list(shape)}, got {list(values.shape)}") from None
     checks.same_device(name, values, "hidden", index_N)
     if checks.may_read(values) and values.numel():
         smallest, largest = float(values.min()), float(values.max())
-        if not smallest > 0 or not largest <= (float("inf") if upper is None else upper):
-            allowed = "above 0" if upper is None else f"in (0, {upper:g}]"
+        if not smallest > 0 or not (largest < float("inf") if upper is None else largest <= upper):
+            allowed = "above 0 and finite" if upper is None else f"in (0, {upper:g}]"
             raise ValueError(f"{name} must be {allowed}, got values from {smallest:g} to {largest:g}")
     picked_N = broadcast.reshape(-1)[index_N]
     return picked_N if picked_N.dtype == torch.float64 else picked_N.float()

@@ -92,8 +92,7 @@ def generate(
     blocks = length // block_length
     if steps % blocks or steps > length:
         raise ValueError(f"steps must be a multiple of the {blocks} blocks and at most length={length}, got {steps}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    checks.number("temperature", temperature, least=0)
     if shift > P:
         raise ValueError(f"prompt_ids must have at least {shift} token(s) when shift={shift}, got {P}")
     if checks.may_read(prompt_ids) and bool((prompt_ids == mask_id).any()):
@@ -104,6 +103,7 @@ def generate(
         sequence_ids = torch.arange(B, device=prompt_ids.device)
     checks.dtype("sequence_ids", sequence_ids, [torch.int64])
     checks.shape("sequence_ids", sequence_ids, [B])
+    checks.same_device("sequence_ids", sequence_ids, "prompt_ids", prompt_ids)
     if checks.may_read(sequence_ids) and len(torch.unique(sequence_ids)) != B:
         raise ValueError("sequence_ids must be distinct: equal ids would share their noise")
     if active := dropout_names(model):
@@ -112,6 +112,7 @@ def generate(
         )
     if attention_mask is not None:
         checks.shape("attention_mask", attention_mask, [B, P])
+        checks.same_device("attention_mask", attention_mask, "prompt_ids", prompt_ids)
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
     noise.check_seed(seed)
 

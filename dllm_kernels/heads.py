@@ -20,6 +20,7 @@ class _Tap:
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
+        self.active = True
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
@@ -38,8 +39,10 @@ class Body:
         self.head = head
         self._tap = tap
         embed = getattr(model, "get_input_embeddings", None)
+        embedding = embed() if callable(embed) else None
+        self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
-        self._vocabulary = int(getattr(embed() if callable(embed) else None, "num_embeddings", self.weight.shape[0]))
+        self._vocabulary = int(getattr(embedding, "num_embeddings", self.weight.shape[0]))
         config: Any = getattr(model, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
@@ -66,6 +69,13 @@ class Body:
 
         Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids' shape too.
         """
+        if not self._tap.active:
+            raise ValueError("body must be called inside its headless context, which has ended")
+        checks.dtype("input_ids", input_ids, (torch.int64, torch.int32))
+        if input_ids.dim() == 0 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must have shape [..., S] and hold at least one id, got {list(input_ids.shape)}")
+        if self._embedding is not None:
+            checks.same_device("input_ids", input_ids, "the input embedding", self._embedding)
         checks.in_range("input_ids", input_ids, 0, self._vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         if kwargs.get("attention_mask") is not None:
@@ -78,6 +88,8 @@ class Body:
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
         self._check_logits(hidden, getattr(output, "logits", None))
+        if torch.is_autocast_enabled(hidden.device.type):  # where the head's own product would cast its operands to one dtype
+            hidden = hidden.to(self.weight.dtype)
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     def _check_logits(self, hidden: Tensor, column: Tensor | None) -> None:
@@ -121,6 +133,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ValueError(
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
+            + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
         )
     checks.shape("model's output embedding weight", head.weight, [None, None])
     tap = _Tap()
@@ -133,6 +146,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
             del head.forward
         else:
             head.forward = previous
+        tap.active = False
 
 
 def dropout_names(model: nn.Module) -> list[str]:

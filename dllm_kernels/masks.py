@@ -141,6 +141,9 @@ class MaskPlan:
 
     def cut(self, *, samples: slice | Tensor = slice(None), sequences: slice | Tensor = slice(None)) -> MaskPlan:
         """The plan of some samples and sequences, with the very bits they have in the whole."""
+        for name, part in (("samples", samples), ("sequences", sequences)):
+            if not isinstance(part, slice) and not (isinstance(part, Tensor) and part.dim() == 1):
+                raise TypeError(f"{name} must be a slice or a 1-d tensor of indices, got {part!r}")
         return replace(
             self,
             input_ids_BS=self.input_ids_BS[sequences],
@@ -217,9 +220,9 @@ def make_mask_plan(
         checks.same_device(name, tensor, "input_ids_BS", input_ids_BS)
     if law != "bernoulli" and (t is not None or t_min != 0.0):
         raise ValueError(f"t and t_min are options of law='bernoulli', got law={law!r}")
-    if t is not None and not 0.0 < t <= 1.0:
+    if t is not None and checks.number("t", t, above=0) > 1.0:
         raise ValueError(f"t must be in (0, 1], got {t}")
-    if not 0.0 <= t_min < 1.0:
+    if checks.number("t_min", t_min, least=0) >= 1.0:
         raise ValueError(f"t_min must be in [0, 1), got {t_min}")
     if checks.may_read(input_ids_BS):
         if bool(completion_mask_BS[:, :shift].any()):

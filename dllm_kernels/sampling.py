@@ -54,14 +54,12 @@ def sample_tokens(
         >>> sample_tokens(torch.randn(4, 8), torch.randn(11, 8), key).token.shape
         torch.Size([4])
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    checks.number("temperature", temperature, least=0)
     checks.count("step", step, 0)
     checks.dtype("key", key, [torch.int64])
     checks.shape("key", key, [None])
     checks.same_device("key", key, "hidden", hidden)
-    if not logit_temperature > 0:
-        raise ValueError(f"logit_temperature must be above 0, got {logit_temperature}")
+    checks.number("logit_temperature", logit_temperature, above=0)
     problem = head_problem(
         hidden,
         weight,

@@ -83,8 +83,8 @@ def score_tokens(
         rows: int64 `[N]`, unique flat indices into `hidden.reshape(-1, H)`; None means all rows in order.
         bias: `[V]`. softcap: > 0. temperature: > 0, a number or `[N]` (no gradient flows to it).
         suppress: ids that get probability 0 (the mask id). valid_vocab: ids from here on get probability 0.
-        coef, entropy_coef: `[N]` coefficients known beforehand. Then `weighted_sum = sum coef * logp + sum entropy_coef *
-            entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
+        coef, entropy_coef: `[N]` finite coefficients known beforehand, detached. Then `weighted_sum = sum coef * logp +
+            sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
         want: any of "logp", "entropy", "lse", "top_logp", "top_id".
         plan: forces one of "forward", "unit", "coef", "keep", "recompute"; None chooses from static facts.
 
@@ -153,6 +153,7 @@ def head_backward(
     """
     if not isinstance(rows, Rows):
         raise TypeError(f"rows must be a dllm_kernels.scoring.Rows, got {type(rows).__name__}")
+    checks.require_tensor("coef", coef)
     problem = _problem(hidden, weight, rows.target, rows.index, bias, softcap, temperature, suppress, valid_vocab)
     dtype = problem.statistics_dtype
     for name, buffer, like in (("dweight_out", dweight_out, weight), ("dbias_out", dbias_out, weight[:, 0])):
@@ -213,15 +214,16 @@ def head_problem(
     if bias is not None:
         checks.dtype("bias", bias, checks.FLOATS)
         checks.shape("bias", bias, [vocabulary])
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 (None for no cap), got {softcap}")
+    if softcap is not None:
+        checks.number("softcap", softcap, above=0)
     if isinstance(temperature, Tensor):
         checks.shape("temperature", temperature, [count])
+        checks.finite("temperature", temperature)
         if checks.may_read(temperature) and not bool((temperature > 0).all()):
             raise ValueError("temperature must be above 0 at every row")
         temperature = temperature.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    else:
+        checks.number("temperature", temperature, above=0)
     for name, tensor in (("weight", weight), ("rows", rows), ("bias", bias), ("temperature", temperature)):
         if isinstance(tensor, Tensor):
             checks.same_device(name, tensor, "hidden", hidden)
@@ -261,9 +263,13 @@ def _problem(
 
 
 def _excluded(suppress: Sequence[int], valid_vocab: int | None, vocabulary: int, device: torch.device) -> Tensor | None:
-    if valid_vocab is not None and not 1 <= valid_vocab <= vocabulary:
+    if valid_vocab is not None and checks.count("valid_vocab", valid_vocab) > vocabulary:
         raise ValueError(f"valid_vocab must be in 1..{vocabulary}, got {valid_vocab}")
+    if not isinstance(suppress, (tuple, list)):
+        raise TypeError(f"suppress must be a tuple or list of ids, got {type(suppress).__name__}")
     for token in suppress:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"suppress must hold ints, got {type(token).__name__}")
         if not 0 <= token < vocabulary:
             raise ValueError(f"suppress must hold ids in 0..{vocabulary - 1}, got {token}")
     limit = vocabulary if valid_vocab is None else valid_vocab
@@ -283,12 +289,15 @@ def _coefficient(name: str, coef: Tensor | None, problem: HeadProblem) -> Tensor
     checks.dtype(name, coef, checks.FLOATS)
     checks.shape(name, coef, [problem.rows])
     checks.same_device(name, coef, "hidden", problem.hidden_MH)
+    checks.finite(name, coef)
     return coef.detach().to(problem.statistics_dtype)
 
 
 def _choose_plan(plan: str | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: HeadProblem, known: bool) -> str:
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_trains)
+    if wants_gradient and (hidden.is_inference() or weight.is_inference()):
+        raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
     operand_bytes = problem.rows * weight.shape[0] * hidden.dtype.itemsize
     if known:
         automatic = "coef"

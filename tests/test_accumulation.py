@@ -148,10 +148,10 @@ def data_contributions(logp, plan, batch):
     return -(batch.per_sequence["advantages"] * plan.elbo(logp).sum(0)).sum() / plan.samples
 
 
-RATIO = Objective("ratio", ratio_contributions, "sequence", "none", "sequences", "old_elbo")
-CENTRED = Objective("centred", centred_contributions, "batch", "batch", "groups", None)
-TOKEN = Objective("token", token_contributions, "token", "token", "tokens", None)
-DATA = Objective("data", data_contributions, "none", "none", "sequences", None)
+RATIO = Objective("ratio", ratio_contributions, "sequence", "none", "sequences", "old_elbo", ("advantages", "old_elbo"))
+CENTRED = Objective("centred", centred_contributions, "batch", "batch", "groups", None, ("advantages",))
+TOKEN = Objective("token", token_contributions, "token", "token", "tokens", None, ("advantages",))
+DATA = Objective("data", data_contributions, "none", "none", "sequences", None, ("advantages",))
 
 
 def batch_of(objective, model, plan):
@@ -206,9 +206,10 @@ def test_the_model_really_ran_as_often_as_the_report_says():
 # --- denominators and cuts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["on", "off"])
-@pytest.mark.parametrize("objective", [BGPO, TOKEN], ids=lambda o: o.name)
-def test_two_calls_with_the_step_s_denominator_equal_one(policy, objective):
+@pytest.mark.parametrize(
+    ("objective", "policy"), [(BGPO, "on"), (BGPO, "off"), (TOKEN, "on")], ids=lambda o: getattr(o, "name", o)
+)
+def test_two_calls_with_the_step_s_denominator_equal_one(objective, policy):
     model, plan = eurobert(), plan_of(4)
     entries = {"old_sample_elbo": old_scores(model, plan)} if policy == "off" else {}
     batch = Batch({"advantages": ADVANTAGES}, entries)
@@ -313,8 +314,12 @@ def test_dropout_is_refused_where_two_passes_must_agree_and_allowed_where_one_is
         with pytest.raises(ValueError, match=r"model.*dropout"):
             accumulate(model, plan, objective, batch_of(objective, eurobert(), plan), denominator=3.0)
     assert accumulate(model, plan, BGPO, Batch({"advantages": ADVANTAGES})).passes == 1
-    assert accumulate(model, plan, RATIO, batch_of(RATIO, eurobert(), plan), samples_per_pass=4).passes == 1
+    with pytest.raises(ValueError, match=r"model.*dropout"):  # the old scores are another pass
+        accumulate(model, plan, RATIO, batch_of(RATIO, eurobert(), plan), samples_per_pass=4)
+    with pytest.raises(ValueError, match=r"model.*dropout"):
+        score_samples(model, plan)
     model.eval()
+    assert accumulate(model, plan, RATIO, batch_of(RATIO, eurobert(), plan), samples_per_pass=4).passes == 1
     assert accumulate(model, plan, RATIO, batch_of(RATIO, model, plan)).passes == 2
 
 
@@ -330,8 +335,28 @@ def test_an_error_names_the_argument():
         accumulate(model, plan, BGPO, Batch({"advantages": ADVANTAGES[:2]}))
     with pytest.raises(ValueError, match=r"old_sample_elbo.*\[3, 2\].*\[2, 3\]"):
         accumulate(model, plan, BGPO, Batch({"advantages": ADVANTAGES}, {"old_sample_elbo": torch.zeros(2, 3)}))
+    old = torch.zeros(B, 2)
+    for batch, words in (
+        (Batch(), r"per_sequence must hold 'advantages'"),
+        (Batch({"advantages": ADVANTAGES[:, None]}), r"advantages must have 1 dimension"),
+        (Batch({"advantages": ADVANTAGES}, {"old_sample_elbo": old[..., None]}), r"old_sample_elbo must have 2 dimension"),
+        (Batch({"advantages": ADVANTAGES}, {"old_sample_elbos": old}), r"per_sample holds 'old_sample_elbos'"),
+        (Batch({"advantages": ADVANTAGES, "old_sample_elbo": old}), r"per_sequence holds 'old_sample_elbo'"),
+        (Batch({"advantages": ADVANTAGES * math.nan}), r"advantages must be finite"),
+        (Batch({"advantages": ADVANTAGES.to("meta")}), r"advantages must be on the device"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            accumulate(model, plan, BGPO, batch)
     with pytest.raises(ValueError, match="samples_per_pass"):
         accumulate(model, plan, BGPO, good, samples_per_pass=0)
+    with pytest.raises(ValueError, match=r"sequences_per_pass.*-1"):
+        score_samples(model, plan, sequences_per_pass=-1)
+    with pytest.raises(ValueError, match="no_grad"), torch.no_grad():
+        accumulate(model, plan, BGPO, good)
+    with pytest.raises(ValueError, match="K=2, B=0"):
+        accumulate(model, plan.cut(sequences=slice(0, 0)), BGPO, Batch({"advantages": ADVANTAGES[:0]}), denominator=4)
+    with pytest.raises(TypeError, match=r"samples must be a slice"):
+        plan.cut(samples=1)
     with pytest.raises(ValueError, match="sequences_per_pass"):
         accumulate(model, plan, BGPO, good, sequences_per_pass=0)
     with pytest.raises(ValueError, match="attention_mask"):

@@ -301,7 +301,7 @@ def from_operands(
 def sample(
     problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float, row_kernel: RowKernel = row_kernel_
 ) -> dict[str, Tensor]:
-    """Gumbel-max over `z / temperature + gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
+    """Gumbel-max over `z + temperature * gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
 
     Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype.
     `problem.target_N` gives the number of rows, its values are not read; `problem.temperature` is 1.
@@ -327,7 +327,8 @@ def sample(
         perturbed_NV = logits_CV[:n].clone()
         _transform_(perturbed_NV, bias_V, p.softcap, temperature_N, p.excluded_V)
         if temperature > 0:
-            perturbed_NV = perturbed_NV / temperature + gumbel(key_N[span], vocabulary, step=step)
+            # scaled by the temperature, which changes no argmax and overflows at none
+            perturbed_NV = perturbed_NV.double() + temperature * gumbel(key_N[span], vocabulary, step=step)
         token_N = perturbed_NV.argmax(-1)
         stats = row_kernel(
             logits_CV[:n],

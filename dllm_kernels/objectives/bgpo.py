@@ -16,7 +16,7 @@ from torch import Tensor
 from dllm_kernels import checks
 from dllm_kernels.elbo import bgpo_terms
 from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objectives.base import Batch, Objective
+from dllm_kernels.objective import Batch, Objective
 
 
 def bgpo(
@@ -100,4 +100,6 @@ BGPO = Objective(
     on_policy_coupling="none",
     denominator="sequences",
     old_scores="old_sample_elbo",
+    per_sequence=("advantages",),
+    per_sample=("old_sample_elbo",),
 )

@@ -23,13 +23,15 @@ class Batch:
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, plan: MaskPlan) -> None:
-        """Raises ValueError naming the entry whose leading sizes are not the plan's B, or B and K."""
+        """Raises ValueError naming the entry that is not finite, or not of the plan's B, or B and K, or on its device."""
         K, B, _ = plan.shape
         for entries, sizes in ((self.per_sequence, (B,)), (self.per_sample, (B, K))):
             for name, tensor in entries.items():
                 checks.require_tensor(name, tensor)
                 if tuple(tensor.shape[: len(sizes)]) != sizes:
                     raise ValueError(f"{name} must have leading sizes {list(sizes)}, got shape {list(tensor.shape)}")
+                checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
+                checks.finite(name, tensor)
 
     def cut(self, *, samples: slice = slice(None), sequences: slice = slice(None)) -> Batch:
         return Batch(
@@ -54,7 +56,22 @@ class Objective:
     coupling: Coupling
     on_policy_coupling: Coupling
     denominator: Denominator
-    old_scores: str | None  # the per-sample or per-sequence entry of Batch that makes it off-policy
+    old_scores: str | None  # the entry of Batch that makes it off-policy
+    per_sequence: tuple[str, ...] = ()  # entries [B] that Batch must hold, old scores apart
+    per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch may hold
 
     def is_on_policy(self, batch: Batch) -> bool:
         return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
+
+    def check(self, batch: Batch, plan: MaskPlan) -> None:
+        """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train on-policy."""
+        batch.check(plan)
+        if missing := set(self.per_sequence) - {self.old_scores} - set(batch.per_sequence):
+            raise ValueError(f"batch.per_sequence must hold {min(missing)!r} for {self.name}, got {sorted(batch.per_sequence)}")
+        taken = (("per_sequence", batch.per_sequence, self.per_sequence, 1), ("per_sample", batch.per_sample, self.per_sample, 2))
+        for where, entries, known, dimensions in taken:
+            for name, tensor in entries.items():
+                if name not in known:
+                    raise ValueError(f"batch.{where} holds {name!r}, but {self.name} takes {list(known)} there")
+                if tensor.dim() != dimensions:
+                    raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {list(tensor.shape)}")
