@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +18,7 @@ from yaml import YAMLError
 from trainer.errors import ConfigError
 
 CELLS = 16
+MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -114,7 +117,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     out: Annotated[str, Field(min_length=1)]
-    threads: Positive
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
     task: TaskConfig
     model: ModelConfig
     sft: SftConfig
@@ -145,12 +148,9 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
     Raises ConfigError naming the key, what came and what is allowed.
     """
     try:
-        layers = [OmegaConf.create(default_config_text() if base is None else base)]
+        layers = [_mapping(default_config_text() if base is None else base, "the config of the run")]
         if file is not None:
-            loaded = OmegaConf.load(file)
-            if not isinstance(loaded, DictConfig):
-                raise ConfigError(f"config file {file} must hold keys and values, got {type(loaded).__name__}")
-            layers.append(loaded)
+            layers.append(_mapping(file.read_text(encoding="utf-8"), f"config file {file}"))
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
@@ -159,12 +159,22 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {file} cannot be read: it is not UTF-8 text") from error
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def _mapping(text: str, name: str) -> DictConfig:
+    plain = yaml.safe_load(text)
+    if plain is not None and not isinstance(plain, dict):
+        kinds = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
+        raise ConfigError(f"{name} must hold a mapping of keys, got {kinds.get(type(plain), 'text')}")
+    return OmegaConf.create(text if plain else {})
 
 
 def allowed_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -56,6 +56,13 @@ class StopRequest:
             raise Stopped
 
 
+def is_finished(folder: RunDir, config: RunConfig) -> bool:
+    """Whether nothing is left to do: the last step's state and the report, which is written last, are there."""
+    last = State("rl", config.rl.updates) if config.rl.updates else State("sft", config.sft.steps)
+    saved = folder.saved_state() if (folder.path / "report.md").is_file() else None
+    return saved is not None and (saved[0].phase, saved[0].step) == (last.phase, last.step)
+
+
 class Run:
     """One run and its folder. `model` and `tokenizer` start it from a checkpoint; then it begins with RL."""
 
@@ -137,7 +144,7 @@ class Run:
         if state.phase != phase:
             state.phase, state.step = phase, 0
         elif self._optimizer_file is not None:
-            optimizer.load_state_dict(torch.load(self._optimizer_file, weights_only=True))
+            self.folder.load_optimizer(optimizer, self._optimizer_file)
         name = {"sft": "supervised", "rl": "reinforcement"}[phase]
         with bar(self.console, name, total, done=state.step) as shown:
             for figures in self._steps(phase, optimizer):

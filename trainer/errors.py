@@ -12,7 +12,13 @@ class ConfigError(UserError, ValueError):
 
 
 class GuardError(UserError, RuntimeError):
-    """Training went wrong in a way that more steps would not mend (see `guards.py`)."""
+    """Training went wrong in a way that more steps would not mend (raised by `training.py` and `rl.py`)."""
+
+
+def first_line(error: BaseException) -> str:
+    """`Type: first line`, for the cause inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trainer.config import ModelConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -50,7 +50,12 @@ def load_checkpoint(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """Model (eval mode, fp32) and tokenizer of a checkpoint folder; only local files are read."""
     if not (directory / "config.json").is_file():
         raise UserError(f"checkpoint: {directory} holds no config.json; give the folder of a saved model")
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForMaskedLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForMaskedLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever the libraries raise over a damaged file
+        raise UserError(
+            f"checkpoint: {directory} cannot be loaded ({first_line(error)}); give the folder of a whole saved model"
+        ) from error
     return model.eval(), tokenizer

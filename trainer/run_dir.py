@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 PHASES = ("sft", "rl")
 
@@ -42,12 +44,16 @@ class RunDir:
         self.path = path
         self._metrics: Any = None
         self._events: Any = None
+        self._kept: list[dict[str, Any]] | None = None  # of an earlier sitting, for TensorBoard
+        self._warned = False
 
     @classmethod
     def create(cls, wanted: Path) -> RunDir:
         """`wanted`, or the next free name (`demo-2`, `demo-3`, ...) when it already holds something."""
         path, number = wanted, 1
         try:
+            if (wanted.is_symlink() or wanted.exists()) and not wanted.is_dir():
+                raise UserError(f"out: {wanted} is a file; name a folder")
             wanted.parent.mkdir(parents=True, exist_ok=True)
             while not _claim(path):
                 number += 1
@@ -80,7 +86,11 @@ class RunDir:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+        file = self.path / name
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise _damaged(file, error) from error
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's figures to metrics.jsonl and to TensorBoard."""
@@ -88,24 +98,37 @@ class RunDir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._metrics = (self.path / "metrics.jsonl").open("a")
-            self._events = SummaryWriter(str(self.path))  # type: ignore[no-untyped-call]
+            # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown anew.
+            again = None if self._kept is None else 0
+            self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
+            for earlier in self._kept or ():
+                self._show(earlier)
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+        self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
             if name not in ("phase", "step"):
                 self._events.add_scalar(f"{record['phase']}/{name}", value, record["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl."""
+        """Every whole line of metrics.jsonl; damaged ones are skipped with a warning."""
         file = self.path / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-        return [json.loads(line) for line in lines]
+        lines = file.read_text(errors="replace").split("\n")[:-1] if file.is_file() else []
+        records = [record for record in map(_record, lines) if record is not None]
+        if len(records) < len(lines) and not self._warned:
+            self._warned = True
+            print(f"dllm-train: {len(lines) - len(records)} unreadable line(s) of {file} skipped", file=sys.stderr)
+        return records
 
     def rewind(self, state: State) -> None:
         """Drop the lines of steps that were logged after the last saved state: they will be made again, alike."""
         records = self.metrics()
         kept = [record for record in records if state.is_past(record["phase"], record["step"])]
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        if any(self.path.glob("events.out.tfevents.*")):
+            self._kept = kept
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -142,8 +165,26 @@ class RunDir:
         pointer = self.path / "state" / "latest"
         if not pointer.is_file():
             return None
-        folder = self.path / "state" / pointer.read_text()
-        return State(**json.loads((folder / "state.json").read_text())), folder
+        try:
+            name = pointer.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise _damaged(pointer, error) from error
+        folder = self.path / "state" / name
+        if not name or not folder.is_dir():
+            raise _damaged(pointer, ValueError(f"it names no saved state: {name!r}"))
+        values = self.read_json(f"state/{name}/state.json")
+        try:
+            state = State(**values)
+            state.is_past(PHASES[0], int(state.step))
+        except (TypeError, ValueError) as error:
+            raise _damaged(folder / "state.json", error) from error
+        return state, folder
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
+        try:
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        except Exception as error:  # unpickling damaged bytes raises almost anything
+            raise _damaged(file, error) from error
 
     def _replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
         target = self.path / name
@@ -151,7 +192,11 @@ class RunDir:
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
-        fill(aside)
+        try:
+            fill(aside)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors tell of a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"saving {target} failed, {first_line(error)}") from error
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -180,6 +225,21 @@ def _check_writable(path: Path) -> None:
 def _unwritable(path: Path, error: OSError) -> UserError:
     reason = "its parent is not a folder" if isinstance(error, FileExistsError) else error.strerror
     return UserError(f"out: cannot write to {path} ({reason}); name a writable folder with --out")
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{file} is missing or damaged ({first_line(error)}), so this run cannot go on; start anew with another --out"
+    )
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and record.get("phase") in PHASES and isinstance(record.get("step"), int)
+    return record if whole else None
 
 
 def _flush(file: Any) -> None:

@@ -44,10 +44,8 @@ def sft_steps(
         )
         with headless(model) as body:
             hidden = body(plan.noisy_ids[0])
-            p_mask = plan.p_mask_KB[0][:, None]
-            loss = elbo_loss(
-                hidden, body.weight, plan.input_ids_BS, plan.masked[0], p_mask, lengths=plan.lengths_B, bias=body.bias
-            )
+            p_mask, lengths = plan.p_mask_KB[0][:, None], plan.lengths_B
+            loss = elbo_loss(hidden, body.weight, plan.input_ids_BS, plan.masked[0], p_mask, lengths=lengths, **body.options)
             loss.backward()
         lr = learning_rate(config, step, config.steps)
         norm = guarded_step(model, optimizer, loss, config, lr)

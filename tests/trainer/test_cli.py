@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import trainer.cli
 from dllm_kernels.version import __version__
 from tests.trainer.conftest import TINY, lines
 from trainer.cli import app
+from trainer.config import RunConfig, load_config
 from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,8 @@ def test_version_and_environment() -> None:
     [
         (["demo", "rl.update=3"], "unknown config key rl.update: the nearest is rl.updates"),
         (["demo", "--out", "/dev/null/run"], "out: cannot write to /dev/null/run (its parent is not a folder)"),
+        (["demo", "--out", "/dev/null"], "out: /dev/null is a file; name a folder"),
+        (["sft", "rl.updates=5"], "sft makes no reinforcement updates, got rl.updates=5"),
         (["demo", "--resume", "/nonexistent"], "--resume: /nonexistent holds no run"),
         (["demo", "--resume", "/nonexistent", "seed=1"], "leave out overrides"),
         (["demo", "--config", "/nonexistent.yaml"], "cannot be read"),
@@ -51,7 +56,7 @@ def test_a_mistake_is_one_sentence_with_status_2(arguments: list[str], sentence:
 
 def test_a_second_run_takes_the_next_name_and_says_so(finished: Path) -> None:
     kept = (finished / "metrics.jsonl").read_bytes()
-    result = call("sft", *TINY, "sft.steps=1", "--out", finished)
+    result = call("sft", *(key for key in TINY if key != "rl.updates=3"), "sft.steps=1", "--out", finished)
     assert result.exit_code == 0, result.output
     assert f"{finished} already holds files; this run goes to {finished}-2" in result.output
     assert (finished / "metrics.jsonl").read_bytes() == kept
@@ -66,6 +71,17 @@ def test_rl_goes_on_from_a_checkpoint_with_its_runs_config(finished: Path, tmp_p
     assert (tmp_path / "rl" / "eval_after.json").is_file()
 
 
+def test_rl_after_sft_alone_makes_the_default_number_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config beside the checkpoint says rl.updates=0, which `sft` wrote."""
+    started: list[RunConfig] = []
+    (tmp_path / "config.yaml").write_text(load_config(overrides=["rl.updates=0"]).to_yaml())
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.setattr(trainer.cli, "_start", lambda config, checkpoint: started.append(config))
+    assert call("rl", "--checkpoint", tmp_path / "checkpoint").exit_code == 0
+    assert call("rl", "--checkpoint", tmp_path / "checkpoint", "rl.updates=7").exit_code == 0
+    assert [config.rl.updates for config in started] == [load_config().rl.updates, 7]
+
+
 def test_eval_repeats_the_runs_own_evaluation(finished: Path) -> None:
     result = call("eval", "--checkpoint", finished / "checkpoint")
     assert json.loads(result.output) == json.loads((finished / "eval_after.json").read_text())["sets"]
@@ -75,6 +91,84 @@ def test_generate_fills_a_puzzle(finished: Path) -> None:
     result = call("generate", "--checkpoint", finished / "checkpoint", "--prompt", "1234341221434321")
     assert result.exit_code == 0, result.output
     assert len(result.stdout.strip()) == 16
+
+
+def damaged(finished: Path, tmp_path: Path, name: str, damage: str) -> tuple[Path, Path]:
+    """A copy of the whole run without its report, one file of it cut in half, missing or replaced by a text."""
+    run = tmp_path / "demo"
+    shutil.copytree(finished, run)
+    (run / "report.md").unlink()
+    file = run / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_text(damage)
+    return run, file
+
+
+def assert_told(result: Result, what: str) -> None:
+    assert result.exit_code == 2, (result.output, result.exception)
+    (sentence,) = (line for line in result.output.splitlines() if line.startswith("dllm-train: "))
+    assert what in sentence
+    assert "go on with" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state/latest", ""),
+        ("state/latest", "rl-999999"),
+        ("state/rl-000003/state.json", "cut"),
+        ("state/rl-000003/state.json", '{"pace": 1}'),
+        ("state/rl-000003/state.json", "missing"),
+        ("state/rl-000003/optimizer.pt", "cut"),
+        ("state/rl-000003/optimizer.pt", "missing"),
+        ("eval_before.json", "cut"),
+    ],
+)
+def test_resuming_a_damaged_run_names_the_file(finished: Path, tmp_path: Path, name: str, damage: str) -> None:
+    run, file = damaged(finished, tmp_path, name, damage)
+    assert_told(call("demo", "--resume", run), f"{file} is missing or damaged (" if damage != "rl-999999" else f"{file} is")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "cut"),
+        ("model.safetensors", "missing"),
+        ("tokenizer.json", "{"),
+        ("config.json", '{"model_type": "unheard_of"}'),
+        ("config.json", "cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(finished: Path, tmp_path: Path, name: str, damage: str) -> None:
+    _, file = damaged(finished, tmp_path, f"checkpoint/{name}", damage)
+    told = f"checkpoint: {file.parent} cannot be loaded ("
+    assert_told(call("eval", "--checkpoint", file.parent), told)
+    assert_told(call("generate", "--checkpoint", file.parent, "--prompt", "1234341221434321"), told)
+    assert_told(call("rl", "--checkpoint", file.parent, "--out", tmp_path / "rl"), told)
+    assert not (tmp_path / "rl").exists()
+
+
+def test_a_damaged_line_of_metrics_is_skipped_with_one_warning(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "metrics.jsonl").read_text()
+    run, _ = damaged(finished, tmp_path, "metrics.jsonl", "{bad\n" + text)
+    result = call("demo", "--resume", run)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("1 unreadable line(s) of") == 1
+    assert (run / "report.md").is_file()
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(finished: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
+    result = call("demo", "--resume", finished)
+    assert result.exit_code == 0, result.output
+    assert f"this run is finished already; its report: {finished / 'report.md'}" in result.output
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == {
+        file: time_ns for file, time_ns in before.items() if file.is_file()
+    }
 
 
 def test_config_prints_yaml_or_schema() -> None:

@@ -44,6 +44,8 @@ def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
         ("rl.lr=1.5", r"rl\.lr must be less than 1, got 1\.5"),
         ("rl.lr=.nan", r"rl\.lr must be .*, got nan"),
         ("seed=4294967296", r"seed must be less than or equal to 4294967295, got 4294967296"),
+        ("threads=100000", r"threads must be less than or equal to \d+, got 100000"),
+        ("threads=0", r"threads must be greater than or equal to 1, got 0"),
         ("seed=true", r"seed must be a valid integer, got True"),
         ("seed=null", r"seed must be a valid integer, got None"),
         ("rl.reward=luck", r"rl\.reward must be 'valid', 'rules' or 'reference_cells', got 'luck'"),
@@ -69,8 +71,17 @@ def test_an_unreadable_config_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="must hold keys and values"):
+    with pytest.raises(ConfigError, match="must hold a mapping of keys, got a list"):
         load_config(tmp_path / "list.yaml")
+    (tmp_path / "number.yaml").write_text("3\n")
+    with pytest.raises(ConfigError, match="must hold a mapping of keys, got a number"):
+        load_config(tmp_path / "number.yaml")
+    (tmp_path / "text.yaml").write_text("abc\n")
+    with pytest.raises(ConfigError, match="must hold a mapping of keys, got text"):
+        load_config(tmp_path / "text.yaml")
+    (tmp_path / "latin.yaml").write_bytes("# \xe9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        load_config(tmp_path / "latin.yaml")
     (tmp_path / "broken.yaml").write_text("rl: {updates: \n")
     with pytest.raises(ConfigError, match="config is not readable"):
         load_config(tmp_path / "broken.yaml")

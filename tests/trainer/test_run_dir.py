@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.config import load_config
 from trainer.errors import UserError
@@ -27,7 +28,8 @@ def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert RunDir.create(tmp_path / "empty").path == tmp_path / "empty"
     (tmp_path / "file").write_text("precious")
-    assert RunDir.create(tmp_path / "file").path == tmp_path / "file-2"
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        RunDir.create(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -71,6 +73,33 @@ def test_a_state_comes_back_and_a_half_written_one_does_not_count(tmp_path: Path
     assert saved[0] == State("sft", 8, tokens=20, seconds={"sft": 3.0})
     assert (saved[1] / "optimizer.pt").is_file()
     assert not (run.path / "state" / "sft-000004").exists(), "old states pile up"
+
+
+def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "run")
+    for phase, step in [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]:
+        first.log({"phase": phase, "step": step, "loss": 0.5})
+    first.close()
+    again = RunDir(first.path)
+    again.rewind(State("rl", 1))
+    again.log({"phase": "rl", "step": 2, "loss": 0.25})
+    again.close()
+    shown = EventAccumulator(str(first.path)).Reload()
+    assert [event.step for event in shown.Scalars("sft/loss")] == [1, 2, 3]
+    assert [(event.step, event.value) for event in shown.Scalars("rl/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_library_that_cannot_save_is_a_write_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokenizer = RunDir.create(tmp_path / "run"), make_tokenizer()
+    model = build_model(load_config().model, tokenizer, seed=0)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail] write failed\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"write failed$"):
+        run.save_state(State("sft", 4), model, tokenizer, torch.optim.AdamW(model.parameters()))
+    assert run.saved_state() is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
