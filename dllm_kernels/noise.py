@@ -62,6 +62,11 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
+def _scalar(value: int, device: torch.device) -> Tensor:
+    """Filled on the device: a copy from the host would stall a GPU's stream."""
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
 def check_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
@@ -81,7 +86,7 @@ def row_bits(seed: int, stream: Stream, sequence_id: Tensor, sample: Tensor, pos
         torch.Size([4])
     """
     device = sequence_id.device
-    key = (torch.tensor(check_seed(seed), device=device), torch.tensor(int(stream), device=device))
+    key = (_scalar(check_seed(seed), device), _scalar(int(stream), device))
     counter = (sequence_id & _MASK32, sequence_id >> 32 & _MASK32, sample & _MASK32, position & _MASK32)
     word0, word1, _, _ = philox4x32(counter, key)
     return word1 << 32 | word0
@@ -95,9 +100,8 @@ def element_bits(key_N: Tensor, tokens: int, *, step: int | Tensor = 0, tag: int
     device = key_N.device
     key = ((key_N & _MASK32)[:, None], (key_N >> 32 & _MASK32)[:, None])
     quad_Q = torch.arange(-(-tokens // 4), device=device)[None, :]
-    step_N1 = torch.as_tensor(step, device=device).reshape(-1, 1)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32((quad_Q, step_N1, zero, torch.tensor(tag, device=device)), key)
+    step_N1 = (step if isinstance(step, Tensor) else _scalar(step, device)).reshape(-1, 1)
+    words = philox4x32((quad_Q, step_N1, _scalar(0, device), _scalar(tag, device)), key)
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :tokens]
 
 

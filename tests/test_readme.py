@@ -76,6 +76,8 @@ def test_the_bgpo_figures_are_those_of_the_committed_benchmark():
     assert f"from {mib['n_t=2', 'full graph']} to {mib['n_t=32', 'full graph']} MiB" in README
     ratio = {n: rows[f"n_t={n}", "ours"]["to_baseline"] for n in (1, 32)}
     assert f"Time at n_t = 32 is {ratio[32]:.2f} x the full graph's, at n_t = 1 {ratio[1]:.2f} x" in README
+    assert "Gradients agree to 2e-5" in README
+    assert max(row["errors"]["gradient"] for row in rows.values()) <= 2e-5
 
 
 def test_the_head_figures_are_those_of_the_committed_benchmark():
