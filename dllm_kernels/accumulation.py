@@ -160,14 +160,14 @@ def accumulate(
                 cut_loss = objective.contributions(logp_N, cut.plan, cut.batch) / denominator
                 cut_loss.backward()
                 loss = loss + cut_loss.detach()
-            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N.detach()).t()
+            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N.detach())
         if whole_loss:
             with torch.no_grad():
                 dense_KBS = elbo_BK.new_zeros(plan.shape)
                 for cut in cuts:
                     if cut.key in logps:
-                        dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.masked, logps[cut.key])
-                loss = objective.contributions(dense_KBS[plan.masked], plan, batch) / denominator
+                        dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.scored, logps[cut.key])
+                loss = objective.contributions(dense_KBS[plan.scored], plan, batch) / denominator
     return Report(loss, elbo_BK, 2 if two_passes else 1, forwards, backwards, rows, time.perf_counter() - started)
 
 
@@ -191,7 +191,7 @@ def score_samples(
         elbo_BK = torch.zeros(B, K, dtype=_statistics_dtype(body.weight), device=plan.input_ids_BS.device)
         for cut in cuts:
             logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
-            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N).t()
+            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
     return elbo_BK
 
 
@@ -285,12 +285,12 @@ def _coefficients(
     K, B, S = plan.shape
     dtype = next(iter(logps.values())).dtype
     dense_KBS = torch.zeros(K, B, S, dtype=dtype, device=plan.input_ids_BS.device)
-    masks = {cut.key: (cut.samples, cut.sequences, cut.plan.masked) for cut in cuts}
-    for key, (samples, sequences, masked) in masks.items():
-        dense_KBS[samples, sequences].masked_scatter_(masked, logps[key])
+    masks = {cut.key: (cut.samples, cut.sequences, cut.plan.scored) for cut in cuts}
+    for key, (samples, sequences, scored) in masks.items():
+        dense_KBS[samples, sequences].masked_scatter_(scored, logps[key])
     with torch.enable_grad():
-        leaf_N = dense_KBS[plan.masked].requires_grad_(True)
+        leaf_N = dense_KBS[plan.scored].requires_grad_(True)
         loss = objective.contributions(leaf_N, plan, batch) / denominator
         (gradient_N,) = torch.autograd.grad(loss, leaf_N)
-    gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(plan.masked, gradient_N)
-    return loss.detach(), {key: gradient_KBS[samples, sequences][masked] for key, (samples, sequences, masked) in masks.items()}
+    gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(plan.scored, gradient_N)
+    return loss.detach(), {key: gradient_KBS[samples, sequences][scored] for key, (samples, sequences, scored) in masks.items()}

@@ -115,6 +115,24 @@ def below(bits: Tensor, bound: Tensor) -> Tensor:
     return (uniform(bits) * bound).floor().to(torch.int64)
 
 
+def bernoulli(bits: Tensor, p: float | Tensor) -> Tensor:
+    """bool: `uniform(bits) < p`, for a float or float64 tensor p in [0, 1]."""
+    return uniform(bits) < p
+
+
+def smallest(bits_KBS: Tensor, among_BS: Tensor, count_KB: Tensor) -> Tensor:
+    """bool `[K, B, S]`: in each row, the `count` entries with the smallest bits (signed; ties by position) where `among`.
+
+    `among_BS` broadcasts to the bits. A count beyond what `among` holds takes it all.
+    """
+    # ties of a real entry with a filled one, at 2^-64 each, may go to the filled one: no entry is hidden then
+    filled_KBS = bits_KBS.masked_fill(~among_BS, torch.iinfo(torch.int64).max)
+    order_KBS = torch.argsort(filled_KBS, dim=-1, stable=True)
+    rank_KBS = torch.empty_like(order_KBS)
+    rank_KBS.scatter_(-1, order_KBS, torch.arange(order_KBS.shape[-1], device=order_KBS.device).expand_as(order_KBS))
+    return among_BS & (rank_KBS < count_KB[:, :, None])
+
+
 def gumbel(key_N: Tensor, tokens: int, *, step: int | Tensor = 0) -> Tensor:
     """Standard Gumbel noise `[N, tokens]`, float64: `-log(-log1p(-u))` with u of 64 bits, so the upper tail reaches 44.
 

@@ -89,7 +89,7 @@ def plan_logps(model, plan) -> Tensor:
     K, B, S = plan.masked.shape
     noisy = torch.where(plan.masked, plan.mask_id, plan.input_ids_BS)
     logp = model(noisy.reshape(K * B, S)).logits.reshape(K, B, S, -1).log_softmax(-1)
-    k, b, s = plan.masked.nonzero(as_tuple=True)
+    k, b, s = plan.scored.nonzero(as_tuple=True)
     return logp[k, b, s - plan.shift, plan.input_ids_BS[b, s]]
 
 

@@ -31,7 +31,7 @@ def run(K):
     if case == "full_graph":
         logits = model(plan.noisy_ids.view(K * B, S)).logits.view(K * B * S, V)
         logp = logits.log_softmax(-1)[plan.rows.index].gather(1, plan.rows.target[:, None])[:, 0]
-        bgpo(plan.elbo(logp).t(), old, A).backward()
+        bgpo(plan.elbo(logp), old, A).backward()
     else:
         accumulate(model, plan, BGPO, Batch({"advantages": A}, {"old_sample_elbo": old} if case == "off_policy" else {}))
 
