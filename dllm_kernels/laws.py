@@ -153,7 +153,7 @@ def _apply_bernoulli(law: Law, options: dict[str, Any]) -> Law:
     _check_t(options)
     if checks.number("t_min", options["t_min"], least=0) >= 1.0:
         raise ValueError(f"t_min must be in [0, 1), got {options['t_min']}")
-    exact = options["weight"] == "1/t" and options["t"] is None
+    exact = options["weight"] == "1/t" and options["t"] is None and options["t_min"] == 0.0
     return replace(law, weight=options["weight"], unbiased=exact)
 
 
