@@ -14,7 +14,7 @@ model again sample by sample. They need a deterministic forward, so active dropo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +179,12 @@ def score_samples(
     sequences_per_pass: int | None = None,
     suppress: tuple[int, ...] = (),
     model_kwargs: dict[str, Tensor] | None = None,
+    after_cut: Callable[[MaskPlan], None] | None = None,
 ) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy."""
+    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy.
+
+    Memory is that of one cut; a cut without a scored token costs no forward. `after_cut` is called with each cut's plan.
+    """
     K, B, _ = plan.shape
     _refuse_dropout(model)
     _check_kwargs(model_kwargs or {}, plan)
@@ -190,8 +194,11 @@ def score_samples(
     with torch.no_grad(), headless(model) as body:
         elbo_BK = torch.zeros(B, K, dtype=_statistics_dtype(body.weight), device=plan.input_ids_BS.device)
         for cut in cuts:
-            logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
-            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+            if len(cut.plan.rows):
+                logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
+                elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+            if after_cut is not None:
+                after_cut(cut.plan)
     return elbo_BK
 
 
