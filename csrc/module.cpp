@@ -13,6 +13,8 @@
 
 #include "row_problem.h"
 
+void bind_noise(pybind11::module_& m);  // noise.cpp
+
 namespace {
 
 using dllm::RowProblem;
@@ -126,6 +128,7 @@ void row_kernel(uintptr_t logits, int64_t rows, int64_t vocabulary, int64_t row_
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dllm-kernels: the CPU row kernel. Addresses are not checked here; use dllm_kernels.backends.cpu.";
   set_isa(supported_isas().front());
+  bind_noise(m);
   m.def("row_kernel", &row_kernel);
   m.def("isa", [] { return std::string(current.load()->name); }, "The instruction set in use.");
   m.def("supported_isas", &supported_isas, "What this machine can run, best first.");

@@ -118,7 +118,7 @@ class MaskPlan:
     @property
     def noisy_ids(self) -> Tensor:
         """Ids `[K, B, S]` with the mask id at hidden positions."""
-        return self.input_ids_BS.masked_fill(self.masked, self.mask_id)
+        return torch.where(self.masked, self.mask_id, self.input_ids_BS)
 
     @cached_property
     def counts(self) -> Tensor:

@@ -1,7 +1,11 @@
 """Noise is a pure function of (seed, stream, sequence, sample, position, token, step), and of good quality."""
 
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,24 +24,28 @@ WORDS = st.integers(0, 2**32 - 1)
 ONES = 0xFFFFFFFF
 
 
+# every form that runs here: the PyTorch specification, and what the library takes on the CPU, which is C++ if it was built
+ROW_BITS = (noise._row_bits, noise.row_bits)
+ELEMENT_BITS = (noise._element_bits, lambda key, tokens, step, tag: noise.element_bits(key, tokens, step=step, tag=tag))
+
+
 def philox(counter, key):
     words = noise.philox4x32(tuple(torch.tensor(c) for c in counter), tuple(torch.tensor(k) for k in key))
     return tuple(int(w) for w in words)
 
 
-def test_philox_gives_the_published_vectors():
-    """Known answers of Random123 (kat_vectors, philox4x32 10)."""
-    for counter, key, answer in (
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ):
-        assert philox(counter, key) == answer
-        assert oracle.philox(counter, key) == answer
+@pytest.mark.parametrize(("counter", "key", "answer"), oracle.PHILOX_VECTORS)
+def test_philox_gives_the_published_vectors(counter, key, answer):
+    """Known answers of Random123 in PyTorch, Python, and, as far as its interface shows the words, C++."""
+    assert philox(counter, key) == answer
+    assert oracle.philox(counter, key) == answer
+    sequence = torch.tensor(((counter[1] << 32 | counter[0]) + 2**63) % 2**64 - 2**63)
+    for row_bits in ROW_BITS:
+        got = int(row_bits(key[0], key[1], sequence, torch.tensor(counter[2]), torch.tensor(counter[3]))) % 2**64
+        assert (got % 2**32, got >> 32) == answer[:2]
+    if counter == (0, 0, 0, 0):  # an element's counter is (quad, step, 0, tag)
+        for element_bits in ELEMENT_BITS:
+            assert tuple(element_bits(torch.tensor([0]), 4, torch.tensor(0), 0)[0].tolist()) == answer
 
 
 @given(counter=st.tuples(WORDS, WORDS, WORDS, WORDS), key=st.tuples(WORDS, WORDS))
@@ -58,6 +66,95 @@ def test_element_bits_have_the_layout_of_the_contract(key, tokens, step, tag):
     row_key = (key % 2**32, key % 2**64 >> 32)
     want = [oracle.philox((v >> 2, step, 0, tag), row_key)[v & 3] for v in range(tokens)]
     assert noise.element_bits(torch.tensor([key]), tokens, step=step, tag=tag).tolist() == [want]
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=4),
+    kept=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=3, max_size=3),
+    seed=WORDS,
+    large=st.booleans(),
+)
+def test_row_bits_in_cpp_are_those_in_torch_for_any_broadcast(shape, kept, seed, large):
+    g = torch.Generator().manual_seed(seed)
+    shape = [*shape, 70] if large else shape  # more than the lanes of one call
+    tensors = []
+    for keeps, low in zip(kept, (-(2**63), 0, 0), strict=True):
+        sizes = [n if keep else 1 for n, keep in zip(shape, [*keeps, True], strict=False)]
+        values = torch.randint(low, 2**63 - 1 if low else 2**32, sizes, generator=g)
+        tensors.append(values.transpose(0, -1).contiguous().transpose(0, -1) if shape else values)
+    want = noise._row_bits(seed, Stream.MASK, *tensors)
+    got = noise.row_bits(seed, Stream.MASK, *tensors)
+    assert got.shape == want.shape
+    assert torch.equal(got, want)
+
+
+@given(rows=st.integers(0, 4), tokens=st.integers(0, 600), tag=st.sampled_from([0, 1]), by_row=st.booleans(), seed=WORDS)
+def test_element_bits_in_cpp_are_those_in_torch(rows, tokens, tag, by_row, seed):
+    g = torch.Generator().manual_seed(seed)
+    keys = torch.randint(-(2**63), 2**63 - 1, (2 * rows,), generator=g)[::2]
+    step = torch.randint(2**31, (rows,), generator=g) if by_row else torch.tensor(seed)
+    got = noise.element_bits(keys, tokens, step=step, tag=tag)
+    assert torch.equal(got, noise._element_bits(keys, tokens, step, tag))
+
+
+@given(K=st.integers(1, 3), B=st.integers(1, 3), S=st.integers(0, 40), ties=st.booleans(), by_sample=st.booleans(), seed=WORDS)
+def test_smallest_takes_the_first_of_the_order_of_bits_and_positions(K, B, S, ties, by_sample, seed):
+    g = torch.Generator().manual_seed(seed)
+    extremes = torch.tensor([-(2**63), -1, 0, 1, 2**63 - 1])
+    bits = (
+        extremes[torch.randint(5, (K, B, S), generator=g)] if ties else torch.randint(-(2**63), 2**63 - 1, (K, B, S), generator=g)
+    )
+    among = torch.rand((K, B, S) if by_sample else (B, S), generator=g) < 0.7
+    count = torch.randint(-1, S + 2, (K, B), generator=g)
+    want = torch.zeros(K, B, S, dtype=torch.bool)
+    for k in range(K):
+        for b in range(B):
+            inside = [i for i in range(S) if among.expand(K, B, S)[k, b, i]]
+            for i in sorted(inside, key=lambda i: (int(bits[k, b, i]), i))[: max(0, int(count[k, b]))]:
+                want[k, b, i] = True
+    assert torch.equal(noise.smallest(bits, among, count), want)
+    assert torch.equal(noise._smallest(bits, among, count), want)
+
+
+def test_the_extension_is_not_asked_about_tensors_without_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        bits = noise.row_bits(0, Stream.MASK, torch.arange(3), torch.tensor(0), torch.tensor(0))
+        assert bits.shape == (3,)
+    compiled = torch.compile(lambda ids: noise.row_bits(0, Stream.MASK, ids, ids, ids), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.arange(3)), noise.row_bits(0, Stream.MASK, *[torch.arange(3)] * 3))
+
+
+def run_with_triton(code, tmp_path, **environment):
+    paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *code], env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_noise_in_triton_has_the_same_bits_and_the_published_vectors(tmp_path):
+    done = run_with_triton(["-m", "tests.triton_noise"], tmp_path, TRITON_INTERPRET="1")
+    assert done.stdout == "equal bits\n", done.stderr
+
+
+def test_noise_in_triton_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    """Interpreted code need not compile: to machine code, for compute capability 9.0."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dllm_kernels.backends.triton import noise
+rows = dict.fromkeys(("sequence", "sample", "position", "out"), "*i64") | dict.fromkeys(("total", "size1", "size2"), "i64")
+rows |= dict.fromkeys(("a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2", "seed", "stream"), "i64") | {"BLOCK": "constexpr"}
+elements = dict.fromkeys(("key", "step", "out"), "*i64") | dict.fromkeys(("step_stride", "tokens", "tag"), "i64")
+elements |= {"BLOCK": "constexpr"}
+for kernel, signature in ((noise._row_bits_kernel, rows), (noise._element_bits_kernel, elements)):
+    compiled = triton.compile(ASTSource(kernel, signature, {"BLOCK": 1024}), target=GPUTarget("cuda", 90, 32))
+    print(len(compiled.asm["cubin"]) > 0)
+"""
+    done = run_with_triton(["-c", code], tmp_path)
+    assert done.stdout == "True\nTrue\n", done.stderr
 
 
 def test_steps_may_differ_by_row():
