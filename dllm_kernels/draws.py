@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,3 +170,17 @@ def weights(law: Law, options: Options, keys: Keys, level: Level | None, lengths
 
 def _over(numerator: Tensor, count_KB: Tensor) -> Tensor:
     return torch.where(count_KB > 0, numerator.double() / count_KB.clamp(min=1), 0.0)
+
+
+def standard_error(law: Law, options: Options, elbo_BK: Tensor) -> Tensor:
+    """`[B]`, see `MaskPlan.standard_error`; `elbo_BK` holds all samples in their order."""
+    if law.level == "nodes":
+        draws_BnD = elbo_BK.unflatten(1, (-1, options["nodes"])).transpose(1, 2)
+    elif law.pairs_from is not None:
+        draws_BnD = elbo_BK[:, law.pairs_from :].unflatten(1, (-1, 2)).mean(-1)[:, None]
+    else:
+        draws_BnD = elbo_BK[:, None]
+    D = draws_BnD.shape[-1]
+    if law.level in ("all", "steps") or D < 2:
+        return torch.full_like(elbo_BK[:, 0], math.nan)
+    return (draws_BnD.var(-1).sum(-1) / D).sqrt()

@@ -6,7 +6,7 @@ laws and their formulas are in `laws.py`.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_kernels import checks, draws, laws, noise, traces
+from dllm_kernels import checks, draws, laws, noise, plan_report, traces
 from dllm_kernels.laws import LAWS, Law
 from dllm_kernels.noise import Stream
 from dllm_kernels.scoring import Rows
@@ -69,7 +69,8 @@ class MaskPlan:
         return draws.Keys(self.seed, self.iteration, self.samples, self.sample_K, self.sequence_ids_B)
 
     @cached_property
-    def _level(self) -> draws.Level:
+    def level(self) -> draws.Level:
+        """How much each sample hides; for laws whose hidden tokens are not given."""
         return draws.level(self.rule, self.options, self._keys, self.lengths_B)
 
     @cached_property
@@ -90,7 +91,7 @@ class MaskPlan:
             return self.completion_mask_BS & self._after_KBS
         if self.rule.level == "block":
             return draws.block(self.options, self._keys, self.completion_mask_BS, self.lengths_B, self.prompt_noise)
-        return draws.hidden(self.rule, self._keys, self._level, self.completion_mask_BS)
+        return draws.hidden(self.rule, self._keys, self.level, self.completion_mask_BS)
 
     @property
     def _hidden_tail_KBS(self) -> Tensor:
@@ -132,14 +133,14 @@ class MaskPlan:
         For `block`, `trace` and `segments`, which do not treat all tokens alike: the share that is hidden.
         """
         if self.rule.level not in ("block", "steps"):
-            return self._level.own_t().float()
+            return self.level.own_t().float()
         return torch.where(self.lengths_B > 0, self._hidden_KBS.sum(-1).double() / self.lengths_B, 1.0).float()
 
     @cached_property
     def weight_KB(self) -> Tensor:
         """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n and so on, see `laws.LAWS`."""
         scored_KB = self.counts if self.rule.weight in draws.REALISED else None
-        level = None if self.rule.level in ("block", "steps") else self._level
+        level = None if self.rule.level in ("block", "steps") else self.level
         return draws.weights(self.rule, self.options, self._keys, level, self.lengths_B, scored_KB).float()
 
     @property
@@ -189,34 +190,69 @@ class MaskPlan:
         checks.shape("elbo_BK", elbo_BK, [B, K])
         if self.samples != K:
             raise ValueError(f"elbo_BK must hold all {self.samples} samples of the plan, got {K} of a cut")
-        elbo_BK = elbo_BK[:, torch.argsort(self.sample_K)]
-        if self.rule.level in ("all", "steps"):
-            return torch.full_like(elbo_BK[:, 0], math.nan)
-        if self.rule.level == "nodes":
-            draws_BDn = elbo_BK.view(B, -1, self.options["nodes"])
-            if draws_BDn.shape[1] < 2:
-                return torch.full_like(elbo_BK[:, 0], math.nan)
-            return (draws_BDn.var(1).sum(-1) / draws_BDn.shape[1]).sqrt()
-        if (first := self.rule.pairs_from) is not None:
-            elbo_BK = elbo_BK[:, first:].reshape(B, -1, 2).mean(-1)
-        draws = elbo_BK.shape[1]
-        return elbo_BK.std(1) / math.sqrt(draws) if draws > 1 else torch.full_like(elbo_BK[:, 0], math.nan)
+        return draws.standard_error(self.rule, self.options, elbo_BK[:, torch.argsort(self.sample_K)])
 
     def cut(self, *, samples: slice | Tensor = slice(None), sequences: slice | Tensor = slice(None)) -> MaskPlan:
         """The plan of some samples and sequences, with the very bits they have in the whole."""
         for name, part in (("samples", samples), ("sequences", sequences)):
             if not isinstance(part, slice) and not (isinstance(part, Tensor) and part.dim() == 1):
                 raise TypeError(f"{name} must be a slice or a 1-d tensor of indices, got {part!r}")
-        parts: dict[str, Any] = {name: tensor[sequences] for name, tensor in self._tensors().items() if name != "sample_K"}
+        parts: dict[str, Any] = {name: tensor[sequences] for name, tensor in self.tensors().items() if name != "sample_K"}
         return replace(self, **parts, sample_K=self.sample_K[samples])
 
     def to(self, device: torch.device | str) -> MaskPlan:
         """The same plan, the same masks, on another device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The plan's tensors by field; what is not there is None."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def describe(
+        self, *, hidden_size: int | None = None, vocabulary: int | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> str:
+        """Law, expected rows and memory in words; with the head's H and V also its FLOPs, and the logits it never builds.
+
+        Example:
+            >>> ids = torch.arange(8)[None]
+            >>> plan = make_mask_plan(ids, ids > 3, law="exact", samples=2, seed=0, sequence_ids=torch.tensor([1]), mask_id=9)
+            >>> print(plan.describe(hidden_size=16, vocabulary=100).splitlines()[3])
+            rows        5 expected, 31.2% of the positions
+        """
+        return plan_report.describe(self, hidden_size, vocabulary, dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and tensors on the CPU that share no memory with the plan's."""
+        state: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        state |= {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors().items()}
+        return {**state, "options": dict(self.options), "format": plan_report.FORMAT}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MaskPlan:
+        """The plan that gave this state, on the CPU. Raises ValueError naming what is missing, unknown or does not fit."""
+        values = dict(state)
+        if (found := values.pop("format", None)) != plan_report.FORMAT:
+            raise ValueError(f"state must be a mask plan of format {plan_report.FORMAT}, got format {found!r}")
+        names = {f.name for f in fields(cls)}
+        if wrong := names.symmetric_difference(values):
+            raise ValueError(f"state must hold the fields of a mask plan, missing or unknown: {', '.join(sorted(wrong))}")
+        plan = cls(**values)
+        _check_tensors(plan.input_ids_BS, plan.completion_mask_BS, plan.sequence_ids_B, None)
+        laws.check_samples(plan.rule, plan.options, checks.count("samples", plan.samples))
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a file; a crash leaves the old file whole."""
+        plan_report.write(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MaskPlan:
+        """A saved plan, on the CPU; no code of the file is run. Raises ValueError for a file that is none or damaged."""
+        try:
+            return cls.from_state_dict(plan_report.read(path))
+        except (TypeError, AttributeError) as error:  # a field of another type
+            raise ValueError(f"path must name a saved mask plan, but {os.fspath(path)} holds {error}") from error
 
 
 def make_mask_plan(

@@ -240,6 +240,73 @@ def test_gumbel_noise_reaches_far_into_the_tail_and_is_always_finite(monkeypatch
     assert extreme(ONES) == pytest.approx(-math.log(53 * math.log(2)), rel=1e-12)
 
 
+@pytest.mark.parametrize(("position", "token", "value"), [(71670, 36473, 25.2702), (76209, 48416, 23.2159)])
+def test_gumbel_noise_beyond_what_32_bits_reach_is_really_drawn(position, token, value):
+    """`-log(-log(u))` of a uniform that is floored at 2^-31 ends at 21.5; these are draws with a high word of 0."""
+    key = noise.row_bits(0, Stream.TOKEN, torch.tensor([0]), torch.tensor(0), torch.tensor(position))
+    assert float(noise.gumbel(key, token + 1)[0, token]) == pytest.approx(value, abs=1e-4)
+
+
+def test_gumbel_noise_fills_equally_likely_cells():
+    """Chi-square of 2 million draws in 512 cells of equal probability, by the distribution function exp(-e^-g)."""
+    keys = noise.row_bits(8, Stream.TOKEN, torch.tensor(1), torch.tensor(0), torch.arange(20))
+    u = torch.exp(-torch.exp(-noise.gumbel(keys, 100000))).flatten()
+    observed = torch.histc(u, 512, 0.0, 1.0)
+    assert oracle.chi_square(observed, torch.full_like(observed, len(u) / 512)) < oracle.chi_square_limit(511)
+
+
+def test_the_far_tail_of_the_gumbel_noise_has_its_distribution(monkeypatch):
+    """Given a high word of 0, that is g > 22, the survival function at g is uniform on (0, 2^-32): the low words' doing."""
+    words = noise.element_bits
+
+    def high_words_are_0(key, tokens, *, step=0, tag=0):
+        return words(key, tokens, step=step, tag=tag) * tag
+
+    monkeypatch.setattr(noise, "element_bits", high_words_are_0)
+    g = noise.gumbel(noise.row_bits(2, Stream.TOKEN, torch.tensor(1), torch.tensor(0), torch.arange(10)), 50000).flatten()
+    assert g.min() > 22.18
+    survival = -torch.expm1(-torch.exp(-g)) * 2.0**32
+    observed = torch.histc(survival, 256, 0.0, 1.0)
+    assert oracle.chi_square(observed, torch.full_like(observed, len(g) / 256)) < oracle.chi_square_limit(255)
+
+
+@pytest.mark.parametrize("stream", [Stream.MASK, Stream.LEVEL])
+def test_uniforms_have_both_tails(stream):
+    """Of 2 million draws those within 2^-j of either end are a Poisson number: within 5 standard deviations."""
+    u = uniforms(stream, count=1 << 21)
+    for j in (4, 8, 12, 16):
+        for tail in (u, 1.0 - u):
+            expected = len(u) * 2.0**-j
+            assert abs(int((tail < 2.0**-j).sum()) - expected) < 5 * math.sqrt(expected)
+    assert u.min() < 1e-5
+    assert u.max() > 1 - 1e-5
+
+
+@pytest.mark.parametrize("axis", ["sample", "sequence", "position"])
+def test_draws_at_different_indices_are_independent(axis):
+    """Pairs along one axis of a `[K, B, S]` block of row keys, consecutive integers as ids: the worst case.
+
+    At lags 1, 2, 3 and 7: the correlation of each of the 64 bits with itself, of the uniforms, and the joint distribution of
+    the uniforms in 16 x 16 cells. 66 normal statistics per lag at 5.5 standard deviations and a chi-square at 1e-6:
+    a false alarm in one of 1e5 choices of the keys, which are fixed.
+    """
+    ids = torch.arange(1000, 1064)
+    bits = noise.row_bits(3, Stream.MASK, ids[:, None], torch.arange(64)[:, None, None], torch.arange(64))
+    dim = ("sample", "sequence", "position").index(axis)
+    for lag in (1, 2, 3, 7):
+        first = bits.narrow(dim, 0, 64 - lag).flatten()
+        second = bits.narrow(dim, lag, 64 - lag).flatten()
+        n = len(first)
+        agreement = first ^ second
+        for bit in range(64):
+            ones = int((agreement >> bit & 1).sum())
+            assert abs(ones - n / 2) < 5.5 * math.sqrt(n / 4), (lag, bit)
+        u, v = noise.uniform(first), noise.uniform(second)
+        assert abs(float(((u - 0.5) * (v - 0.5)).mean())) < 5.5 / 12 / math.sqrt(n)
+        cells = torch.bincount((u * 16).long() * 16 + (v * 16).long(), minlength=256).double()
+        assert oracle.chi_square(cells, torch.full_like(cells, n / 256)) < oracle.chi_square_limit(255)
+
+
 def test_gumbel_argmax_is_an_exact_sample():
     """P(argmax g = v) = 1 / V: what sampling rests on."""
     keys = noise.row_bits(9, Stream.TOKEN, torch.arange(20000), torch.tensor(0), torch.tensor(0))
