@@ -1,9 +1,10 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   all suites, under 3 minutes on 2 CPU cores
+    python benchmarks/run.py                                   all suites, under 5 minutes on 2 CPU cores
     python benchmarks/run.py --list                            what there is
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
     python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
+    python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
     python benchmarks/run.py --compare benchmarks/results/cpu-2024-11-21.json                  what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
+    parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
@@ -71,6 +73,9 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     if arguments.list:
         for suite in suites:
             console.print(f"[bold]{suite.name}[/]  {suite.title}")
+            if isinstance(suite, registry.Study):
+                console.print("\n".join(f"  {line}" for line in suite.listing(settings)))
+                continue
             for case in suite.cases(settings):
                 contestants = [c.name + f" (absent: {c.absent})" * bool(c.absent) for c in case.setup(case.tiny).contestants]
                 console.print(f"  {case.label}: {', '.join(contestants)}")
@@ -100,18 +105,13 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
     bad = 0
     for suite in suites:
-        cases = suite.cases(settings)
-        rows: list[registry.Row] = []
-        for number, case in enumerate(cases, 1):
-            print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
-            rows += execution.measure_case(suite, case, settings)
-        entry: dict[str, Any] = {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
-        results["suites"][suite.name] = entry
+        entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
+        results["suites"][suite.name], rows = entry, entry["rows"]
         out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
         suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
         console.print()
-        console.print(report.table(suite, rows))
-        if entry["arithmetic"]:
+        console.print(suite.table(rows) if isinstance(suite, registry.Study) else report.table(suite, rows))
+        if entry.get("arithmetic"):
             console.print(report.arithmetic_table(suite, entry["arithmetic"]))
         console.print(f"{suite.name}: {entry['summary']}")
         bad += sum(row["status"] == "wrong" or (row["status"] == "failed" and row["role"] == "ours") for row in rows)
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
 def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
     import torch
 
-    from benchmarks.registry import DTYPES, Settings
+    from benchmarks.registry import DTYPES, Settings, Study
 
     if arguments.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
@@ -147,7 +147,14 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
                 + f" without {', '.join(sorted(missing))}" * bool(missing)
             )
     threads = arguments.threads or torch.get_num_threads()
-    return Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads)
+    models = tuple(arguments.model or ())
+    studies = [suite for suite in suites if isinstance(suite, Study)]
+    if models and not studies:
+        raise ValueError(f"--model is for suites that score a trained model, got --suite {', '.join(s.name for s in suites)}")
+    settings = Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads, models=models)
+    for study in studies:
+        study.check(settings)
+    return settings
 
 
 def _load_base(path: Path | None) -> dict[str, Any] | None:
