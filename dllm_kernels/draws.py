@@ -22,7 +22,7 @@ class Keys:
 
     seed: int
     iteration: int
-    samples: int  # K of the whole plan
+    samples: int  # K of the whole plan: the number of strata, and the distance between two iterations
     sample_K: Tensor  # of this cut, 0..samples-1
     sequence_ids_B: Tensor
 

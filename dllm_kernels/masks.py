@@ -25,6 +25,11 @@ __all__ = ["LAWS", "MaskPlan", "make_mask_plan"]
 _INTEGERS = (torch.int64, torch.int32)
 
 
+def _stride(rule: Law, samples: int) -> int:
+    """Noise samples per iteration. A trace has as many samples as its batch's longest has states: no noise may depend on it."""
+    return 1 << 16 if rule.level == "steps" else samples
+
+
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
     """K masks for each of B sequences. Make it with `make_mask_plan`; read the properties; `cut` it into micro-batches.
@@ -66,7 +71,7 @@ class MaskPlan:
 
     @property
     def _keys(self) -> draws.Keys:
-        return draws.Keys(self.seed, self.iteration, self.samples, self.sample_K, self.sequence_ids_B)
+        return draws.Keys(self.seed, self.iteration, _stride(self.rule, self.samples), self.sample_K, self.sequence_ids_B)
 
     @cached_property
     def level(self) -> draws.Level:
@@ -352,6 +357,8 @@ def make_mask_plan(
         samples = state_BK.shape[1]
     samples = checks.count("samples", samples)
     laws.check_samples(rule, options, samples)
+    if samples > (stride := _stride(rule, samples)) or (iteration + 1) * stride > 1 << 32:
+        raise ValueError(f"samples and iteration must number at most 2^32 noise samples, got {samples} and {iteration}")
     return MaskPlan(
         input_ids_BS=input_ids_BS,
         completion_mask_BS=completion_mask_BS,
