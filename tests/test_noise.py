@@ -1,7 +1,10 @@
 """Noise is a pure function of (seed, stream, sequence, sample, position, token, step), and of good quality."""
 
+import importlib
+import inspect
 import math
 import os
+import pkgutil
 import random
 import subprocess
 import sys
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels import noise
+from dllm_kernels.accumulation import score_samples
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests import oracle
+from tests.plans import PRESETS, preset
 from tests.tiny import eurobert
 
 WORDS = st.integers(0, 2**32 - 1)
@@ -347,34 +352,76 @@ def test_permutation_is_one_and_depends_on_seed_epoch_and_stream():
     assert oracle.chi_square(first.double(), torch.full((5,), 100.0).double()) < oracle.chi_square_limit(4)
 
 
-def test_no_public_function_touches_a_global_random_state():
-    """d1 and ESPO reseed Python, NumPy and torch inside the loss; whatever is sampled after that repeats."""
+def public_functions():
+    """Name and code of every public function and method of the package above its backends, which do not differ in noise."""
+    found = {}
+    for info in pkgutil.walk_packages(dk.__path__, "dllm_kernels."):
+        if info.name.endswith("._C") or info.name.startswith("dllm_kernels.backends"):
+            continue
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            members = {name: value} if inspect.isfunction(value) else vars(value) if inspect.isclass(value) else {}
+            for member, function in members.items():
+                function = getattr(function, "__func__", getattr(function, "fget", getattr(function, "func", function)))
+                function = inspect.unwrap(function) if callable(function) else None
+                if not inspect.isfunction(function) or member.startswith("_") or function.__module__ != module.__name__:
+                    continue
+                found[f"{function.__module__}.{function.__qualname__}"] = function.__code__
+    return {name: code for name, code in found.items() if "<lambda>" not in name and "._" not in name}
+
+
+def test_no_function_of_the_package_touches_a_global_random_state(tmp_path):
+    """d1 and ESPO reseed Python, NumPy and torch inside the loss; whatever is sampled after that repeats.
+
+    Everything public is called; a profile of the calls says so.
+    """
     model = eurobert()
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
+    functions, called = public_functions(), set()
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    ids = torch.full((2, 6), 3)
-    sequences = torch.tensor([1, 2])
+    sys.setprofile(lambda frame, event, _: called.add(frame.f_code) if event == "call" else None)
+    try:
+        use_everything(model, tmp_path)
+    finally:
+        sys.setprofile(None)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert [name for name, code in functions.items() if code not in called] == []
+    assert len(functions) > 80
+
+
+def use_everything(model, tmp_path):
+    ids, sequences = torch.full((2, 6), 3), torch.tensor([1, 2])
     completion = torch.ones_like(ids, dtype=torch.bool)
-    for law in ("exact", "bernoulli"):
-        plan = dk.make_mask_plan(ids, completion, law=law, samples=4, seed=0, sequence_ids=sequences, mask_id=10)
-        report = dk.accumulate(model, plan, BGPO, Batch({"advantages": torch.tensor([1.0, -1.0])}))
-        dk.accumulate(
-            model, plan, BGPO, Batch({"advantages": torch.tensor([1.0, -1.0])}, {"old_sample_elbo": report.sample_elbo_BK})
-        )
-    dk.generate(
-        model, ids, length=4, steps=2, block_length=2, mask_id=10, temperature=1.0, sequence_ids=sequences, remasking="random"
-    )
+    for name in PRESETS:
+        plan = preset(name, [5, 3], prompt_noise=0.2, iteration=1, ids=sequences)
+        plan.save(tmp_path / "plan.pt")
+        dk.MaskPlan.load(tmp_path / "plan.pt").to("cpu").describe(hidden_size=8, vocabulary=11)
+        plan.standard_error(plan.elbo(torch.zeros(len(plan.rows))))
+        plan.score(torch.zeros(len(plan.rows)))
+        plan.noisy_ids, plan.p_mask_KB, plan.share_K  # noqa: B018
+    plan = dk.make_mask_plan(ids, completion, law="exact", samples=4, seed=0, sequence_ids=sequences, mask_id=10)
+    advantages = dk.objectives.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+    report = dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}))
+    old = score_samples(model, plan)
+    dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}, {"old_sample_elbo": old}))
+    dk.objectives.bgpo(report.sample_elbo_BK, old, advantages, lengths=torch.ones(2))
+    dk.estimate_elbo(model, ids, completion, samples=4, mask_id=10)
+    for remasking in ("random", "low_confidence"):
+        options = {"length": 4, "steps": 2, "block_length": 2, "mask_id": 10, "temperature": 1.0, "sequence_ids": sequences}
+        dk.generate(model, ids, remasking=remasking, **options).completion_BL  # noqa: B018
     hidden, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(11, 8)
     dk.score_tokens(hidden, weight, torch.arange(3), rows=torch.arange(3)).logp.sum().backward()
+    dk.head_backward(hidden.detach().expand(4, 2, 6, 8), weight, plan.rows, torch.ones(len(plan.rows)))
     dk.sample_tokens(hidden, weight, torch.arange(12))
     dk.elbo_loss(hidden, weight, ids, completion, torch.tensor(0.5)).backward()
     dk.bgpo_loss(hidden, weight, ids, completion, torch.tensor(2.0), None, torch.ones(2), 4).backward()
     noise.permutation(0, 9)
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    assert before[:2] == after[:2]
-    assert torch.equal(before[2], after[2])
+    noise.sequence_ids(["a"])
+    noise.philox4x32((ids, ids, ids, ids), (ids, ids))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True, "0"])
