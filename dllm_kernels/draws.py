@@ -62,7 +62,9 @@ def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
 
 def _at_nodes(values: list[float], sample_K: Tensor) -> Tensor:
     """float64 `[K, 1]`: sample k belongs to node k mod nodes."""
-    return torch.tensor(values, dtype=torch.float64, device=sample_K.device)[sample_K % len(values)][:, None]
+    # filled on the device: a copy from the host would stall a GPU's stream
+    table = torch.stack([torch.full((), value, dtype=torch.float64, device=sample_K.device) for value in values])
+    return table[sample_K % len(values)][:, None]
 
 
 def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:

@@ -160,14 +160,18 @@ class MaskPlan:
     @cached_property
     def rows(self) -> Rows:
         """The rows to score, ordered by (sample, sequence, position); the logit shift is resolved here and nowhere else."""
-        _, B, S = self.shape
-        sample_N, sequence_N, position_N = self.scored.nonzero(as_tuple=True)
+        K, B, S = self.shape
+        flat_N = self.scored.reshape(-1).nonzero()[:, 0]
+        # one-dimensional look-ups: indexing by (sample, sequence, position) takes twice as long
+        pair_N = torch.repeat_interleave(self.counts.reshape(-1), output_size=len(flat_N))
+        pairs = torch.arange(K * B, device=flat_N.device)
+        sample_N, sequence_N = (pairs // B).index_select(0, pair_N), (pairs % B).index_select(0, pair_N)
         return Rows(
-            index=(sample_N * B + sequence_N) * S + position_N - self.shift,
-            target=self.input_ids_BS[sequence_N, position_N].long(),
+            index=flat_N - self.shift,
+            target=self.input_ids_BS.reshape(-1).index_select(0, flat_N - sample_N * (B * S)).long(),
             sequence=sequence_N,
             sample=sample_N,
-            weight=self.weight_KB[sample_N, sequence_N],
+            weight=self.weight_KB.reshape(-1).index_select(0, pair_N),
         )
 
     def elbo(self, logp_N: Tensor) -> Tensor:

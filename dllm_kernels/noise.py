@@ -160,7 +160,10 @@ def below(bits: Tensor, bound: Tensor) -> Tensor:
 
 def bernoulli(bits: Tensor, p: float | Tensor) -> Tensor:
     """bool: `uniform(bits) < p`, for a float or float64 tensor p in [0, 1]."""
-    return uniform(bits) < p
+    if not isinstance(p, Tensor):
+        p = torch.full((), p, dtype=torch.float64, device=bits.device)
+    # on integers, at half the time: (m + 1/2) / 2^52 < p means m < ceil(2^52 p - 1/2), and every step of that is exact
+    return (bits >> 12 & (1 << 52) - 1) < (p * 2.0**52 - 0.5).ceil().long()
 
 
 def smallest(bits_KBS: Tensor, among_BS: Tensor, count_KB: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ def smallest(bits_KBS: Tensor, among_BS: Tensor, count_KB: Tensor) -> Tensor:
         return _smallest(bits_KBS, among_BS, count_KB)
     K, B, S = bits_KBS.shape
     among_KBS = among_BS.contiguous().expand(K, B, S)
-    bits_KBS, count_KB, out = bits_KBS.contiguous(), count_KB.contiguous(), torch.empty(K, B, S, dtype=torch.bool)
+    bits_KBS, count_KB, out = bits_KBS.contiguous(), count_KB.long().contiguous(), torch.empty(K, B, S, dtype=torch.bool)
     cpp.smallest(
         bits_KBS.data_ptr(),
         among_KBS.data_ptr(),

@@ -54,7 +54,9 @@ def describe(plan: MaskPlan, hidden_size: int | None, vocabulary: int | None, dt
         f"memory      plan {_size(plan_bytes)}, noisy ids {_size(K * B * S * plan.input_ids_BS.element_size())}, "
         f"masks {_size(K * B * S)}, rows {_size(N * _ROW_BYTES)}",
     ]
-    if hidden_size is not None and vocabulary is not None:
+    if hidden_size is None or vocabulary is None:
+        lines.append(f"head        2 N H V = {2 * N:,.0f} H V FLOPs forward; hidden_size and vocabulary make it a number")
+    else:
         H, V = checks.count("hidden_size", hidden_size), checks.count("vocabulary", vocabulary)
         flops = 2.0 * N * H * V
         lines.append(

@@ -212,6 +212,19 @@ def test_uniform_stays_inside_the_open_interval_at_the_extreme_patterns():
     assert u[1] == 1 - 2.0**-53
 
 
+@given(
+    bits=st.one_of(st.integers(-(2**63), 2**63 - 1), st.sampled_from([0, 4095, 4096, -1, -4096, -4097, 2**63 - 1, -(2**63)])),
+    p=st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 1.0, 2.0**-53, 2.0**-54, 1 - 2.0**-53, 1.5 * 2.0**-52, 5e-324])),
+    near=st.booleans(),
+)
+def test_bernoulli_is_a_uniform_below_p(bits, p, near):
+    bits = torch.tensor(bits)
+    p = float(noise.uniform(bits)) if near else p  # the boundary itself
+    for q in (p, math.nextafter(p, 0.0), math.nextafter(p, 1.0)):
+        assert bool(noise.bernoulli(bits, q)) == (float(noise.uniform(bits)) < q)
+        assert torch.equal(noise.bernoulli(bits, torch.tensor([q], dtype=torch.float64)), noise.uniform(bits)[None] < q)
+
+
 def test_below_is_uniform_and_inside_its_bound():
     values = noise.below(noise.row_bits(1, Stream.LEVEL, torch.arange(30000), torch.tensor(0), torch.tensor(0)), torch.tensor(7))
     counts = torch.bincount(values, minlength=7).double()

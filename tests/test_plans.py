@@ -328,7 +328,7 @@ def test_describe_says_law_rows_flops_and_memory(name):
     assert expected == pytest.approx(int(plan.counts.sum()), rel=0.05)
     flops = float(re.search(r"head\s+([\d.e+]+) FLOPs", text)[1])
     assert flops == pytest.approx(2 * expected * 64 * 1000, rel=6e-3)
-    assert "FLOPs" not in plan.describe()
+    assert f"2 N H V = {2 * expected:,} H V FLOPs" in plan.describe()
     cut = plan.cut(samples=slice(0, 1))
     first = int(re.search(r"rows\s+([\d,]+) expected", cut.describe())[1].replace(",", ""))
     assert first == pytest.approx(int(cut.counts.sum()), rel=0.12, abs=40)
