@@ -235,13 +235,14 @@ def test_a_cut_after_reading_the_whole_is_not_stale():
 @pytest.mark.parametrize("name", PRESETS)
 def test_batch_order_and_company_change_nothing(name):
     lengths, ids = [5, 2, 7, 4], torch.tensor([11, -22, 2**60, 44])
-    plan = preset(name, lengths, ids=ids, prompt_noise=0.3)
+    noisy = {"prompt_noise": 0.3, "iteration": 1}
+    plan = preset(name, lengths, ids=ids, **noisy)
     K, order = plan.shape[0], [2, 0, 3, 1]
-    permuted = preset(name, [lengths[b] for b in order], ids=ids[order], prompt_noise=0.3)
+    permuted = preset(name, [lengths[b] for b in order], ids=ids[order], **noisy)
     assert torch.equal(permuted.masked, plan.masked[:, order])
     assert torch.equal(permuted.scored, plan.scored[:, order])
     for b, length in enumerate(lengths):
-        alone = preset(name, [length], S=9, ids=ids[b : b + 1], prompt_noise=0.3)
+        alone = preset(name, [length], S=9, ids=ids[b : b + 1], **noisy)
         shared = min(K, alone.shape[0])  # alone, a trace has only the states of its own sequence
         assert torch.equal(alone.masked[:shared, 0], plan.masked[:shared, b])
         assert torch.equal(alone.weight_KB[:shared, 0], plan.weight_KB[:shared, b])

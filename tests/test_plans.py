@@ -382,9 +382,9 @@ def test_a_plan_takes_less_than_a_twentieth_of_one_forward_pass_of_the_demo_mode
     ids = torch.arange(64 * 512).reshape(64, 512) % 17
     sequence_ids = noise.sequence_ids(list(range(64)))
 
-    def plan():
+    def plan(law):
         plan = make_mask_plan(
-            ids, torch.ones_like(ids, dtype=torch.bool), law="exact", samples=16, seed=0, sequence_ids=sequence_ids, mask_id=17
+            ids, torch.ones_like(ids, dtype=torch.bool), law=law, samples=16, seed=0, sequence_ids=sequence_ids, mask_id=17
         )
         return plan.noisy_ids, plan.rows, plan.counts, plan.weight_KB
 
@@ -398,4 +398,5 @@ def test_a_plan_takes_less_than_a_twentieth_of_one_forward_pass_of_the_demo_mode
 
     with torch.no_grad():
         forward = seconds(lambda: model(input_ids=ids), 4)
-    assert seconds(plan, 8) < 0.05 * forward
+    for law in ("exact", "bernoulli", "block"):  # of the laws the last is the slowest
+        assert seconds(lambda: plan(law), 8) < 0.05 * forward, law  # noqa: B023
