@@ -248,7 +248,7 @@ def test_one_sample_has_no_standard_error():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 PROBE = """
-import resource, sys
+import sys
 import torch
 from dllm_kernels import estimate_elbo
 from tests.tiny import eurobert
@@ -258,7 +258,8 @@ B, S, V = 4, 512, 64
 model = eurobert(vocab=V, hidden=64, layers=1, dtype=torch.float32)
 ids = torch.randint(3, V - 1, (B, S), generator=torch.Generator().manual_seed(0))
 completion = torch.arange(S).expand(B, -1) >= 8
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss: a child starts with its parent's, so that in a large pytest nothing would seem to grow
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 
 def run(K):
     at_once = K if sys.argv[1] == "at_once" else 1
@@ -280,7 +281,7 @@ def growth(case):
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_memory_is_flat_in_the_number_of_samples():
     assert growth("one_by_one") < 8 * MB
-    assert growth("at_once") > 64 * MB
+    assert growth("at_once") > 100 * MB
