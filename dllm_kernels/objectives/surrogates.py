@@ -82,10 +82,14 @@ def dense_logp(logp_N: Tensor, plan: MaskPlan) -> Tensor:
 
 
 def group_softmax(logits_B: Tensor, group_ids_B: Tensor) -> Tensor:
-    """Softmax over the sequences of equal id; detached. No loop and no host sync: a dense `[B, B]` membership."""
+    """Softmax over the sequences of equal id; detached; exactly 1 / G each where the logits are equal.
+
+    No loop and no host sync: a dense `[B, B]` membership.
+    """
     logits_B = logits_B.detach()
-    peers_BB = torch.where(_members(group_ids_B), logits_B[None, :], -math.inf)
-    return torch.exp(logits_B - torch.logsumexp(peers_BB, 1))
+    largest_B = torch.where(_members(group_ids_B), logits_B[None, :], -math.inf).amax(1)
+    shares_B = torch.exp(logits_B - largest_B)
+    return shares_B / group_sum(shares_B, group_ids_B)
 
 
 def group_sum(values_B: Tensor, group_ids_B: Tensor) -> Tensor:
