@@ -66,12 +66,12 @@ def trace_rl(
     sizes = check_policy("logp_BL", logp_BL, 2)
     check_mask("step_mask_BL", step_mask_BL, sizes, logp_BL)
     check_values("old_logp_BL", old_logp_BL, sizes, logp_BL, where=step_mask_BL)
-    if mode == "sdar" and isinstance(advantages_B, Tensor) and advantages_B.dim() == 2:
+    per_token = mode == "sdar" and isinstance(advantages_B, Tensor) and advantages_B.dim() == 2
+    if per_token:
         check_values("advantages_B", advantages_B, sizes, logp_BL, where=step_mask_BL)
-        advantages_BL = torch.where(step_mask_BL, advantages_B.detach(), 0.0)
     else:
         check_values("advantages_B", advantages_B, sizes[:1], logp_BL)
-        advantages_BL = advantages_B[:, None]
+    advantages_BL = advantages_B if per_token else advantages_B[:, None]
     window = sizes[1] if mode == "sdar" else None
     return _row_losses(logp_BL, old_logp_BL, advantages_BL, step_mask_BL, epsilon, beta, window).mean()
 
