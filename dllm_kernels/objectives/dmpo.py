@@ -82,7 +82,7 @@ def wdce_baseline(
     checks.choice("kind", kind, BASELINES)
     _check_rollout(rewards_B, elbo_B, ref_elbo_B, group_ids_B, alpha, kappa)
     if kind == "none":
-        return torch.zeros_like(elbo_B).detach()
+        return torch.zeros_like(elbo_B)
     if kind == "neg":
         return _tilted(rewards_B, elbo_B, ref_elbo_B, group_ids_B, alpha, kappa, -1.0)
     if kind == "mean":

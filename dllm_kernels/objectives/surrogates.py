@@ -29,8 +29,7 @@ def clipped_ratio_term(delta: Tensor, advantages: Tensor, low: float, high: floa
     advantages = advantages.detach()
     upper, lower = math.log1p(high), math.log1p(-low) if low < 1 else -math.inf
     above, below = (advantages >= 0) & (delta > upper), (advantages < 0) & (delta < lower)
-    free = _exponential(torch.where(above | below, 0.0, delta))
-    return advantages * torch.where(above, 1.0 + high, torch.where(below, 1.0 - low, free))
+    return advantages * torch.where(above, 1.0 + high, torch.where(below, 1.0 - low, _exponential(delta)))
 
 
 def k1(delta: Tensor) -> Tensor:
@@ -55,6 +54,7 @@ def k3(delta: Tensor) -> Tensor:
 
 
 def _exponential(delta: Tensor) -> Tensor:
+    """`e^delta` with a finite derivative everywhere, so that no branch of a `torch.where` over it poisons another."""
     limit = _limit(delta.dtype)
     beyond = delta > limit
     return torch.exp(torch.where(beyond, limit, delta)) + math.exp(limit) * torch.where(beyond, delta - limit, 0.0)

@@ -3,10 +3,13 @@
 import inspect
 
 import pytest
+import torch
 
 from dllm_kernels import objectives
 from dllm_kernels.masks import LAWS
 from dllm_kernels.objectives.advantages import KINDS
+from tests.objectives import loops
+from tests.objectives.plans_and_batches import plan_of
 
 
 def loss_of(name):
@@ -23,6 +26,29 @@ def test_a_recipe_makes_its_objective(name):
     assert recipe.needs_reference == any("ref" in entry for entry in entries) or "weights" in entries
     assert objective.old_scores is None or objective.old_scores in entries
     assert (objective.old_scores is not None) <= recipe.needs_old
+
+
+ENTRIES = {
+    "dmpo": ("weights", "baseline"),
+    "espo": ("advantages", "old_elbo", "ref_elbo"),
+    "gdpo": ("advantages", "old_elbo"),
+    "rspo": ("advantages", "ref_elbo"),
+    "vrpo": ("ref_elbo",),
+    "wd1": ("weights",),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_entries_of_a_batch_are_detached(name):
+    recipe = objectives.RECIPES[name]
+    plan = plan_of(recipe.law, recipe.samples, **recipe.law_options)
+    g = torch.Generator().manual_seed(0)
+    entries = {entry: torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True) for entry in ENTRIES[name]}
+    ids = {"group_ids": torch.tensor([1, 1, 2, 2, 3, 3]), "chosen": torch.tensor([True, False] * 3)} if name == "vrpo" else {}
+    logp = loops.row_logps(plan)
+    objectives.FACTORIES[name](**recipe.defaults).contributions(logp, plan, objectives.Batch(entries | ids)).backward()
+    assert (logp.grad != 0).any()
+    assert all(tensor.grad is None for tensor in entries.values())
 
 
 @pytest.mark.parametrize("name", objectives.RECIPES)

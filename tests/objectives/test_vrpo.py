@@ -159,6 +159,8 @@ def test_contributions_of_the_whole_and_of_any_pair_sum_to_the_function(normaliz
         ([7, 3, 3, -1, 7, -2], CHOSEN, "pairs"),
         ([7, 3, 3, 7, 7, 7], [True, False, True, True, False, False], "pairs.*id 7"),
         (PAIR_IDS, [False, False, True, False, False, True], "pairs.*id 7"),
+        ([7, 7, 7, 3, 3, 3], [True, True, False, True, True, False], "pairs.*id 7"),
+        ([7, 7, 7, 3, 3, 3], [True, False, False, True, False, False], "pairs.*id 7"),
         (PAIR_IDS, [float(c) for c in CHOSEN], "chosen.*bool"),
         ([float(i) for i in PAIR_IDS], CHOSEN, "group_ids.*int64"),
     ],
