@@ -12,7 +12,7 @@ from dllm_kernels import checks
 from dllm_kernels.masks import MaskPlan
 
 Coupling = Literal["none", "token", "sample", "sequence", "batch"]
-Denominator = Literal["tokens", "sequences", "groups", "pairs"]
+Denominator = Literal["tokens", "sequences", "groups", "pairs", "steps"]  # steps: (sequence, state) with a scored token
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Batch:
                 checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
                 checks.finite(name, tensor)
 
-    def cut(self, *, samples: slice = slice(None), sequences: slice = slice(None)) -> Batch:
+    def cut(self, *, samples: slice = slice(None), sequences: slice | Tensor = slice(None)) -> Batch:
         return Batch(
             {name: tensor[sequences] for name, tensor in self.per_sequence.items()},
             {name: tensor[sequences, samples] for name, tensor in self.per_sample.items()},
@@ -49,6 +49,13 @@ class Objective:
     names the smallest unit on which coefficients of the log-probs depend: `none` (data only), `token`, `sample` (one
     Monte-Carlo sample of one sequence), `sequence` (its K samples), `batch`. `on_policy_coupling` is the coupling when no
     old scores are given, that is when the old policy is the current one.
+
+    `scale` names the entry that multiplies all that a sequence (or, `[B, K]`, a sample of it) contributes: where it is 0,
+    neither value nor gradient is left and the model need not run.
+
+    A `batch` objective may be given as `reduce(logp_N, plan)`, numbers `[B]` that are linear in logp and add up over cuts along
+    the samples, and `couple(numbers_B, lengths_B, entries)`, its contributions as a function of them. The engine then
+    holds no more than these numbers between its two passes, and can couple several ranks.
     """
 
     name: str
@@ -60,6 +67,9 @@ class Objective:
     per_sequence: tuple[str, ...] = ()  # entries [B] that Batch must hold, old scores apart
     per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch.per_sample must hold, old scores apart
     per_token: tuple[str, ...] = ()  # entries [B, K, S] that Batch.per_sample must hold, old scores apart
+    scale: str | None = None
+    reduce: Callable[[Tensor, MaskPlan], Tensor] | None = None
+    couple: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
     def is_on_policy(self, batch: Batch) -> bool:
         return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
@@ -70,9 +80,13 @@ class Objective:
         K, B, S = plan.shape
         sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
         sizes["per_sample"] = {name: [B, K] for name in self.per_sample} | {name: [B, K, S] for name in self.per_token}
+        optional = {self.old_scores}
+        if self.denominator == "groups" and "group_ids" not in self.per_sequence:  # to count them by
+            sizes["per_sequence"]["group_ids"] = [B]
+            optional.add("group_ids")
         for where, entries in (("per_sequence", batch.per_sequence), ("per_sample", batch.per_sample)):
             known = sizes[where]
-            if missing := set(known) - {self.old_scores} - set(entries):
+            if missing := set(known) - optional - set(entries):
                 raise ValueError(f"batch.{where} must hold {min(missing)!r} for {self.name}, got {sorted(entries)}")
             for name, tensor in entries.items():
                 if name not in known:

@@ -102,4 +102,5 @@ BGPO = Objective(
     old_scores="old_sample_elbo",
     per_sequence=("advantages",),
     per_sample=("old_sample_elbo",),
+    scale="advantages",
 )

@@ -130,6 +130,7 @@ def coupled_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.01) -> Objec
         old_scores="old_logp",
         per_sequence=("advantages",),
         per_token=("old_logp", "ref_logp") if beta > 0 else ("old_logp",),
+        scale=None if beta > 0 else "advantages",
     )
 
 

@@ -9,6 +9,8 @@ Verified against the code (yuchen-zhu-zyc/DMPO at 96af1a4). Its `ddo` loss and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -161,23 +163,28 @@ def dmpo_objective(*, baseline: str = "neg", strength: float = 1.0) -> Objective
 
     Batch: per sequence "weights" from `wdce_weights` over whole groups, and "baseline" from `wdce_baseline`; but
     baseline="none" takes no more than the weights, and baseline="unbias" takes "old_elbo", the rollout's ELBO under the
-    policy, and "group_ids": it depends on all that one call sees, and is made anew from the policy's scores.
+    policy, and "group_ids": it depends on all that one call (or its `group` of ranks) sees, and is made anew from the
+    policy's scores. The others may have "group_ids" to count the groups by.
     """
     checks.choice("baseline", baseline, BASELINES)
     checks.number("strength", strength)
 
-    def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
-        entries = batch.per_sequence
+    def reduce(logp_N: Tensor, plan: MaskPlan) -> Tensor:
+        """The mean over the replicates of the mean log-prob of their masked tokens."""
         sums_BK = surrogates.dense_logp(logp_N, plan).sum(-1).t()
-        mean_logp_BR = sums_BK / plan.counts.t().clamp(min=1)
+        return (sums_BK / plan.counts.t().clamp(min=1)).sum(1) / plan.samples
+
+    def couple(mean_logp_B: Tensor, lengths_B: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         coefficients_B = entries["weights"]
         if baseline == "unbias":
-            current_B = plan.lengths_B * mean_logp_BR.sum(1) / plan.samples
-            logits_B = current_B - entries["old_elbo"]
+            logits_B = lengths_B * mean_logp_B - entries["old_elbo"]
             coefficients_B = coefficients_B - strength * surrogates.group_softmax(logits_B, entries["group_ids"])
         elif baseline != "none":
             coefficients_B = coefficients_B - strength * entries["baseline"]
-        return _total(mean_logp_BR, coefficients_B, plan.samples)
+        return _total(mean_logp_B[:, None], coefficients_B, 1)
+
+    def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
+        return couple(reduce(logp_N, plan), plan.lengths_B, batch.per_sequence)
 
     more = {"none": (), "unbias": ("old_elbo", "group_ids")}.get(baseline, ("baseline",))
     return Objective(
@@ -188,6 +195,9 @@ def dmpo_objective(*, baseline: str = "neg", strength: float = 1.0) -> Objective
         denominator="groups",
         old_scores=None,
         per_sequence=("weights", *more),
+        scale="weights" if baseline == "none" else None,
+        reduce=reduce,
+        couple=couple,
     )
 
 

@@ -143,10 +143,11 @@ def _objective(name: str, epsilon_low: float, epsilon_high: float, beta: float, 
         contributions=contributions,
         coupling="sample",
         on_policy_coupling="sample" if beta > 0 else "none",
-        denominator="pairs",
+        denominator="steps",
         old_scores="old_sample_elbo",
         per_sequence=() if stepwise else ("advantages",),
         per_sample=(*scores, "step_advantages") if stepwise else scores,
+        scale=None if beta > 0 else "step_advantages" if stepwise else "advantages",
     )
 
 

@@ -98,6 +98,7 @@ def espo_objective(*, epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta:
         denominator="sequences",
         old_scores="old_elbo",
         per_sequence=("advantages", "old_elbo", *(("ref_elbo",) if beta > 0 else ())),
+        scale=None if beta > 0 else "advantages",
     )
 
 

@@ -112,6 +112,7 @@ def gdpo_objective(*, epsilon: float = 0.5, beta: float = 0.0, mode: str = "pape
         denominator="sequences",
         old_scores="old_elbo",
         per_sequence=("advantages", "old_elbo", *(("ref_elbo",) if beta > 0 else ())),
+        scale=None if beta > 0 else "advantages",
     )
 
 

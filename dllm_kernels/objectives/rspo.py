@@ -6,6 +6,8 @@ Unverified: no official code was found and the paper's equations were not read. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from dllm_kernels import checks
@@ -13,6 +15,7 @@ from dllm_kernels.masks import MaskPlan
 from dllm_kernels.objective import Batch, Objective
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.surrogates import sequence_scores
 
 
 def rspo(elbo_B: Tensor, ref_elbo_B: Tensor, advantages_B: Tensor, lengths_B: Tensor, *, lam: float = 0.01) -> Tensor:
@@ -54,12 +57,17 @@ def _total(elbo_B: Tensor, ref_elbo_B: Tensor, advantages_B: Tensor, divisor_B: 
 
 
 def rspo_objective(*, lam: float = 0.01) -> Objective:
-    """`rspo` for the engine, centred over all that one call sees. Batch: per sequence "advantages" and "ref_elbo"."""
+    """`rspo` for the engine, centred over all that one call (or its `group` of ranks) sees.
+
+    Batch: per sequence "advantages" and "ref_elbo".
+    """
     checks.number("lam", lam, least=0)
 
+    def couple(elbo_B: Tensor, lengths_B: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+        return _total(elbo_B, entries["ref_elbo"], entries["advantages"], lengths_B.to(elbo_B.dtype).clamp(min=1.0), lam)
+
     def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
-        elbo_B, entries = plan.score(logp_N), batch.per_sequence
-        return _total(elbo_B, entries["ref_elbo"], entries["advantages"], plan.lengths_B.to(elbo_B.dtype).clamp(min=1.0), lam)
+        return couple(sequence_scores(logp_N, plan), plan.lengths_B, batch.per_sequence)
 
     return Objective(
         name="rspo",
@@ -69,6 +77,8 @@ def rspo_objective(*, lam: float = 0.01) -> Objective:
         denominator="sequences",
         old_scores=None,
         per_sequence=("advantages", "ref_elbo"),
+        reduce=sequence_scores,
+        couple=couple,
     )
 
 

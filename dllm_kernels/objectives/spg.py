@@ -124,6 +124,7 @@ def spg_objective(*, omega: float = 0.5, eubo_beta: float = 1.5, negative: str =
         denominator="tokens",
         old_scores=None,
         per_sequence=("advantages",),
+        scale="advantages",
     )
 
 

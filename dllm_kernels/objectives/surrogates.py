@@ -81,6 +81,11 @@ def dense_logp(logp_N: Tensor, plan: MaskPlan) -> Tensor:
     return flat.index_copy(0, plan.rows.index + plan.shift, logp_N).view(plan.shape)
 
 
+def sequence_scores(logp_N: Tensor, plan: MaskPlan) -> Tensor:
+    """`plan.score` as a function: linear in logp, and the scores of cuts along the samples add up."""
+    return plan.score(logp_N)
+
+
 def group_softmax(logits_B: Tensor, group_ids_B: Tensor) -> Tensor:
     """Softmax over the sequences of equal id; detached; exactly 1 / G each where the logits are equal.
 

@@ -107,4 +107,5 @@ def token_objective(name: str, epsilon: float, beta: float) -> Objective:
         old_scores="old_logp",
         per_sequence=("advantages",),
         per_token=("old_logp", "ref_logp") if beta > 0 else ("old_logp",),
+        scale=None if beta > 0 else "advantages",
     )

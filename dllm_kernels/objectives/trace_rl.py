@@ -115,10 +115,11 @@ def trace_rl_objective(*, epsilon: float = 0.2, beta: float = 0.01, mode: str = 
         contributions=contributions,
         coupling="token",
         on_policy_coupling="none",  # the KL to the old policy has no gradient there
-        denominator="pairs",
+        denominator="steps",
         old_scores="old_logp",
         per_sequence=("advantages",),
         per_token=("old_logp",),
+        scale=None if beta > 0 else "advantages",
     )
 
 

@@ -91,6 +91,7 @@ def unigrpo_objective(*, epsilon: float = 0.2, beta: float = 0.01) -> Objective:
         old_scores="old_sample_elbo",
         per_sequence=("advantages",),
         per_sample=("old_sample_elbo", "ref_sample_elbo") if beta > 0 else ("old_sample_elbo",),
+        scale=None if beta > 0 else "advantages",
     )
 
 

@@ -8,6 +8,8 @@ Unverified against its authors' code, which is closed: the loss is the paper's, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,15 +73,17 @@ def vrpo_objective(*, beta: float, normalize: bool = False) -> Objective:
     """
     checks.number("beta", beta, above=0)
 
-    def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
-        entries = batch.per_sequence
+    def couple(elbo_B: Tensor, lengths_B: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         chosen_B, group_ids_B = entries["chosen"], entries["group_ids"]
         _check_pairs(chosen_B, group_ids_B)
-        delta_B = plan.score(logp_N) - entries["ref_elbo"].detach()
+        delta_B = elbo_B - entries["ref_elbo"].detach()
         if normalize:
-            delta_B = delta_B / plan.lengths_B.to(delta_B.dtype).clamp(min=1.0)
+            delta_B = delta_B / lengths_B.to(delta_B.dtype).clamp(min=1.0)
         margin_B = surrogates.group_sum(torch.where(chosen_B, delta_B, -delta_B), group_ids_B)
         return -surrogates.masked_sum(F.logsigmoid(beta * margin_B), chosen_B)
+
+    def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
+        return couple(surrogates.sequence_scores(logp_N, plan), plan.lengths_B, batch.per_sequence)
 
     return Objective(
         name="vrpo",
@@ -89,6 +93,8 @@ def vrpo_objective(*, beta: float, normalize: bool = False) -> Objective:
         denominator="pairs",
         old_scores=None,
         per_sequence=("ref_elbo", "group_ids", "chosen"),
+        reduce=surrogates.sequence_scores,
+        couple=couple,
     )
 
 

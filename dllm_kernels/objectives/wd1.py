@@ -55,7 +55,10 @@ def _contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
 
 
 def wd1_objective() -> Objective:
-    """`wd1` for the engine. Batch: per sequence "weights" from `wd1_weights`, made over whole groups, so that any cut may do."""
+    """`wd1` for the engine. Batch: per sequence "weights" from `wd1_weights`, made over whole groups, so that any cut may do.
+
+    "group_ids" may be given to count the groups by.
+    """
     return Objective(
         name="wd1",
         contributions=_contributions,
@@ -64,6 +67,7 @@ def wd1_objective() -> Objective:
         denominator="groups",
         old_scores=None,
         per_sequence=("weights",),
+        scale="weights",
     )
 
 

@@ -262,7 +262,7 @@ def test_what_they_declare():
     for factory, recipe, name in ((egspo_objective, RECIPE, "egspo"), (egspo_sa_objective, RECIPE_SA, "egspo_sa")):
         objective = factory(**recipe.defaults)
         assert objective.name == recipe.name == name
-        assert (objective.coupling, objective.on_policy_coupling, objective.denominator) == ("sample", "sample", "pairs")
+        assert (objective.coupling, objective.on_policy_coupling, objective.denominator) == ("sample", "sample", "steps")
         assert factory(beta=0.0, tokens_per_step=2).on_policy_coupling == "none"
         assert (recipe.arxiv, recipe.law, recipe.status) == ("2603.12554", "trace", "verified against the code")
         assert (recipe.needs_old, recipe.needs_reference, recipe.needs_trajectory) == (True, True, True)

@@ -186,7 +186,7 @@ def test_what_it_declares():
         "trace_rl",
         "token",
         "none",
-        "pairs",
+        "steps",
     )
     assert (RECIPE.name, RECIPE.arxiv, RECIPE.law, RECIPE.law_options) == ("trace_rl", "2509.06949", "trace", {"shrink": 8})
     assert (RECIPE.status, RECIPE.advantage) == ("verified against the code", "population_std")
