@@ -460,6 +460,30 @@ def test_the_same_call_gives_the_same_bits(backend, plan):
         assert torch.equal(first[1][name], second[1][name]), name
 
 
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+def test_overwriting_a_buffer_ignores_what_it_held(backend, dtype, rows, monkeypatch):
+    monkeypatch.setattr(reference, "WORKSPACE_BYTES", {"cpu": 1})  # several chunks: only the first may overwrite
+    case = make_case(dtype, backend.device, shape=(600,), rows=rows)
+    problem = reference.HeadProblem(case.hidden, case.weight, case.target, case.rows)
+    module, statistics = select_backend(problem), problem.statistics_dtype
+    coef = case.coef.to(statistics)
+    operand = module.run(problem, ("operand",))["operand"]
+
+    def buffers(run, fill, overwrite):
+        dweight = torch.full(case.weight.shape, fill, dtype=statistics, device=backend.device)
+        dbias = torch.full(case.weight.shape[:1], fill, dtype=statistics, device=backend.device)
+        run(dweight_VH=dweight, dbias_V=dbias, overwrite=overwrite)
+        return dweight, dbias
+
+    for run in (
+        lambda **out: module.run(problem, ("lse",), coef_N=coef, **out),
+        lambda **out: module.from_operands(problem, [(operand, coef)], dhidden=False, **out),
+    ):
+        for got, want in zip(buffers(run, math.nan, True), buffers(run, 0.0, False), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 # --- odd shapes and layouts -------------------------------------------------------------------------------------------
 
 
