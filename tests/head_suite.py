@@ -956,24 +956,21 @@ def test_pitfall_the_sign_of_entropy(backend):
 
 
 def test_pitfall_row_offsets_beyond_2_to_31(backend, tmp_path):
-    """The second row of these logits lies 2^31 + 64 elements behind the first: a 32-bit offset would miss it.
+    """The second row of these hidden states lies 2^31 + 64 elements behind the first: a 32-bit offset would miss it.
 
     The matrix is a sparse file mapped into memory, of which two rows exist."""
-    kernel = select_backend(
-        reference.HeadProblem(torch.zeros(1, 1, device=backend.device), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
-    ).row_kernel_
-    path, V, stride = tmp_path / "logits", 19, 2**31 + 64
+    path, H, V = tmp_path / "hidden", 64, 19
+    last = 2**31 // H + 1
     with open(path, "wb") as file:
-        os.truncate(file.fileno(), 4 * (stride + V))
-    flat = torch.from_file(str(path), shared=True, size=stride + V, dtype=torch.float32)
-    logits = flat.as_strided((2, V), (stride, 1))
-    logits.copy_(torch.randn(2, V, generator=torch.Generator().manual_seed(0)))
-    dense, target = logits.clone(), torch.tensor([3, 7])
-    got = kernel(logits, target, entropy=True, top=True, gradient=True)
-    want = kernel(dense, target, entropy=True, top=True, gradient=True)
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-    assert torch.equal(logits, dense)
+        os.truncate(file.fileno(), 4 * (last + 1) * H)
+    hidden = torch.from_file(str(path), shared=True, size=(last + 1) * H, dtype=torch.float32).view(-1, H)
+    dense = torch.randn(2, H, generator=torch.Generator().manual_seed(0))
+    hidden[0], hidden[last] = dense
+    weight, target = torch.randn(V, H, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 7])
+    got = score_tokens(hidden, weight, target, rows=torch.tensor([0, last]), want=ALL)
+    want = score_tokens(dense, weight, target, want=ALL)
+    for name in ALL:
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 # --- hypothesis -------------------------------------------------------------------------------------------------------
