@@ -12,6 +12,8 @@
 #define DLLM_FMA(a, b, c) ((NativeF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define DLLM_PANEL 16
 #define DLLM_STRIP 6
+#define DLLM_PAIRS 0
+#define DLLM_DOT DLLM_FMA
 #include "head.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

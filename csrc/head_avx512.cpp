@@ -12,6 +12,8 @@
 #define DLLM_FMA(a, b, c) ((NativeF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define DLLM_PANEL 32
 #define DLLM_STRIP 14
+#define DLLM_PAIRS 0
+#define DLLM_DOT DLLM_FMA
 #include "head.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,4 +5,6 @@
 #define DLLM_FMA(a, b, c) ((a) * (b) + (c))
 #define DLLM_PANEL 16
 #define DLLM_STRIP 2
+#define DLLM_PAIRS 0
+#define DLLM_DOT DLLM_FMA
 #include "head.inc"

@@ -70,5 +70,7 @@ struct Engine {
 namespace baseline { extern const Engine engine; }
 namespace avx2 { extern const Engine engine; }
 namespace avx512 { extern const Engine engine; }
+namespace avx512bf16 { extern const Engine engine; }
+namespace avx512bf16_emulated { extern const Engine engine; }
 
 }  // namespace dllm

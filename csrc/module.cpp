@@ -26,20 +26,32 @@ using dllm::Type;
 
 struct Isa {
   const char* name;
-  const dllm::Engine* engine;
   bool supported;
+  const dllm::Engine* engine;
+  const dllm::Engine* pairs;  // for bfloat16 problems, or null
+
+  const dllm::Engine& of(const HeadProblem& p) const {
+    const bool fits = p.hidden.type == Type::bf16 && p.weight.type == Type::bf16 && p.hidden.column == 1 && p.weight.column == 1;
+    return pairs && fits ? *pairs : *engine;
+  }
 };
 
-const std::vector<Isa>& isas() {  // best first
-  static const std::vector<Isa> table = {
+const std::vector<Isa>& isas() {  // best first; what is only for tests last
+  static const std::vector<Isa> table = [] {
+    std::vector<Isa> t;
 #if defined(__x86_64__)
-      {"avx512", &dllm::avx512::engine,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
-      {"avx2", &dllm::avx2::engine, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine});
+    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr});
+    t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr});
 #endif
-      {"baseline", &dllm::baseline::engine, true},
-  };
+    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr});
+#if defined(__x86_64__)
+    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine});
+#endif
+    return t;
+  }();
   return table;
 }
 
@@ -157,7 +169,7 @@ template <class T> T* address(uintptr_t a) { return reinterpret_cast<T*>(a); }
 
 void run(HeadProblem& p, int64_t threads, int64_t budget) {
   if (p.rows == 0) return;
-  const dllm::Engine& engine = *current.load()->engine;
+  const dllm::Engine& engine = current.load()->of(p);
   const bool stored = p.stored[0] || p.stored[1];
   p.chunk = chunk_rows(p.rows, p.vocabulary, p.gradient && !stored, engine.panel, budget);
   const int size = team_size(p, threads);
@@ -258,10 +270,10 @@ void sample(const Strided& hidden, const Strided& weight, uintptr_t index, int64
 }
 
 // The bytes that a call of `head` works in, beyond its arguments.
-int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, bool gradient, bool dweight, bool dhidden, int64_t threads,
+int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t threads,
                         int64_t budget) {
-  HeadProblem p = problem({1, 0, 1, 1}, {1, 0, 1, 1}, 0, rows, vocabulary, width);
-  const dllm::Engine& engine = *current.load()->engine;
+  HeadProblem p = problem({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width);
+  const dllm::Engine& engine = current.load()->of(p);
   p.gradient = gradient;
   p.out.dweight = address<float>(dweight ? 1 : 0);
   p.out.vectors[0] = address<void>(dhidden ? 1 : 0);
