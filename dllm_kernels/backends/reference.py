@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_kernels import checks
 from dllm_kernels.noise import gumbel
 
 NAME = "reference"
@@ -62,6 +63,45 @@ class HeadProblem:
             temperature,
             self.excluded_V,
         )
+
+
+def check(problem: HeadProblem, *, targets: bool) -> None:
+    """Raise ValueError for row indices, and with `targets` for target ids, that the problem does not have.
+
+    Reads values: always on the CPU, on a GPU under DLLM_KERNELS_VALIDATE=1 alone.
+    """
+    p = problem
+    if p.index_N is not None:
+        checks.in_range("rows", p.index_N, 0, len(p.hidden_MH))
+        if checks.may_read(p.index_N) and bool((p.index_N.bincount(minlength=1) > 1).any()):
+            raise ValueError(f"rows must be unique, got {int(p.index_N.bincount().argmax())} more than once")
+    if targets:
+        checks.in_range("target", p.target_N, 0, len(p.weight_VH))
+        if p.excluded_V is not None and checks.may_read(p.target_N):
+            forbidden_N = p.excluded_V[p.target_N]
+            if bool(forbidden_N.any()):
+                offender = int(p.target_N[forbidden_N][0])
+                raise ValueError(
+                    f"target must not hold a suppressed id or one beyond valid_vocab: id {offender} has probability 0"
+                )
+
+
+def workspace_bytes(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    dhidden: bool = True,
+    dweight: bool = False,
+) -> int:
+    """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    chunk = chunk_rows(rows, vocabulary, statistics, torch.device("cpu")) if rows else 0
+    copies = 5 if gradient else 3  # logits, their exponentials, products; d entropy and the scaled operand
+    slab = 0 if dtype == statistics else min(SLAB_BYTES, vocabulary * hidden_size * statistics.itemsize)
+    return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
 
 
 def _transform_(
@@ -240,8 +280,11 @@ def run(
         if name in STATISTICS:
             result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, device=device)
         else:
-            width = vocabulary if name in ("operand", "entropy_operand") else hidden_size
-            result[name] = torch.empty(rows, width, dtype=p.hidden_MH.dtype, device=device)
+            # an operand lies in memory as [V, N] on every backend, which the fake op of `ops.py` counts on
+            by_token = name in ("operand", "entropy_operand")
+            size = (vocabulary, rows) if by_token else (rows, hidden_size)
+            stored = torch.empty(size, dtype=p.hidden_MH.dtype, device=device)
+            result[name] = stored.t() if by_token else stored
     if rows == 0:
         if overwrite:
             _zero(dweight_VH, dbias_V)
