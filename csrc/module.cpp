@@ -269,6 +269,24 @@ void sample(const Strided& hidden, const Strided& weight, uintptr_t index, int64
   run(p, threads, 0);
 }
 
+// Whether every target is a class that is not excluded, and the row indices are distinct and there.
+bool values_fit(uintptr_t target, uintptr_t index, int64_t rows, int64_t available, int64_t vocabulary, uintptr_t excluded) {
+  pybind11::gil_scoped_release release;
+  if (const int64_t* t = address<const int64_t>(target)) {
+    const uint8_t* out = address<const uint8_t>(excluded);
+    for (int64_t i = 0; i < rows; ++i)
+      if (t[i] < 0 || t[i] >= vocabulary || (out && out[t[i]])) return false;
+  }
+  if (const int64_t* at = address<const int64_t>(index)) {
+    std::vector<bool> seen((size_t)available);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (at[i] < 0 || at[i] >= available || seen[(size_t)at[i]]) return false;
+      seen[(size_t)at[i]] = true;
+    }
+  }
+  return true;
+}
+
 // The bytes that a call of `head` works in, beyond its arguments.
 int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t threads,
                         int64_t budget) {
@@ -289,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("head", &head);
   m.def("from_operands", &from_operands);
   m.def("sample", &sample);
+  m.def("values_fit", &values_fit);
   m.def("workspace_bytes", &workspace_bytes);
   m.def("release_workspace", &Workspace::release, "Gives the kept workspace back to the system.");
   m.def("isa", [] { return std::string(current.load()->name); }, "The instruction set in use.");

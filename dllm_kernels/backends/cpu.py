@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import reference
-from dllm_kernels.backends.reference import STATISTICS, WORKSPACE_BYTES, HeadProblem, check
+from dllm_kernels.backends.reference import STATISTICS, WORKSPACE_BYTES, HeadProblem
 
 __all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
@@ -65,19 +65,35 @@ def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """Contiguous and in `dtype`. The caller keeps the result while its address is in use."""
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def _operands(problem: HeadProblem) -> tuple[object, ...]:
+def _operands(problem: HeadProblem, index_N: Tensor | None) -> tuple[object, ...]:
     vocabulary, hidden_size = problem.weight_VH.shape
     return (
         _strided(problem.hidden_MH),
         _strided(problem.weight_VH),
-        _address(problem.index_N),
+        _address(index_N),
         problem.rows,
         vocabulary,
         hidden_size,
     )
+
+
+def check(problem: HeadProblem, *, targets: bool) -> None:
+    """`reference.check`, which also says what is wrong; the usual case, nothing, is found in one C++ call."""
+    p = problem
+    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+    if _C is None or not _C.values_fit(
+        _address(target_N) if targets else 0,
+        _address(index_N),
+        p.rows,
+        p.hidden_MH.shape[0],
+        p.weight_VH.shape[0],
+        _address(p.excluded_V),
+    ):
+        reference.check(p, targets=targets)
 
 
 def run(
@@ -123,9 +139,9 @@ def run(
     temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
     bias_V, excluded_V = _vector(p.bias_V), p.excluded_V
     coef_N, entropy_coef_N = (_vector(coef_N), _vector(entropy_coef_N)) if combined else (None, None)
-    target_N = p.target_N.contiguous()
+    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
     _C.head(
-        *_operands(p),
+        *_operands(p, index_N),
         _address(bias_V),
         p.softcap or 0.0,
         1.0 if isinstance(p.temperature, Tensor) else p.temperature,
@@ -175,8 +191,9 @@ def from_operands(
     stored = [(operand_NV.t().contiguous(), _vector(coef_N)) for operand_NV, coef_N in operands]
     addresses = [(_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored]
     first, second = addresses[0], addresses[1] if len(addresses) > 1 else (0, 0)
+    index_N = _vector(p.index_N, torch.int64)
     _C.from_operands(
-        *_operands(p),
+        *_operands(p, index_N),
         *first,
         *second,
         _address(out_NH),
@@ -197,9 +214,9 @@ def sample(problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float
     result = {"token": torch.empty(p.rows, dtype=torch.int64)}
     result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}
     temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
-    bias_V, key_N = _vector(p.bias_V), key_N.contiguous()
+    bias_V, key_N, index_N = _vector(p.bias_V), key_N.contiguous(), _vector(p.index_N, torch.int64)
     _C.sample(
-        *_operands(p),
+        *_operands(p, index_N),
         _address(bias_V),
         p.softcap or 0.0,
         1.0 if isinstance(p.temperature, Tensor) else p.temperature,
