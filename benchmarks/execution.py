@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.measure import MIB, Memory, Timing, interleave, peak_memory
@@ -21,6 +22,8 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         prepared = case.setup(case.sizes)
     except Exception as error:
         return [_row(case, Contestant("all", "ours"), status="failed", reason=f"set-up: {_describe(error)}")]
+    if settings.contestants:
+        prepared = replace(prepared, contestants=tuple(c for c in prepared.contestants if c.name in settings.contestants))
     rows = {contestant.name: _row(case, contestant) for contestant in prepared.contestants}
     runners: dict[str, Runner] = {}
     first_run_s: dict[str, float] = {}

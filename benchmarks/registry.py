@@ -31,6 +31,7 @@ class Settings:
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
     threads: int = 1
+    contestants: tuple[str, ...] = ()  # only these; all where empty
 
     @property
     def torch_dtype(self) -> torch.dtype:

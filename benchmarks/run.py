@@ -18,7 +18,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
+    parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
@@ -147,7 +148,15 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
                 + f" without {', '.join(sorted(missing))}" * bool(missing)
             )
     threads = arguments.threads or torch.get_num_threads()
-    return Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads)
+    settings = Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads)
+    if not arguments.only:
+        return settings
+    only = tuple(name.strip() for name in arguments.only.split(","))
+    known = sorted({c.name for suite in suites for case in suite.cases(settings) for c in case.setup(case.tiny).contestants})
+    for name in only:
+        if name not in known:
+            raise ValueError(f"--only must name contestants of the suite ({', '.join(known)}), got {name!r}")
+    return replace(settings, contestants=only)
 
 
 def _load_base(path: Path | None) -> dict[str, Any] | None:
