@@ -2,6 +2,7 @@
 
 from dllm_kernels import objectives
 from dllm_kernels.accumulation import accumulate
+from dllm_kernels.costs import explain
 from dllm_kernels.elbo import bgpo_loss, elbo_loss
 from dllm_kernels.generation import generate
 from dllm_kernels.heads import headless
@@ -16,6 +17,7 @@ __all__ = [
     "accumulate",
     "bgpo_loss",
     "elbo_loss",
+    "explain",
     "generate",
     "head_backward",
     "headless",

@@ -56,6 +56,11 @@ def why(plan: str, *, forced: bool) -> str:
     return f"forced; it is the way to go where {_WHY[plan]}" if forced else _WHY[plan]
 
 
+def recorded(want: Sequence[str], coef_known: bool) -> bool:
+    """Whether a call has anything to differentiate; lse and top_* have no gradient."""
+    return coef_known or "logp" in want or "entropy" in want
+
+
 def late_vectors(outputs: Sequence[str]) -> int:
     """How many of a late plan's outputs have a gradient of their own: each costs `unit` a product, `keep` an operand."""
     return ("logp" in outputs) + ("entropy" in outputs)

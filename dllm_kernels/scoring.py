@@ -112,7 +112,7 @@ def score_tokens(
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
 
     known = coef is not None or entropy_coef is not None
-    recorded = torch.is_grad_enabled() and (known or "logp" in want or "entropy" in want)
+    recorded = torch.is_grad_enabled() and plans.recorded(want, known)
     head_trains = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
     wants_gradient = head_trains or (recorded and hidden.requires_grad)
     chosen = plans.choose(

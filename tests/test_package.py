@@ -53,6 +53,7 @@ def test_public_names_exist_and_are_documented():
         "bgpo_loss",
         "make_mask_plan",
         "generate",
+        "explain",
         "accumulate",
     ):
         assert name in dllm_kernels.__all__
