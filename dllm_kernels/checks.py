@@ -20,6 +20,8 @@ def may_read(tensor: Tensor) -> bool:
 def shape(name: str, tensor: Tensor, allowed: Sequence[int | None]) -> None:
     """`allowed` holds a size per dimension, None for any."""
     require_tensor(name, tensor)
+    if len(allowed) == 1 == tensor.dim() and (allowed[0] is None or allowed[0] == tensor.shape[0]):
+        return  # the common case, and on the way of every call
     if tensor.dim() != len(allowed) or any(a is not None and a != s for a, s in zip(allowed, tensor.shape, strict=True)):
         wanted = ", ".join("any" if a is None else str(a) for a in allowed)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")

@@ -6,6 +6,7 @@ The eager autograd function and the custom ops of `ops.py` are two shells around
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dllm_kernels import backends, checks, plans
 from dllm_kernels.backends.reference import HeadProblem
-from dllm_kernels.problem import check_finite, check_temperature
+from dllm_kernels.problem import check_finite, check_temperature, device_type
 
 _ROWS_AT_ONCE = 1024  # of stored 16-bit vectors, multiplied in fp32
 
@@ -38,13 +39,21 @@ class Result(NamedTuple):
     stored: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
-def check_values(problem: HeadProblem, *, targets: bool = True, **coefficients: Tensor | None) -> None:
+def _check_values(
+    backend: ModuleType,
+    problem: HeadProblem,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    *,
+    targets: bool = True,
+) -> None:
     """Every check that has to read values, before anything runs."""
-    backends.select(problem).check(problem, targets=targets)
+    backend.check(problem, targets=targets)
     check_temperature(problem.temperature)
-    for name, coef_N in coefficients.items():
-        if coef_N is not None:
-            checks.finite(name, coef_N)
+    if coef_N is not None:
+        checks.finite("coef", coef_N)
+    if entropy_coef_N is not None:
+        checks.finite("entropy_coef", entropy_coef_N)
 
 
 def forward(
@@ -56,11 +65,12 @@ def forward(
     entropy_coef_N: Tensor | None = None,
 ) -> Result:
     """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef"."""
-    if torch.is_autocast_enabled(problem.hidden_MH.device.type):
-        with torch.autocast(problem.hidden_MH.device.type, enabled=False):
+    kind = device_type(problem.hidden_MH)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
-    check_values(problem, coef=coef_N, entropy_coef=entropy_coef_N)
     backend = backends.select(problem)
+    _check_values(backend, problem, coef_N, entropy_coef_N)
     if plan != "coef":
         kept = {"unit": "unit", "keep": "operand"}.get(plan)
         wanted = {*outputs}
@@ -119,12 +129,14 @@ def backward(
     """
     arrived = dsum if dsum is not None else dlogp_N if dlogp_N is not None else dentropy_N
     assert arrived is not None
-    kind = arrived.device.type
+    kind = device_type(arrived)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return backward(plan, problem, index_N, shape, stored, needs, dsum, dlogp_N, dentropy_N)
     if dsum is not None:
-        dhidden_NH, dweight, dbias = (_scaled(gradient, dsum) for gradient in stored)
+        # out of place, so that a second backward finds what the first one found; by 1, no copy
+        factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
+        dhidden_NH, dweight, dbias = [g if g is None or factor is None else g * factor for g in stored]
         return None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape), dweight, dbias
     if problem is None:
         return _sum_of_scaled_rows(_pairs(stored, dlogp_N, dentropy_N), index_N, shape), None, None
@@ -154,12 +166,13 @@ def add_gradient(
     dbias_V: Tensor | None,
 ) -> Tensor:
     """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers."""
-    kind = problem.hidden_MH.device.type
+    kind = device_type(problem.hidden_MH)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return add_gradient(problem, shape, coef_N, entropy_coef_N, dweight_VH, dbias_V)
-    check_values(problem, coef=coef_N, entropy_coef=entropy_coef_N)
-    result = backends.select(problem).run(
+    backend = backends.select(problem)
+    _check_values(backend, problem, coef_N, entropy_coef_N)
+    result = backend.run(
         problem,
         ("dhidden", "lse"),
         coef_N=coef_N.to(problem.statistics_dtype),
@@ -173,12 +186,13 @@ def add_gradient(
 
 def sample(problem: HeadProblem, key_N: Tensor, step: int, temperature: float) -> dict[str, Tensor]:
     """Check values and draw; results as of `backends.reference.sample`."""
-    kind = problem.hidden_MH.device.type
+    kind = device_type(problem.hidden_MH)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return sample(problem, key_N, step, temperature)
-    check_values(problem, targets=False)
-    result = backends.select(problem).sample(problem, key_N, step=step, temperature=temperature)
+    backend = backends.select(problem)
+    _check_values(backend, problem, targets=False)
+    result = backend.sample(problem, key_N, step=step, temperature=temperature)
     check_finite(result["lse"], problem)
     return result
 
@@ -191,7 +205,7 @@ def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor 
     """Uninitialised gradient buffers of weight and bias."""
     like, dtype = problem.weight_VH, problem.statistics_dtype
     return (
-        torch.empty(like.shape, dtype=dtype, device=like.device) if needs.weight else None,
+        torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None,
         torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None,
     )
 
@@ -200,13 +214,6 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     if gradient is None or like is None or gradient.dtype == like.dtype:
         return gradient
     return gradient.to(like.dtype)
-
-
-def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Out of place, so that a second backward finds what the first one found; the copy is spared where it can be seen to."""
-    if gradient is None or (factor.is_cpu and float(factor) == 1.0):
-        return gradient
-    return gradient * factor
 
 
 def _scatter(compact_NH: Tensor, index_N: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -250,7 +257,7 @@ def _recompute(
     keep_N = plans.live_rows(coef_N, entropy_coef_N)
     if coef_N is None:
         coef_N = torch.zeros(problem.rows, dtype=problem.statistics_dtype, device=problem.target_N.device)
-    if keep_N is not None and len(keep_N) < problem.rows:
+    if keep_N is not None:
         problem, coef_N = problem.select(keep_N), coef_N[keep_N]
         entropy_coef_N = None if entropy_coef_N is None else entropy_coef_N[keep_N]
     result = backends.select(problem).run(

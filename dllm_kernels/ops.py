@@ -16,7 +16,7 @@ from dllm_kernels import flops, launch, plans
 from dllm_kernels.backends.reference import STATISTICS, HeadProblem
 from dllm_kernels.problem import Options, make_problem
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the launcher takes as they are
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -26,7 +26,11 @@ def observed(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack():
         flops.register()
         return True
-    return any(tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta) for tensor in tensors)
+    for tensor in tensors:
+        kind = type(tensor)
+        if (kind is not Tensor and kind not in _OTHERS) or (tensor is not None and tensor.is_meta):
+            return True
+    return False
 
 
 def _options(

@@ -96,7 +96,7 @@ def _check_excluded(suppress: Sequence[int], valid_vocab: int | None, vocabulary
 def make_problem(
     hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, bias: Tensor | None, options: Options
 ) -> HeadProblem:
-    """The problem of arguments that `check_arguments` let pass; values are not looked at yet."""
+    """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
     softcap, temperature, suppress, valid_vocab = options
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -107,7 +107,7 @@ def make_problem(
         excluded_V = _excluded(tuple(suppress), valid_vocab, weight.shape[0], hidden.device)
     return HeadProblem(
         flat(hidden),
-        weight if not weight.requires_grad else weight.detach(),
+        weight,
         target_N,
         rows,
         None if bias is None else bias.detach(),
@@ -118,10 +118,8 @@ def make_problem(
 
 
 def flat(hidden: Tensor) -> Tensor:
-    """`[..., H]` as `[M, H]`, without its graph."""
-    if hidden.requires_grad:
-        hidden = hidden.detach()
-    return hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    """`[..., H]` as `[M, H]`."""
+    return hidden if hidden.dim() == 2 else hidden.detach().reshape(-1, hidden.shape[-1])
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,6 +133,11 @@ def _excluded(suppress: tuple[int, ...], valid_vocab: int | None, vocabulary: in
         if suppress:
             excluded_V[torch.tensor(suppress, device=device)] = True
     return excluded_V
+
+
+def device_type(tensor: Tensor) -> str:
+    """`tensor.device.type`, of which the CPU's is asked for most and costs least this way."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def check_temperature(temperature: float | Tensor) -> None:
@@ -156,7 +159,7 @@ def check_finite(lse_N: Tensor, problem: HeadProblem) -> None:
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, hidden and weight in its dtype as for `F.linear`; the casts carry their gradients back."""
-    kind = hidden.device.type
+    kind = device_type(hidden)
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return hidden, weight
     dtype = torch.get_autocast_dtype(kind)

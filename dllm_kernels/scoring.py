@@ -91,6 +91,9 @@ def score_tokens(
     Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
     `hidden` is reported on the CPU always, on a GPU under DLLM_KERNELS_VALIDATE=1. Double backward is not supported.
 
+    Under torch.autocast hidden and weight are cast as for `F.linear`, at every call. torch.compile and FlopCounterMode see
+    one custom op with one more for its backward (`dllm_kernels.ops`), with the same bits and the same checks of values.
+
     Example:
         >>> hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8)
         >>> scores = score_tokens(hidden, weight, torch.tensor([3, 7]), rows=torch.tensor([1, 8]), want=("logp", "entropy"))
