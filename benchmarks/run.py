@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
+    parser.add_argument("--case", action="append", help="a case's name, like forward; may be given several times; default all")
     parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     names = list(dict.fromkeys(arguments.suite or registry.SUITE_MODULES))
     suites = [registry.load(name) for name in names]
     settings = _settings(arguments, suites)
+    if unknown := set(arguments.case or ()) - {case.name for suite in suites for case in suite.cases(settings)}:
+        raise ValueError(f"--case must name a case of {', '.join(names)} (see --list), got {min(unknown)!r}")
     base = _load_base(arguments.compare)
     console = report.console()
     if arguments.list:
@@ -101,7 +104,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
     bad = 0
     for suite in suites:
-        cases = suite.cases(settings)
+        cases = [case for case in suite.cases(settings) if not arguments.case or case.name in arguments.case]
         rows: list[registry.Row] = []
         for number, case in enumerate(cases, 1):
             print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
