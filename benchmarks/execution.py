@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,16 @@ from benchmarks.registry import Case, Contestant, Prepared, Row, Runner, Setting
 
 # a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another job
 PEER_SLACK = 100.0
+
+
+def measure(suite: Suite, settings: Settings) -> dict[str, Any]:
+    """The entry of a result file: the rows of all cases, what is computed, and the summary."""
+    cases = [case for case in suite.cases(settings) if not settings.cases or case.name in settings.cases]
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
+        rows += measure_case(suite, case, settings)
+    return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
 
 
 def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:

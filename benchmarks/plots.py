@@ -136,3 +136,45 @@ def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def squared_errors(rows: Sequence[Row], path: Path) -> None:
+    """Mean squared error against the number of forward passes, with 95 % intervals; one panel per model."""
+    pyplot = _pyplot()
+    rows = [row for row in rows if row["figures"]]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6.2 * len(models) + 2, 5.4), squeeze=False)
+    ticks = sorted({row["sizes"]["K"] for row in rows})
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    for axis, model in zip(axes[0], models, strict=True):
+        for number, name in enumerate(names):
+            mine = [row for row in rows if (row["model"], row["contestant"]) == (model, name)]
+            # side by side: intervals at equal budgets would hide each other
+            x = [row["sizes"]["K"] * 1.02 ** (number - len(names) / 2) for row in mine]
+            figures = [row["figures"]["mse"] for row in mine]
+            middle = [f["value"] for f in figures]
+            spread = [[f["value"] - f["low"] for f in figures], [f["high"] - f["value"] for f in figures]]
+            style = "--" if name.endswith("L/count") else "-"
+            axis.errorbar(
+                x,
+                middle,
+                spread,
+                label=name,
+                color=f"C{number}",
+                marker="o",
+                markersize=4,
+                linestyle=style,
+                linewidth=1.2,
+                capsize=2,
+            )
+        axis.set_title(model, loc="left", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.set_yscale("log")
+        axis.set_xlabel("forward passes")
+    axes[0][0].set_ylabel("mean squared error of the ELBO, nats²")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / (6.2 * len(models) + 2), 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,6 +1,7 @@
 """What a benchmark is: suites of cases, each with one setup that feeds time, memory and accuracy of every contestant.
 
-A new suite is one file in `suites/` with a `SUITE`, and one row in `SUITE_MODULES`.
+A new suite is one file in `suites/` with a `SUITE`, and one row in `SUITE_MODULES`. What is no race of contestants but
+statistics is a `Study`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
-SUITE_MODULES = {"head": "benchmarks.suites.head", "bgpo": "benchmarks.suites.bgpo"}
+ROOT = Path(__file__).resolve().parent.parent
+SUITE_MODULES = {"head": "benchmarks.suites.head", "bgpo": "benchmarks.suites.bgpo", "variance": "benchmarks.suites.variance"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Role = Literal["ours", "peer", "floor"]
@@ -31,7 +34,9 @@ class Settings:
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
     threads: int = 1
+    cases: tuple[str, ...] = ()  # only cases of these names; all where empty
     contestants: tuple[str, ...] = ()  # only these; all where empty
+    models: Sequence[str] = ()  # checkpoint folders, for suites that score a trained model
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -96,7 +101,23 @@ class Suite:
         return next(case for case in self.cases(settings) if case.label == label)
 
 
-def load(name: str) -> Suite:
+@dataclass(frozen=True)
+class Study:
+    """A suite of statistics: `measure` returns its entry of the result file, with `rows` and a `summary`; nothing is timed."""
+
+    name: str
+    title: str
+    check: Callable[[Settings], None]  # raises ValueError for settings that do not fit, before anything is measured
+    measure: Callable[[Settings], dict[str, Any]]
+    listing: Callable[[Settings], Sequence[str]]  # a line per case
+    table: Callable[[Sequence[Row]], Table]
+    shape_keys: tuple[str, ...]
+    plot: Callable[[Sequence[Row], Path], None]
+    required_shape: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
+
+
+def load(name: str) -> Suite | Study:
     """The suite of that name. Raises ValueError naming the known ones."""
     if name not in SUITE_MODULES:
         raise ValueError(f"--suite must be one of {', '.join(SUITE_MODULES)}, got {name!r}")

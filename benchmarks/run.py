@@ -1,9 +1,10 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   all suites, under 3 minutes on 2 CPU cores
+    python benchmarks/run.py                                   all suites, under 5 minutes on 2 CPU cores
     python benchmarks/run.py --list                            what there is
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
     python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
+    python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
     python benchmarks/run.py --compare benchmarks/results/cpu-2024-11-21.json                  what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
@@ -18,6 +19,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
     parser.add_argument("--case", action="append", help="a case's name, like forward; may be given several times; default all")
     parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
+    parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
@@ -68,13 +71,14 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     names = list(dict.fromkeys(arguments.suite or registry.SUITE_MODULES))
     suites = [registry.load(name) for name in names]
     settings = _settings(arguments, suites)
-    if unknown := set(arguments.case or ()) - {case.name for suite in suites for case in suite.cases(settings)}:
-        raise ValueError(f"--case must name a case of {', '.join(names)} (see --list), got {min(unknown)!r}")
     base = _load_base(arguments.compare)
     console = report.console()
     if arguments.list:
         for suite in suites:
             console.print(f"[bold]{suite.name}[/]  {suite.title}")
+            if isinstance(suite, registry.Study):
+                console.print("\n".join(f"  {line}" for line in suite.listing(settings)))
+                continue
             for case in suite.cases(settings):
                 contestants = [c.name + f" (absent: {c.absent})" * bool(c.absent) for c in case.setup(case.tiny).contestants]
                 console.print(f"  {case.label}: {', '.join(contestants)}")
@@ -104,18 +108,13 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
     bad = 0
     for suite in suites:
-        cases = [case for case in suite.cases(settings) if not arguments.case or case.name in arguments.case]
-        rows: list[registry.Row] = []
-        for number, case in enumerate(cases, 1):
-            print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
-            rows += execution.measure_case(suite, case, settings)
-        entry: dict[str, Any] = {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
-        results["suites"][suite.name] = entry
+        entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
+        results["suites"][suite.name], rows = entry, entry["rows"]
         out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
         suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
         console.print()
-        console.print(report.table(suite, rows))
-        if entry["arithmetic"]:
+        console.print(suite.table(rows) if isinstance(suite, registry.Study) else report.table(suite, rows))
+        if entry.get("arithmetic"):
             console.print(report.arithmetic_table(suite, entry["arithmetic"]))
         console.print(f"{suite.name}: {entry['summary']}")
         bad += sum(row["status"] == "wrong" or (row["status"] == "failed" and row["role"] == "ours") for row in rows)
@@ -133,7 +132,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
 def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
     import torch
 
-    from benchmarks.registry import DTYPES, Settings
+    from benchmarks.registry import DTYPES, Settings, Study, Suite
 
     if arguments.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
@@ -151,15 +150,30 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
                 + f" without {', '.join(sorted(missing))}" * bool(missing)
             )
     threads = arguments.threads or torch.get_num_threads()
-    settings = Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads)
+    models = tuple(arguments.model or ())
+    studies = [suite for suite in suites if isinstance(suite, Study)]
+    if models and not studies:
+        raise ValueError(f"--model is for suites that score a trained model, got --suite {', '.join(s.name for s in suites)}")
+    settings = Settings(
+        dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads, models=models, cases=tuple(arguments.case or ())
+    )
+    for study in studies:
+        study.check(settings)
+    timed = [suite for suite in suites if isinstance(suite, Suite)]
+    _known("--case", settings.cases, {case.name for suite in timed for case in suite.cases(settings)})
     if not arguments.only:
         return settings
     only = tuple(name.strip() for name in arguments.only.split(","))
-    known = sorted({c.name for suite in suites for case in suite.cases(settings) for c in case.setup(case.tiny).contestants})
-    for name in only:
-        if name not in known:
-            raise ValueError(f"--only must name contestants of the suite ({', '.join(known)}), got {name!r}")
+    _known(
+        "--only", only, {c.name for suite in timed for case in suite.cases(settings) for c in case.setup(case.tiny).contestants}
+    )
     return replace(settings, contestants=only)
+
+
+def _known(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{option} must name one of {', '.join(sorted(known))}, got {name!r}")
 
 
 def _load_base(path: Path | None) -> dict[str, Any] | None:

@@ -5,11 +5,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <tuple>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,8 @@
 #endif
 
 #include "head_problem.h"
+
+void bind_noise(pybind11::module_& m);  // noise.cpp
 
 namespace {
 
@@ -304,6 +307,7 @@ int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int typ
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dllm-kernels: the CPU head engine. Addresses are not checked here; use dllm_kernels.backends.cpu.";
   set_isa(supported_isas().front());
+  bind_noise(m);
   m.def("head", &head);
   m.def("from_operands", &from_operands);
   m.def("sample", &sample);

@@ -4,6 +4,7 @@ from dllm_kernels import objectives
 from dllm_kernels.accumulation import accumulate
 from dllm_kernels.costs import explain
 from dllm_kernels.elbo import bgpo_loss, elbo_loss
+from dllm_kernels.estimation import estimate_elbo
 from dllm_kernels.generation import generate
 from dllm_kernels.heads import headless
 from dllm_kernels.masks import MaskPlan, make_mask_plan
@@ -17,6 +18,7 @@ __all__ = [
     "accumulate",
     "bgpo_loss",
     "elbo_loss",
+    "estimate_elbo",
     "explain",
     "generate",
     "head_backward",

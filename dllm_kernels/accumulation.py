@@ -14,7 +14,7 @@ model again sample by sample. They need a deterministic forward, so active dropo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,14 +160,14 @@ def accumulate(
                 cut_loss = objective.contributions(logp_N, cut.plan, cut.batch) / denominator
                 cut_loss.backward()
                 loss = loss + cut_loss.detach()
-            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N.detach()).t()
+            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N.detach())
         if whole_loss:
             with torch.no_grad():
                 dense_KBS = elbo_BK.new_zeros(plan.shape)
                 for cut in cuts:
                     if cut.key in logps:
-                        dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.masked, logps[cut.key])
-                loss = objective.contributions(dense_KBS[plan.masked], plan, batch) / denominator
+                        dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.scored, logps[cut.key])
+                loss = objective.contributions(dense_KBS[plan.scored], plan, batch) / denominator
     return Report(loss, elbo_BK, 2 if two_passes else 1, forwards, backwards, rows, time.perf_counter() - started)
 
 
@@ -179,8 +179,12 @@ def score_samples(
     sequences_per_pass: int | None = None,
     suppress: tuple[int, ...] = (),
     model_kwargs: dict[str, Tensor] | None = None,
+    after_cut: Callable[[MaskPlan], None] | None = None,
 ) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy."""
+    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy.
+
+    Memory is that of one cut; a cut without a scored token costs no forward. `after_cut` is called with each cut's plan.
+    """
     K, B, _ = plan.shape
     _refuse_dropout(model)
     _check_kwargs(model_kwargs or {}, plan)
@@ -190,8 +194,11 @@ def score_samples(
     with torch.no_grad(), headless(model) as body:
         elbo_BK = torch.zeros(B, K, dtype=_statistics_dtype(body.weight), device=plan.input_ids_BS.device)
         for cut in cuts:
-            logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
-            elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N).t()
+            if len(cut.plan.rows):
+                logp_N = _logp(cut.hidden(body), body, cut.plan, {**body.options, "suppress": suppress}, None)
+                elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+            if after_cut is not None:
+                after_cut(cut.plan)
     return elbo_BK
 
 
@@ -285,12 +292,12 @@ def _coefficients(
     K, B, S = plan.shape
     dtype = next(iter(logps.values())).dtype
     dense_KBS = torch.zeros(K, B, S, dtype=dtype, device=plan.input_ids_BS.device)
-    masks = {cut.key: (cut.samples, cut.sequences, cut.plan.masked) for cut in cuts}
-    for key, (samples, sequences, masked) in masks.items():
-        dense_KBS[samples, sequences].masked_scatter_(masked, logps[key])
+    masks = {cut.key: (cut.samples, cut.sequences, cut.plan.scored) for cut in cuts}
+    for key, (samples, sequences, scored) in masks.items():
+        dense_KBS[samples, sequences].masked_scatter_(scored, logps[key])
     with torch.enable_grad():
-        leaf_N = dense_KBS[plan.masked].requires_grad_(True)
+        leaf_N = dense_KBS[plan.scored].requires_grad_(True)
         loss = objective.contributions(leaf_N, plan, batch) / denominator
         (gradient_N,) = torch.autograd.grad(loss, leaf_N)
-    gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(plan.masked, gradient_N)
-    return loss.detach(), {key: gradient_KBS[samples, sequences][masked] for key, (samples, sequences, masked) in masks.items()}
+    gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(plan.scored, gradient_N)
+    return loss.detach(), {key: gradient_KBS[samples, sequences][scored] for key, (samples, sequences, scored) in masks.items()}

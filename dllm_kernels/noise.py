@@ -9,14 +9,18 @@ global random state, so a draw does not depend on batch order, micro-batch size,
 A draw without a token axis (a mask, a level) uses the 64 bits of the row key themselves. A 64-bit uniform of a token
 has its high word at tag 0 and its low word at tag 1.
 
-torch has no unsigned arithmetic on the CPU: words travel as int64 in [0, 2^32), 64-bit patterns as int64.
+torch has no unsigned arithmetic on the CPU: words travel as int64 in [0, 2^32), 64-bit patterns as int64. CPU tensors
+take the C++ of csrc/noise.cpp where the extension was built; it gives the bits of the PyTorch form, which is the
+specification and serves every other device.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from enum import IntEnum
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +31,23 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _TAG_HIGH, _TAG_LOW = 0, 1
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("dllm_kernels._C")
+    except ImportError:
+        return None
+
+
+_C = _load()
+
+
+def _cpp(*tensors: Tensor) -> ModuleType | None:
+    """The extension, where it takes these tensors: on the CPU, with memory of their own (no fake or traced tensor)."""
+    if _C is None or torch.compiler.is_compiling() or any(type(t) is not Tensor or not t.is_cpu for t in tensors):
+        return None
+    return _C
 
 
 class Stream(IntEnum):
@@ -85,8 +106,20 @@ def row_bits(seed: int, stream: Stream, sequence_id: Tensor, sample: Tensor, pos
         >>> row_bits(0, Stream.MASK, ids, torch.arange(4), torch.tensor(0)).shape
         torch.Size([4])
     """
+    check_seed(seed)
+    cpp = _cpp(sequence_id, sample, position)
+    if cpp is None:
+        return _row_bits(seed, stream, sequence_id, sample, position)
+    inputs = torch.broadcast_tensors(sequence_id.long(), sample.long(), position.long())
+    out = torch.empty(inputs[0].shape, dtype=torch.int64)
+    addresses = (t.data_ptr() for t in inputs)
+    cpp.row_bits(seed, int(stream), *addresses, list(out.shape), *(list(t.stride()) for t in inputs), out.data_ptr())
+    return out
+
+
+def _row_bits(seed: int, stream: Stream, sequence_id: Tensor, sample: Tensor, position: Tensor) -> Tensor:
     device = sequence_id.device
-    key = (_scalar(check_seed(seed), device), _scalar(int(stream), device))
+    key = (_scalar(seed, device), _scalar(int(stream), device))
     counter = (sequence_id & _MASK32, sequence_id >> 32 & _MASK32, sample & _MASK32, position & _MASK32)
     word0, word1, _, _ = philox4x32(counter, key)
     return word1 << 32 | word0
@@ -97,11 +130,21 @@ def element_bits(key_N: Tensor, tokens: int, *, step: int | Tensor = 0, tag: int
 
     `step` is an int or an int64 tensor `[N]`. One Philox call serves four tokens.
     """
+    step_N = step if isinstance(step, Tensor) else _scalar(step, key_N.device)
+    cpp = _cpp(key_N, step_N)
+    if cpp is None:
+        return _element_bits(key_N, tokens, step_N, tag)
+    key_N, step_N = key_N.contiguous(), step_N.long().expand(key_N.shape)
+    out = torch.empty(len(key_N), tokens, dtype=torch.int64)
+    cpp.element_bits(key_N.data_ptr(), len(key_N), tokens, step_N.data_ptr(), step_N.stride(0), tag, out.data_ptr())
+    return out
+
+
+def _element_bits(key_N: Tensor, tokens: int, step_N: Tensor, tag: int) -> Tensor:
     device = key_N.device
     key = ((key_N & _MASK32)[:, None], (key_N >> 32 & _MASK32)[:, None])
     quad_Q = torch.arange(-(-tokens // 4), device=device)[None, :]
-    step_N1 = (step if isinstance(step, Tensor) else _scalar(step, device)).reshape(-1, 1)
-    words = philox4x32((quad_Q, step_N1, _scalar(0, device), _scalar(tag, device)), key)
+    words = philox4x32((quad_Q, step_N.reshape(-1, 1), _scalar(0, device), _scalar(tag, device)), key)
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :tokens]
 
 
@@ -113,6 +156,46 @@ def uniform(bits: Tensor) -> Tensor:
 def below(bits: Tensor, bound: Tensor) -> Tensor:
     """int64 in [0, bound) from 64-bit patterns; the bias is below bound / 2^52."""
     return (uniform(bits) * bound).floor().to(torch.int64)
+
+
+def bernoulli(bits: Tensor, p: float | Tensor) -> Tensor:
+    """bool: `uniform(bits) < p`, for a float or float64 tensor p in [0, 1]."""
+    if not isinstance(p, Tensor):
+        p = torch.full((), p, dtype=torch.float64, device=bits.device)
+    # on integers, at half the time: (m + 1/2) / 2^52 < p means m < ceil(2^52 p - 1/2), and every step of that is exact
+    return (bits >> 12 & (1 << 52) - 1) < (p * 2.0**52 - 0.5).ceil().long()
+
+
+def smallest(bits_KBS: Tensor, among_BS: Tensor, count_KB: Tensor) -> Tensor:
+    """bool `[K, B, S]`: in each row, the `count` entries with the smallest bits (signed; ties by position) where `among`.
+
+    `among_BS` broadcasts to the bits. A count beyond what `among` holds takes it all.
+    """
+    cpp = _cpp(bits_KBS, among_BS, count_KB)
+    if cpp is None:
+        return _smallest(bits_KBS, among_BS, count_KB)
+    K, B, S = bits_KBS.shape
+    among_KBS = among_BS.contiguous().expand(K, B, S)
+    bits_KBS, count_KB, out = bits_KBS.contiguous(), count_KB.long().contiguous(), torch.empty(K, B, S, dtype=torch.bool)
+    cpp.smallest(
+        bits_KBS.data_ptr(),
+        among_KBS.data_ptr(),
+        among_KBS.stride(0),
+        among_KBS.stride(1),
+        count_KB.data_ptr(),
+        K,
+        B,
+        S,
+        out.data_ptr(),
+    )
+    return out
+
+
+def _smallest(bits_KBS: Tensor, among_BS: Tensor, count_KB: Tensor) -> Tensor:
+    order_KBS = torch.argsort(bits_KBS, dim=-1, stable=True)
+    among_KBS = among_BS.expand_as(bits_KBS).gather(-1, order_KBS)
+    chosen_KBS = among_KBS & (among_KBS.cumsum(-1) <= count_KB[:, :, None])
+    return torch.empty_like(chosen_KBS).scatter_(-1, order_KBS, chosen_KBS)
 
 
 def gumbel(key_N: Tensor, tokens: int, *, step: int | Tensor = 0) -> Tensor:

@@ -58,7 +58,8 @@ class Objective:
     denominator: Denominator
     old_scores: str | None  # the entry of Batch that makes it off-policy
     per_sequence: tuple[str, ...] = ()  # entries [B] that Batch must hold, old scores apart
-    per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch may hold
+    per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch.per_sample must hold, old scores apart
+    per_token: tuple[str, ...] = ()  # entries [B, K, S] that Batch.per_sample must hold, old scores apart
 
     def is_on_policy(self, batch: Batch) -> bool:
         return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
@@ -66,12 +67,16 @@ class Objective:
     def check(self, batch: Batch, plan: MaskPlan) -> None:
         """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train on-policy."""
         batch.check(plan)
-        if missing := set(self.per_sequence) - {self.old_scores} - set(batch.per_sequence):
-            raise ValueError(f"batch.per_sequence must hold {min(missing)!r} for {self.name}, got {sorted(batch.per_sequence)}")
-        taken = (("per_sequence", batch.per_sequence, self.per_sequence, 1), ("per_sample", batch.per_sample, self.per_sample, 2))
-        for where, entries, known, dimensions in taken:
+        K, B, S = plan.shape
+        sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
+        sizes["per_sample"] = {name: [B, K] for name in self.per_sample} | {name: [B, K, S] for name in self.per_token}
+        for where, entries in (("per_sequence", batch.per_sequence), ("per_sample", batch.per_sample)):
+            known = sizes[where]
+            if missing := set(known) - {self.old_scores} - set(entries):
+                raise ValueError(f"batch.{where} must hold {min(missing)!r} for {self.name}, got {sorted(entries)}")
             for name, tensor in entries.items():
                 if name not in known:
                     raise ValueError(f"batch.{where} holds {name!r}, but {self.name} takes {list(known)} there")
-                if tensor.dim() != dimensions:
-                    raise ValueError(f"{name} must have {dimensions} dimension(s), got shape {list(tensor.shape)}")
+                if tensor.dim() != len(known[name]):
+                    raise ValueError(f"{name} must have {len(known[name])} dimension(s), got shape {list(tensor.shape)}")
+                checks.shape(name, tensor, known[name])

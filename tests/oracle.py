@@ -44,6 +44,18 @@ def head(hidden, weight, target, rows=None, **options) -> dict[str, Tensor]:
     }
 
 
+# Known answers of Random123 (kat_vectors, philox4x32 10): counter, key, words
+PHILOX_VECTORS = (
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF, 0xFFFFFFFF), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Philox4x32-10 in Python integers (Salmon et al. 2011, section 4.3)."""
     c, (k0, k1) = list(counter), key
@@ -89,7 +101,7 @@ def plan_logps(model, plan) -> Tensor:
     K, B, S = plan.masked.shape
     noisy = torch.where(plan.masked, plan.mask_id, plan.input_ids_BS)
     logp = model(noisy.reshape(K * B, S)).logits.reshape(K, B, S, -1).log_softmax(-1)
-    k, b, s = plan.masked.nonzero(as_tuple=True)
+    k, b, s = plan.scored.nonzero(as_tuple=True)
     return logp[k, b, s - plan.shift, plan.input_ids_BS[b, s]]
 
 

@@ -31,7 +31,7 @@ def plan_of(samples, *, law="exact", seed=1, empty=(), shift=0, **options):
 def old_scores(model, plan, spread=0.4):
     noise = torch.randn(B, plan.shape[0], generator=torch.Generator().manual_seed(4), dtype=F64)
     with torch.no_grad():
-        return plan.elbo(oracle.plan_logps(model, plan)).t() + spread * noise
+        return plan.elbo(oracle.plan_logps(model, plan)) + spread * noise
 
 
 def full_graph(model, loss_of_logp, plan):
@@ -58,7 +58,7 @@ def test_bgpo_accumulated_equals_the_full_graph(samples, policy):
     entries = {"old_sample_elbo": old} if policy == "off" else {}
 
     def loss_of_logp(logp):
-        elbo = plan.elbo(logp).t()
+        elbo = plan.elbo(logp)
         return oracle.bgpo(elbo, old if policy == "off" else elbo, ADVANTAGES)
 
     want_loss, want = full_graph(model, loss_of_logp, plan)
@@ -97,7 +97,7 @@ def test_a_tied_head_gets_both_gradients():
     model, plan = eurobert(tie_word_embeddings=True), plan_of(4)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     old = old_scores(model, plan)
-    _, want = full_graph(model, lambda logp: bgpo(plan.elbo(logp).t(), old, ADVANTAGES), plan)
+    _, want = full_graph(model, lambda logp: bgpo(plan.elbo(logp), old, ADVANTAGES), plan)
     _, got = run(model, plan, BGPO, Batch({"advantages": ADVANTAGES}, {"old_sample_elbo": old}))
     assert worst_gradient_error(got, want) < 1e-10
 
@@ -115,7 +115,7 @@ def test_laws_shift_and_suppressed_ids(law, shift):
         return z.log_softmax(-1)[plan.rows.index].gather(1, plan.rows.target[:, None])[:, 0]
 
     model.zero_grad()
-    bgpo(plan.elbo(logps()).t(), old, ADVANTAGES).backward()
+    bgpo(plan.elbo(logps()), old, ADVANTAGES).backward()
     want = gradients(model)
     _, got = run(model, plan, BGPO, Batch({"advantages": ADVANTAGES}, {"old_sample_elbo": old}), suppress=(10,))
     assert worst_gradient_error(got, want) < 1e-10
@@ -126,7 +126,7 @@ def test_laws_shift_and_suppressed_ids(law, shift):
 
 def ratio_contributions(logp, plan, batch):
     """PPO on the ratio of K-sample ELBOs: one nonlinear function of all samples of a sequence."""
-    elbo = plan.elbo(logp).sum(0) / plan.samples
+    elbo = plan.elbo(logp).sum(1) / plan.samples
     old = batch.per_sequence.get("old_elbo", elbo).detach()
     ratio, a = torch.exp((elbo - old) / S), batch.per_sequence["advantages"]
     return -torch.minimum(ratio * a, ratio.clamp(0.97, 1.03) * a).sum()
@@ -134,7 +134,7 @@ def ratio_contributions(logp, plan, batch):
 
 def centred_contributions(logp, plan, batch):
     """Every sequence's coefficient depends on all sequences of the batch."""
-    elbo = plan.elbo(logp).mean(0)
+    elbo = plan.elbo(logp).mean(1)
     return ((elbo - elbo.mean()) * batch.per_sequence["advantages"]).sum() + 0.1 * torch.logsumexp(elbo, 0)
 
 
@@ -145,7 +145,7 @@ def token_contributions(logp, plan, batch):
 
 def data_contributions(logp, plan, batch):
     """Coefficients from data alone."""
-    return -(batch.per_sequence["advantages"] * plan.elbo(logp).sum(0)).sum() / plan.samples
+    return -(batch.per_sequence["advantages"] * plan.elbo(logp).sum(1)).sum() / plan.samples
 
 
 RATIO = Objective("ratio", ratio_contributions, "sequence", "none", "sequences", "old_elbo", ("advantages", "old_elbo"))
@@ -298,7 +298,7 @@ def test_an_attention_mask_is_cut_along_with_the_sequences():
     with torch.no_grad():
         logits = model(plan.noisy_ids.reshape(3 * B, S), attention_mask=attention[None].expand(3, B, S).reshape(3 * B, S)).logits
         logp = logits.reshape(-1, 11).log_softmax(-1)[plan.rows.index].gather(1, plan.rows.target[:, None])[:, 0]
-    want = plan.elbo(logp).t()
+    want = plan.elbo(logp)
     for cut in CUTS:
         report, _ = run(model, plan, BGPO, Batch({"advantages": ADVANTAGES}), model_kwargs={"attention_mask": attention}, **cut)
         torch.testing.assert_close(report.sample_elbo_BK, want)

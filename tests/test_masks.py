@@ -12,18 +12,7 @@ from hypothesis import strategies as st
 
 from dllm_kernels import make_mask_plan
 from tests import oracle
-
-
-def plan_of(lengths, *, S=None, law="exact", samples=4, seed=0, ids=None, prompt=2, left_padding=0, **options):
-    """Sequences with `prompt` clean tokens, `lengths[b]` scored ones, and padding up to S."""
-    B, S = len(lengths), S or left_padding + prompt + max(lengths)
-    tokens = torch.arange(B * S).reshape(B, S) % 90
-    completion = torch.zeros(B, S, dtype=torch.bool)
-    for b, length in enumerate(lengths):
-        completion[b, left_padding + prompt : left_padding + prompt + length] = True
-    ids = torch.arange(100, 100 + B) if ids is None else ids
-    return make_mask_plan(tokens, completion, law=law, samples=samples, seed=seed, sequence_ids=ids, mask_id=99, **options)
-
+from tests.plans import PRESETS, plan_of, preset
 
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
@@ -160,15 +149,22 @@ def test_weight_times_p_mask_is_1(options):
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     prompt=st.integers(0, 4),
     samples=st.integers(1, 8),
-    law=st.sampled_from(["exact", "bernoulli"]),
+    name=st.sampled_from(list(PRESETS)),
+    noise=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_prompt_and_padding_are_never_masked_and_counts_are_the_law_s(lengths, prompt, samples, law, seed):
-    plan = plan_of(lengths, S=12, prompt=prompt, samples=samples, law=law, seed=seed)
-    assert plan.masked.shape == plan.shape == (samples, len(lengths), 12)
-    assert not (plan.masked & ~plan.completion_mask_BS).any()
+def test_prompt_and_padding_are_never_scored_nor_masked_without_being_asked(lengths, prompt, samples, name, noise, seed):
+    changes = {"samples": samples} if PRESETS[name][0] in ("exact", "bernoulli", "exact_zero", "full", "block") else {}
+    plan = preset(name, lengths, S=12, prompt=prompt, seed=seed, prompt_noise=noise, attention=True, left_padding=1, **changes)
+    assert plan.masked.shape == plan.shape == (plan.samples, len(lengths), 12)
+    for b, length in enumerate(lengths):
+        assert not plan.masked[:, b, 0].any()
+        assert not plan.masked[:, b, 1 + prompt + length :].any()
+        assert plan.masked[:, b, 1 : 1 + prompt].float().mean() == noise or noise == 0.5 or not prompt or not length
+    assert not (plan.scored & ~plan.completion_mask_BS).any()
+    assert not (plan.scored & ~plan.masked).any()
     assert torch.equal(plan.lengths_B, torch.tensor(lengths))
-    if law == "exact":
+    if PRESETS[name][0] == "exact":
         assert ((plan.counts >= 1) == (torch.tensor(lengths) > 0)).all()
     assert (plan.counts <= torch.tensor(lengths)).all()
     assert torch.equal(plan.noisy_ids == 99, plan.masked)
@@ -187,39 +183,44 @@ def test_a_completion_may_have_holes():
     assert torch.equal(plan.masked[:, :, [0, 2, 4, 5]], dense.masked)  # keyed by the ordinal in the completion
 
 
-@pytest.mark.parametrize("law", ["exact", "bernoulli"])
-def test_an_empty_completion_is_legal(law):
-    plan = plan_of([0, 3, 0], law=law, samples=5)
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_empty_completion_is_legal(name):
+    plan = preset(name, [0, 3, 0])
+    K = plan.shape[0]
     assert (plan.counts[:, [0, 2]] == 0).all()
     assert torch.isfinite(plan.weight_KB).all()
     assert torch.isfinite(plan.p_mask_KB).all()
     elbo = plan.elbo(torch.full((len(plan.rows),), -1.0))
-    assert (elbo[:, [0, 2]] == 0).all()
-    nothing = plan_of([0, 0], S=5, law=law)
+    assert (elbo[[0, 2]] == 0).all()
+    assert len(plan.rows) == int(plan.counts[:, 1].sum())
+    nothing = preset(name, [0, 0], S=5)
     assert len(nothing.rows) == 0
-    assert torch.equal(nothing.elbo(torch.zeros(0)), torch.zeros(4, 2))
+    assert torch.equal(nothing.elbo(torch.zeros(0)), torch.zeros(2, nothing.shape[0]))
+    assert nothing.shape[0] in (1, K)  # a trace without a step has one empty state
 
 
 # --- the same bits under every cut ------------------------------------------------------------------------------------
 
 
-PARTS = ("masked", "counts", "weight_KB", "p_mask_KB")
+PARTS = ("masked", "scored", "noisy_ids", "counts", "weight_KB", "p_mask_KB")
 
 
-@pytest.mark.parametrize("law", ["exact", "bernoulli"])
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("iteration", [0, 3])
-def test_a_cut_keeps_every_bit(law, iteration):
-    plan = plan_of([5, 0, 7, 3, 6], samples=6, law=law, iteration=iteration)
-    for k, b in itertools.product(((0, 6), (0, 1), (2, 5), (5, 6)), ((0, 5), (1, 2), (2, 4), (4, 5))):
+def test_a_cut_keeps_every_bit(name, iteration):
+    plan = preset(name, [5, 0, 7, 3, 6], iteration=iteration, prompt_noise=0.3)
+    K = plan.shape[0]
+    for k, b in itertools.product(((0, K), (0, 1), (2, K - 1), (K - 1, K)), ((0, 5), (1, 2), (2, 4), (4, 5))):
         samples, sequences = slice(*k), slice(*b)
         cut = plan.cut(samples=samples, sequences=sequences)
         assert cut.shape == (k[1] - k[0], b[1] - b[0], plan.shape[2])
         for name in PARTS:
             assert torch.equal(getattr(cut, name), getattr(plan, name)[samples, sequences]), name
-    twice = plan.cut(samples=slice(1, 5)).cut(samples=slice(2, 3), sequences=slice(1, 4)).cut(sequences=slice(1, 2))
-    assert torch.equal(twice.masked, plan.masked[3:4, 2:3])
-    picked = plan.cut(samples=torch.tensor([4, 1]), sequences=torch.tensor([3, 0]))
-    assert torch.equal(picked.masked, plan.masked[[4, 1]][:, [3, 0]])
+        assert torch.equal(cut.share_K, plan.share_K[samples])
+    twice = plan.cut(samples=slice(0, 3)).cut(samples=slice(1, 2), sequences=slice(1, 4)).cut(sequences=slice(1, 2))
+    assert torch.equal(twice.masked, plan.masked[1:2, 2:3])
+    picked = plan.cut(samples=torch.tensor([2, 1]), sequences=torch.tensor([3, 0]))
+    assert torch.equal(picked.masked, plan.masked[[2, 1]][:, [3, 0]])
 
 
 def test_a_cut_after_reading_the_whole_is_not_stale():
@@ -231,25 +232,29 @@ def test_a_cut_after_reading_the_whole_is_not_stale():
     assert len(cut.rows) == int(cut.counts.sum())
 
 
-@pytest.mark.parametrize("law", ["exact", "bernoulli"])
-def test_batch_order_and_company_change_nothing(law):
+@pytest.mark.parametrize("name", PRESETS)
+def test_batch_order_and_company_change_nothing(name):
     lengths, ids = [5, 2, 7, 4], torch.tensor([11, -22, 2**60, 44])
-    plan = plan_of(lengths, law=law, samples=5, ids=ids)
-    order = [2, 0, 3, 1]
-    permuted = plan_of([lengths[b] for b in order], law=law, samples=5, ids=ids[order])
+    noisy = {"prompt_noise": 0.3, "iteration": 1}
+    plan = preset(name, lengths, ids=ids, **noisy)
+    K, order = plan.shape[0], [2, 0, 3, 1]
+    permuted = preset(name, [lengths[b] for b in order], ids=ids[order], **noisy)
     assert torch.equal(permuted.masked, plan.masked[:, order])
+    assert torch.equal(permuted.scored, plan.scored[:, order])
     for b, length in enumerate(lengths):
-        alone = plan_of([length], S=9, law=law, samples=5, ids=ids[b : b + 1])
-        assert torch.equal(alone.masked[:, 0], plan.masked[:, b])
-        assert torch.equal(alone.weight_KB[:, 0], plan.weight_KB[:, b])
+        alone = preset(name, [length], S=9, ids=ids[b : b + 1], **noisy)
+        shared = min(K, alone.shape[0])  # alone, a trace has only the states of its own sequence
+        assert torch.equal(alone.masked[:shared, 0], plan.masked[:shared, b])
+        assert torch.equal(alone.weight_KB[:shared, 0], plan.weight_KB[:shared, b])
+        assert not plan.masked[shared:, b, 2:].any()
 
 
-@pytest.mark.parametrize("law", ["exact", "bernoulli"])
-def test_padding_on_either_side_and_prompt_length_change_nothing(law):
-    plain = plan_of([5, 3], law=law, samples=6)
+@pytest.mark.parametrize("name", PRESETS)
+def test_padding_on_either_side_and_prompt_length_change_nothing(name):
+    plain = preset(name, [5, 3])
     completion = [plain.masked[:, b, 2 : 2 + n] for b, n in enumerate((5, 3))]
     for options in ({"left_padding": 3}, {"S": 20}, {"prompt": 7}):
-        moved = plan_of([5, 3], law=law, samples=6, **options)
+        moved = preset(name, [5, 3], **options)
         for b, want in enumerate(completion):
             assert torch.equal(moved.masked[:, b][:, moved.completion_mask_BS[b]], want)
 
@@ -317,14 +322,14 @@ def test_elbo_equals_a_plain_loop_and_is_differentiable(law, shift):
     plan = plan_of([4, 0, 6, 1], samples=5, law=law, shift=shift)
     logp = -torch.rand(len(plan.rows), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logp.requires_grad_()
-    want = torch.zeros(5, 4, dtype=torch.float64)
+    want = torch.zeros(4, 5, dtype=torch.float64)
     for n, (k, b, _) in enumerate(plan.masked.nonzero().tolist()):
-        want[k, b] += float(plan.weight_KB[k, b]) * float(logp[n].detach())
+        want[b, k] += float(plan.weight_KB[k, b]) * float(logp[n].detach())
     got = plan.elbo(logp)
     torch.testing.assert_close(got.detach(), want)
-    upstream = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got.backward(upstream)
-    torch.testing.assert_close(logp.grad, upstream[plan.rows.sample, plan.rows.sequence] * plan.rows.weight.double())
+    torch.testing.assert_close(logp.grad, upstream[plan.rows.sequence, plan.rows.sample] * plan.rows.weight.double())
 
 
 def test_elbo_of_a_cut_is_the_cut_of_the_elbo():
@@ -334,7 +339,7 @@ def test_elbo_of_a_cut_is_the_cut_of_the_elbo():
     for k, b in itertools.product(range(4), range(3)):
         cut = plan.cut(samples=slice(k, k + 1), sequences=slice(b, b + 1))
         here = (plan.rows.sample == k) & (plan.rows.sequence == b)
-        assert torch.equal(cut.elbo(logp[here]), whole[k : k + 1, b : b + 1])
+        assert torch.equal(cut.elbo(logp[here]), whole[b : b + 1, k : k + 1])
 
 
 def test_elbo_refuses_another_number_of_rows():
@@ -365,7 +370,7 @@ def test_int32_ids_are_taken_as_they_are():
         ({"mask_id": -1}, ValueError, ["mask_id", "-1"]),
         ({"shift": -1}, ValueError, ["shift", "-1"]),
         ({"iteration": -1}, ValueError, ["iteration", "-1"]),
-        ({"t": 0.5}, ValueError, ["t ", "exact"]),
+        ({"t": 0.5}, ValueError, ["t ", "exact", "pairing"]),
         ({"law": "bernoulli", "t": 0.0}, ValueError, ["t ", "0"]),
         ({"law": "bernoulli", "t": 1.5}, ValueError, ["t ", "1.5"]),
         ({"law": "bernoulli", "t": math.nan}, ValueError, ["t ", "nan"]),

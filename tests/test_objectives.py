@@ -228,7 +228,7 @@ def test_the_objective_s_contributions_are_the_function_s_sum_whatever_the_cut()
         mask_id=99,
     )
     logp = -torch.rand(len(plan.rows), generator=torch.Generator().manual_seed(0), dtype=F64)
-    elbo_BK = plan.elbo(logp).t()
+    elbo_BK = plan.elbo(logp)
     old, advantages = elbo_BK + 0.2, torch.tensor([1.0, -1.0, 2.0, -0.5], dtype=F64)
     batch = Batch({"advantages": advantages}, {"old_sample_elbo": old})
     want = 4 * bgpo(elbo_BK, old, advantages)

@@ -52,6 +52,7 @@ def test_public_names_exist_and_are_documented():
         "elbo_loss",
         "bgpo_loss",
         "make_mask_plan",
+        "estimate_elbo",
         "generate",
         "explain",
         "accumulate",

@@ -17,7 +17,7 @@ from trainer.config import RlConfig, RolloutConfig
 from trainer.errors import GuardError
 from trainer.sudoku import REWARDS, Puzzles, reference_cells, valid
 from trainer.tokenizer import Codec
-from trainer.training import batch_indices, guarded_step, learning_rate, mask_floor
+from trainer.training import batch_indices, guarded_step, law_options, learning_rate
 
 IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
@@ -105,7 +105,7 @@ def _learn(
             sequence_ids=sequence_ids[kept],
             mask_id=codec.mask_id,
             iteration=iteration,
-            t_min=mask_floor(config),
+            **law_options(config),
         )
         for iteration in range(config.inner_iterations)
     ]

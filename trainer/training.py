@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,6 @@ def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tenso
     return norm
 
 
-def mask_floor(config: OptimizerConfig) -> float:
-    """`t_min` for `make_mask_plan`: the exact-count law has none."""
-    return config.t_min if config.law == "bernoulli" else 0.0
+def law_options(config: OptimizerConfig) -> dict[str, Any]:
+    """What `make_mask_plan` takes beside the law's name: the exact-count law has no `t_min`."""
+    return {"t_min": config.t_min} if config.law == "bernoulli" else {}

@@ -1,8 +1,9 @@
 """The LM head on CPUs: the engine of csrc/ (own matrix products, fused softmax) for float32, bfloat16 and float16.
 
-The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and
-the caller takes `reference`; float64 goes to the reference too. DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16
-forces an instruction set. Whatever the number of threads and of rows, a row's bits are the same; threads are torch's own (`torch.get_num_threads()`).
+The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and the
+caller takes `reference`; float64 goes to the reference too. DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16 forces an
+instruction set. Whatever the number of threads and of rows, a row's bits are the same; threads are torch's own
+(`torch.get_num_threads()`).
 """
 
 from __future__ import annotations
@@ -245,4 +246,8 @@ def workspace_bytes(
     if _C is None or dtype not in _TYPES:
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient)
     threads = torch.get_num_threads()
-    return int(_C.workspace_bytes(rows, vocabulary, hidden_size, _TYPES[dtype], gradient, dweight, dhidden, threads, WORKSPACE_BYTES["cpu"]))
+    return int(
+        _C.workspace_bytes(
+            rows, vocabulary, hidden_size, _TYPES[dtype], gradient, dweight, dhidden, threads, WORKSPACE_BYTES["cpu"]
+        )
+    )

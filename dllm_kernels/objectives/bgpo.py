@@ -88,7 +88,7 @@ def _total(
 
 
 def _contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
-    elbo_BK = plan.elbo(logp_N).t()
+    elbo_BK = plan.elbo(logp_N)
     old_elbo_BK = batch.per_sample.get("old_sample_elbo", elbo_BK.detach())
     return _total(elbo_BK, old_elbo_BK, batch.per_sequence["advantages"], plan.samples, None, None, None)
 

@@ -47,6 +47,10 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
             if row["status"] == "absent":
                 assert row["reason"]
                 continue
+            if name == "variance":  # statistics, not times
+                assert all(f["low"] <= f["value"] <= f["high"] for f in row["figures"].values())
+                assert row["figures"].keys() == {"bias", "variance", "mse"}
+                continue
             assert row["time_ms"]["runs"] >= 7
             assert row["time_ms"]["min"] <= row["time_ms"]["q1"] <= row["time_ms"]["median"] <= row["time_ms"]["q3"]
             assert row["memory_mib"] is not None, row["memory_method"]
@@ -56,24 +60,29 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
     assert names == {"forward", "unit", "coef", "keep", "recompute", "sample"}
     assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} == {"ours", "ours (loop)", "full graph"}
     assert results["suites"]["bgpo"]["arithmetic"]
+    assert {row["model"] for row in results["suites"]["variance"]["rows"]} >= {"random"}
 
 
 def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("head", "bgpo", "recompute N=256", "n_t=32", "full graph", "does not sample"):
+    for expected in ("head", "bgpo", "recompute N=256", "n_t=32", "full graph", "does not sample", "quadrature 3 (GDPO)"):
         assert expected in printed
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--suite", "heads"], "--suite must be one of head, bgpo, got 'heads'"),
+        (["--suite", "heads"], "--suite must be one of head, bgpo, variance, got 'heads'"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--shape", "N=1"], "--shape needs exactly one --suite"),
         (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, H, V"),
         (["--suite", "bgpo", "--shape", "V=zero"], "--shape must be like"),
+        (["--suite", "variance", "--model", "/nowhere"], "--model must be the folder of a checkpoint, got /nowhere"),
+        (["--suite", "variance", "--shape", "M=100"], "M a multiple of 16 from 32"),
+        (["--suite", "variance", "--tiny", "--shape", "B=9999"], "takes B in 2..512, the unseen puzzles, got 9999"),
+        (["--suite", "head", "--model", "/nowhere"], "--model is for suites that score a trained model, got --suite head"),
         (["--compare", "/nowhere.json"], "--compare must name a result file"),
         (["--out", "/dev/null/x.json"], "--out must be a writable file"),
     ],

@@ -1,0 +1,1 @@
+"""Triton kernels; nothing here is imported unless it is used, so that the library needs no Triton."""

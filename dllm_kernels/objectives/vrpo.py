@@ -1,0 +1,124 @@
+"""VRPO: variance-reduced preference optimization, LLaDA 1.5 (arXiv 2505.19223, ACL 2026).
+
+DPO with ELBOs in place of log-probs; policy and reference share their masks.
+
+Unverified against its authors' code, which is closed: the loss is the paper's, `lengths` is what the public port
+(yjyddq/DARE at 83ae8a3) adds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.masks import MaskPlan
+from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.objectives import surrogates
+from dllm_kernels.objectives.recipe import Recipe
+
+
+def vrpo(
+    chosen_elbo_B: Tensor,
+    chosen_ref_B: Tensor,
+    rejected_elbo_B: Tensor,
+    rejected_ref_B: Tensor,
+    *,
+    beta: float,
+    lengths: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`-mean_b log sigmoid(beta [(elbo - ref)(chosen_b) - (elbo - ref)(rejected_b)])`.
+
+    Args:
+        chosen_elbo_B, rejected_elbo_B: ELBOs `[B]` (nats) of the two completions of each pair, both differentiable, fp32
+            or fp64; the mean over n samples.
+        chosen_ref_B, rejected_ref_B: the same under the reference with the same masks; detached.
+        beta: above 0; the port's is 0.2, for ELBOs divided by length.
+        lengths: None: the paper's form. `[B]`, or a pair of them for chosen and rejected: divides the ELBOs, as the port does
+            (llada_dp_actor_vrpo.py:126-127, where it is the response window). Where 0, 1 is used.
+
+    Returns the scalar loss; the gradient at equal margins is beta / 2. Raises TypeError or ValueError naming the argument.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([-4.0], requires_grad=True), torch.tensor([-5.0])
+        >>> vrpo(chosen, torch.tensor([-4.0]), rejected, torch.tensor([-5.0]), beta=0.5).backward()
+        >>> chosen.grad
+        tensor([-0.2500])
+    """
+    (B,) = surrogates.check_policy("chosen_elbo_B", chosen_elbo_B, 1)
+    checks.dtype("rejected_elbo_B", rejected_elbo_B, surrogates.SCORES)
+    surrogates.check_values("chosen_ref_B", chosen_ref_B, [B], chosen_elbo_B)
+    checks.shape("rejected_elbo_B", rejected_elbo_B, [B])
+    checks.same_device("rejected_elbo_B", rejected_elbo_B, "chosen_elbo_B", chosen_elbo_B)
+    surrogates.check_values("rejected_ref_B", rejected_ref_B, [B], chosen_elbo_B)
+    checks.number("beta", beta, above=0)
+    chosen_B, rejected_B = chosen_elbo_B - chosen_ref_B.detach(), rejected_elbo_B - rejected_ref_B.detach()
+    if lengths is not None:
+        pair = lengths if isinstance(lengths, tuple) else (lengths, lengths)
+        if len(pair) != 2:
+            raise ValueError(f"lengths must be one tensor or a pair of them, got {len(pair)}")
+        chosen_B = chosen_B / surrogates.divisors("lengths", pair[0], [B], chosen_elbo_B)
+        rejected_B = rejected_B / surrogates.divisors("lengths", pair[1], [B], chosen_elbo_B)
+    return -F.logsigmoid(beta * (chosen_B - rejected_B)).sum() / B
+
+
+def vrpo_objective(*, beta: float, normalize: bool = False) -> Objective:
+    """`vrpo` for the engine; normalize divides the ELBOs by the plan's completion lengths, the port's form.
+
+    Batch: per sequence "ref_elbo", "group_ids" (int64, the pair) and "chosen" (bool). Every pair must hold one chosen and one
+    rejected sequence; ValueError says where it does not (on a GPU under DLLM_KERNELS_VALIDATE=1).
+    """
+    checks.number("beta", beta, above=0)
+
+    def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
+        entries = batch.per_sequence
+        chosen_B, group_ids_B = entries["chosen"], entries["group_ids"]
+        _check_pairs(chosen_B, group_ids_B)
+        delta_B = plan.score(logp_N) - entries["ref_elbo"].detach()
+        if normalize:
+            delta_B = delta_B / plan.lengths_B.to(delta_B.dtype).clamp(min=1.0)
+        margin_B = surrogates.group_sum(torch.where(chosen_B, delta_B, -delta_B), group_ids_B)
+        return -surrogates.masked_sum(F.logsigmoid(beta * margin_B), chosen_B)
+
+    return Objective(
+        name="vrpo",
+        contributions=contributions,
+        coupling="batch",
+        on_policy_coupling="batch",
+        denominator="pairs",
+        old_scores=None,
+        per_sequence=("ref_elbo", "group_ids", "chosen"),
+    )
+
+
+def _check_pairs(chosen_B: Tensor, group_ids_B: Tensor) -> None:
+    checks.dtype("chosen", chosen_B, [torch.bool])
+    checks.dtype("group_ids", group_ids_B, [torch.int64])
+    if not checks.may_read(chosen_B):
+        return
+    of_each_B = [surrogates.group_sum(kind_B.long(), group_ids_B) for kind_B in (chosen_B, ~chosen_B)]
+    if bool((wrong_B := (of_each_B[0] != 1) | (of_each_B[1] != 1)).any()):
+        raise ValueError(
+            "group_ids must name pairs of one chosen and one rejected sequence, "
+            f"got another count for id {int(group_ids_B[wrong_B][0])}"
+        )
+
+
+RECIPE = Recipe(
+    name="vrpo",
+    title="VRPO: variance-reduced preference optimization (LLaDA 1.5)",
+    arxiv="2505.19223",
+    status="unverified",
+    law="exact",
+    law_options={},
+    samples=4,
+    advantage=None,
+    needs_old=False,
+    needs_reference=True,
+    needs_trajectory=False,
+    inner_iterations=1,
+    defaults={"beta": 0.2, "normalize": True},
+    notes="The training code is closed; a public port was read, whose defaults these are (the paper divides by no length). "
+    "Port: learning rate 5e-7, 64 pairs a step, 10 epochs. It trains on pairs of completions, not on groups.",
+)

@@ -1,0 +1,105 @@
+"""A mask plan in words and on disk: what it will cost before anything runs, and files that are whole or say what they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dllm_kernels import checks
+
+if TYPE_CHECKING:
+    from dllm_kernels.masks import MaskPlan
+
+FORMAT = 1
+_ROW_BYTES = 4 * 8 + 4  # index, target, sequence, sample; weight
+
+
+def expected_rows(plan: MaskPlan) -> float:
+    """Mean number of scored tokens under the law; the number itself where the law leaves no choice, and for `block`."""
+    rule, options, lengths_B = plan.rule, plan.options, plan.lengths_B.double()
+    if rule.level in ("all", "nodes", "steps", "block"):
+        return float(plan.counts.sum())
+    if rule.level == "t":
+        low, high = (options["t_low"], options["t_high"]) if rule.reduction == "coupled" else (options["t_min"], 1.0)
+        first = lengths_B.sum() * ((low + high) / 2 if options.get("t") is None else options["t"])
+    else:
+        first = ((lengths_B + (rule.level == "count from 1")) / 2 * (lengths_B > 0)).sum()
+    if rule.pairs_from is None:
+        return float(plan.shape[0] * first)
+    whole = int((plan.sample_K < rule.pairs_from).sum())
+    seconds = int(plan.level.second_K1.sum())
+    firsts = plan.shape[0] - whole - seconds
+    return float(firsts * first + seconds * (lengths_B.sum() - first) + whole * lengths_B.sum())
+
+
+def describe(plan: MaskPlan, hidden_size: int | None, vocabulary: int | None, dtype: torch.dtype) -> str:
+    """See `MaskPlan.describe`."""
+    rule, (K, B, S) = plan.rule, plan.shape
+    N = expected_rows(plan)
+    options = ", ".join(f"{name}={value}" for name, value in plan.options.items() if value is not None) or "none"
+    draws = (
+        "given" if rule.level == "steps" else f"{rule.pairing}{', in complementary pairs' if rule.pairs_from is not None else ''}"
+    )
+    plan_bytes = sum(tensor.nbytes for tensor in plan.tensors().values())
+    lines = [
+        f"law         {rule.name} ({rule.source}); options {options}",
+        f"            level {rule.level}, samples {draws}, weight {rule.weight}, "
+        + ("unbiased for the ELBO" if rule.unbiased else "no unbiased estimate of the ELBO"),
+        f"size        {K} samples x {B} sequences x {S} tokens, {int(plan.lengths_B.sum())} of them scored; "
+        f"seed {plan.seed}, iteration {plan.iteration}, prompt noise {plan.prompt_noise:g}, shift {plan.shift}",
+        f"rows        {N:,.0f} expected, {N / max(1, K * B * S):.1%} of the positions",
+        f"memory      plan {_size(plan_bytes)}, noisy ids {_size(K * B * S * plan.input_ids_BS.element_size())}, "
+        f"masks {_size(K * B * S)}, rows {_size(N * _ROW_BYTES)}",
+    ]
+    if hidden_size is None or vocabulary is None:
+        lines.append(f"head        2 N H V = {2 * N:,.0f} H V FLOPs forward; hidden_size and vocabulary make it a number")
+    else:
+        H, V = checks.count("hidden_size", hidden_size), checks.count("vocabulary", vocabulary)
+        flops = 2.0 * N * H * V
+        lines.append(
+            f"head        {flops:.3g} FLOPs forward (2 N H V; H={H}, V={V}), {2.0 * K * B * S * H * V:.3g} for every position"
+        )
+        lines.append(
+            f"            logits that are never built, {dtype}: {_size(N * V * dtype.itemsize)} for the rows, "
+            f"{_size(K * B * S * V * dtype.itemsize)} for every position"
+        )
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """All or nothing: a reader never sees half a file, and a crash leaves the old one."""
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # unpickling damaged bytes raises almost anything
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"path must name a saved mask plan, but {os.fspath(path)} cannot be read: {first_line}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"path must name a saved mask plan, but {os.fspath(path)} holds a {type(state).__name__}")
+    return state

@@ -1,0 +1,86 @@
+"""The documents are true: their tables and figures are those of the committed results, their files are there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import estimators_table
+
+ROOT = Path(__file__).parent.parent
+README = " ".join((ROOT / "README.md").read_text().split())
+TEXT = (ROOT / "docs" / "estimators.md").read_text()
+PROSE = " ".join(TEXT.split())
+ENTRY = json.loads((ROOT / "benchmarks" / "results" / "estimators-cpu.json").read_text())["suites"]["variance"]
+SFT, RL = "demo/checkpoint_sft", "demo/checkpoint"
+
+
+@pytest.mark.parametrize("name", estimators_table.TABLES)
+def test_each_table_is_that_of_the_committed_run(name):
+    assert estimators_table.in_document(TEXT, name) == estimators_table.TABLES[name](ENTRY)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:\.\./)?((?:benchmarks|tests)/[\w./-]+\w)", TEXT))))
+def test_every_file_it_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_verdict_on_the_share_of_t_is_that_of_the_results():
+    found = {(x["model"], x["L"], x["estimator"]): f"{100 * x['level']['value']:.0f} %" for x in ENTRY["shares_of_variance"]}
+    t, count = (lambda m, n, e=e: found[m, n, e] for e in ("double Monte Carlo", "exact, independent"))
+    assert f"t makes {t(RL, 16)} of the variance of double Monte Carlo on 16 tokens" in PROSE
+    assert f"the count {count(RL, 16)} of that of exact counts; after SFT {t(SFT, 16)} and {count(SFT, 16)}" in PROSE
+    assert f"to {t(RL, 256)} and {count(RL, 256)} (after SFT {t(SFT, 256)} and {count(SFT, 256)}) on 256 tokens" in PROSE
+    assert f"({t(RL, 16)} of it after RL, not 96 %)" in README
+    assert max(x["level"]["high"] for x in ENTRY["shares_of_variance"]) < 0.7, "far from 96 %"
+
+
+def ratios(over, models, *, L=16, budget=None, nodes=(2, 3, 4), form="(GDPO)"):
+    """Smallest and largest ratio of squared errors, as printed."""
+    values = [
+        x["mse_ratio"]["value"]
+        for x in ENTRY["quadrature_over_monte_carlo"]
+        for n in nodes
+        if x["model"] in models and x["L"] == L and x["over"] == over and x["estimator"] == f"quadrature {n} {form}"
+        if x["budget"] == (budget or n)
+    ]
+    assert len(values) == len(models) * len(nodes)
+    return tuple(estimators_table.digits(value) for value in (min(values), max(values)))
+
+
+def test_the_verdict_on_quadrature_is_that_of_the_results():
+    trained = (SFT, RL)
+    assert (
+        "error is {} to {} of double Monte Carlo's on the trained models".format(*ratios("double Monte Carlo", trained)) in PROSE
+    )
+    assert "({} to {} of its squared error on the trained models)".format(*ratios("double Monte Carlo", trained)) in README
+    assert "over exact-count Monte Carlo it is {} to {}".format(*ratios("exact, independent", trained)) in PROSE
+    two_or_three = ratios("exact, stratified", trained, nodes=(2, 3))
+    assert "which is unbiased, {} to {} with 2 or 3 nodes".format(*two_or_three) in PROSE
+    assert ratios("exact, stratified", trained, nodes=(4,)) == ("1.1", "1.1")
+    low, high = ratios("exact, stratified", trained, budget=12)
+    assert f"nothing is left ({float(low):.1f} to {high})" in PROSE
+    assert "it has {} to {} of the stratified law's error".format(*ratios("exact, stratified", trained, L=256)) in PROSE
+    assert float(ratios("double Monte Carlo", ("random",))[1]) < 1, "confirmed on all three models"
+    assert (
+        "{} to {} times the squared error of exact-count Monte Carlo".format(*ratios("exact, independent", ("random",))) in PROSE
+    )
+
+
+def test_the_biases_are_those_of_the_results():
+    def biases(models, form):
+        rows = [r for r in ENTRY["rows"] if r["model"] in models and r["sizes"].get("K") == 12 and r["contestant"].endswith(form)]
+        assert len(rows) == 3 * len(models)
+        values = sorted(abs(r["figures"]["bias"]["value"]) for r in rows)
+        return estimators_table.digits(values[0]), estimators_table.digits(values[-1])
+
+    assert "random model {} to {} nats too high".format(*biases(("random",), "(GDPO)")) in PROSE
+    assert float(biases(("random",), "L/count")[1]) <= 0.04
+    low, high = biases((SFT, RL), "L/count")
+    assert f"{float(low):.2f} to {high} nats instead of {' to '.join(biases((SFT, RL), '(GDPO)'))}" in PROSE
+    antithetic, exact = (
+        next(r["figures"]["mse"]["value"] for r in ENTRY["rows"] if (r["model"], r["sizes"]["K"], r["contestant"]) == key)
+        for key in (("random", 4, "antithetic (ESPO)"), ("random", 4, "exact, stratified"))
+    )
+    assert f"({estimators_table.digits(antithetic)} against {estimators_table.digits(exact)} at 4 passes)" in PROSE
