@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.measure import MIB, Memory, Timing, interleave, peak_memory
@@ -15,7 +16,7 @@ PEER_SLACK = 100.0
 
 def measure(suite: Suite, settings: Settings) -> dict[str, Any]:
     """The entry of a result file: the rows of all cases, what is computed, and the summary."""
-    cases = suite.cases(settings)
+    cases = [case for case in suite.cases(settings) if not settings.cases or case.name in settings.cases]
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
         print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
@@ -32,6 +33,8 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         prepared = case.setup(case.sizes)
     except Exception as error:
         return [_row(case, Contestant("all", "ours"), status="failed", reason=f"set-up: {_describe(error)}")]
+    if settings.contestants:
+        prepared = replace(prepared, contestants=tuple(c for c in prepared.contestants if c.name in settings.contestants))
     rows = {contestant.name: _row(case, contestant) for contestant in prepared.contestants}
     runners: dict[str, Runner] = {}
     first_run_s: dict[str, float] = {}

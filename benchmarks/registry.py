@@ -34,6 +34,8 @@ class Settings:
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
     threads: int = 1
+    cases: tuple[str, ...] = ()  # only cases of these names; all where empty
+    contestants: tuple[str, ...] = ()  # only these; all where empty
     models: Sequence[str] = ()  # checkpoint folders, for suites that score a trained model
 
     @property

@@ -19,7 +19,8 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
+    parser.add_argument("--case", action="append", help="a case's name, like forward; may be given several times; default all")
+    parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
     parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
@@ -129,7 +132,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
 def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
     import torch
 
-    from benchmarks.registry import DTYPES, Settings, Study
+    from benchmarks.registry import DTYPES, Settings, Study, Suite
 
     if arguments.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
@@ -151,10 +154,26 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
     studies = [suite for suite in suites if isinstance(suite, Study)]
     if models and not studies:
         raise ValueError(f"--model is for suites that score a trained model, got --suite {', '.join(s.name for s in suites)}")
-    settings = Settings(dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads, models=models)
+    settings = Settings(
+        dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads, models=models, cases=tuple(arguments.case or ())
+    )
     for study in studies:
         study.check(settings)
-    return settings
+    timed = [suite for suite in suites if isinstance(suite, Suite)]
+    _known("--case", settings.cases, {case.name for suite in timed for case in suite.cases(settings)})
+    if not arguments.only:
+        return settings
+    only = tuple(name.strip() for name in arguments.only.split(","))
+    _known(
+        "--only", only, {c.name for suite in timed for case in suite.cases(settings) for c in case.setup(case.tiny).contestants}
+    )
+    return replace(settings, contestants=only)
+
+
+def _known(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{option} must name one of {', '.join(sorted(known))}, got {name!r}")
 
 
 def _load_base(path: Path | None) -> dict[str, Any] | None:

@@ -1,38 +1,60 @@
-// The module dllm_kernels._C: picks the row kernel's ISA at run time and spreads rows over threads.
-// Tensors come as addresses, sizes and strides; dllm_kernels/backends/cpu.py has checked them.
+// The module dllm_kernels._C: picks the instruction set at run time and hands one head call to it. Tensors come as addresses,
+// sizes and strides; dllm_kernels/backends/cpu.py has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
 #include <stdexcept>
+#include <tuple>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "row_problem.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "head_problem.h"
 
 void bind_noise(pybind11::module_& m);  // noise.cpp
 
 namespace {
 
-using dllm::RowProblem;
+using dllm::HeadProblem;
+using dllm::Type;
 
 struct Isa {
   const char* name;
-  dllm::RowKernel kernel;
   bool supported;
+  const dllm::Engine* engine;
+  const dllm::Engine* pairs;  // for bfloat16 problems, or null
+
+  const dllm::Engine& of(const HeadProblem& p) const {
+    const bool fits = p.hidden.type == Type::bf16 && p.weight.type == Type::bf16 && p.hidden.column == 1 && p.weight.column == 1;
+    return pairs && fits ? *pairs : *engine;
+  }
 };
 
-const std::vector<Isa>& isas() {  // best first
-  static const std::vector<Isa> table = {
+const std::vector<Isa>& isas() {  // best first; what is only for tests last
+  static const std::vector<Isa> table = [] {
+    std::vector<Isa> t;
 #if defined(__x86_64__)
-      {"avx512", dllm::avx512::rows, __builtin_cpu_supports("avx512f") != 0},
-      {"avx2", dllm::avx2::rows, __builtin_cpu_supports("avx2") != 0},
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine});
+    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr});
+    t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr});
 #endif
-      {"baseline", dllm::baseline::rows, true},
-  };
+    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr});
+#if defined(__x86_64__)
+    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine});
+#endif
+    return t;
+  }();
   return table;
 }
 
@@ -58,79 +80,242 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("isa: got '" + name + "', this machine allows " + allowed);
 }
 
-void run_rows(const RowProblem& p, int64_t threads) {
-  const dllm::RowKernel kernel = current.load()->kernel;
-  constexpr int64_t kWorth = 1 << 17;  // logits: below that a thread costs more than it brings
-  const int64_t parts = std::max<int64_t>(1, std::min({threads, p.rows, p.rows * p.vocabulary / kWorth}));
-  std::vector<std::thread> others;
-  int64_t first = 0;
-  for (int64_t k = 0; k < parts; ++k) {
-    const int64_t last = p.rows * (k + 1) / parts;
-    bool here = k + 1 == parts;
-    if (!here) {
-      try {
-        others.emplace_back(kernel, std::cref(p), first, last);
-      } catch (const std::system_error&) {  // no thread to be had: do its part here
-        here = true;
-      }
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Asks for huge pages: first touches of a large array cost a third then.
+void advise(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = ((uintptr_t)data + 4095) / 4096 * 4096, last = ((uintptr_t)data + bytes) / 4096 * 4096;
+  if (bytes >= 2 * kHugePage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+// One workspace is kept from call to call, since fresh pages cost more than many a call; a second concurrent call brings
+// its own.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : lock_(mutex(), std::try_to_lock) {
+    if (!lock_.owns_lock()) {
+      data_ = own_ = allocate(bytes);
+      return;
     }
-    if (here) kernel(p, first, last);
-    first = last;
+    Kept& kept = shared();
+    if (kept.bytes < bytes) {
+      std::free(kept.data);
+      kept = {};
+      kept.data = allocate(bytes);
+      kept.bytes = bytes;
+    }
+    data_ = kept.data;
   }
-  for (std::thread& other : others) other.join();
+  ~Workspace() { std::free(own_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* data() const { return static_cast<float*>(data_); }
+
+  static void release() {
+    std::lock_guard<std::mutex> lock(mutex());
+    std::free(shared().data);
+    shared() = {};
+  }
+
+ private:
+  struct Kept {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+  static std::mutex& mutex() {
+    static std::mutex m;
+    return m;
+  }
+  static Kept& shared() {
+    static Kept k;
+    return k;
+  }
+  static void* allocate(size_t bytes) {
+    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+    void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (!data) throw std::bad_alloc();
+    advise(data, bytes);
+    return data;
+  }
+
+  std::unique_lock<std::mutex> lock_;
+  void *data_ = nullptr, *own_ = nullptr;
+};
+
+constexpr int64_t kMaxChunk = 1024;  // rows: packed hidden states and weights meet often enough
+constexpr int64_t kLeastChunk = 256;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Equal chunks of whole panels; where logits are kept, within the budget.
+int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool keeps_logits, int panel, int64_t budget) {
+  int64_t most = kMaxChunk;
+  if (keeps_logits) most = std::clamp(budget / (4 * vocabulary) / panel * panel, kLeastChunk, kMaxChunk);
+  const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+  return round_up(std::max<int64_t>(1, (rows + chunks - 1) / chunks), panel);
+}
+
+int team_size(const HeadProblem& p, int64_t threads) {
+  constexpr double kWorth = 1 << 21;  // multiply-adds: below that a second thread costs more than it brings
+  const double work = (double)p.rows * (double)p.width * (double)p.vocabulary;
+  return (int)std::clamp<double>(work / kWorth, 1, (double)std::max<int64_t>(1, threads));
 }
 
 template <class T> T* address(uintptr_t a) { return reinterpret_cast<T*>(a); }
 
-void row_kernel(uintptr_t logits, int64_t rows, int64_t vocabulary, int64_t row_stride, uintptr_t target, uintptr_t bias,
-                float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded, uintptr_t coef,
-                uintptr_t entropy_coef, uintptr_t entropy_operand, int64_t entropy_operand_stride, bool gradient,
-                uintptr_t logp, uintptr_t lse, uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id, int64_t threads) {
-  pybind11::gil_scoped_release release;
-  RowProblem p{};
-  p.logits = address<float>(logits);
+
+void run(HeadProblem& p, int64_t threads, int64_t budget) {
+  if (p.rows == 0) return;
+  const dllm::Engine& engine = current.load()->of(p);
+  const bool stored = p.stored[0] || p.stored[1];
+  p.chunk = chunk_rows(p.rows, p.vocabulary, p.gradient && !stored, engine.panel, budget);
+  const int size = team_size(p, threads);
+  if (p.out.dweight && p.out.overwrite)
+    advise(p.out.dweight, (size_t)p.out.dweight_row * (size_t)p.vocabulary * sizeof(float));
+  Workspace workspace((size_t)engine.workspace(p, size) * sizeof(float));
+  dllm::Team::run(size, [&](dllm::Team& team, int rank) { engine.head(p, team, rank, workspace.data()); });
+}
+
+// A strided [*, *] tensor: (address, type, row stride, column stride).
+using Strided = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+dllm::Matrix matrix(const Strided& s) {
+  return {address<const void>(std::get<0>(s)), static_cast<Type>(std::get<1>(s)), std::get<2>(s), std::get<3>(s)};
+}
+
+HeadProblem problem(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width) {
+  HeadProblem p{};
+  p.hidden = matrix(hidden);
+  p.weight = matrix(weight);
+  p.index = address<const int64_t>(index);
   p.rows = rows;
   p.vocabulary = vocabulary;
-  p.row_stride = row_stride;
-  p.target = address<const int64_t>(target);
+  p.width = width;
+  p.temperature = 1;
+  p.out.type = p.hidden.type;
+  return p;
+}
+
+void options(HeadProblem& p, uintptr_t bias, float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded) {
   p.bias = address<const float>(bias);
   p.softcap = softcap;
   p.temperature = temperature;
   p.temperature_rows = address<const float>(temperature_rows);
-  p.coef = address<const float>(coef);
-  p.entropy_coef = address<const float>(entropy_coef);
-  p.entropy_operand = gradient ? address<float>(entropy_operand) : nullptr;
-  p.entropy_operand_stride = entropy_operand_stride;
-  p.gradient = gradient;
+  p.excluded = address<const uint8_t>(excluded);
+}
+
+void head(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width, uintptr_t bias,
+          float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded, uintptr_t target, uintptr_t logp, uintptr_t lse,
+          uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id, bool gradient, uintptr_t coef, uintptr_t entropy_coef, uintptr_t vectors0,
+          uintptr_t vectors1, uintptr_t operands0, uintptr_t operands1, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, bool overwrite,
+          int64_t threads, int64_t budget) {
+  pybind11::gil_scoped_release release;
+  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
+  options(p, bias, softcap, temperature, temperature_rows, excluded);
+  p.target = address<const int64_t>(target);
   p.logp = address<float>(logp);
   p.lse = address<float>(lse);
   p.entropy = address<float>(entropy);
   p.top_logp = address<float>(top_logp);
   p.top_id = address<int64_t>(top_id);
-  for (int64_t i = 0; i < rows; ++i)
-    if (p.target[i] < 0 || p.target[i] >= vocabulary)
-      throw std::out_of_range("target_N: row " + std::to_string(i) + " names class " + std::to_string(p.target[i]) +
-                              ", allowed are 0 to " + std::to_string(vocabulary - 1));
+  p.gradient = gradient;
+  p.coef = address<const float>(coef);
+  p.entropy_coef = address<const float>(entropy_coef);
+  p.out.vectors[0] = address<void>(vectors0);
+  p.out.vectors[1] = address<void>(vectors1);
+  p.out.operands[0] = address<void>(operands0);
+  p.out.operands[1] = address<void>(operands1);
+  p.out.dweight = address<float>(dweight);
+  p.out.dweight_row = dweight_row;
+  p.out.dbias = address<float>(dbias);
+  p.out.overwrite = overwrite;
+  run(p, threads, budget);
+}
 
-  std::vector<uint16_t> mask;
-  if (bias || excluded || temperature_rows || softcap != 0 || temperature != 1) {
-    mask.assign((vocabulary + dllm::kLanes - 1) / dllm::kLanes, 0);
-    if (vocabulary % dllm::kLanes) mask.back() = (uint16_t)(0xffffu << vocabulary % dllm::kLanes);
-    if (const uint8_t* out = address<const uint8_t>(excluded))
-      for (int64_t v = 0; v < vocabulary; ++v) mask[v / dllm::kLanes] |= (uint16_t)((out[v] != 0) << v % dllm::kLanes);
-    p.excluded = mask.data();
+void from_operands(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width,
+                   uintptr_t stored0, uintptr_t coef0, uintptr_t stored1, uintptr_t coef1, uintptr_t vectors, uintptr_t dweight,
+                   int64_t dweight_row, uintptr_t dbias, bool overwrite, int64_t threads) {
+  pybind11::gil_scoped_release release;
+  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
+  p.gradient = true;
+  p.stored[0] = address<const void>(stored0);
+  p.stored[1] = address<const void>(stored1);
+  p.coef = address<const float>(coef0);
+  p.entropy_coef = address<const float>(coef1);
+  p.out.vectors[0] = address<void>(vectors);
+  p.out.dweight = address<float>(dweight);
+  p.out.dweight_row = dweight_row;
+  p.out.dbias = address<float>(dbias);
+  p.out.overwrite = overwrite;
+  run(p, threads, 0);
+}
+
+void sample(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width, uintptr_t bias,
+            float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded, uintptr_t key, uint32_t step,
+            float sample_temperature, uintptr_t token, uintptr_t logp, uintptr_t entropy, uintptr_t lse, int64_t threads) {
+  pybind11::gil_scoped_release release;
+  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
+  options(p, bias, softcap, temperature, temperature_rows, excluded);
+  p.key = sample_temperature > 0 ? address<const int64_t>(key) : nullptr;
+  p.step = step;
+  p.sample_temperature = sample_temperature;
+  p.token = address<int64_t>(token);
+  p.token_logp = address<float>(logp);
+  p.entropy = address<float>(entropy);
+  p.lse = address<float>(lse);
+  run(p, threads, 0);
+}
+
+// Whether every target is a class that is not excluded, and the row indices are distinct and there.
+bool values_fit(uintptr_t target, uintptr_t index, int64_t rows, int64_t available, int64_t vocabulary, uintptr_t excluded) {
+  pybind11::gil_scoped_release release;
+  if (const int64_t* t = address<const int64_t>(target)) {
+    const uint8_t* out = address<const uint8_t>(excluded);
+    for (int64_t i = 0; i < rows; ++i)
+      if (t[i] < 0 || t[i] >= vocabulary || (out && out[t[i]])) return false;
   }
-  run_rows(p, threads);
+  if (const int64_t* at = address<const int64_t>(index)) {
+    std::vector<bool> seen((size_t)available);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (at[i] < 0 || at[i] >= available || seen[(size_t)at[i]]) return false;
+      seen[(size_t)at[i]] = true;
+    }
+  }
+  return true;
+}
+
+// The bytes that a call of `head` works in, beyond its arguments.
+int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t threads,
+                        int64_t budget) {
+  HeadProblem p = problem({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width);
+  const dllm::Engine& engine = current.load()->of(p);
+  p.gradient = gradient;
+  p.out.dweight = address<float>(dweight ? 1 : 0);
+  p.out.vectors[0] = address<void>(dhidden ? 1 : 0);
+  p.chunk = chunk_rows(rows, vocabulary, gradient, engine.panel, budget);
+  return engine.workspace(p, team_size(p, threads)) * (int64_t)sizeof(float);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "dllm-kernels: the CPU row kernel. Addresses are not checked here; use dllm_kernels.backends.cpu.";
+  m.doc() = "dllm-kernels: the CPU head engine. Addresses are not checked here; use dllm_kernels.backends.cpu.";
   set_isa(supported_isas().front());
   bind_noise(m);
-  m.def("row_kernel", &row_kernel);
+  m.def("head", &head);
+  m.def("from_operands", &from_operands);
+  m.def("sample", &sample);
+  m.def("values_fit", &values_fit);
+  m.def("workspace_bytes", &workspace_bytes);
+  m.def("release_workspace", &Workspace::release, "Gives the kept workspace back to the system.");
   m.def("isa", [] { return std::string(current.load()->name); }, "The instruction set in use.");
   m.def("supported_isas", &supported_isas, "What this machine can run, best first.");
-  m.def("set_isa", &set_isa, "Use this instruction set from now on; every one gives the same bits.");
+  m.def("set_isa", &set_isa, "Use this instruction set from now on.");
+  m.def("thread_runtime", [] { return std::string(dllm::Team::runtime()); }, "Where threads come from: openmp (torch's own) or threads.");
 }

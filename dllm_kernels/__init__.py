@@ -2,6 +2,7 @@
 
 from dllm_kernels import objectives
 from dllm_kernels.accumulation import accumulate
+from dllm_kernels.costs import explain
 from dllm_kernels.elbo import bgpo_loss, elbo_loss
 from dllm_kernels.estimation import estimate_elbo
 from dllm_kernels.generation import generate
@@ -18,6 +19,7 @@ __all__ = [
     "bgpo_loss",
     "elbo_loss",
     "estimate_elbo",
+    "explain",
     "generate",
     "head_backward",
     "headless",

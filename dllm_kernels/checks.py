@@ -14,12 +14,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: always on the CPU; on a GPU it would stall the stream, so only on request."""
-    return tensor.device.type == "cpu" or os.environ.get("DLLM_KERNELS_VALIDATE") == "1"
+    return tensor.is_cpu or os.environ.get("DLLM_KERNELS_VALIDATE") == "1"
 
 
 def shape(name: str, tensor: Tensor, allowed: Sequence[int | None]) -> None:
     """`allowed` holds a size per dimension, None for any."""
     require_tensor(name, tensor)
+    if len(allowed) == 1 == tensor.dim() and (allowed[0] is None or allowed[0] == tensor.shape[0]):
+        return  # the common case, and on the way of every call
     if tensor.dim() != len(allowed) or any(a is not None and a != s for a, s in zip(allowed, tensor.shape, strict=True)):
         wanted = ", ".join("any" if a is None else str(a) for a in allowed)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
@@ -45,7 +47,7 @@ def in_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Every value of an integer tensor in [low, high); reads values, see `may_read`."""
     if tensor.numel() == 0 or not may_read(tensor):
         return
-    smallest, largest = int(tensor.min()), int(tensor.max())
+    smallest, largest = (int(bound) for bound in tensor.aminmax())
     if smallest < low or largest >= high:
         offender = smallest if smallest < low else largest
         raise ValueError(f"{name} must hold ids in {low}..{high - 1}, got {offender}")
@@ -66,8 +68,19 @@ def count(name: str, value: object, minimum: int = 1) -> int:
 
 def finite(name: str, tensor: Tensor) -> None:
     """No NaN and no infinity; reads values, see `may_read`."""
-    if may_read(tensor) and not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} must be finite, got {float(tensor[~torch.isfinite(tensor)].flatten()[0])}")
+    vector = tensor.detach() if tensor.requires_grad else tensor
+    vector = vector if vector.dim() == 1 else vector.flatten()
+    if may_read(tensor) and (place := first_not_finite(vector)) is not None:
+        raise ValueError(f"{name} must be finite, got {float(vector[place])}")
+
+
+def first_not_finite(vector_N: Tensor) -> int | None:
+    """Where a vector first holds NaN or an infinity. A finite sum proves that it holds none, in one operation."""
+    short = vector_N.numel() <= 128 and vector_N.is_cpu  # Python is faster than the launch of a tensor operation
+    if math.isfinite(sum(vector_N.tolist()) if short else vector_N.sum()):
+        return None
+    places = (~torch.isfinite(vector_N)).nonzero()
+    return int(places[0, 0]) if len(places) else None
 
 
 def number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_kernels import backends, checks
-from dllm_kernels.scoring import check_finite, head_problem
+from dllm_kernels import checks, launch, ops
+from dllm_kernels.problem import Options, autocast_operands, check_arguments, make_problem
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,27 @@ def sample_tokens(
     checks.count("step", step, 0)
     checks.dtype("key", key, [torch.int64])
     checks.shape("key", key, [None])
+    checks.require_tensor("hidden", hidden)
     checks.same_device("key", key, "hidden", hidden)
     checks.number("logit_temperature", logit_temperature, above=0)
-    problem = head_problem(
-        hidden,
-        weight,
-        None if rows is None else rows,
-        key.numel(),
-        bias,
-        softcap,
-        logit_temperature,
-        suppress,
-        valid_vocab,
-    )
-    result = backends.select(problem).sample(problem, key, step=step, temperature=float(temperature))
-    check_finite(result["lse"], problem)
-    return Samples(result["token"], result["logp"], result["logp"].exp(), result["entropy"])
+    hidden, weight = autocast_operands(hidden, weight)
+    options = Options(softcap, logit_temperature, suppress, valid_vocab)
+    check_arguments(hidden, weight, rows, key.numel(), bias, options)
+    if ops.observed(hidden, weight, bias, key):
+        token, logp, entropy = ops.sample(
+            hidden,
+            weight,
+            key,
+            rows,
+            bias,
+            float(logit_temperature),
+            softcap,
+            list(suppress),
+            valid_vocab,
+            step,
+            float(temperature),
+        )
+    else:
+        result = launch.sample(make_problem(hidden, weight, key, rows, bias, options), key, step, float(temperature))
+        token, logp, entropy = result["token"], result["logp"], result["entropy"]
+    return Samples(token, logp, logp.exp(), entropy)

@@ -17,7 +17,7 @@ _quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scope
 settings.register_profile("fixed", derandomize=True, max_examples=30, **_quiet)
 settings.register_profile("explore", max_examples=1000, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-pytest.register_assert_rewrite("tests.head_suite")
+pytest.register_assert_rewrite("tests.head_suite", "tests.head_relations")
 
 from tests.head_suite import Target  # noqa: E402 (its tests take the profile that is loaded when they are defined)
 

@@ -442,7 +442,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_chunk_size(backend, plan, monkey
     case = make_case(torch.float32, backend.device, shape=(700,), H=24, V=67, rows=None, trainable_head=plan != "unit")
     case.coef, case.entropy_coef = case.coef.float(), case.entropy_coef.float()
     large, large_grads = case.run(plan)
-    monkeypatch.setattr(reference, "WORKSPACE_BYTES", {"cpu": 1})
+    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 1)
     monkeypatch.setattr(reference, "GPU_WORKSPACE_BYTES", 1)
     small, small_grads = case.run(plan)
     assert torch.equal(large, small)
@@ -458,6 +458,30 @@ def test_the_same_call_gives_the_same_bits(backend, plan):
     assert torch.equal(first[0], second[0])
     for name in first[1]:
         assert torch.equal(first[1][name], second[1][name]), name
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+def test_overwriting_a_buffer_ignores_what_it_held(backend, dtype, rows, monkeypatch):
+    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 1)  # several chunks: only the first may overwrite
+    case = make_case(dtype, backend.device, shape=(600,), rows=rows)
+    problem = reference.HeadProblem(case.hidden, case.weight, case.target, case.rows)
+    module, statistics = select_backend(problem), problem.statistics_dtype
+    coef = case.coef.to(statistics)
+    operand = module.run(problem, ("operand",))["operand"]
+
+    def buffers(run, fill, overwrite):
+        dweight = torch.full(case.weight.shape, fill, dtype=statistics, device=backend.device)
+        dbias = torch.full(case.weight.shape[:1], fill, dtype=statistics, device=backend.device)
+        run(dweight_VH=dweight, dbias_V=dbias, overwrite=overwrite)
+        return dweight, dbias
+
+    for run in (
+        lambda **out: module.run(problem, ("lse",), coef_N=coef, **out),
+        lambda **out: module.from_operands(problem, [(operand, coef)], dhidden=False, **out),
+    ):
+        for got, want in zip(buffers(run, math.nan, True), buffers(run, 0.0, False), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 # --- odd shapes and layouts -------------------------------------------------------------------------------------------
@@ -932,24 +956,21 @@ def test_pitfall_the_sign_of_entropy(backend):
 
 
 def test_pitfall_row_offsets_beyond_2_to_31(backend, tmp_path):
-    """The second row of these logits lies 2^31 + 64 elements behind the first: a 32-bit offset would miss it.
+    """The second row of these hidden states lies 2^31 + 64 elements behind the first: a 32-bit offset would miss it.
 
     The matrix is a sparse file mapped into memory, of which two rows exist."""
-    kernel = select_backend(
-        reference.HeadProblem(torch.zeros(1, 1, device=backend.device), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
-    ).row_kernel_
-    path, V, stride = tmp_path / "logits", 19, 2**31 + 64
+    path, H, V = tmp_path / "hidden", 64, 19
+    last = 2**31 // H + 1
     with open(path, "wb") as file:
-        os.truncate(file.fileno(), 4 * (stride + V))
-    flat = torch.from_file(str(path), shared=True, size=stride + V, dtype=torch.float32)
-    logits = flat.as_strided((2, V), (stride, 1))
-    logits.copy_(torch.randn(2, V, generator=torch.Generator().manual_seed(0)))
-    dense, target = logits.clone(), torch.tensor([3, 7])
-    got = kernel(logits, target, entropy=True, top=True, gradient=True)
-    want = kernel(dense, target, entropy=True, top=True, gradient=True)
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-    assert torch.equal(logits, dense)
+        os.truncate(file.fileno(), 4 * (last + 1) * H)
+    hidden = torch.from_file(str(path), shared=True, size=(last + 1) * H, dtype=torch.float32).view(-1, H)
+    dense = torch.randn(2, H, generator=torch.Generator().manual_seed(0))
+    hidden[0], hidden[last] = dense
+    weight, target = torch.randn(V, H, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 7])
+    got = score_tokens(hidden, weight, target, rows=torch.tensor([0, last]), want=ALL)
+    want = score_tokens(dense, weight, target, want=ALL)
+    for name in ALL:
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 # --- hypothesis -------------------------------------------------------------------------------------------------------

@@ -485,6 +485,7 @@ def use_everything(model, tmp_path):
     dk.score_tokens(hidden, weight, torch.arange(3), rows=torch.arange(3)).logp.sum().backward()
     dk.head_backward(hidden.detach().expand(4, 2, 6, 8), weight, plan.rows, torch.ones(len(plan.rows)))
     dk.sample_tokens(hidden, weight, torch.arange(12))
+    dk.explain(hidden, weight, torch.arange(12))
     dk.elbo_loss(hidden, weight, ids, completion, torch.tensor(0.5)).backward()
     dk.bgpo_loss(hidden, weight, ids, completion, torch.tensor(2.0), None, torch.ones(2), 4).backward()
     noise.permutation(0, 9)

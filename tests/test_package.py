@@ -54,6 +54,7 @@ def test_public_names_exist_and_are_documented():
         "make_mask_plan",
         "estimate_elbo",
         "generate",
+        "explain",
         "accumulate",
     ):
         assert name in dllm_kernels.__all__

@@ -25,22 +25,27 @@ def one(words, out):
         tl.store(out + w + c, answer[w].to(tl.int64))
 
 
-for counter, key, answer in oracle.PHILOX_VECTORS:
-    out = torch.empty(4, dtype=torch.int64)
-    one[(1,)](torch.tensor([*counter, *key]), out)
-    assert tuple(out.tolist()) == answer, (counter, key, out)
+def main() -> None:
+    for counter, key, answer in oracle.PHILOX_VECTORS:
+        out = torch.empty(4, dtype=torch.int64)
+        one[(1,)](torch.tensor([*counter, *key]), out)
+        assert tuple(out.tolist()) == answer, (counter, key, out)
 
-ids = torch.tensor([1, -2, 2**62 + 12345, -(2**63), 2**63 - 1])
-for seed, stream in ((0, Stream.MASK), (1, Stream.REMASK), (2**32 - 1, Stream.LEVEL)):
-    for sequence, sample, position in (
-        (ids, torch.tensor(0), torch.tensor(2**32 - 1)),
-        (ids[:, None], torch.arange(3)[:, None, None], torch.arange(100)),  # more than one block
-        (ids[0], torch.arange(3), torch.tensor(4)),
-        (ids[:0], torch.tensor(0), torch.tensor(0)),
-    ):
-        want = noise.row_bits(seed, stream, sequence, sample, position)
-        assert torch.equal(kernels.row_bits(seed, stream, sequence, sample, position), want)
-for tokens, step, tag in ((1, 0, 0), (3, 1, 1), (5, 2**31, 1), (1000, torch.arange(5), 0), (5001, 7, 1)):
-    want = noise.element_bits(ids, tokens, step=step, tag=tag)
-    assert torch.equal(kernels.element_bits(ids, tokens, step=step, tag=tag), want)
-print("equal bits")
+    ids = torch.tensor([1, -2, 2**62 + 12345, -(2**63), 2**63 - 1])
+    for seed, stream in ((0, Stream.MASK), (1, Stream.REMASK), (2**32 - 1, Stream.LEVEL)):
+        for sequence, sample, position in (
+            (ids, torch.tensor(0), torch.tensor(2**32 - 1)),
+            (ids[:, None], torch.arange(3)[:, None, None], torch.arange(100)),  # more than one block
+            (ids[0], torch.arange(3), torch.tensor(4)),
+            (ids[:0], torch.tensor(0), torch.tensor(0)),
+        ):
+            want = noise.row_bits(seed, stream, sequence, sample, position)
+            assert torch.equal(kernels.row_bits(seed, stream, sequence, sample, position), want)
+    for tokens, step, tag in ((1, 0, 0), (3, 1, 1), (5, 2**31, 1), (1000, torch.arange(5), 0), (5001, 7, 1)):
+        want = noise.element_bits(ids, tokens, step=step, tag=tag)
+        assert torch.equal(kernels.element_bits(ids, tokens, step=step, tag=tag), want)
+    print("equal bits")
+
+
+if __name__ == "__main__":  # pytest looks into every file for doctests
+    main()

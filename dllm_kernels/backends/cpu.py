@@ -1,26 +1,29 @@
-"""The LM head on CPUs: PyTorch's matrix products and, for float32 logits, the C++ row kernel of csrc/.
+"""The LM head on CPUs: the engine of csrc/ (own matrix products, fused softmax) for float32, bfloat16 and float16.
 
-The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and
-the caller takes `reference`. DLLM_KERNELS_ISA=baseline|avx2|avx512 forces an instruction set: all give the same bits.
+The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and the
+caller takes `reference`; float64 goes to the reference too. DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16 forces an
+instruction set. Whatever the number of threads and of rows, a row's bits are the same; threads are torch's own
+(`torch.get_num_threads()`).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
+from collections.abc import Collection
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from dllm_kernels.backends import reference
-from dllm_kernels.backends.reference import from_operands
+from dllm_kernels.backends.reference import STATISTICS, WORKSPACE_BYTES, HeadProblem
 
-__all__ = ["NAME", "available", "from_operands", "isa", "row_kernel_", "run", "sample", "why_unavailable"]
+__all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
 NAME = "cpu"
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -40,135 +43,211 @@ _C, _why = _load()
 
 
 def available() -> bool:
-    """Whether the C++ row kernel was built and loads."""
+    """Whether the C++ engine was built and loads."""
     return _C is not None
 
 
 def why_unavailable() -> str | None:
-    """A sentence for the user, None where the kernel is available."""
+    """A sentence for the user, None where the engine is available."""
     return _why
 
 
 def isa() -> str | None:
-    """The instruction set in use: "avx512", "avx2" or "baseline"; None without the extension."""
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; None without the extension."""
     return None if _C is None else str(_C.isa())
-
-
-def _vector(name: str, tensor: Tensor | None, size: int, *dtypes: torch.dtype) -> Tensor | None:
-    """A contiguous CPU vector whose address may be handed over."""
-    if tensor is None:
-        return None
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be of dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if not tensor.is_cpu or tensor.shape != (size,):
-        raise ValueError(f"{name} must have shape [{size}] on the CPU, got {list(tensor.shape)} on {tensor.device}")
-    return tensor.contiguous()
-
-
-def _matrix(name: str, tensor: Tensor, rows: int, width: int) -> None:
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"{name} must be of dtype torch.float32, got {tensor.dtype}")
-    if not tensor.is_cpu or tensor.shape != (rows, width):
-        raise ValueError(f"{name} must have shape [{rows}, {width}] on the CPU, got {list(tensor.shape)} on {tensor.device}")
-    if (width > 1 and tensor.stride(1) != 1) or (rows > 1 and tensor.stride(0) < width):
-        raise ValueError(f"{name} must have unit stride in V and rows that do not overlap, got {tensor.stride()}")
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def row_kernel_(
-    logits_NV: Tensor,
-    target_N: Tensor,
+def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
+    return tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride(0), tensor.stride(1)
+
+
+def _vector(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """Contiguous and in `dtype`. The caller keeps the result while its address is in use."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _operands(problem: HeadProblem, index_N: Tensor | None) -> tuple[object, ...]:
+    vocabulary, hidden_size = problem.weight_VH.shape
+    return (
+        _strided(problem.hidden_MH),
+        _strided(problem.weight_VH),
+        _address(index_N),
+        problem.rows,
+        vocabulary,
+        hidden_size,
+    )
+
+
+def check(problem: HeadProblem, *, targets: bool) -> None:
+    """`reference.check`, which also says what is wrong; the usual case, nothing, is found in one C++ call."""
+    p = problem
+    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+    if _C is None or not _C.values_fit(
+        _address(target_N) if targets else 0,
+        _address(index_N),
+        p.rows,
+        p.hidden_MH.shape[0],
+        p.weight_VH.shape[0],
+        _address(p.excluded_V),
+    ):
+        reference.check(p, targets=targets)
+
+
+def run(
+    problem: HeadProblem,
+    outputs: Collection[str],
     *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
-    excluded_V: Tensor | None = None,
-    entropy: bool = False,
-    top: bool = False,
-    gradient: bool = False,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
-    entropy_operand_NV: Tensor | None = None,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Tensor]:
-    """`reference.row_kernel_` in C++: same arguments, same results; float64 logits go to the reference itself.
-
-    `logits_NV` is float32 on the CPU, the other floating tensors float32, `target_N` int64, `excluded_V` bool or uint8.
-    The bits depend on neither the instruction set nor the number of threads (`torch.get_num_threads()`), nor on N.
-    Raises TypeError for another dtype, ValueError for a shape, device or stride that the kernel cannot take,
-    IndexError for a target outside the vocabulary, RuntimeError where the extension is missing.
-    """
-    if logits_NV.dtype == torch.float64:
-        return reference.row_kernel_(
-            logits_NV,
-            target_N,
-            bias_V=bias_V,
-            softcap=softcap,
-            temperature=temperature,
-            excluded_V=excluded_V,
-            entropy=entropy,
-            top=top,
-            gradient=gradient,
+    """`reference.run` in one C++ call; `operand` and `entropy_operand` come as transposed views of `[V, N]` storage."""
+    p = problem
+    if _C is None or p.hidden_MH.dtype not in _TYPES:
+        return reference.run(
+            p,
+            outputs,
             coef_N=coef_N,
             entropy_coef_N=entropy_coef_N,
-            entropy_operand_NV=entropy_operand_NV,
+            dweight_VH=dweight_VH,
+            dbias_V=dbias_V,
+            overwrite=overwrite,
         )
-    if _C is None:
-        raise RuntimeError(_why)
-    if logits_NV.dim() != 2 or logits_NV.shape[1] == 0:
-        raise ValueError(f"logits_NV must have shape [N, V] with V >= 1, got {list(logits_NV.shape)}")
-    rows, vocabulary = logits_NV.shape
-    f32 = torch.float32
-    _matrix("logits_NV", logits_NV, rows, vocabulary)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    target_N = _vector("target_N", target_N, rows, torch.int64)  # type: ignore[assignment]
-    bias_V = _vector("bias_V", bias_V, vocabulary, f32)
-    excluded_V = _vector("excluded_V", excluded_V, vocabulary, torch.bool, torch.uint8)
-    coef_N = _vector("coef_N", coef_N, rows, f32)
-    entropy_coef_N = _vector("entropy_coef_N", entropy_coef_N, rows, f32)
-    temperature_N = _vector("temperature", temperature, rows, f32) if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    entropy_stride = 0
-    if entropy_operand_NV is not None:
-        _matrix("entropy_operand_NV", entropy_operand_NV, rows, vocabulary)
-        entropy_stride = entropy_operand_NV.stride(0)
-
-    names = ["logp", "lse"]
-    if top:
-        names.append("top_logp")
-    if entropy or entropy_coef_N is not None or entropy_operand_NV is not None:
-        names.append("entropy")
-    stats = {name: logits_NV.new_empty(rows) for name in names}
-    if top:
-        stats["top_id"] = target_N.new_empty(rows)  # type: ignore[union-attr]
-    _C.row_kernel(
-        logits_NV.data_ptr(),
-        rows,
-        vocabulary,
-        logits_NV.stride(0),
-        target_N.data_ptr(),
+    rows, dtype = p.rows, p.hidden_MH.dtype
+    vocabulary, hidden_size = p.weight_VH.shape
+    combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
+    result: dict[str, Tensor] = {}
+    for name in outputs:
+        if name in STATISTICS:
+            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else torch.float32)
+        elif name in ("operand", "entropy_operand"):
+            result[name] = torch.empty(vocabulary, rows, dtype=dtype).t()
+        else:
+            result[name] = torch.empty(rows, hidden_size, dtype=dtype)
+    if rows == 0 and overwrite:
+        for buffer in (dweight_VH, dbias_V):
+            if buffer is not None:
+                buffer.zero_()
+    vectors, operand = result.get("dhidden", result.get("unit")), result.get("operand")
+    entropy_vectors, entropy_operand = result.get("entropy_unit"), result.get("entropy_operand")
+    gradient = combined or any(x is not None for x in (vectors, operand, entropy_vectors, entropy_operand))
+    temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
+    bias_V, excluded_V = _vector(p.bias_V), p.excluded_V
+    coef_N, entropy_coef_N = (_vector(coef_N), _vector(entropy_coef_N)) if combined else (None, None)
+    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+    _C.head(
+        *_operands(p, index_N),
         _address(bias_V),
-        softcap or 0.0,
-        scalar,
+        p.softcap or 0.0,
+        1.0 if isinstance(p.temperature, Tensor) else p.temperature,
         _address(temperature_N),
         _address(excluded_V),
+        _address(target_N),
+        _address(result.get("logp")),
+        _address(result.get("lse")),
+        _address(result.get("entropy")),
+        _address(result.get("top_logp")),
+        _address(result.get("top_id")),
+        gradient,
         _address(coef_N),
         _address(entropy_coef_N),
-        _address(entropy_operand_NV),
-        entropy_stride,
-        gradient,
-        stats["logp"].data_ptr(),
-        stats["lse"].data_ptr(),
-        _address(stats.get("entropy")),
-        _address(stats.get("top_logp")),
-        _address(stats.get("top_id")),
+        _address(vectors),
+        _address(entropy_vectors),
+        _address(operand),
+        _address(entropy_operand),
+        _address(dweight_VH),
+        0 if dweight_VH is None else dweight_VH.stride(0),
+        _address(dbias_V),
+        overwrite,
+        torch.get_num_threads(),
+        WORKSPACE_BYTES["cpu"],
+    )
+    return result
+
+
+def from_operands(
+    problem: HeadProblem,
+    operands: list[tuple[Tensor, Tensor]],
+    *,
+    dhidden: bool,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor | None:
+    """`reference.from_operands` in one C++ call, for operands that `run` of this backend stored."""
+    p = problem
+    if _C is None or p.hidden_MH.dtype not in _TYPES:
+        return reference.from_operands(p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, overwrite=overwrite)
+    out_NH = torch.empty(p.rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype) if dhidden else None
+    if p.rows == 0 and overwrite:
+        for buffer in (dweight_VH, dbias_V):
+            if buffer is not None:
+                buffer.zero_()
+    stored = [(operand_NV.t().contiguous(), _vector(coef_N)) for operand_NV, coef_N in operands]
+    addresses = [(_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored]
+    first, second = addresses[0], addresses[1] if len(addresses) > 1 else (0, 0)
+    index_N = _vector(p.index_N, torch.int64)
+    _C.from_operands(
+        *_operands(p, index_N),
+        *first,
+        *second,
+        _address(out_NH),
+        _address(dweight_VH),
+        0 if dweight_VH is None else dweight_VH.stride(0),
+        _address(dbias_V),
+        overwrite,
         torch.get_num_threads(),
     )
-    return stats
+    return out_NH
 
 
-run = functools.partial(reference.run, row_kernel=row_kernel_)
-sample = functools.partial(reference.sample, row_kernel=row_kernel_)
+def sample(problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float) -> dict[str, Tensor]:
+    """`reference.sample` inside the pass over the logits: noise only for what can still win."""
+    p = problem
+    if _C is None or p.hidden_MH.dtype not in _TYPES:
+        return reference.sample(p, key_N, step=step, temperature=temperature)
+    result = {"token": torch.empty(p.rows, dtype=torch.int64)}
+    result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}
+    temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
+    bias_V, key_N, index_N = _vector(p.bias_V), key_N.contiguous(), _vector(p.index_N, torch.int64)
+    _C.sample(
+        *_operands(p, index_N),
+        _address(bias_V),
+        p.softcap or 0.0,
+        1.0 if isinstance(p.temperature, Tensor) else p.temperature,
+        _address(temperature_N),
+        _address(p.excluded_V),
+        _address(key_N),
+        step,
+        temperature,
+        *(_address(result[name]) for name in ("token", "logp", "entropy", "lse")),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+def workspace_bytes(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    dhidden: bool = True,
+    dweight: bool = False,
+) -> int:
+    """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
+    if _C is None or dtype not in _TYPES:
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient)
+    threads = torch.get_num_threads()
+    return int(
+        _C.workspace_bytes(
+            rows, vocabulary, hidden_size, _TYPES[dtype], gradient, dweight, dhidden, threads, WORKSPACE_BYTES["cpu"]
+        )
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_kernels import checks
 from dllm_kernels.noise import gumbel
 
 NAME = "reference"
@@ -62,6 +63,45 @@ class HeadProblem:
             temperature,
             self.excluded_V,
         )
+
+
+def check(problem: HeadProblem, *, targets: bool) -> None:
+    """Raise ValueError for row indices, and with `targets` for target ids, that the problem does not have.
+
+    Reads values: always on the CPU, on a GPU under DLLM_KERNELS_VALIDATE=1 alone.
+    """
+    p = problem
+    if p.index_N is not None:
+        checks.in_range("rows", p.index_N, 0, len(p.hidden_MH))
+        if checks.may_read(p.index_N) and bool((p.index_N.bincount(minlength=1) > 1).any()):
+            raise ValueError(f"rows must be unique, got {int(p.index_N.bincount().argmax())} more than once")
+    if targets:
+        checks.in_range("target", p.target_N, 0, len(p.weight_VH))
+        if p.excluded_V is not None and checks.may_read(p.target_N):
+            forbidden_N = p.excluded_V[p.target_N]
+            if bool(forbidden_N.any()):
+                offender = int(p.target_N[forbidden_N][0])
+                raise ValueError(
+                    f"target must not hold a suppressed id or one beyond valid_vocab: id {offender} has probability 0"
+                )
+
+
+def workspace_bytes(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    dhidden: bool = True,
+    dweight: bool = False,
+) -> int:
+    """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    chunk = chunk_rows(rows, vocabulary, statistics, torch.device("cpu")) if rows else 0
+    copies = 5 if gradient else 3  # logits, their exponentials, products; d entropy and the scaled operand
+    slab = 0 if dtype == statistics else min(SLAB_BYTES, vocabulary * hidden_size * statistics.itemsize)
+    return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
 
 
 def _transform_(
@@ -181,6 +221,28 @@ def _matmul_nn(operand_NV: Tensor, weight_VH: Tensor) -> Tensor:
     return out_NH
 
 
+def _zero(*buffers: Tensor | None) -> None:
+    for buffer in buffers:
+        if buffer is not None:
+            buffer.zero_()
+
+
+def _add_head_gradient(
+    operand_NV: Tensor, hidden_NH: Tensor | None, dweight_VH: Tensor | None, dbias_V: Tensor | None, *, overwrite: bool
+) -> None:
+    """The share of these rows in the gradients of weight and bias, added to the buffers or written into them."""
+    if dweight_VH is not None and hidden_NH is not None:
+        if overwrite:
+            torch.mm(operand_NV.t(), hidden_NH, out=dweight_VH)
+        else:
+            dweight_VH.addmm_(operand_NV.t(), hidden_NH)
+    if dbias_V is not None:
+        if overwrite:
+            torch.sum(operand_NV, 0, out=dbias_V)
+        else:
+            dbias_V += operand_NV.sum(0)
+
+
 RowKernel = Callable[..., dict[str, Tensor]]
 
 
@@ -193,6 +255,7 @@ def run(
     entropy_coef_N: Tensor | None = None,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    overwrite: bool = False,
     row_kernel: RowKernel = row_kernel_,
 ) -> dict[str, Tensor]:
     """Everything a plan needs from one walk over the rows.
@@ -200,7 +263,8 @@ def run(
     `outputs`: any of STATISTICS (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
     d entropy / d h); `operand`, `entropy_operand` (`[N, V]`, the same before the product with W); `dhidden` (`[N, H]`,
     sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
-    `dweight_VH`, `dbias_V`: buffers in the statistics' dtype to which the coefficients' gradients are added.
+    `dweight_VH`, `dbias_V`: buffers in the statistics' dtype to which the coefficients' gradients are added; with
+    `overwrite` their old content is not read and they hold the gradients alone.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
@@ -216,9 +280,14 @@ def run(
         if name in STATISTICS:
             result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, device=device)
         else:
-            width = vocabulary if name in ("operand", "entropy_operand") else hidden_size
-            result[name] = torch.empty(rows, width, dtype=p.hidden_MH.dtype, device=device)
+            # an operand lies in memory as [V, N] on every backend, which the fake op of `ops.py` counts on
+            by_token = name in ("operand", "entropy_operand")
+            size = (vocabulary, rows) if by_token else (rows, hidden_size)
+            stored = torch.empty(size, dtype=p.hidden_MH.dtype, device=device)
+            result[name] = stored.t() if by_token else stored
     if rows == 0:
+        if overwrite:
+            _zero(dweight_VH, dbias_V)
         return result
 
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=2 if late_entropy else 1)
@@ -260,10 +329,7 @@ def run(
                 result[name][span] = _matmul_nn(logits_CV[:padded], p.weight_VH)[:n]
         if "entropy_unit" in result and entropy_CV is not None:
             result["entropy_unit"][span] = _matmul_nn(entropy_CV[:padded], p.weight_VH)[:n]
-        if dweight_VH is not None:
-            dweight_VH.addmm_(logits_CV[:n].t(), hidden_CH[:n])
-        if dbias_V is not None:
-            dbias_V += logits_CV[:n].sum(0)
+        _add_head_gradient(logits_CV[:n], hidden_CH[:n], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
     return result
 
 
@@ -275,11 +341,14 @@ def from_operands(
     dhidden: bool,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor | None:
-    """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits."""
+    """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits. Buffers as in `run`."""
     p = problem
     dtype, rows = p.statistics_dtype, p.rows
     out_NH = torch.empty(rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype, device=p.hidden_MH.device) if dhidden else None
+    if rows == 0 and overwrite:
+        _zero(dweight_VH, dbias_V)
     chunk = chunk_rows(max(rows, 1), p.weight_VH.shape[0], dtype, p.hidden_MH.device, buffers=2)
     for start in range(0, rows, chunk):
         span = slice(start, min(start + chunk, rows))
@@ -289,11 +358,10 @@ def from_operands(
             # padded to whole row blocks, like every other product: a row's bits depend on no other row
             padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
             out_NH[span] = _matmul_nn(padded_NV, p.weight_VH)[: len(scaled_NV)]
+        source_NH = None
         if dweight_VH is not None:
-            source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
-            dweight_VH.addmm_(scaled_NV.t(), source_NH.to(dtype))
-        if dbias_V is not None:
-            dbias_V += scaled_NV.sum(0)
+            source_NH = (p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]).to(dtype)
+        _add_head_gradient(scaled_NV, source_NH, dweight_VH, dbias_V, overwrite=overwrite and start == 0)
     return out_NH
 
 

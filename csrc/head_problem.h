@@ -1,0 +1,76 @@
+// What the dispatcher hands to the engine of an instruction set: one head call, checked, as addresses, sizes and strides.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+namespace dllm {
+
+constexpr int kLanes = 16;
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Matrix {  // element (i, j) at data + i * row + j * column, in elements
+  const void* data;
+  Type type;
+  int64_t row, column;
+};
+
+// One chosen output of gradients: null where it is not wanted.
+struct Gradients {
+  void* vectors[2];     // [N, H] in `type`: sums over v of operand 0 and of operand 1 times W
+  void* operands[2];    // [V, N] in `type`: the operands themselves, for the `keep` plan
+  float* dweight;       // [V, H] fp32, of operand 0
+  float* dbias;         // [V] fp32
+  int64_t dweight_row;
+  Type type;
+  bool overwrite;       // dweight and dbias are written, not added to
+};
+
+struct HeadProblem {
+  Matrix hidden, weight;
+  const int64_t* index;            // [N] rows of hidden, or null: all in order
+  int64_t rows, vocabulary, width; // N, V, H
+  const float* bias;               // [V] or null
+  float softcap;                   // 0: none
+  float temperature;               // of every row, where temperature_rows is null
+  const float* temperature_rows;   // [N] or null
+  const uint8_t* excluded;         // [V] or null
+  const int64_t* target;           // [N], checked; null for sampling
+
+  float *logp, *lse, *entropy, *top_logp;  // [N] or null
+  int64_t* top_id;                         // [N] or null
+
+  // Operand 0 is coef * d logp / d z + entropy_coef * d entropy / d z (coef null: 1, entropy_coef null: 0), operand 1 is
+  // d entropy / d z.
+  bool gradient;
+  const float *coef, *entropy_coef;  // [N] or null
+  Gradients out;
+
+  // `from_operands`: operand 0 is stored[0] * coef + stored[1] * entropy_coef, and no logits are made
+  const void* stored[2];  // [V, N] in `out.type`, or null
+
+  // sampling
+  const int64_t* key;        // [N] or null
+  uint32_t step;
+  float sample_temperature;  // 0: argmax
+  int64_t* token;            // [N]
+  float* token_logp;         // [N], at temperature 1
+
+  int64_t chunk;             // rows at a time, a multiple of 32
+};
+
+struct Engine {
+  void (*head)(const HeadProblem&, Team&, int rank, float* workspace);
+  int64_t (*workspace)(const HeadProblem&, int threads);  // floats
+  int panel;                                             // rows that share a register tile
+};
+
+namespace baseline { extern const Engine engine; }
+namespace avx2 { extern const Engine engine; }
+namespace avx512 { extern const Engine engine; }
+namespace avx512bf16 { extern const Engine engine; }
+namespace avx512bf16_emulated { extern const Engine engine; }
+
+}  // namespace dllm

@@ -1,0 +1,88 @@
+"""Which way a head call goes, chosen from static facts alone, and how many matrix products that takes.
+
+`score_tokens` and `explain` share these functions, so that what is explained is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dllm_kernels import checks
+
+PLANS = ("forward", "unit", "coef", "keep", "recompute")
+REREAD = ("keep", "recompute")  # their backward reads hidden states and weight again
+KEEP_BYTES = 256 << 20  # a stored operand [N, V] up to this size is cheaper than a second pass
+
+_WHY = {
+    "forward": "nothing wants a gradient",
+    "unit": "the head is frozen and the coefficients arrive in backward: the gradient vectors are stored, backward has no GEMM",
+    "coef": "the coefficients are known beforehand: all gradients come with the forward pass",
+    "keep": "the head trains and the coefficients arrive in backward: the gradient operand [N, V] is small enough to be stored",
+    "recompute": "the head trains and the coefficients arrive in backward: the operand [N, V] is too large, backward repeats it",
+}
+
+
+def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_known: bool, operand_bytes: int) -> str:
+    """The plan that runs. `plan` forces one; ValueError where it cannot run.
+
+    wants_gradient, head_trains: what autograd will ask for, both False under no_grad. operand_bytes: of an `[N, V]` matrix
+    in the dtype of the hidden states.
+    """
+    if coef_known:
+        automatic = "coef"
+    elif not wants_gradient:
+        automatic = "forward"
+    elif not head_trains:
+        automatic = "unit"
+    else:
+        automatic = "keep" if operand_bytes <= KEEP_BYTES else "recompute"
+    if plan is None:
+        return automatic
+    checks.choice("plan", plan, PLANS)
+    if (plan == "coef") != coef_known:
+        given = "with" if coef_known else "without"
+        raise ValueError(f"plan='coef' and coefficients go together, got plan={plan!r} {given} coef or entropy_coef")
+    if plan == "unit" and head_trains:
+        raise ValueError("plan='unit' needs a frozen head: weight (and bias) must not require a gradient")
+    if plan == "forward" and wants_gradient:
+        raise ValueError("plan='forward' has no backward: use torch.no_grad() or inputs that require no gradient")
+    return plan if wants_gradient or coef_known else "forward"
+
+
+def why(plan: str, *, forced: bool) -> str:
+    """The reason for a plan, in words."""
+    return f"forced; it is the way to go where {_WHY[plan]}" if forced else _WHY[plan]
+
+
+def recorded(want: Sequence[str], coef_known: bool) -> bool:
+    """Whether a call has anything to differentiate; lse and top_* have no gradient."""
+    return coef_known or "logp" in want or "entropy" in want
+
+
+def late_vectors(outputs: Sequence[str]) -> int:
+    """How many of a late plan's outputs have a gradient of their own: each costs `unit` a product, `keep` an operand."""
+    return ("logp" in outputs) + ("entropy" in outputs)
+
+
+def gemms(plan: str, *, need_dhidden: bool, need_dweight: bool, vectors: int = 1) -> tuple[int, int]:
+    """Matrix products of 2 N H V floating-point operations that a plan executes, in forward and in backward."""
+    gradients = int(need_dhidden) + int(need_dweight)
+    if plan == "unit":
+        return 1 + vectors * need_dhidden, 0
+    if plan == "coef":
+        return 1 + gradients, 0
+    return 1, {"forward": 0, "keep": gradients, "recompute": 1 + gradients}[plan]
+
+
+def live_rows(coef_N: Tensor | None, entropy_coef_N: Tensor | None) -> Tensor | None:
+    """int64 indices of the rows with a coefficient that is not 0; None where that is all of them.
+
+    None on a GPU too, where their count would stall the stream.
+    """
+    terms = [c for c in (coef_N, entropy_coef_N) if c is not None]
+    if not terms[0].is_cpu or any(bool(term_N.all()) for term_N in terms):
+        return None
+    live_N = terms[0] if len(terms) == 1 else terms[0].abs() + terms[1].abs()
+    return live_N.nonzero()[:, 0]

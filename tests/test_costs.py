@@ -1,0 +1,179 @@
+"""`explain`: the plan it names is the plan that runs, and the memory it predicts is the memory that is measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dllm_kernels import backends, explain, score_tokens
+from tests.head_suite import PLANS, make_case
+
+MB = 2**20
+V, H, N = 32768, 256, 1024
+
+# Prints the growth of the peak resident set over the resident set before the call, which a tiny call has warmed up.
+PROBE = """
+import sys
+import torch
+from dllm_kernels import score_tokens
+plan, dtype, V, H, N, rows = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:7])
+torch.set_num_threads(1)
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+def inputs(V, H, N):
+    trains = plan in ("coef", "keep", "recompute")
+    hidden = torch.randn(2 * N if rows else N, H).to(dtype).requires_grad_(plan != "forward")
+    weight = torch.randn(V, H).to(dtype).requires_grad_(trains)
+    return hidden, weight, torch.randint(V, (N,)), torch.arange(N) * 2 if rows else None
+
+def call(hidden, weight, target, index):
+    more = {"coef": torch.ones(len(target))} if plan == "coef" else {"plan": plan}
+    scores = score_tokens(hidden, weight, target, rows=index, want=("logp", "entropy"), **more)
+    if plan == "coef":
+        scores.weighted_sum.backward()
+    elif plan != "forward":
+        (scores.logp.sum() + scores.entropy.sum()).backward()
+    return scores
+
+call(*inputs(64, 32, 300))
+big = inputs(V, H, N)
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # sets the peak back
+keep = call(*big)
+print(resident("VmHWM") - before)
+"""
+
+
+def measured(backend, plan, dtype, rows):
+    environment = {**os.environ, "DLLM_KERNELS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    arguments = [plan, str(dtype).removeprefix("torch."), V, H, N, int(rows)]
+    command = [sys.executable, "-c", PROBE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def predicted(plan, dtype, rows):
+    trains, grad = plan in ("coef", "keep", "recompute"), plan != "forward"
+    hidden = torch.empty(2 * N if rows else N, H, dtype=dtype, device="meta", requires_grad=grad)
+    weight = torch.empty(V, H, dtype=dtype, device="meta", requires_grad=trains)
+    index = torch.empty(N, dtype=torch.int64, device="meta") if rows else None
+    coef = torch.empty(N, device="meta") if plan == "coef" else None
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    return explain(hidden, weight, target, rows=index, coef=coef, want=("logp", "entropy"), plan=plan).peak_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("plan", ["forward", *PLANS])
+def test_the_predicted_peak_is_the_measured_one(plan, dtype, monkeypatch):
+    """Within a twentieth or 8 MiB, whichever is more; the C++ engine, in a fresh process."""
+    if "cpu" not in backends.names():
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rows = plan in ("recompute", "unit")  # some with an index, whose gradient is scattered
+    want, got = predicted(plan, dtype, rows), measured("cpu", plan, dtype, rows)
+    assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize("plan", ["forward", *PLANS])
+def test_the_reference_stays_below_its_prediction(plan, monkeypatch):
+    """It is an estimate there: how many copies of a chunk PyTorch's temporaries make depends on what is asked for."""
+    monkeypatch.setenv("DLLM_KERNELS_BACKEND", "reference")
+    want, got = predicted(plan, torch.float32, False), measured("reference", plan, torch.float32, False)
+    assert want / 2 - 16 * MB <= got <= want + 16 * MB, f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+
+
+# --- the plan, in both forms ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("want", [("logp",), ("logp", "entropy"), ("lse", "top_id")])
+def test_the_plan_explained_is_the_plan_that_runs_whichever_way_it_is_asked(backend, trains, grad, known, want):
+    case = make_case(torch.float32)
+    hidden, weight = case.hidden.requires_grad_(grad), case.weight.requires_grad_(grad and trains)
+    coef = {"coef": case.coef} if known else {}
+    ran = score_tokens(hidden, weight, case.target, rows=case.rows, want=want, **coef).plan
+    by_tensors = explain(hidden, weight, case.target, rows=case.rows, want=want, **coef)
+    by_numbers = explain(
+        rows=11, hidden_size=6, vocabulary=13, want=want, wants_gradient=grad, trainable_head=trains, coef_known=known
+    )
+    assert ran == by_tensors.plan == by_numbers.plan
+    assert by_tensors.backend == backend.name
+    for name in ("forward_gemms", "backward_gemms", "flops", "passes", "output_bytes", "workspace_bytes"):
+        assert getattr(by_tensors, name) == getattr(by_numbers, name), name
+
+
+def test_a_large_trainable_head_is_recomputed_and_a_16_bit_one_stores_twice_as_many_rows():
+    sizes = {"hidden_size": 64, "vocabulary": 126464, "trainable_head": True}
+    for dtype, rows in ((torch.float32, 530), (torch.bfloat16, 1061)):
+        assert explain(rows=rows, dtype=dtype, **sizes).plan == "keep"
+        assert explain(rows=rows + 1, dtype=dtype, **sizes).plan == "recompute"
+
+
+def test_flops_are_those_of_the_design():
+    sizes = {"rows": 512, "hidden_size": 1024, "vocabulary": 126464}
+    product = 2 * 512 * 1024 * 126464
+    for more, products in (
+        ({"wants_gradient": False}, 1),
+        ({}, 2),
+        ({"want": ("logp", "entropy")}, 3),
+        ({"coef_known": True}, 2),
+        ({"coef_known": True, "trainable_head": True}, 3),
+        ({"plan": "keep", "trainable_head": True}, 3),
+        ({"plan": "recompute", "trainable_head": True}, 4),
+    ):
+        assert explain(**sizes, **more).flops == products * product, more
+
+
+def test_memory_is_flat_in_the_number_of_rows_where_the_design_says_so():
+    sizes = {"hidden_size": 1024, "vocabulary": 126464, "dtype": torch.bfloat16}
+    for more in (
+        {"wants_gradient": False},
+        {"coef_known": True, "trainable_head": True},
+        {"plan": "recompute", "trainable_head": True},
+    ):
+        few, many = (explain(rows=rows, **sizes, **more) for rows in (1024, 16384))
+        own = 15 * 1024 * (3 * 2 * 1024 + 4 * 1024 + 64)  # hidden-sized rows: gradients, and a packed copy
+        assert many.peak_bytes - few.peak_bytes <= own, more
+
+
+def test_the_words_and_the_roofline():
+    cost = explain(rows=4096, hidden_size=1024, vocabulary=126464, trainable_head=True, coef_known=True)
+    said = str(cost)
+    for word in ("'coef'", "known beforehand", "N=4096", "V=126464", "GFLOP", "peak", "workspace", "gradients"):
+        assert word in said, word
+    assert cost.seconds(100.0) == pytest.approx(cost.flops / 1e11)
+    assert cost.seconds(1e9, 10.0) == pytest.approx(cost.traffic_bytes / 1e10)
+    assert "forced" in str(explain(rows=8, hidden_size=8, vocabulary=8, plan="unit"))
+    with pytest.raises(ValueError, match="gflops must be finite and above 0"):
+        cost.seconds(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, TypeError, "rows must be an int"),
+        ({"rows": 4, "hidden_size": 4}, TypeError, "vocabulary must be an int"),
+        ({"rows": 4, "hidden_size": 0, "vocabulary": 3}, ValueError, "hidden_size must be at least 1"),
+        ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "dtype": torch.int8}, ValueError, "dtype must be one of"),
+        ({"hidden": torch.ones(2, 3)}, TypeError, "together"),
+        ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "plan": "coef"}, ValueError, "plan='coef'"),
+        ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "want": ("logits",)}, ValueError, "want"),
+    ],
+)
+def test_what_cannot_be_explained_is_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        explain(**arguments)
