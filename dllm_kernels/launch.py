@@ -184,15 +184,17 @@ def add_gradient(
     return _scatter(result["dhidden"], problem.index_N, shape)
 
 
-def sample(problem: HeadProblem, key_N: Tensor, step: int, temperature: float) -> dict[str, Tensor]:
+def sample(
+    problem: HeadProblem, key_N: Tensor, step: int, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> dict[str, Tensor]:
     """Check values and draw; results as of `backends.reference.sample`."""
     kind = device_type(problem.hidden_MH)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
-            return sample(problem, key_N, step, temperature)
+            return sample(problem, key_N, step, temperature, top_k, top_p)
     backend = backends.select(problem)
     _check_values(backend, problem, targets=False)
-    result = backend.sample(problem, key_N, step=step, temperature=temperature)
+    result = backend.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
     check_finite(result["lse"], problem)
     return result
 

@@ -372,10 +372,12 @@ def sample(
     valid_vocab: int | None,
     step: int,
     temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token, its logp and the row's entropy, see `sample_tokens`."""
     options = Options(softcap, logit_temperature, tuple(suppress), valid_vocab)
-    result = launch.sample(make_problem(hidden, weight, key, rows, bias, options), key, step, temperature)
+    result = launch.sample(make_problem(hidden, weight, key, rows, bias, options), key, step, temperature, top_k, top_p)
     return result["token"], result["logp"], result["entropy"]
 
 

@@ -31,6 +31,8 @@ def sample_tokens(
     step: int = 0,
     rows: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_temperature: float = 1.0,
@@ -44,6 +46,9 @@ def sample_tokens(
         key: int64 `[N]`, row keys from `noise.row_bits(seed, Stream.TOKEN, sequence, sample, position)`.
         step: denoising step; draws of different steps are independent.
         temperature: >= 0; 0 takes the largest logit, ties go to the smallest id.
+        top_k: at least 1, draws among the k largest logits only. top_p: in (0, 1], draws among the most probable ids only, at
+            `temperature` and after top_k, as few as reach that probability. The same noise, an exact but slower route: all
+            logits of a chunk of rows at once, sorted. At temperature 0 they change nothing.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
 
     Not differentiable. Raises ValueError or TypeError naming the argument.
@@ -61,6 +66,10 @@ def sample_tokens(
     checks.require_tensor("hidden", hidden)
     checks.same_device("key", key, "hidden", hidden)
     checks.number("logit_temperature", logit_temperature, above=0)
+    if top_k is not None:
+        checks.count("top_k", top_k)
+    if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     hidden, weight = autocast_operands(hidden, weight)
     options = Options(softcap, logit_temperature, suppress, valid_vocab)
     check_arguments(hidden, weight, rows, key.numel(), bias, options)
@@ -77,8 +86,11 @@ def sample_tokens(
             valid_vocab,
             step,
             float(temperature),
+            top_k,
+            top_p,
         )
     else:
-        result = launch.sample(make_problem(hidden, weight, key, rows, bias, options), key, step, float(temperature))
+        problem = make_problem(hidden, weight, key, rows, bias, options)
+        result = launch.sample(problem, key, step, float(temperature), top_k, top_p)
         token, logp, entropy = result["token"], result["logp"], result["entropy"]
     return Samples(token, logp, logp.exp(), entropy)

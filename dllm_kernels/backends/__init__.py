@@ -1,4 +1,4 @@
-"""Backends of the head: each module has `NAME`, `run`, `from_operands` and `row_kernel_` as `reference` defines them."""
+"""Backends of the head: each module has `NAME` and the functions of `reference` that its docstring names."""
 
 from __future__ import annotations
 

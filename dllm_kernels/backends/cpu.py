@@ -207,11 +207,22 @@ def from_operands(
     return out_NH
 
 
-def sample(problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float) -> dict[str, Tensor]:
-    """`reference.sample` inside the pass over the logits: noise only for what can still win."""
+def sample(
+    problem: HeadProblem,
+    key_N: Tensor,
+    *,
+    step: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> dict[str, Tensor]:
+    """`reference.sample` inside the pass over the logits: noise only for what can still win.
+
+    `top_k` and `top_p` need all logits of a row at once: they go the reference's way, chunk by chunk.
+    """
     p = problem
-    if _C is None or p.hidden_MH.dtype not in _TYPES:
-        return reference.sample(p, key_N, step=step, temperature=temperature)
+    if _C is None or p.hidden_MH.dtype not in _TYPES or (temperature > 0 and (top_k is not None or top_p is not None)):
+        return reference.sample(p, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
     result = {"token": torch.empty(p.rows, dtype=torch.int64)}
     result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}
     temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None

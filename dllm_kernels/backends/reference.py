@@ -2,12 +2,12 @@
 
 `run` walks the selected rows in chunks of a fixed row block, so that the bits of a row depend neither on how many rows
 there are nor on its place among them; `row_kernel_` turns one chunk of logits into statistics and, in place, into the
-gradient operand. Other backends replace one or both and keep the two signatures.
+gradient operand. Other backends offer `check`, `run`, `from_operands`, `sample` and `workspace_bytes` with these signatures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -243,9 +243,6 @@ def _add_head_gradient(
             dbias_V += operand_NV.sum(0)
 
 
-RowKernel = Callable[..., dict[str, Tensor]]
-
-
 @torch.no_grad()
 def run(
     problem: HeadProblem,
@@ -256,7 +253,6 @@ def run(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     overwrite: bool = False,
-    row_kernel: RowKernel = row_kernel_,
 ) -> dict[str, Tensor]:
     """Everything a plan needs from one walk over the rows.
 
@@ -303,7 +299,7 @@ def run(
         source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
         hidden_CH[:n] = source_NH
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
-        stats = row_kernel(
+        stats = row_kernel_(
             logits_CV[:n],
             p.target_N[span],
             bias_V=bias_V,
@@ -366,11 +362,33 @@ def from_operands(
 
 
 @torch.no_grad()
+def restrict_(z_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Set to -inf what is not among the `top_k` largest logits, then what is not in the nucleus of mass `top_p`.
+
+    The nucleus is the shortest run of the most probable ids, at `temperature` and among what `top_k` left, whose probability
+    reaches `top_p`. Of equal logits the smaller ids come first, so exactly `top_k` ids are left.
+    """
+    sorted_NV, id_NV = z_NV.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        sorted_NV[:, top_k:] = float("-inf")
+    if top_p is not None:
+        p_NV = (sorted_NV.double() / temperature).softmax(-1)
+        sorted_NV.masked_fill_(p_NV.cumsum(-1) - p_NV >= top_p, float("-inf"))
+    z_NV.scatter_(1, id_NV, sorted_NV)
+
+
 def sample(
-    problem: HeadProblem, key_N: Tensor, *, step: int, temperature: float, row_kernel: RowKernel = row_kernel_
+    problem: HeadProblem,
+    key_N: Tensor,
+    *,
+    step: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> dict[str, Tensor]:
     """Gumbel-max over `z + temperature * gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
 
+    With `top_k` or `top_p` only over the ids that `restrict_` leaves.
     Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype.
     `problem.target_N` gives the number of rows, its values are not read; `problem.temperature` is 1.
     """
@@ -381,7 +399,7 @@ def sample(
     result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse")}
     if rows == 0:
         return result
-    chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64
+    chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64; sorting takes less
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
     bias_V = None if p.bias_V is None else p.bias_V.to(dtype)
@@ -394,11 +412,13 @@ def sample(
         temperature_N = p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature
         perturbed_NV = logits_CV[:n].clone()
         _transform_(perturbed_NV, bias_V, p.softcap, temperature_N, p.excluded_V)
+        if temperature > 0 and (top_k is not None or top_p is not None):
+            restrict_(perturbed_NV, temperature, top_k, top_p)
         if temperature > 0:
             # scaled by the temperature, which changes no argmax and overflows at none
             perturbed_NV = perturbed_NV.double() + temperature * gumbel(key_N[span], vocabulary, step=step)
         token_N = perturbed_NV.argmax(-1)
-        stats = row_kernel(
+        stats = row_kernel_(
             logits_CV[:n],
             token_N,
             bias_V=bias_V,
