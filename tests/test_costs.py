@@ -52,7 +52,7 @@ print(resident("VmHWM") - before)
 """
 
 
-def measured(backend, plan, dtype, rows):
+def measured(backend, plan, dtype, rows, V=V, H=H, N=N):
     environment = {**os.environ, "DLLM_KERNELS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     arguments = [plan, str(dtype).removeprefix("torch."), V, H, N, int(rows)]
     command = [sys.executable, "-c", PROBE, *map(str, arguments)]
@@ -82,6 +82,22 @@ def test_the_predicted_peak_is_the_measured_one(plan, dtype, monkeypatch):
     rows = plan in ("recompute", "unit")  # some with an index, whose gradient is scattered
     want, got = predicted(plan, dtype, rows), measured("cpu", plan, dtype, rows)
     assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize("plan", ["forward", "coef", "recompute"])
+def test_the_peak_is_flat_in_the_number_of_rows_and_within_the_budget(plan):
+    """LLaDA's vocabulary, 512 and 16384 rows: beyond results, 256 MiB of workspace and 32 MiB of everything else."""
+    if "cpu" not in backends.names():
+        pytest.skip("the extension is not built")
+    V, H = 126464, 32
+    beyond = {}
+    for N in (512, 16384):
+        results = 4 * N * 4 + (0 if plan == "forward" else 4 * (2 * N * H + V * H))  # vectors; dH, upstream; dW
+        beyond[N] = measured("cpu", plan, torch.float32, False, V, H, N) - results
+        assert beyond[N] <= (256 + 32) * MB, f"N={N}: {beyond[N] / MB:.0f} MiB"
+    assert beyond[16384] - beyond[512] <= 8 * MB, {N: f"{size / MB:.0f} MiB" for N, size in beyond.items()}
 
 
 @pytest.mark.slow
