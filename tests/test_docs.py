@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import estimators_table
+from benchmarks import estimators_table, head_table
 
 ROOT = Path(__file__).parent.parent
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -84,3 +84,10 @@ def test_the_biases_are_those_of_the_results():
         for key in (("random", 4, "antithetic (ESPO)"), ("random", 4, "exact, stratified"))
     )
     assert f"({estimators_table.digits(antithetic)} against {estimators_table.digits(exact)} at 4 passes)" in PROSE
+
+
+def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
+    text = head_table.DOCUMENT.read_text()
+    result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
+    assert head_table.in_document(text) == head_table.table(result)
+    assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])

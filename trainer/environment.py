@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 def head_path() -> str:
     """Which kernels run the LM head on CPU tensors, and why."""
     reason = cpu.why_unavailable()
-    return f"pure PyTorch ({reason})" if reason else f"C++ row kernels ({cpu.isa()})"
+    return f"pure PyTorch ({reason})" if reason else f"C++ engine ({cpu.isa()})"
 
 
 def peak_memory_mb() -> float:

@@ -30,7 +30,7 @@ def test_version_and_environment() -> None:
     assert call("--version").output.split() == ["dllm-kernels", __version__]
     shown = call("env")
     assert shown.exit_code == 0
-    assert any(how in shown.output for how in ("pure PyTorch", "C++ row kernels"))
+    assert any(how in shown.output for how in ("pure PyTorch", "C++ engine"))
 
 
 @pytest.mark.parametrize(
