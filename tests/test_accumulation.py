@@ -326,8 +326,8 @@ def test_dropout_is_refused_where_two_passes_must_agree_and_allowed_where_one_is
 def test_an_error_names_the_argument():
     model, plan = eurobert(), plan_of(2)
     good = Batch({"advantages": ADVANTAGES})
-    with pytest.raises(ValueError, match=r"denominator.*token"):
-        accumulate(model, plan, TOKEN, good)
+    with pytest.raises(ValueError, match=r"denominator.*groups"):
+        accumulate(model, plan, CENTRED, good)
     for denominator in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="denominator"):
             accumulate(model, plan, BGPO, good, denominator=denominator)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import estimators_table, head_table
+from benchmarks import algorithms_table, estimators_table, head_table
+from dllm_kernels.objectives import RECIPES
+from tests.test_engine_all_algorithms import gradient_moments
 
 ROOT = Path(__file__).parent.parent
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -91,3 +93,32 @@ def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
     result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
     assert head_table.in_document(text) == head_table.table(result)
     assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])
+
+
+# --- algorithms.md ----------------------------------------------------------------------------------------------------
+
+ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/algorithms.md"])
+def test_the_list_of_algorithms_is_that_of_their_recipes(document):
+    assert algorithms_table.in_document((ROOT / document).read_text()) == algorithms_table.table()
+    assert len(RECIPES) == 15
+    assert "Fifteen" in README
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:dllm_kernels|tests|docs)/[\w./-]+\w)", ALGORITHMS))))
+def test_every_file_that_the_algorithms_name_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_dmpo_s_variances_are_those_that_are_measured():
+    found = {
+        (kind, group): f"{gradient_moments(kind, group)[1]:.3f}" for kind in ("none", "neg", "mean", "unbias") for group in (2, 4)
+    }
+    prose = " ".join(ALGORITHMS.split())
+    for kind in ("mean", "unbias"):
+        assert f"{found[kind, 2]} with" in prose
+        assert f"{found[kind, 4]} against {found['none', 4]}" in prose
+    assert f"against {found['none', 2]} without a baseline" in prose
+    assert f"with it {found['neg', 2]} and {found['neg', 4]}" in prose

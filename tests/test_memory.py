@@ -9,31 +9,32 @@ import sys
 
 import pytest
 
+from tests.algorithms import RECIPES, objective_of
+
 MB = 2**20
 PROBE = """
 import sys
 import torch
-from dllm_kernels import accumulate, make_mask_plan
-from dllm_kernels.objectives import BGPO, Batch, bgpo
+from dllm_kernels import accumulate
+from tests import algorithms, oracle
 from tests.tiny import eurobert
 
-case = sys.argv[1]
+variant, how = sys.argv[1:]
 torch.set_num_threads(1)
-B, S, V = 2, 64, 4096
+B, S, V = 4, 32, 4096
 model = eurobert(vocab=V, hidden=32, layers=1, dtype=torch.float32)
 ids = torch.randint(3, V - 1, (B, S), generator=torch.Generator().manual_seed(0))
-A = torch.tensor([1.0, -1.0])
+completion = torch.ones_like(ids, dtype=torch.bool)
+objective = algorithms.objective_of(variant)
 
 def run(K):
-    plan = make_mask_plan(ids, torch.ones_like(ids, dtype=torch.bool), law="exact", samples=K, seed=0,
-                          sequence_ids=torch.arange(B), mask_id=V - 1)
-    old = torch.full((B, K), -8.0 * S)
-    if case == "full_graph":
-        logits = model(plan.noisy_ids.view(K * B, S)).logits.view(K * B * S, V)
-        logp = logits.log_softmax(-1)[plan.rows.index].gather(1, plan.rows.target[:, None])[:, 0]
-        bgpo(plan.elbo(logp), old, A).backward()
+    K = algorithms.nearest_samples(variant, K)
+    plan = algorithms.plan_of(variant, K, ids=ids, completion=completion, mask_id=V - 1)
+    batch = algorithms.batch_of(objective, plan, torch.full((len(plan.rows),), -8.0), on_policy=how == "on-policy")
+    if how == "full graph":
+        objective.contributions(oracle.plan_logps(model, plan), plan, batch).backward()
     else:
-        accumulate(model, plan, BGPO, Batch({"advantages": A}, {"old_sample_elbo": old} if case == "off_policy" else {}))
+        accumulate(model, plan, objective, batch)
 
 # not ru_maxrss: a child starts with its parent's, so that in a large pytest nothing would seem to grow
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
@@ -42,21 +43,40 @@ model.zero_grad()
 run(2)
 before = peak()
 run(64)
-print(peak() - before)
+print(before, peak())
 """
+QUICK = ("wd1", "diffu_grpo", "bgpo", "gdpo", "rspo")  # one of each coupling
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 
 
 @functools.cache
-def growth(case: str) -> int:
-    """Bytes by which the peak resident set of a fresh process grows from K = 2 to K = 64."""
-    done = subprocess.run([sys.executable, "-c", PROBE, case], capture_output=True, text=True, timeout=120)
+def peaks(variant: str, how: str) -> tuple[int, int]:
+    """Peak resident sets of a fresh process in bytes: after K = 2, twice, and after K = 64."""
+    done = subprocess.run([sys.executable, "-c", PROBE, variant, how], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    before, after = map(int, done.stdout.split()[-2:])
+    return before, after
 
 
-@pytest.mark.parametrize("case", ["on_policy", "off_policy"])
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
-def test_memory_is_flat_in_the_number_of_samples_where_the_full_graph_grows(case):
-    assert growth("full_graph") > 200 * MB
-    assert growth(case) < 8 * MB
-    assert growth("full_graph") > 10 * max(growth(case), 0)
+def check(variant: str, how: str, full_graph: int) -> None:
+    before, after = peaks(variant, how)
+    assert after <= 1.05 * before
+    assert after - before < 8 * MB
+    assert full_graph > 200 * MB
+    assert full_graph > 10 * (after - before)
+
+
+@pytest.mark.parametrize("variant", QUICK)
+def test_memory_is_flat_in_the_number_of_samples_where_the_full_graph_grows(variant):
+    before, after = peaks("bgpo", "full graph")
+    check(variant, "off-policy", after - before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*RECIPES, "dmpo, unbias"])
+def test_memory_of_every_algorithm_is_flat_where_its_own_full_graph_grows(variant):
+    before, after = peaks(variant, "full graph")
+    check(variant, "off-policy", after - before)
+    if objective_of(variant).old_scores is not None:
+        check(variant, "on-policy", after - before)

@@ -79,13 +79,26 @@ def sft(overrides: Overrides = None, out: Out = None, config: ConfigFile = None)
 
 
 @app.command()
-def rl(checkpoint: Checkpoint, overrides: Overrides = None, out: Out = None, config: ConfigFile = None) -> None:
-    """BGPO from a checkpoint (folder runs/rl); the config of the run that made it is the default."""
+def rl(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    out: Out = None,
+    config: ConfigFile = None,
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", help="One of `dllm-train algorithms`; the same as rl.algorithm=NAME.")
+    ] = None,
+) -> None:
+    """BGPO, or --algorithm, from a checkpoint (folder runs/rl); the config of the run that made it is the default.
+
+    An algorithm's recipe sets its mask law, samples and advantages; config keys override them. One that needs a reference
+    policy keeps a frozen copy of the checkpoint's weights.
+    """
     with _sentences():
-        resolved = _configure(["out=runs/rl", *(overrides or ())], config, out, beside=checkpoint)
+        keys = ["out=runs/rl", *([f"rl.algorithm={algorithm}"] if algorithm else []), *(overrides or ())]
+        resolved = _configure(keys, config, out, beside=checkpoint)
         if resolved.rl.updates == 0:  # the config of `sft`, which makes none
             updates = f"rl.updates={load_config().rl.updates}"
-            resolved = _configure(["out=runs/rl", updates, *(overrides or ())], config, out, beside=checkpoint)
+            resolved = _configure([updates, *keys], config, out, beside=checkpoint)
         _start(resolved, checkpoint=checkpoint)
 
 
@@ -154,6 +167,22 @@ def show_config(
     """Print the resolved configuration."""
     with _sentences():
         print(json.dumps(RunConfig.model_json_schema(), indent=1) if schema else load_config(config, overrides or ()).to_yaml())
+
+
+@app.command()
+def algorithms() -> None:
+    """Every algorithm: paper, how surely it is that, mask law, samples, and what it needs."""
+    from rich.table import Table
+
+    from dllm_kernels.objectives import RECIPES
+
+    table = Table("name", "paper", "arXiv", "status", "law", "samples", "needs")
+    for recipe in RECIPES.values():
+        wanted = {"old": recipe.needs_old, "reference": recipe.needs_reference, "trajectory": recipe.needs_trajectory}
+        needs = ", ".join(name for name, needed in wanted.items() if needed) or "-"
+        samples = "-" if recipe.samples is None else str(recipe.samples)
+        table.add_row(recipe.name, recipe.title, recipe.arxiv, recipe.status, recipe.law, samples, needs)
+    Console(width=max(console.width, 140)).print(table)
 
 
 @app.command("env")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dllm_kernels.objectives import Recipe
 
 CELLS = 16
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
@@ -70,17 +73,23 @@ class OptimizerConfig(Section):
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Annotated[float, Field(gt=0.0)]
-    law: Literal["exact", "bernoulli"]
     t_min: Annotated[float, Field(ge=0.0, lt=1.0)]
     save_every: Positive
 
 
 class SftConfig(OptimizerConfig):
+    law: Literal["exact", "bernoulli"]
     steps: Count
     batch: Positive
 
+    def law_options(self) -> dict[str, Any]:
+        """What `make_mask_plan` takes beside the law's name: the exact-count law has no `t_min`."""
+        return {"t_min": self.t_min} if self.law == "bernoulli" else {}
+
 
 class RlConfig(OptimizerConfig):
+    algorithm: str = "bgpo"  # what the runs trained that do not name one
+    law: Literal["exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block"]
     updates: Count
     prompts: Positive
     group: Annotated[int, Field(ge=2)]
@@ -89,6 +98,34 @@ class RlConfig(OptimizerConfig):
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool
     reward: Literal["valid", "rules", "reference_cells"]
+
+    @model_validator(mode="after")
+    def _check(self) -> RlConfig:
+        from dllm_kernels import laws
+
+        recipes = _recipes()
+        if self.algorithm not in recipes:
+            near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
+            raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
+        if recipes[self.algorithm].needs_trajectory:
+            raise ValueError(
+                f"algorithm {self.algorithm} needs the trajectories of rollouts, which `generate` does not give the trainer yet"
+            )
+        options = laws.resolve(self.law, self.law_options())
+        laws.check_samples(*options, self.samples)
+        return self
+
+    def law_options(self) -> dict[str, Any]:
+        """What `make_mask_plan` takes beside the law's name and samples: the recipe's for its own law."""
+        recipe = _recipes()[self.algorithm]
+        options = dict(recipe.law_options) if self.law == recipe.law else {}
+        return {**options, "t_min": self.t_min} if self.law == "bernoulli" else options
+
+
+def _recipes() -> dict[str, Recipe]:
+    from dllm_kernels.objectives import RECIPES  # with torch, which `--help` does without
+
+    return RECIPES
 
 
 class RolloutConfig(Section):
@@ -145,6 +182,8 @@ def default_config_text() -> str:
 def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base: str | None = None) -> RunConfig:
     """The demo's defaults (or `base`, a YAML text), then `file`, then `overrides` such as `rl.updates=10`.
 
+    Where file or overrides choose `rl.algorithm`, its recipe's law, samples and advantages come right after the base.
+
     Raises ConfigError naming the key, what came and what is allowed.
     """
     try:
@@ -156,6 +195,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         _reject_unknown(layers)
+        layers.insert(1, _defaults_of_algorithm(layers[1:]))
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
@@ -167,6 +207,16 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
+    """The recipe of an algorithm that these layers choose: its law, samples and advantages, which their other keys override."""
+    chosen = OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm")
+    recipe = _recipes().get(chosen)
+    if recipe is None or recipe.needs_trajectory:  # nothing chosen, or an error later
+        return OmegaConf.create({})
+    keys = {"law": recipe.law, "samples": recipe.samples, "advantage": recipe.advantage}
+    return OmegaConf.create({"rl": {key: value for key, value in keys.items() if value is not None}})
 
 
 def _mapping(text: str, name: str) -> DictConfig:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm_kernels.objectives import RECIPES
 from trainer.config import OptimizerConfig, RolloutConfig, RunConfig
 from trainer.environment import environment, peak_memory_mb
 from trainer.errors import Stopped
@@ -131,7 +132,11 @@ class Run:
         config, data, start = self.config, self.task.train, self.state.step
         if phase == "sft":
             return sft_steps(self.model, optimizer, data, self.codec, config.sft, seed=config.seed, start=start)
-        return rl_updates(self.model, optimizer, data, self.codec, config.rl, config.rollout, seed=config.seed, start=start)
+        reference = None
+        if RECIPES[config.rl.algorithm].needs_reference:  # the policy with which RL began, after a resume too
+            reference = load_checkpoint(self.folder.path / "checkpoint_sft")[0].requires_grad_(False)
+        arguments = self.model, optimizer, data, self.codec, config.rl, config.rollout
+        return rl_updates(*arguments, seed=config.seed, start=start, reference=reference)
 
     def _train(self, phase: str) -> None:
         if PHASES.index(self.state.phase) > PHASES.index(phase):

@@ -1,4 +1,9 @@
-"""Reinforcement learning: groups of rollouts, a reward checked by the rules, BGPO's exact gradient sample by sample."""
+"""Reinforcement learning: groups of rollouts, a reward checked by the rules, an objective's exact gradient sample by sample.
+
+BGPO, or any algorithm of `dllm-train algorithms` that needs no trajectory. Where it needs a reference policy, that is the model
+as it was when RL began: a frozen second copy of the weights under full fine-tuning, the model with its adapters off
+under LoRA.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,19 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dllm_kernels import accumulate, generate, make_mask_plan, noise
-from dllm_kernels.accumulation import score_samples
 from dllm_kernels.generation import Rollout
-from dllm_kernels.objectives import BGPO, Batch, group_advantages
+from dllm_kernels.masks import MaskPlan
+from dllm_kernels.objective import Objective
+from trainer.algorithms import Scores, Signal, make_batches, make_objective, signal
 from trainer.config import RlConfig, RolloutConfig
 from trainer.errors import GuardError
 from trainer.sudoku import REWARDS, Puzzles, reference_cells, valid
 from trainer.tokenizer import Codec
-from trainer.training import batch_indices, guarded_step, law_options, learning_rate
+from trainer.training import batch_indices, guarded_step, learning_rate
 
 IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
@@ -32,11 +38,14 @@ def rl_updates(
     *,
     seed: int,
     start: int = 0,
+    reference: nn.Module | None = None,
 ) -> Iterator[dict[str, float]]:
     """Updates `start`..`config.updates - 1`, each yielding its figures.
 
-    Prompts, noise and masks are functions of (seed, update).
+    Prompts, noise and masks are functions of (seed, update). `reference`: the frozen policy of algorithms that need one; None
+    for a model with adapters, which are switched off for it.
     """
+    objective = make_objective(config)
     prompt_ids = codec.prompt_ids(data.puzzles)
     for update in range(start, config.updates):
         started = time.perf_counter()
@@ -56,10 +65,8 @@ def rl_updates(
         filled = codec.digits(sampled.completion_BL)
         rewards = REWARDS[config.reward](data.puzzles[index], filled, data.solutions[index])
         _guard_rollouts(sampled, rewards, config.group, vocabulary=int(model.config.vocab_size))
-        advantages = group_advantages(rewards, index, kind=config.advantage)
-        if config.positive_only:
-            advantages = advantages.clamp(min=0.0)
-        kept = advantages.nonzero()[:, 0]
+        found = signal(config, objective, rewards, index, data.puzzles.shape[1])
+        kept = found.kept_N
         rolled_out = time.perf_counter()
 
         figures = {
@@ -73,7 +80,9 @@ def rl_updates(
             "seconds_rollout": rolled_out - started,
         }
         if len(kept):
-            figures |= _learn(model, optimizer, sampled, kept, advantages, sequence_ids, codec, config, seed, update)
+            scores = Scores(model, reference)
+            arguments = sampled, found, rewards[kept], index[kept], sequence_ids[kept], codec, config, seed, update
+            figures |= _learn(model, optimizer, objective, scores, *arguments)
             figures["tokens"] += figures.pop("tokens_scored")
         figures["seconds_gradient"] = time.perf_counter() - rolled_out
         figures["seconds"] = time.perf_counter() - started
@@ -83,41 +92,43 @@ def rl_updates(
 def _learn(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    scores: Scores,
     sampled: Rollout,
-    kept: Tensor,
-    advantages: Tensor,
+    found: Signal,
+    rewards: Tensor,
+    group_ids: Tensor,
     sequence_ids: Tensor,
     codec: Codec,
     config: RlConfig,
     seed: int,
     update: int,
 ) -> dict[str, float]:
-    """The optimizer steps on one set of rollouts. Sequences without an advantage are dropped before anything runs."""
-    ids = sampled.ids_BS[kept]
+    """The optimizer steps on one set of rollouts. Rewards, group and sequence ids are those of the rollouts that are kept."""
+    ids = sampled.ids_BS[found.kept_N]
     completion = torch.arange(ids.shape[1]) >= ids.shape[1] - sampled.completion_BL.shape[1]
-    plans = [
-        make_mask_plan(
+
+    def plan_of(iteration: int) -> MaskPlan:
+        return make_mask_plan(
             ids,
             completion.expand(len(ids), -1),
             law=config.law,
             samples=config.samples,
             seed=seed,
-            sequence_ids=sequence_ids[kept],
+            sequence_ids=sequence_ids,
             mask_id=codec.mask_id,
             iteration=iteration,
-            **law_options(config),
+            **config.law_options(),
         )
-        for iteration in range(config.inner_iterations)
-    ]
-    batches = [Batch({"advantages": advantages[kept]}) for _ in plans]
-    passes = len(plans)
-    if len(plans) > 1:  # scored before the first step, under the policy that made the rollouts
-        olds = [score_samples(model, plan) for plan in plans]
-        batches = [Batch(batch.per_sequence, {"old_sample_elbo": old}) for batch, old in zip(batches, olds, strict=True)]
-        passes += len(plans)
+
+    plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
+    arguments = plans, lambda: plan_of(len(plans)), rewards, group_ids, scores
+    batches = make_batches(config, objective, found, *arguments)
+    passes = scores.passes
     lr = learning_rate(config, update, config.updates)
     for plan, batch in zip(plans, batches, strict=True):
-        report = accumulate(model, plan, BGPO, batch, denominator=len(sequence_ids))  # of all rollouts, dropped ones included
+        report = accumulate(model, plan, objective, batch, denominator=found.denominator)
+        passes += report.passes
         norm = guarded_step(model, optimizer, report.loss, config, lr)
     return {
         "loss": report.loss.item(),

@@ -12,7 +12,7 @@ from dllm_kernels import elbo_loss, headless, make_mask_plan, noise
 from trainer.config import SftConfig
 from trainer.sudoku import Puzzles
 from trainer.tokenizer import Codec
-from trainer.training import batch_indices, guarded_step, law_options, learning_rate
+from trainer.training import batch_indices, guarded_step, learning_rate
 
 
 def sft_steps(
@@ -40,7 +40,7 @@ def sft_steps(
             seed=seed,
             sequence_ids=noise.sequence_ids([f"sft/{index}" for index in chosen.tolist()], epoch=epoch),
             mask_id=codec.mask_id,
-            **law_options(config),
+            **config.law_options(),
         )
         with headless(model) as body:
             hidden = body(plan.noisy_ids[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,3 @@ def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tenso
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def law_options(config: OptimizerConfig) -> dict[str, Any]:
-    """What `make_mask_plan` takes beside the law's name: the exact-count law has no `t_min`."""
-    return {"t_min": config.t_min} if config.law == "bernoulli" else {}

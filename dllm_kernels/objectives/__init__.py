@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.objectives import bgpo as _bgpo
 from dllm_kernels.objectives import coupled_grpo as _coupled_grpo
 from dllm_kernels.objectives import d2 as _d2
 from dllm_kernels.objectives import diffu_grpo as _diffu_grpo
@@ -17,7 +18,7 @@ from dllm_kernels.objectives import unigrpo as _unigrpo
 from dllm_kernels.objectives import vrpo as _vrpo
 from dllm_kernels.objectives import wd1 as _wd1
 from dllm_kernels.objectives.advantages import group_advantages
-from dllm_kernels.objectives.bgpo import BGPO, bgpo
+from dllm_kernels.objectives.bgpo import BGPO, bgpo, bgpo_objective
 from dllm_kernels.objectives.coupled_grpo import coupled_grpo, coupled_grpo_objective, coupled_scores
 from dllm_kernels.objectives.d2 import d2, d2_objective
 from dllm_kernels.objectives.diffu_grpo import diffu_grpo, diffu_grpo_objective
@@ -37,6 +38,7 @@ ALGORITHMS: dict[str, Objective] = {objective.name: objective for objective in (
 
 # by name; `FACTORIES[name](**RECIPES[name].defaults)` is the objective as published
 FACTORIES: dict[str, Callable[..., Objective]] = {
+    "bgpo": bgpo_objective,
     "coupled_grpo": coupled_grpo_objective,
     "d2": d2_objective,
     "diffu_grpo": diffu_grpo_objective,
@@ -55,6 +57,7 @@ FACTORIES: dict[str, Callable[..., Objective]] = {
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        _bgpo.RECIPE,
         _coupled_grpo.RECIPE,
         _d2.RECIPE,
         _diffu_grpo.RECIPE,
@@ -81,6 +84,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "bgpo",
+    "bgpo_objective",
     "coupled_grpo",
     "coupled_grpo_objective",
     "coupled_scores",

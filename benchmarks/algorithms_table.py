@@ -1,0 +1,42 @@
+"""The list of algorithms of README.md and docs/algorithms.md, from their recipes.
+
+python benchmarks/algorithms_table.py prints it; tests/test_docs.py compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dllm_kernels.objectives import FACTORIES, RECIPES
+
+BEGIN, END = "<!-- algorithms: benchmarks/algorithms_table.py -->", "<!-- end of algorithms -->"
+_STATUS = {"verified against the paper": "paper", "verified against the code": "code", "unverified": "unverified"}
+
+
+def table() -> str:
+    lines = [
+        "| `--algorithm` | arXiv | verified against | masks | coupling, on-policy | trains here |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, recipe in RECIPES.items():
+        options = dict(recipe.defaults)
+        objective = FACTORIES[name](**options)
+        coupling = objective.coupling
+        if objective.on_policy_coupling != coupling:
+            coupling += f", {objective.on_policy_coupling}"
+        masks = f"`{recipe.law}`" + ("" if recipe.samples is None else f" x {recipe.samples}")
+        trains = "from trajectories: not yet" if recipe.needs_trajectory else "yes"
+        lines.append(f"| `{name}` | {recipe.arxiv} | {_STATUS[recipe.status]} | {masks} | {coupling} | {trains} |")
+    return "\n".join(lines)
+
+
+def in_document(text: str) -> str:
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+if __name__ == "__main__":
+    print(table())
