@@ -1,6 +1,7 @@
 """Noise is a pure function of (seed, stream, sequence, sample, position, token, step), and of good quality."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels import noise
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation import adapters_off, score_samples
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests import oracle
@@ -474,7 +475,9 @@ def use_everything(model, tmp_path):
     plan = dk.make_mask_plan(ids, completion, law="exact", samples=4, seed=0, sequence_ids=sequences, mask_id=10)
     advantages = dk.objectives.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     report = dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}))
-    old = score_samples(model, plan)
+    model.disable_adapter = contextlib.nullcontext  # as peft's models have it
+    with adapters_off(model):
+        old = score_samples(model, plan)
     dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}, {"old_sample_elbo": old}))
     dk.objectives.bgpo(report.sample_elbo_BK, old, advantages, lengths=torch.ones(2))
     dk.estimate_elbo(model, ids, completion, samples=4, mask_id=10)
