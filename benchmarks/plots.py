@@ -19,7 +19,7 @@ COLOURS = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def _pyplot() -> Any:
 
 def bars(rows: Sequence[Row], path: Path) -> None:
     """Time over the floor, and extra memory, of each case and contestant; one line of panels per shape."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     shapes: dict[str, list[Row]] = {}
     for row in rows:
         if row["time_ms"]:
@@ -95,7 +95,7 @@ def _short(value: float) -> str:
 
 def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
     """Extra memory and seconds against the number of Monte-Carlo samples."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     measured = [row for row in rows if row["time_ms"]]
     if not measured:
         return
@@ -140,7 +140,7 @@ def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
 
 def squared_errors(rows: Sequence[Row], path: Path) -> None:
     """Mean squared error against the number of forward passes, with 95 % intervals; one panel per model."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     rows = [row for row in rows if row["figures"]]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(1, len(models), figsize=(6.2 * len(models) + 2, 5.4), squeeze=False)

@@ -82,9 +82,15 @@ def test_the_bgpo_figures_are_those_of_the_committed_benchmark():
 
 
 def test_the_head_figures_are_those_of_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu-xeon-2-cores.json").read_text())
-    rows = [row for row in result["suites"]["head"]["rows"] if row["contestant"] == "ours" and row["sizes"]["V"] == 16384]
-    times = {row["case"].split()[0]: row["to_baseline"] for row in rows}
-    for plan in ("forward", "unit", "keep", "coef", "recompute"):
-        assert f"`{plan}` {times[plan]:.2f}" in README
-    assert f"`sample_tokens` takes {times['sample']:.1f} x eager" in README
+    result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
+    found = {}
+    for run in result["runs"]:
+        for row in run["suites"]["head"]["rows"]:
+            if row["contestant"] == "ours" and (row["sizes"]["N"], row["sizes"]["H"]) == (512, 1024):
+                found[row["case"].split()[0], run["settings"]["dtype"]] = row
+    prose = " ".join(README.split())
+    for plan, words in (("forward", " with entropy and top-1"), ("unit", ""), ("coef", ""), ("sample", "")):
+        row = found[plan, "float32"]
+        assert f"`{plan}`{words} {row['to_floor']:.2f} and {row['to_baseline']:.2f}" in prose
+    for plan, words in (("forward", " of eager"), ("coef", "")):
+        assert f"`{plan}` {found[plan, 'bfloat16']['to_baseline']:.2f}{words}" in prose

@@ -18,6 +18,7 @@ from dllm_kernels import accumulate, generate, make_mask_plan, noise
 from dllm_kernels.generation import Rollout
 from dllm_kernels.masks import MaskPlan
 from dllm_kernels.objective import Objective
+from dllm_kernels.objectives import effective_sample_size
 from trainer.algorithms import Scores, Signal, make_batches, make_objective, signal
 from trainer.config import RlConfig, RolloutConfig
 from trainer.errors import GuardError
@@ -130,13 +131,16 @@ def _learn(
         report = accumulate(model, plan, objective, batch, denominator=found.denominator)
         passes += report.passes
         norm = guarded_step(model, optimizer, report.loss, config, lr)
-    return {
+    figures = {
         "loss": report.loss.item(),
-        "elbo": report.sample_elbo_BK.mean().item(),
+        "elbo": report.sample_elbo_BK.nanmean().item(),  # NaN where a sample was dropped, unscored
         "grad_norm": norm,
         "lr": lr,
         "tokens_scored": ids.numel() * config.samples * passes,
     }
+    if config.algorithm == "dmpo":
+        figures["ess"] = effective_sample_size(batches[0].per_sequence["weights"], group_ids).mean().item()
+    return figures
 
 
 def _guard_rollouts(sampled: Rollout, rewards: Tensor, group: int, *, vocabulary: int) -> None:

@@ -55,6 +55,7 @@ def test_every_algorithm_without_trajectories_trains(name: str, inner: int, chec
     learnt = [record for record in records if "loss" in record]
     assert learnt, "no update had a signal"
     assert all(math.isfinite(record["loss"]) and 0 < record["grad_norm"] < 1e4 for record in learnt)
+    assert all(("ess" in record) == (name == "dmpo") and 0 < record.get("ess", 1.0) <= 1 for record in learnt)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     if reference is not None:
         assert all(torch.equal(a, b) for a, b in zip(before, reference.parameters(), strict=True)), "the reference moved"
