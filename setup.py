@@ -7,10 +7,7 @@ Develop: python setup.py build_ext --inplace
 from glob import glob
 
 import pybind11
-from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
-
-ParallelCompile("DLLM_KERNELS_BUILD_JOBS").install()  # one compiler per core, unless told otherwise
 
 setup(
     ext_modules=[
