@@ -339,7 +339,7 @@ def test_concurrent_calls_do_not_share_a_workspace_and_leave_the_gil():
 
 def test_the_environment_forces_an_isa_and_names_the_allowed_ones():
     code = "from dllm_kernels.backends import cpu; print(cpu.isa())"
-    for isa in {ISAS[0], ISAS[-1]}:
+    for isa in ISAS:
         env = {**os.environ, "DLLM_KERNELS_ISA": isa}
         assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == isa
     wrong = subprocess.run(

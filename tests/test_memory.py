@@ -45,7 +45,7 @@ before = peak()
 run(64)
 print(before, peak())
 """
-QUICK = ("bgpo", "gdpo", "rspo")  # one pass, two passes over a sequence, two over the batch
+QUICK = ("wd1", "diffu_grpo", "bgpo", "gdpo", "rspo")  # one of each coupling
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 
