@@ -8,12 +8,14 @@ from dllm_kernels.estimation import estimate_elbo
 from dllm_kernels.generation import generate
 from dllm_kernels.heads import headless
 from dllm_kernels.masks import MaskPlan, make_mask_plan
+from dllm_kernels.rollouts import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.sampling import sample_tokens
 from dllm_kernels.scoring import head_backward, score_tokens
 from dllm_kernels.version import __version__
 
 __all__ = [
     "MaskPlan",
+    "Rollout",
     "__version__",
     "accumulate",
     "bgpo_loss",
@@ -27,4 +29,8 @@ __all__ = [
     "objectives",
     "sample_tokens",
     "score_tokens",
+    "select_steps",
+    "step_entropy",
+    "trajectory_logp",
+    "trajectory_rows",
 ]

@@ -78,7 +78,8 @@ class Body:
             checks.same_device("input_ids", input_ids, "the input embedding", self._embedding)
         checks.in_range("input_ids", input_ids, 0, self._vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
-        if kwargs.get("attention_mask") is not None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
         output = self.model(input_ids=flat, **kwargs)

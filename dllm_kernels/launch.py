@@ -199,6 +199,33 @@ def sample(
     return result
 
 
+def sample_drawn(
+    problem: HeadProblem,
+    key_N: Tensor,
+    step: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    *,
+    top_p_first: bool,
+) -> dict[str, Tensor]:
+    """As `sample`, with the statistics of the distribution drawn from, which need all logits of a row: PyTorch, by chunks."""
+    _check_values(backends.reference, problem, targets=False)
+    with torch.autocast(device_type(problem.hidden_MH), enabled=False):
+        result = backends.reference.sample(
+            problem,
+            key_N,
+            step=step,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            top_p_first=top_p_first,
+            drawn=True,
+        )
+    check_finite(result["lse"], problem)
+    return result
+
+
 def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     return [(s, c) for s, c in zip(stored[:2], (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dllm_kernels import checks, launch, ops
 from dllm_kernels.problem import Options, autocast_operands, check_arguments, make_problem
+from dllm_kernels.scoring import score_tokens
+
+DRAWN = ("drawn_logp", "drawn_entropy", "margin")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class Samples:
     logp: Tensor  # of the token, at temperature 1, nats
     confidence: Tensor  # its probability at temperature 1
     entropy: Tensor  # of the row's distribution at temperature 1, nats
+    # of the distribution that the token was drawn from, where asked for: restricted, and at the sampling temperature
+    drawn_logp: Tensor | None = None
+    drawn_entropy: Tensor | None = None
+    margin: Tensor | None = None  # probability of its likeliest id less that of the next
 
 
 @torch.no_grad()
@@ -33,6 +40,8 @@ def sample_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_p_first: bool = False,
+    want: Sequence[str] = (),
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_temperature: float = 1.0,
@@ -48,7 +57,11 @@ def sample_tokens(
         temperature: >= 0; 0 takes the largest logit, ties go to the smallest id.
         top_k: at least 1, draws among the k largest logits only. top_p: in (0, 1], draws among the most probable ids only, at
             `temperature` and after top_k, as few as reach that probability. The same noise, an exact but slower route: all
-            logits of a chunk of rows at once, sorted. At temperature 0 they change nothing.
+            logits of a chunk of rows at once, sorted. At temperature 0 they change no token. top_p_first: the nucleus is
+            that of all ids (Dream's order), top_k applies after it.
+        want: any of "drawn_logp", "drawn_entropy", "margin": of the distribution drawn from, with top_k and top_p, at
+            `temperature` (at temperature 0: at 1). "margin" takes the slower route too; the other two are free at
+            temperatures 0 and 1, and one more pass of the head at another.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
 
     Not differentiable. Raises ValueError or TypeError naming the argument.
@@ -70,9 +83,24 @@ def sample_tokens(
         checks.count("top_k", top_k)
     if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    for name in want:
+        checks.choice("want", name, DRAWN)
     hidden, weight = autocast_operands(hidden, weight)
     options = Options(softcap, logit_temperature, suppress, valid_vocab)
     check_arguments(hidden, weight, rows, key.numel(), bias, options)
+    whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from
+    if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and not whole):
+        problem = make_problem(hidden, weight, key, rows, bias, options)
+        result = launch.sample_drawn(problem, key, step, float(temperature), top_k, top_p, top_p_first=top_p_first)
+        return Samples(
+            result["token"],
+            result["logp"],
+            result["logp"].exp(),
+            result["entropy"],
+            **{name: result[name] for name in want},
+        )
+    if whole:
+        top_p = None
     if ops.observed(hidden, weight, bias, key):
         token, logp, entropy = ops.sample(
             hidden,
@@ -93,4 +121,21 @@ def sample_tokens(
         problem = make_problem(hidden, weight, key, rows, bias, options)
         result = launch.sample(problem, key, step, float(temperature), top_k, top_p)
         token, logp, entropy = result["token"], result["logp"], result["entropy"]
-    return Samples(token, logp, logp.exp(), entropy)
+    drawn = {}
+    if want and temperature in (0, 1):
+        drawn = {"drawn_logp": logp, "drawn_entropy": entropy}
+    elif want:
+        scores = score_tokens(
+            hidden,
+            weight,
+            token,
+            rows=rows,
+            bias=bias,
+            softcap=softcap,
+            temperature=logit_temperature * temperature,
+            suppress=suppress,
+            valid_vocab=valid_vocab,
+            want=("logp", "entropy"),
+        )
+        drawn = {"drawn_logp": scores.logp, "drawn_entropy": scores.entropy}
+    return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})

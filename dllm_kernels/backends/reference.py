@@ -362,19 +362,34 @@ def from_operands(
 
 
 @torch.no_grad()
-def restrict_(z_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def restrict_(z_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None, *, top_p_first: bool = False) -> None:
     """Set to -inf what is not among the `top_k` largest logits, then what is not in the nucleus of mass `top_p`.
 
     The nucleus is the shortest run of the most probable ids, at `temperature` and among what `top_k` left, whose probability
-    reaches `top_p`. Of equal logits the smaller ids come first, so exactly `top_k` ids are left.
+    reaches `top_p`; with `top_p_first` among all ids. Of equal logits the smaller ids come first, so exactly `top_k` ids are
+    left.
     """
     sorted_NV, id_NV = z_NV.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
+    if top_k is not None and not top_p_first:
         sorted_NV[:, top_k:] = float("-inf")
     if top_p is not None:
         p_NV = (sorted_NV.double() / temperature).softmax(-1)
         sorted_NV.masked_fill_(p_NV.cumsum(-1) - p_NV >= top_p, float("-inf"))
+    if top_k is not None and top_p_first:
+        sorted_NV[:, top_k:] = float("-inf")
     z_NV.scatter_(1, id_NV, sorted_NV)
+
+
+def _drawn_statistics(z_NV: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+    """Of the distribution `softmax(z)` that a token was drawn from: its log-probability, the entropy, how far first leads."""
+    logp_NV = z_NV.log_softmax(-1)
+    p_NV = logp_NV.exp()
+    best_N2 = p_NV.topk(min(2, p_NV.shape[1]), dim=-1).values
+    return {
+        "drawn_logp": logp_NV.gather(1, token_N[:, None])[:, 0],
+        "drawn_entropy": -torch.where(p_NV > 0, p_NV * logp_NV, 0.0).sum(-1),
+        "margin": best_N2[:, 0] - (best_N2[:, 1] if best_N2.shape[1] > 1 else 0.0),
+    }
 
 
 def sample(
@@ -385,20 +400,26 @@ def sample(
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_p_first: bool = False,
+    drawn: bool = False,
 ) -> dict[str, Tensor]:
     """Gumbel-max over `z + temperature * gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
 
     With `top_k` or `top_p` only over the ids that `restrict_` leaves.
-    Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype.
+    Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype. With
+    `drawn` also `drawn_logp`, `drawn_entropy` and `margin` of the distribution drawn from, restricted and at `temperature`
+    (at temperature 0: restricted, at temperature 1).
     `problem.target_N` gives the number of rows, its values are not read; `problem.temperature` is 1.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
     vocabulary, hidden_size = p.weight_VH.shape
     result = {"token": torch.empty(rows, dtype=torch.int64, device=device)}
-    result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse")}
+    extra = ("drawn_logp", "drawn_entropy", "margin") if drawn else ()
+    result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse", *extra)}
     if rows == 0:
         return result
+    restricted = (temperature > 0 or drawn) and (top_k is not None or top_p is not None)
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64; sorting takes less
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
@@ -412,8 +433,9 @@ def sample(
         temperature_N = p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature
         perturbed_NV = logits_CV[:n].clone()
         _transform_(perturbed_NV, bias_V, p.softcap, temperature_N, p.excluded_V)
-        if temperature > 0 and (top_k is not None or top_p is not None):
-            restrict_(perturbed_NV, temperature, top_k, top_p)
+        if restricted:
+            restrict_(perturbed_NV, temperature or 1.0, top_k, top_p, top_p_first=top_p_first)
+        tempered_NV = perturbed_NV / (temperature or 1.0) if drawn else None
         if temperature > 0:
             # scaled by the temperature, which changes no argmax and overflows at none
             perturbed_NV = perturbed_NV.double() + temperature * gumbel(key_N[span], vocabulary, step=step)
@@ -427,7 +449,9 @@ def sample(
             excluded_V=p.excluded_V,
             entropy=True,
         )
+        if tempered_NV is not None:
+            stats |= _drawn_statistics(tempered_NV, token_N)
         result["token"][span] = token_N
-        for name in ("logp", "entropy", "lse"):
+        for name in ("logp", "entropy", "lse", *extra):
             result[name][span] = stats[name]
     return result

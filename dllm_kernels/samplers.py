@@ -1,0 +1,242 @@
+"""Samplers as data: which masked tokens a denoising step may decide, in which order they are trusted, how many are committed.
+
+Published samplers are rows of one table; their options say the rest. What runs them is `denoising.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks
+
+Options = Mapping[str, Any]
+Rank = Literal["confidence", "drawn_logp", "drawn_entropy", "margin", "random", "position"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of the table."""
+
+    name: str
+    source: str
+    # "completion": blocks counted from its first token; "sequence": from the prompt's; None: every masked token at once
+    blocks: Literal["completion", "sequence"] | None
+    # what is committed first: the probability of the token drawn (of the model's distribution, or of the one drawn from), the
+    # least entropy of the one drawn from, the lead of its best id, chance, the leftmost
+    rank: Rank
+    # how many: numbers that are known beforehand; all above a threshold; while the cumulated entropy is small; by chance
+    commit: Literal["schedule", "threshold", "entropy", "chance"]
+    # the least that a step commits: what the schedule says, or one token
+    least: Literal["schedule", "one"] = "schedule"
+    strict: bool = False  # the threshold must be passed, not only reached
+    top_p_first: bool = False
+    options: Options = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether the number of tokens that each step commits is known beforehand: then nothing is read back."""
+        return self.commit == "schedule" and self.blocks != "sequence"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws more than tokens."""
+        return self.rank == "random" or self.commit == "chance" or bool(self.options.get("alg_temp"))
+
+
+_TABLE = (
+    Sampler(
+        "llada",
+        "LLaDA, arXiv 2502.09992 (ML-GSAI/LLaDA generate.py)",
+        "completion",
+        "confidence",
+        "schedule",
+        options={"remasking": "low_confidence"},
+    ),
+    Sampler(
+        "dream",
+        "Dream, arXiv 2508.15487 (Dream-v0 generation_utils.py)",
+        None,
+        "drawn_logp",
+        "schedule",
+        top_p_first=True,
+        options={"alg": "origin", "alg_temp": None, "eps": 1e-3},
+    ),
+    Sampler(
+        "fast_dllm",
+        "Fast-dLLM, arXiv 2505.22618",
+        "completion",
+        "confidence",
+        "threshold",
+        least="one",
+        options={"threshold": 0.9},
+    ),
+    Sampler(
+        "sdar",
+        "SDAR, arXiv 2510.06303 (JetAstra/SDAR generate.py)",
+        "sequence",
+        "drawn_logp",
+        "threshold",
+        strict=True,
+        options={"remasking": "low_confidence_dynamic", "threshold": 0.9},
+    ),
+    Sampler(
+        "entropy_bound",
+        "EB-Sampler, arXiv 2505.24857",
+        "completion",
+        "drawn_entropy",
+        "entropy",
+        least="one",
+        options={"bound": 0.1},
+    ),
+)
+SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
+
+
+def resolve(name: str, options: Options) -> Sampler:
+    """The sampler with its options applied. Raises ValueError or TypeError naming sampler, option and value."""
+    checks.choice("sampler", name, tuple(SAMPLERS))
+    sampler = SAMPLERS[name]
+    for option in options:
+        if option not in sampler.options:
+            near = difflib.get_close_matches(option, sampler.options, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{option} is no option of sampler={name!r}, whose options are {', '.join(sampler.options)}{hint}")
+    full = {**sampler.options, **options}
+    if "threshold" in full and checks.number("threshold", full["threshold"], least=0) > 1:
+        raise ValueError(f"threshold must be in [0, 1], got {full['threshold']}")
+    if "bound" in full:
+        checks.number("bound", full["bound"], least=0)
+    sampler = replace(sampler, options=full)
+    return _APPLY[name](sampler, full) if name in _APPLY else sampler
+
+
+def _llada(sampler: Sampler, options: Options) -> Sampler:
+    checks.choice("remasking", options["remasking"], ("low_confidence", "random"))
+    return replace(sampler, rank="random") if options["remasking"] == "random" else sampler
+
+
+_DREAM_RANKS: dict[str, Rank] = {"maskgit_plus": "drawn_logp", "topk_margin": "margin", "entropy": "drawn_entropy"}
+
+
+def _dream(sampler: Sampler, options: Options) -> Sampler:
+    alg = options["alg"]
+    checks.choice("alg", alg, ("origin", *_DREAM_RANKS))
+    if not 0 < checks.number("eps", options["eps"], above=0) < 1:
+        raise ValueError(f"eps must be in (0, 1), got {options['eps']}")
+    if options["alg_temp"] is not None:
+        checks.number("alg_temp", options["alg_temp"], least=0)
+    if alg == "origin":
+        if options["alg_temp"]:
+            raise ValueError(f"alg_temp must be None with alg='origin', which ranks nothing, got {options['alg_temp']}")
+        return replace(sampler, commit="chance", rank="position")
+    return replace(sampler, rank=_DREAM_RANKS[alg])
+
+
+def _sdar(sampler: Sampler, options: Options) -> Sampler:
+    kinds = ("low_confidence_dynamic", "low_confidence_static", "sequential")
+    checks.choice("remasking", options["remasking"], kinds)
+    if options["remasking"] == "low_confidence_dynamic":
+        return sampler
+    rank: Rank = "position" if options["remasking"] == "sequential" else "drawn_logp"
+    return replace(sampler, commit="schedule", rank=rank)
+
+
+_APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {"llada": _llada, "dream": _dream, "sdar": _sdar}
+
+
+class Step(NamedTuple):
+    """One step of a static schedule."""
+
+    number: int  # counts every step of the schedule, those that commit nothing too
+    block: int
+    remaining: int  # masked tokens of the block before the step
+    commit: int
+
+
+def check_steps(sampler: Sampler, length: int, steps: int | None, block_length: int | None) -> tuple[int | None, int]:
+    """(steps, block length) of a rollout, checked. Raises ValueError or TypeError naming the argument."""
+    if sampler.blocks is None:
+        if block_length is not None:
+            raise ValueError(f"block_length must be None for sampler={sampler.name!r}, which has no blocks, got {block_length}")
+        block_length = length
+    elif block_length is None:
+        raise ValueError(f"block_length must be given for sampler={sampler.name!r}, got None")
+    checks.count("block_length", block_length)
+    if sampler.least == "one":
+        if steps is not None:
+            raise ValueError(f"steps must be None for sampler={sampler.name!r}, which takes as many as it needs, got {steps}")
+    else:
+        if steps is None:
+            raise ValueError(f"steps must be given for sampler={sampler.name!r}, got None")
+        checks.count("steps", steps)
+    if sampler.blocks == "completion" and length % block_length:
+        raise ValueError(f"block_length must divide length={length}, got {block_length}")
+    if sampler.blocks == "sequence":
+        if steps is not None and steps > block_length:
+            raise ValueError(f"steps (of a block) must be at most block_length={block_length}, got {steps}")
+    elif steps is not None and sampler.blocks == "completion":
+        blocks = length // block_length
+        if steps % blocks or steps > length:
+            raise ValueError(f"steps must be a multiple of the {blocks} blocks and at most length={length}, got {steps}")
+    return steps, block_length
+
+
+def commits_per_step(block_length: int, steps: int) -> list[int]:
+    """Tokens of a block that each of its steps commits: as even as can be, remainders in the earliest steps."""
+    base, extra = divmod(block_length, steps)
+    return [base + (step < extra) for step in range(steps)]
+
+
+def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> list[Step]:
+    """Every step of a static sampler that commits something."""
+    if sampler.blocks is None:
+        counts = [times_commit(length, steps, sampler.options["eps"])]
+    else:
+        blocks = length // block_length
+        counts = [commits_per_step(block_length, steps // blocks)] * blocks
+    plan = []
+    number = 0
+    for block, of_block in enumerate(counts):
+        remaining = sum(of_block)
+        for commit in of_block:
+            if commit:
+                plan.append(Step(number, block, remaining, commit))
+            remaining -= commit
+            number += 1
+    return plan
+
+
+def transfer_shares(steps: int, eps: float) -> Tensor:
+    """Dream's share of the masked tokens that each step decides, fp32 `[steps]`: `1 - s / t` along t from 1 to eps, last 1."""
+    t = torch.linspace(1, eps, steps + 1)
+    shares = 1 - t[1:] / t[:-1]
+    shares[-1] = 1.0
+    return shares
+
+
+def times_commit(length: int, steps: int, eps: float) -> list[int]:
+    """How many tokens Dream's ranked algorithms commit per step: the share of what is masked, rounded down in fp32."""
+    remaining, counts = length, []
+    for share in transfer_shares(steps, eps):
+        counts.append(int(remaining * share))
+        remaining -= counts[-1]
+    return counts
+
+
+def committed(sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int) -> Tensor:
+    """bool `[A, R]`: of candidates sorted from the first to be committed to the last, which are; at least `least`."""
+    place_R = torch.arange(rank_AR.shape[1], device=rank_AR.device)
+    first_R = place_R < least
+    if sampler.commit == "threshold":
+        bound = sampler.options["threshold"]
+        probability_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
+        return first_R | (probability_AR > bound if sampler.strict else probability_AR >= bound)
+    if sampler.commit == "entropy":  # the largest entropy of the set is that of its last
+        return first_R | (entropy_AR.cumsum(-1) - entropy_AR <= sampler.options["bound"])
+    return first_R.expand_as(rank_AR)
