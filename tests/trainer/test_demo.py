@@ -170,7 +170,7 @@ def test_a_collapsed_policy_stops_with_a_sentence_and_a_saved_state(tmp_path: Pa
 
     def repeating(*args: object, **kwargs: object) -> object:
         sampled = real(*args, **kwargs)
-        sampled.completion_BL[:] = sampled.completion_BL[:, :1]
+        sampled.ids_BS[:, -16:] = sampled.ids_BS[:, -16:-15]
         return sampled
 
     run = new_run(tmp_path / "demo", "sft.steps=2")
@@ -187,7 +187,7 @@ def test_identical_rollouts_stop_with_a_sentence(tmp_path: Path, monkeypatch: py
 
     def identical(*args: object, **kwargs: object) -> object:
         sampled = real(*args, **kwargs)
-        sampled.completion_BL[:] = sampled.completion_BL[:1]
+        sampled.ids_BS[:, -16:] = sampled.ids_BS[:1, -16:]
         return sampled
 
     run = new_run(tmp_path / "demo", "sft.steps=2")
