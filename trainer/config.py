@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,57 +13,75 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
+from trainer.sections import Count, Positive, Section, Share, Text
+from trainer.tasks import MODULES
+from trainer.tasks.config import AnyTaskConfig
 
 if TYPE_CHECKING:
     from dllm_kernels.objectives import Recipe
+    from dllm_kernels.samplers import Sampler
 
-CELLS = 16
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Dtype = Literal["float32", "bfloat16"]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class PromptConfig(Section):
+    few_shot: Count = 0  # training examples shown before each question
+    instructions: bool = True  # the task's system text, where it has one
+    chat_template: bool = True  # the tokenizer's, where it has one
+    max_length: Positive | None = None  # tokens; a longer prompt is an error, never cut
 
 
-class TaskConfig(Section):
-    clues_min: Annotated[int, Field(ge=4, le=15)]
-    clues_max: Annotated[int, Field(ge=4, le=15)]
-    held_out_grids: Annotated[int, Field(ge=1, le=287)]
-    train_puzzles: Positive
-    test_puzzles: Annotated[int, Field(ge=2)]
-    careless_share: Share
-    careless_forget: Literal["boxes", "columns", "columns_and_boxes"]
-    careless_pick: Literal["first", "random"]
-
-    @model_validator(mode="after")
-    def _check(self) -> TaskConfig:
-        if self.clues_min > self.clues_max:
-            raise ValueError(f"clues_min must not exceed clues_max={self.clues_max}, got {self.clues_min}")
-        return self
+class LoraConfig(Section):
+    rank: Count = 0  # 0: all weights are trained
+    alpha: Annotated[float, Field(gt=0.0)] = 64.0
+    dropout: Share = 0.0
+    targets: list[Text] | None = None  # None: every linear layer of the blocks
 
 
 class ModelConfig(Section):
-    hidden_size: Positive
-    layers: Positive
-    heads: Positive
-    intermediate_size: Positive
-    rope_theta: Annotated[float, Field(gt=1.0)]
+    checkpoint: Text | None = None  # folder or hub id; None: EuroBERT of the sizes below, random
+    revision: Text | None = None
+    trust_remote_code: bool = False
+    dtype: Dtype = "float32"  # of the weights that are trained
+    four_bit: bool = False  # QLoRA: the frozen weights in 4 bits (bitsandbytes)
+    facts: dict[str, Any] = {}  # over what the table and the checkpoint say: mask_id, shift, ...
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = LoraConfig()
+    hidden_size: Positive = 64
+    layers: Positive = 4
+    heads: Positive = 4
+    intermediate_size: Positive = 128
+    rope_theta: Annotated[float, Field(gt=1.0)] = 100.0
+    context: Positive = 64
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x heads = {2 * self.heads}, got {self.hidden_size}")
+        if self.four_bit and not self.lora.rank:
+            raise ValueError("four_bit needs lora.rank above 0: quantised weights are not trained")
         return self
+
+
+class ParallelConfig(Section):
+    replicas: Positive = 1  # HSDP: copies of the model, each sharded over ranks / replicas
+    dtype: Dtype | None = None  # of parameters in forward and backward; None: their own
+    reshard_after_forward: bool = True
+
+
+class CheckpointsConfig(Section):
+    keep_last: Positive = 1
+    keep_best: Count = 0
+    metric: Text = "probe_greedy"  # of metrics.jsonl, the higher the better; only steps that have it can be best
 
 
 class OptimizerConfig(Section):
@@ -71,10 +90,11 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"]
     final_lr_share: Share
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
-    weight_decay: Annotated[float, Field(ge=0.0)]
+    weight_decay: NotNegative
     max_grad_norm: Annotated[float, Field(gt=0.0)]
     t_min: Annotated[float, Field(ge=0.0, lt=1.0)]
     save_every: Positive
+    micro_batch: Positive | None = None  # sequences per forward and backward of a rank; None: all at once
 
 
 class SftConfig(OptimizerConfig):
@@ -87,17 +107,31 @@ class SftConfig(OptimizerConfig):
         return {"t_min": self.t_min} if self.law == "bernoulli" else {}
 
 
+TRACES = ("trace", "segments")  # laws of given trajectories
+
+
 class RlConfig(OptimizerConfig):
     algorithm: str = "bgpo"  # what the runs trained that do not name one
-    law: Literal["exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block"]
+    law: Literal[
+        "exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block", "trace", "segments"
+    ]
     updates: Count
     prompts: Positive
     group: Annotated[int, Field(ge=2)]
-    samples: Positive
+    samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
     inner_iterations: Positive
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool
-    reward: Literal["valid", "rules", "reference_cells"]
+    reward: Text  # one of the task's, or module:function
+    reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
+    options: dict[str, Any] = {}  # of the algorithm's objective, over its recipe's, such as beta or epsilon
+    selected_steps: Positive = 8  # EGSPO: denoising steps of each rollout that are trained on
+    step_selection: Literal["entropy", "uniform", "random"] = "entropy"
+    stepwise: NotNegative = 0.5  # EGSPO-SA: lambda of its returns
+    shrink: Positive = 8  # TraceRL: steps that make one state
+    segments: Positive = 8  # d2: parts of a trajectory
+    gap_every: Count = 10  # updates between checks that scoring gives what the rollout saw; 0 is never
+    gap_bound: Annotated[float, Field(gt=0.0)] = 0.05  # nats per token, beyond which the run stops
 
     @model_validator(mode="after")
     def _check(self) -> RlConfig:
@@ -107,12 +141,12 @@ class RlConfig(OptimizerConfig):
         if self.algorithm not in recipes:
             near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
             raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
-        if recipes[self.algorithm].needs_trajectory:
-            raise ValueError(
-                f"algorithm {self.algorithm} needs the trajectories of rollouts, which `generate` does not give the trainer yet"
-            )
-        options = laws.resolve(self.law, self.law_options())
-        laws.check_samples(*options, self.samples)
+        if recipes[self.algorithm].needs_trajectory != (self.law in TRACES):
+            needed = recipes[self.algorithm].law
+            raise ValueError(f"law must be {needed} for algorithm {self.algorithm}, got {self.law}")
+        if self.law not in TRACES:
+            options = laws.resolve(self.law, self.law_options())
+            laws.check_samples(*options, self.samples)
         return self
 
     def law_options(self) -> dict[str, Any]:
@@ -129,44 +163,74 @@ def _recipes() -> dict[str, Recipe]:
 
 
 class RolloutConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)]
-    steps: Annotated[int, Field(ge=1, le=CELLS)]
-    block_length: Annotated[int, Field(ge=1, le=CELLS)]
-    remasking: Literal["low_confidence", "random"]
+    length: Positive | None = None  # tokens to generate; None: the task's
+    sampler: str = "llada"
+    temperature: NotNegative
+    top_k: Positive | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    steps: Positive | None
+    block_length: Positive | None
+    remasking: str | None = None  # options of samplers: None is the sampler's own default
+    threshold: Share | None = None
+    bound: NotNegative | None = None
+    alg: str | None = None
+    alg_temp: NotNegative | None = None
+    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    stop_at_eos: bool = False  # finish a completion with the block that holds its first EOS
+    deterministic: bool = False
+    cache: bool = False
+    micro_batch: Positive | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
-        if CELLS % self.block_length:
-            raise ValueError(f"block_length must divide {CELLS}, got {self.block_length}")
-        blocks = CELLS // self.block_length
-        if self.steps % blocks:
-            raise ValueError(f"steps must be a multiple of the {blocks} blocks, got {self.steps}")
+        sampler = self.resolved()
+        if self.length is not None:
+            from dllm_kernels.samplers import check_steps
+
+            check_steps(sampler, self.length, self.steps, self.block_length)
         return self
+
+    def resolved(self) -> Sampler:
+        from dllm_kernels.samplers import resolve
+
+        return resolve(self.sampler, self.sampler_options())
+
+    def sampler_options(self) -> dict[str, Any]:
+        keys = ("remasking", "threshold", "bound", "alg", "alg_temp", "eps")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:
+        """Keywords of `dllm_kernels.generate`; `length` is the task's."""
+        same = ("sampler", "temperature", "top_k", "top_p", "steps", "block_length", "deterministic", "cache", "micro_batch")
+        options = {key: getattr(self, key) for key in same} | self.sampler_options()
+        return {**options, "length": self.length or length, "eos_id": eos_id if self.stop_at_eos else None}
 
 
 class EvaluationConfig(Section):
     probe_every_sft: Count
     probe_every_rl: Count
-    probe_puzzles: Positive
+    probe_examples: Positive
     batch: Positive
 
 
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
-    out: Annotated[str, Field(min_length=1)]
+    out: Text
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
-    task: TaskConfig
+    tensorboard: bool = True
+    wandb: Text | None = None  # project
+    task: AnyTaskConfig
+    prompt: PromptConfig = PromptConfig()
     model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
     sft: SftConfig
     rl: RlConfig
     rollout: RolloutConfig
     evaluation: EvaluationConfig
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for name, wanted in (("sft.batch", self.sft.batch), ("rl.prompts", self.rl.prompts)):
-            if wanted > self.task.train_puzzles:
-                raise ValueError(f"{name} must be at most task.train_puzzles={self.task.train_puzzles}, got {wanted}")
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
         return self
@@ -175,26 +239,32 @@ class RunConfig(Section):
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
 
 
-def default_config_text() -> str:
-    return files("trainer").joinpath("configs/demo.yaml").read_text()
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configs that come with the trainer; `demo` is what every other one is laid over."""
+    folder = Path(str(files("trainer"))) / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base: str | None = None) -> RunConfig:
     """The demo's defaults (or `base`, a YAML text), then `file`, then `overrides` such as `rl.updates=10`.
 
-    Where file or overrides choose `rl.algorithm`, its recipe's law, samples and advantages come right after the base.
+    `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
+    out; where one chooses `rl.algorithm`, its recipe's law, samples and advantages come right after the base.
 
     Raises ConfigError naming the key, what came and what is allowed.
     """
     try:
-        layers = [_mapping(default_config_text() if base is None else base, "the config of the run")]
+        shipped = shipped_configs()
+        layers = [_mapping(shipped["demo"].read_text() if base is None else base, "the config of the run")]
         if file is not None:
+            file = shipped.get(str(file), file)
             layers.append(_mapping(file.read_text(encoding="utf-8"), f"config file {file}"))
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         _reject_unknown(layers)
+        _drop_other_tasks(layers)
         layers.insert(1, _defaults_of_algorithm(layers[1:]))
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OSError as error:
@@ -209,11 +279,21 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
         raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
 
 
+def _drop_other_tasks(layers: Sequence[DictConfig]) -> None:
+    """Keys of a task that a later layer replaces by one of another kind."""
+    kinds = [OmegaConf.select(layer, "task.kind") for layer in layers]
+    last = next((kind for kind in reversed(kinds) if kind is not None), "sudoku")
+    kind = "sudoku"
+    for layer, chosen in zip(layers, kinds, strict=True):
+        kind = kind if chosen is None else chosen
+        if kind != last and "task" in layer:
+            layer.task = {}
+
+
 def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
     """The recipe of an algorithm that these layers choose: its law, samples and advantages, which their other keys override."""
-    chosen = OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm")
-    recipe = _recipes().get(chosen)
-    if recipe is None or recipe.needs_trajectory:  # nothing chosen, or an error later
+    recipe = _recipes().get(OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm"))
+    if recipe is None:  # nothing chosen, or an error later
         return OmegaConf.create({})
     keys = {"law": recipe.law, "samples": recipe.samples, "advantage": recipe.advantage}
     return OmegaConf.create({"rl": {key: value for key, value in keys.items() if value is not None}})
@@ -227,14 +307,28 @@ def _mapping(text: str, name: str) -> DictConfig:
     return OmegaConf.create(text if plain else {})
 
 
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types that a field may have: those of a union, annotations taken off."""
+    if typing.get_origin(annotation) is Annotated:
+        yield from _parts(typing.get_args(annotation)[0])
+    elif typing.get_args(annotation) and typing.get_origin(annotation) not in (dict, list, Literal):
+        for part in typing.get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation
+
+
 def allowed_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key, sections included."""
-    keys: list[str] = []
+    """Every dotted key, sections included; `key.*` for one whose own keys are free."""
+    keys: dict[str, None] = {}
     for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += allowed_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+        keys[prefix + name] = None
+        for part in _parts(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys |= dict.fromkeys(allowed_keys(part, f"{prefix}{name}."))
+            elif typing.get_origin(part) is dict:
+                keys[f"{prefix}{name}.*"] = None
+    return list(keys)
 
 
 def _reject_unknown(layers: Sequence[DictConfig]) -> None:
@@ -244,11 +338,13 @@ def _reject_unknown(layers: Sequence[DictConfig]) -> None:
     def visit(node: Any, prefix: str) -> None:
         for name, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else ():
             key = f"{prefix}{name}"
+            if f"{prefix}*" in allowed:
+                continue
             if key not in allowed:
-                raise ConfigError(_unknown(key, allowed))
+                raise ConfigError(_unknown(key, [other for other in allowed if not other.endswith("*")]))
             if isinstance(value, DictConfig):
                 visit(value, f"{key}.")
-            elif any(other.startswith(f"{key}.") for other in allowed):
+            elif f"{key}.*" not in allowed and any(other.startswith(f"{key}.") for other in allowed):
                 raise ConfigError(f"{key} is a section and takes keys such as {_children(key, allowed)}, got {value!r}")
 
     for layer in layers:
@@ -271,10 +367,12 @@ def _children(section: str, allowed: list[str]) -> str:
 
 
 def _sentence(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(str(part) for place, part in enumerate(detail["loc"]) if not (place == 1 and detail["loc"][0] == "task" and part in MODULES))
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if detail["type"] == "value_error":  # written above: names key and value itself
         return f"{key}: {message}" if key else message
+    if detail["type"] == "extra_forbidden":
+        return f"{key} is no key of this kind of {key.partition('.')[0]}, got {detail['input']!r}"
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] in ("too_short", "too_long"):
