@@ -1,159 +1,182 @@
-"""Reinforcement learning: groups of rollouts, a reward checked by the rules, an objective's exact gradient sample by sample.
+"""Reinforcement learning: groups of rollouts, a reward, an objective's exact gradient sample by sample.
 
-BGPO, or any algorithm of `dllm-train algorithms` that needs no trajectory. Where it needs a reference policy, that is the model
-as it was when RL began: a frozen second copy of the weights under full fine-tuning, the model with its adapters off
-under LoRA.
+Where an algorithm needs a reference policy, that is the model as it was when RL began: a frozen second copy of the weights under
+full fine-tuning, the model with its adapters off under LoRA. Prompts, noise and masks are functions of (seed, update), and of no
+rank: ranks take consecutive rollouts of the same global batch, and share rewards.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from dllm_kernels import accumulate, generate, make_mask_plan, noise
-from dllm_kernels.generation import Rollout
+from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.masks import MaskPlan
 from dllm_kernels.objective import Objective
-from dllm_kernels.objectives import effective_sample_size
-from trainer.algorithms import Scores, Signal, make_batches, make_objective, signal
-from trainer.config import RlConfig, RolloutConfig
+from trainer.algorithms import Batches, Scores, Signal, make_objective, signal, trajectory_plan
 from trainer.errors import GuardError
-from trainer.sudoku import REWARDS, Puzzles, reference_cells, valid
-from trainer.tokenizer import Codec
+from trainer.gap import on_policy_gap
+from trainer.setup import Setup
+from trainer.tasks import Example
+from trainer.tasks.rewards import choose
 from trainer.training import batch_indices, guarded_step, learning_rate
 
 IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
 
-def rl_updates(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    data: Puzzles,
-    codec: Codec,
-    config: RlConfig,
-    rollout: RolloutConfig,
-    *,
-    seed: int,
-    start: int = 0,
-    reference: nn.Module | None = None,
-) -> Iterator[dict[str, float]]:
-    """Updates `start`..`config.updates - 1`, each yielding its figures.
-
-    Prompts, noise and masks are functions of (seed, update). `reference`: the frozen policy of algorithms that need one; None
-    for a model with adapters, which are switched off for it.
-    """
-    objective = make_objective(config)
-    prompt_ids = codec.prompt_ids(data.puzzles)
+def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
+    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
+    config, ranks, task = setup.config.rl, setup.ranks, setup.task
+    objective = make_objective(config, setup.length / max(1, setup.steps))
+    reward = choose(config.reward, task.rewards, timeout=config.reward_timeout)
+    total = config.prompts * config.group
+    if total < ranks.size:
+        raise GuardError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {ranks.size}")
     for update in range(start, config.updates):
         started = time.perf_counter()
-        chosen, epoch = batch_indices("rl", seed, len(data), config.prompts, update)
+        chosen, epoch = batch_indices("rl", setup.config.seed, len(task.train), config.prompts, update)
         index = chosen.repeat_interleave(config.group)
         members = list(range(config.group)) * config.prompts
-        sequence_ids = noise.sequence_ids([f"rl/{i}" for i in index.tolist()], epoch=epoch, members=members)
+        mine = ranks.share(total)
+        examples = [task.train[i] for i in index[mine].tolist()]
+        sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
+        with ranks.together():
+            prompts = setup.codec.prompts(examples)
         sampled = generate(
-            model,
-            prompt_ids[index],
-            length=data.puzzles.shape[1],
-            mask_id=codec.mask_id,
-            seed=seed,
-            sequence_ids=sequence_ids,
-            **rollout.model_dump(),
+            setup.model,
+            [prompt.to(ranks.device) for prompt in prompts],
+            sequence_ids=sequence_ids.to(ranks.device),
+            seed=setup.config.seed,
+            **setup.generate_options,
         )
-        filled = codec.digits(sampled.completion_BL)
-        rewards = REWARDS[config.reward](data.puzzles[index], filled, data.solutions[index])
-        _guard_rollouts(sampled, rewards, config.group, vocabulary=int(model.config.vocab_size))
-        found = signal(config, objective, rewards, index, data.puzzles.shape[1])
-        kept = found.kept_N
+        with ranks.together():
+            texts = setup.codec.texts(sampled.completion_BL)
+            _guard_failures(sampled, examples)
+            rewards = torch.tensor(reward(examples, texts), dtype=torch.float32, device=ranks.device)
+            _guard_rollouts(setup, sampled, rewards)
+        figures = _rollout_figures(setup, sampled, rewards, examples, texts, index.to(ranks.device))
+        _guard_groups(figures, ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
+        if config.gap_every and update % config.gap_every == 0:
+            figures["on_policy_gap"] = on_policy_gap(setup, sampled)
+        everyone, _ = ranks.gather(rewards)
+        found = signal(config, objective, everyone, index.to(ranks.device), setup.length)
+        figures |= {"groups_with_signal": len(index[found.kept_N.cpu()].unique()), "sequences_scored": len(found.kept_N)}
         rolled_out = time.perf_counter()
-
-        figures = {
-            "reward": rewards.mean().item(),
-            "valid": valid(data.puzzles[index], filled).float().mean().item(),
-            "reference_cells": reference_cells(data.puzzles[index], filled, data.solutions[index]).mean().item(),
-            "groups_with_signal": len(index[kept].unique()),
-            "sequences_scored": len(kept),
-            "rollout_logp": sampled.commit_logp_BL.sum(-1).mean().item(),
-            "tokens": sampled.ids_BS.numel() * rollout.steps,
-            "seconds_rollout": rolled_out - started,
-        }
-        if len(kept):
-            scores = Scores(model, reference)
-            arguments = sampled, found, rewards[kept], index[kept], sequence_ids[kept], codec, config, seed, update
-            figures |= _learn(model, optimizer, objective, scores, *arguments)
+        if len(found.kept_N):
+            figures |= _learn(setup, optimizer, objective, sampled, found, everyone, index.to(ranks.device), mine, update)
             figures["tokens"] += figures.pop("tokens_scored")
+        figures["seconds_rollout"] = rolled_out - started
         figures["seconds_gradient"] = time.perf_counter() - rolled_out
         figures["seconds"] = time.perf_counter() - started
+        figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
         yield figures
 
 
 def _learn(
-    model: PreTrainedModel,
+    setup: Setup,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    scores: Scores,
     sampled: Rollout,
     found: Signal,
     rewards: Tensor,
     group_ids: Tensor,
-    sequence_ids: Tensor,
-    codec: Codec,
-    config: RlConfig,
-    seed: int,
+    mine: slice,
     update: int,
 ) -> dict[str, float]:
-    """The optimizer steps on one set of rollouts. Rewards, group and sequence ids are those of the rollouts that are kept."""
-    ids = sampled.ids_BS[found.kept_N]
-    completion = torch.arange(ids.shape[1]) >= ids.shape[1] - sampled.completion_BL.shape[1]
+    """The optimizer steps on one set of rollouts. Rewards and group ids are those of all ranks."""
+    config, ranks, seed = setup.config.rl, setup.ranks, setup.config.seed
+    entries, here = found.of(mine)
+    kept = sampled.kept(here)
+    trajectory = trajectory_plan(config, kept, setup, rewards) if config.law in ("trace", "segments") else None
 
     def plan_of(iteration: int) -> MaskPlan:
+        if trajectory is not None:
+            return trajectory
         return make_mask_plan(
-            ids,
-            completion.expand(len(ids), -1),
+            sampled.ids_BS,
+            sampled.completion_mask_BS,
             law=config.law,
             samples=config.samples,
             seed=seed,
-            sequence_ids=sequence_ids,
-            mask_id=codec.mask_id,
+            sequence_ids=sampled.sequence_ids_B,
+            mask_id=setup.facts.mask_id,
+            shift=setup.facts.shift,
+            attention_mask_BS=sampled.attention_mask_BS,
             iteration=iteration,
             **config.law_options(),
-        )
+        ).cut(sequences=here)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
-    arguments = plans, lambda: plan_of(len(plans)), rewards, group_ids, scores
-    batches = make_batches(config, objective, found, *arguments)
+    options = setup.scoring_options(kept.attention_mask_BS, suppress=trajectory is not None)
+    scores = Scores(setup, options)
+    make = Batches(config, objective, scores, ranks, rewards, group_ids, found, here, mine, kept)
+    batches = make(entries, plans, lambda: plan_of(len(plans)))
     passes = scores.passes
     lr = learning_rate(config, update, config.updates)
+    figures: dict[str, float] = {}
     for plan, batch in zip(plans, batches, strict=True):
-        report = accumulate(model, plan, objective, batch, denominator=found.denominator)
+        denominator = found.denominator
+        if denominator is None:  # steps: what the plans of all ranks hold
+            denominator = max(1.0, ranks.total(float((plan.counts > 0).sum())))
+        report = accumulate(setup.model, plan, objective, batch, denominator=denominator, group=ranks.group, **options)
         passes += report.passes
-        norm = guarded_step(model, optimizer, report.loss, config, lr)
+        loss = ranks.total(float(report.loss)) if ranks.group is not None else float(report.loss)
+        norm = guarded_step(setup.model, optimizer, loss, config, lr, ranks)
+        figures |= make.figures(report, batch)
+    figures |= {"loss": loss, "grad_norm": norm, "lr": lr}
+    scored = len(kept.ids_BS) * kept.ids_BS.shape[1] * len(plans[0].sample_K) * passes
+    return {**figures, "tokens_scored": ranks.total(scored)}
+
+
+def _rollout_figures(
+    setup: Setup, sampled: Rollout, rewards: Tensor, examples: Sequence[Example], texts: Sequence[str], index: Tensor
+) -> dict[str, float]:
+    """What a look at the rollouts of all ranks tells."""
+    ranks, task, eos = setup.ranks, setup.task, setup.facts.eos_id
+    everyone, _ = ranks.gather(rewards)
+    columns: dict[str, Sequence[float]] = {"correct": task.correct(examples, texts)}
+    columns |= {name: metric(examples, texts) for name, metric in task.metrics.items()}
+    columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1).tolist()
+    ended_BL = (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
+    columns["completion_length"] = (~ended_BL).sum(-1).tolist()
+    spread = everyone.view(-1, setup.config.rl.group).std(-1, correction=0)
     figures = {
-        "loss": report.loss.item(),
-        "elbo": report.sample_elbo_BK.nanmean().item(),  # NaN where a sample was dropped, unscored
-        "grad_norm": norm,
-        "lr": lr,
-        "tokens_scored": ids.numel() * config.samples * passes,
+        "reward": everyone.mean().item(),
+        "reward_std": everyone.std(correction=0).item(),
+        "groups_without_signal": int((spread == 0).sum()),
+        "tokens": ranks.total(sampled.ids_BS.shape[1] * float(sampled.steps_B.sum())),
     }
-    if config.algorithm == "dmpo":
-        figures["ess"] = effective_sample_size(batches[0].per_sequence["weights"], group_ids).mean().item()
+    for name, values in columns.items():
+        figures[name] = ranks.gather(torch.tensor(values, dtype=torch.float32))[0].mean().item()
     return figures
 
 
-def _guard_rollouts(sampled: Rollout, rewards: Tensor, group: int, *, vocabulary: int) -> None:
-    completion = sampled.completion_BL
+def _guard_failures(sampled: Rollout, examples: Sequence[Example]) -> None:
+    if bool(sampled.failed_B.any()):
+        first = examples[int(sampled.failed_B.nonzero()[0])]
+        raise GuardError(
+            f"{int(sampled.failed_B.sum())} rollout(s) met hidden states that are not finite, the first of example {first.id}; "
+            "a lower learning rate or float32 weights usually help"
+        )
+
+
+def _guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
+    completion, vocabulary = sampled.completion_BL, int(setup.model.config.get_text_config().vocab_size)
     if not bool(torch.isfinite(rewards).all()):
         raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
     if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
         raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
-    if bool((completion == completion[:, :1]).all()):
+
+
+def _guard_groups(figures: dict[str, float], completion: Tensor, logp: Tensor, group: int) -> None:
+    if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
         raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
     groups = completion.view(-1, group, completion.shape[1])
     # A policy that is sure of itself repeats itself; noise that is broken repeats what is improbable to be drawn twice.
-    repeats_logp = float(sampled.commit_logp_BL.sum(-1).view(-1, group)[:, 1:].sum())
+    repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
     if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
         raise GuardError(
             f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "

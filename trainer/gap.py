@@ -1,0 +1,38 @@
+"""The on-policy gap: how far scoring is from what the rollout saw, where both are the same policy.
+
+A cache, another batch shape, dropout or another dtype make it; a ratio that is not 1 on-policy is a bug.
+"""
+
+from __future__ import annotations
+
+
+from dllm_kernels import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
+from dllm_kernels.accumulation import score_samples
+from trainer.errors import GuardError
+from trainer.setup import Setup
+
+STEPS = 1  # of each rollout that are scored again: one forward
+
+
+def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
+    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in nats.
+
+    The step is drawn at random. Raises GuardError above `rl.gap_bound`.
+    """
+    entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
+    steps_BJ = select_steps(entropy_TB, STEPS, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
+    plan = trajectory_rows(sampled, steps_BJ)
+    options = setup.scoring_options(sampled.attention_mask_BS, suppress=True)
+    scored_BK = score_samples(setup.model, plan, **options)
+    tokens_BK = plan.counts.t().clamp(min=1)
+    gap = ((scored_BK - trajectory_logp(sampled, plan)) / tokens_BK).abs().max()
+    worst = max(setup.ranks.tell(float(gap)))
+    bound = setup.config.rl.gap_bound
+    if not worst <= bound:
+        raise GuardError(
+            f"scoring differs from the rollout by {worst:.3g} nats a token, though both are the same policy (bound "
+            f"rl.gap_bound={bound:g}); a cache, dropout, or 16-bit weights make such gaps"
+        )
+    return worst
+
+

@@ -1,0 +1,75 @@
+"""What every phase of a run works with: model, task, texts and ids, ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.config import RunConfig
+from trainer.distributed import Ranks
+from trainer.facts import Facts
+from trainer.models import Loaded
+from trainer.tasks import Task
+from trainer.texts import Codec
+
+
+@dataclass
+class Setup:
+    config: RunConfig
+    loaded: Loaded
+    task: Task
+    codec: Codec
+    ranks: Ranks
+    trained: nn.Module  # the model, or the adapters around it
+    reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.trained  # type: ignore[return-value]
+
+    @property
+    def facts(self) -> Facts:
+        return self.loaded.facts
+
+    @property
+    def length(self) -> int:
+        """L, tokens of a completion."""
+        return self.codec.length
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a rollout, where they are known beforehand; else one a token."""
+        rollout, sampler = self.config.rollout, self.config.rollout.resolved()
+        if rollout.steps is None:
+            return self.length
+        blocks = -(-self.length // (rollout.block_length or self.length)) if sampler.blocks == "sequence" else 1
+        return min(self.length, rollout.steps * blocks)
+
+    def generate_options(self, **changes: Any) -> dict[str, Any]:
+        """Keywords of `generate`, the model and the noise apart."""
+        rollout = self.config.rollout.model_copy(update=changes)
+        return {
+            **rollout.generate_options(self.length, self.facts.eos_id),
+            "mask_id": self.facts.mask_id,
+            "shift": self.facts.shift,
+            "suppress": self.loaded.suppressed,
+        }
+
+    def scoring_options(self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool) -> dict[str, Any]:
+        """Keywords of `accumulate` and `score_samples`. `as_rolled_out`: without the mask id, as the rollout draws."""
+        suppressed = self.loaded.suppressed
+        return {
+            "suppress": (*suppressed, self.facts.mask_id) if as_rolled_out else suppressed,
+            "model_kwargs": self.loaded.call_kwargs(attention_mask_BS) or None,
+            "sequences_per_pass": micro_batch,
+        }
+
+
+def autocast(config: RunConfig, ranks: Ranks) -> torch.autocast:
+    """bf16 products over fp32 weights, where one process trains; FSDP casts parameters itself."""
+    wanted = config.parallel.dtype == "bfloat16" and ranks.group is None
+    return torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
