@@ -120,12 +120,16 @@ def generate(
     draw = {"temperature": temperature, "suppress": (*suppress, mask_id) if suppress_mask else tuple(suppress)}
     parts = []
     with headless(model) as body:
-        if not 0 <= mask_id < len(body.weight):
-            raise ValueError(f"mask_id must be in 0..{len(body.weight) - 1}, got {mask_id}")
+        if not 0 <= mask_id < len(body.parameter):
+            raise ValueError(f"mask_id must be in 0..{len(body.parameter) - 1}, got {mask_id}")
+        calls = -(-B // micro_batch)
+        idle = 0 if body.shards is None else body.shards.most(calls) - calls  # ranks that share the model call it equally often
         for b in range(0, B, micro_batch):
             span = slice(b, b + micro_batch)
             attention = None if attention_mask is None else attention_mask[span]
             parts.append(_denoise(body, prompt_ids[span], sequence_ids[span], attention, schedule, mask_id, seed, shift, draw))
+        for _ in range(idle * steps):
+            body.idle(P + length, {})
     ids, step, logp, entropy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     settings = {
         "sampler": "llada",
