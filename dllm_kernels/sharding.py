@@ -94,7 +94,7 @@ class WholeHead:
         self.parameters = {"weight": weight, "bias": bias}
         self._whole: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
         """The parameter, gathered anew where it was updated since or is wanted in another dtype: a collective.
@@ -104,7 +104,7 @@ class WholeHead:
         parameter = self.parameters[name]
         if parameter is None or not is_sharded(parameter):
             return parameter
-        version = _local(parameter)._version
+        version = parameter._version, _local(parameter)._version  # of updates as a whole, and of the part alone
         known = self._whole.get(name)
         if known is not None and self._versions[name] == version and dtype in (None, known.dtype):
             return known

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
 
     @property
@@ -203,7 +203,7 @@ def _shard_head(model: nn.Module, mesh: Any) -> set[nn.Parameter]:
     if head is None:
         return set()
     elsewhere = {id(p) for module in model.modules() if module is not head for p in module.parameters(recurse=False)}
-    own = {name: p for name, p in head.named_parameters(recurse=False)}
+    own = dict(head.named_parameters(recurse=False))
     if any(id(p) in elsewhere for p in own.values()):
         return set()
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
