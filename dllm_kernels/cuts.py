@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,29 @@ class Cuts:
             self.samples_per_pass,
             self.sequences_per_pass,
         )
+
+
+def in_step(cuts: Cuts, body: Body, runs: Callable[[Cut], bool], *, backward: bool = False, last: bool = False) -> Iterator[Cut]:
+    """The cuts, for a loop that calls the model once (and backward once) for each of which `runs` is true.
+
+    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who has less to do
+    idles along at the end. last: gradients that were kept whole so far are reduced by the last of these backwards.
+    """
+    shards = body.shards
+    if shards is None:
+        yield from cuts
+        return
+    running = {cut.key for cut in cuts if runs(cut)}
+    left = shards.most(len(running))
+    idle = left - len(running)
+    for cut in cuts:
+        if cut.key in running:
+            left -= 1
+            shards.before_call(backward=backward, reduce=last and left == 0)
+        yield cut
+    for left in reversed(range(idle)):
+        shards.before_call(backward=backward, reduce=last and left == 0)
+        body.idle(cuts.plan.shape[2], cuts.model_kwargs, backward=backward)
 
 
 def make_cuts(

@@ -35,6 +35,7 @@ class Decoding:
     eos_id: int | None
     deterministic: bool
     greedy: bool
+    uneven: bool  # ranks that share the model have different numbers of micro-batches
 
 
 class Denoiser:
@@ -68,14 +69,17 @@ class Denoiser:
             self._chance_BL = noise.row_bits(d.seed, Stream.REMASK, sequence_ids_B[:, None], zero, place_L)
         origin_B1 = prompt_lengths_B[:, None] % d.block_length if d.sampler.blocks == "sequence" else zero
         self._block_BL = ((origin_B1 + place_L) // d.block_length).expand(B, L)
+        # a static schedule without early stop keeps ranks in step by itself, but where one has no sequences
+        self._may_idle = not d.sampler.static or d.eos_id is not None or d.uneven
         self._late = torch.tensor(d.commit_last, device=device)
 
     def run(self, on_step: OnStep | None = None) -> None:
+        """Every rank that shares the model goes through the same steps, idly where it has nothing to do in one."""
         if self.decoding.sampler.static:
             self._run_static(on_step)
         else:
             self._run_dynamic(on_step)
-        taken = self.masked_entropy_BT.shape[1] if self.decoding.sampler.static else int(self.steps_B.max())
+        taken = self.masked_entropy_BT.shape[1] if self.decoding.sampler.static else max(self.steps_B.tolist(), default=0)
         self.masked_entropy_BT = self.masked_entropy_BT[:, :taken]
         if self.greedy_BTL is not None:
             self.greedy_BTL = self.greedy_BTL[:, :taken]
@@ -88,8 +92,12 @@ class Denoiser:
         for step in self._schedule:
             if step.block != block:
                 who_A, block = self._after_block(block), step.block
-                if len(who_A) == 0:
+            if len(who_A) == 0:
+                if self._most(0) == 0:
                     return
+                self._idle()
+                continue
+            self._most(len(who_A))
             place_AR = self._first_places(self.masked_BL[who_A] & (self._block_BL[who_A] == block), step.remaining)
             all_places_AM = self._first_places(self.masked_BL[who_A], left) if self.decoding.greedy else None
             self._step(who_A, place_AR, None, step.number, step.commit, all_places_AM)
@@ -105,7 +113,8 @@ class Denoiser:
         assert d.steps is not None or d.sampler.least == "one"
         shares = transfer_shares(d.steps, d.sampler.options["eps"]).tolist() if by_chance and d.steps else []
         per_step = commits_per_step(d.block_length, d.steps) if d.steps and not by_chance else []
-        for block in range(int(self._block_BL.max()) + 1):
+        first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0  # at most so much of a prompt lies in the first block
+        for block in range(-(-(first + d.length) // d.block_length)):
             if isinstance(self.canvas, Cached):
                 self.canvas.enter(block)
             for inner in range(len(shares) or d.block_length):
@@ -114,7 +123,8 @@ class Denoiser:
                 if by_chance:
                     live_BL &= self._chosen(number, shares[inner])
                 counts = live_BL.sum(-1).tolist()
-                if max(counts) > 0:
+                if max(counts, default=0) > 0:
+                    self._most(1)
                     who_A = torch.tensor([b for b, count in enumerate(counts) if count], device=live_BL.device)
                     place_AR = self._first_places(live_BL[who_A], max(counts))
                     valid_AR = live_BL[who_A].gather(1, place_AR)
@@ -122,10 +132,19 @@ class Denoiser:
                     self._step(who_A, place_AR, valid_AR, number, least, self._every_place(who_A))
                     if on_step is not None:
                         on_step(number, self.completion_BL)
+                elif self._most(0) > 0:
+                    self._idle()
                 elif not by_chance:
                     break
-            if len(self._after_block(block)) == 0:
-                break
+            self._after_block(block)
+
+    def _most(self, count: int) -> int:
+        """The largest count of all ranks that share the model; this rank's where nobody does."""
+        shards = self.canvas.body.shards
+        return count if shards is None or not self._may_idle else shards.most(count)
+
+    def _idle(self) -> None:
+        self.canvas.body.idle(self.canvas.ids.shape[-1], {})
 
     def _first_places(self, live_AL: Tensor, count: int) -> Tensor:
         return live_AL.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]

@@ -37,11 +37,11 @@ class Meter:
     """Counts as the engine runs. `running` times it, and measures what was asked for."""
 
     def __init__(self, body: Body) -> None:
-        self._head = body.weight
+        self._head = body.parameter
         self._others = 0
-        self.device = body.weight.device
+        self.device = body.parameter.device
         embeddings = {id(module.weight) for module in body.model.modules() if isinstance(module, torch.nn.Embedding)}
-        left_out = {id(body.weight), *embeddings}  # looked up, or counted by rows
+        left_out = {id(body.parameter), *embeddings}  # looked up, or counted by rows
         self._parameters = sum(p.numel() for p in body.model.parameters() if id(p) not in left_out)
         self.forwards = self.backwards = self.rows = self.flops = 0
         self.seconds = 0.0

@@ -133,6 +133,11 @@ def generate(
 
     with headless(model) as body:
         _check_model(body, prompts.ids_BP.shape[1] + length, mask_id, guidance, eos_id=eos_id, cache=cache)
+        rounds = -(-B // micro_batch)
+        idle, uneven = 0, False
+        if body.shards is not None:  # ranks that share the model call it equally often
+            idle = body.shards.most(rounds) - rounds
+            uneven = bool(body.shards.most(idle))
         decoding = Decoding(
             sampler=resolved,
             length=length,
@@ -148,11 +153,12 @@ def generate(
             eos_id=eos_id,
             deterministic=deterministic,
             greedy=greedy,
+            uneven=uneven,
         )
         parts = []
-        for b in range(0, B, micro_batch):
-            span = torch.arange(b, min(b + micro_batch, B), device=sequence_ids.device)
-            if deterministic and len(span) < micro_batch:  # to the same shape, by sequences that are thrown away
+        for b in range(0, (rounds + idle) * micro_batch, micro_batch):
+            span = torch.arange(min(b, B), min(b + micro_batch, B), device=sequence_ids.device)
+            if deterministic and 0 < len(span) < micro_batch:  # to the same shape, by sequences that are thrown away
                 span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
             part = prompts.part(span)
             canvas: Padded | Packed | Cached
@@ -239,8 +245,8 @@ def _check_sequence_ids(sequence_ids: Tensor | None, ids_BP: Tensor, *, drawn: b
 
 def _check_model(body: Body, columns: int, mask_id: int, guidance: float, *, eos_id: int | None, cache: bool) -> None:
     for name, token in (("mask_id", mask_id), ("eos_id", eos_id)):
-        if token is not None and not 0 <= token < len(body.weight):
-            raise ValueError(f"{name} must be in 0..{len(body.weight) - 1}, got {token}")
+        if token is not None and not 0 <= token < len(body.parameter):
+            raise ValueError(f"{name} must be in 0..{len(body.parameter) - 1}, got {token}")
     config: Any = getattr(body.model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

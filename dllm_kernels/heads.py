@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dllm_kernels import checks
+from dllm_kernels.sharding import Shards, WholeHead, find_shards
 
 
 class _Tap:
@@ -19,13 +21,22 @@ class _Tap:
     Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Shards | None, head: WholeHead) -> None:
         self.hidden: Tensor | None = None
+        self.column: Any = None
         self.active = True
+        self.shards, self.head = shards, head
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
         return hidden[..., :1].clone()  # not a view: OLMo-style code, LLaDA's too, may scale its logits in place
+
+    def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """A forward hook of FSDP's root: the hidden states are its output, by whose gradient FSDP knows that backward begins."""
+        if self.hidden is None:
+            return None
+        self.column = getattr(output, "logits", None)
+        return self.hidden, self.column
 
 
 class _LinearTap(TorchFunctionMode):
@@ -51,12 +62,13 @@ class Body:
     def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
         self.model = model
         self.head = head
+        self.parameter: Tensor = tap.head.parameters["weight"]  # type: ignore[assignment]  # a DTensor where it is sharded
         self._tap = tap
         embed = getattr(model, "get_input_embeddings", None)
         embedding = embed() if callable(embed) else None
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
-        self._vocabulary = int(getattr(embedding, "num_embeddings", self.weight.shape[0]))
+        self._vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
         config: Any = getattr(model, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
@@ -65,14 +77,24 @@ class Body:
         self.temperature = float(getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0))
 
     @property
+    def shards(self) -> Shards | None:
+        """None for a model of plain tensors."""
+        return self._tap.shards
+
+    @property
     def weight(self) -> Tensor:
-        """`[V, H]`, the parameter itself."""
-        return self.head.weight  # type: ignore[return-value]
+        """`[V, H]`, the parameter itself; of a sharded one a whole copy, in the dtype of the hidden states last computed.
+
+        What it gets of gradients goes to the sharded parameter, summed over ranks, when the outermost `headless` ends.
+        """
+        weight = self._tap.head.get("weight")
+        assert weight is not None
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """`[V]` or None."""
-        return getattr(self.head, "bias", None)
+        """`[V]` or None; treated as the weight."""
+        return self._tap.head.get("bias")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,18 +117,32 @@ class Body:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
-        self._tap.hidden = None
-        with _LinearTap(self.weight, self._tap) if isinstance(self.head, nn.Embedding) else nullcontext():
+        self._tap.hidden = self._tap.column = None
+        own_embedding = isinstance(self.head, nn.Embedding)
+        with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
+            if self.shards is not None:  # of views that are changed in place after the forward: these are not
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             output = self.model(input_ids=flat, **kwargs)
         hidden, self._tap.hidden = self._tap.hidden, None
+        column, self._tap.column = self._tap.column, None
         if hidden is None:
             raise ValueError(
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
-        self._check_logits(hidden, getattr(output, "logits", None))
+        self._check_logits(hidden, getattr(output, "logits", None) if column is None else column)
         if torch.is_autocast_enabled(hidden.device.type):  # where the head's own product would cast its operands to one dtype
-            hidden = hidden.to(self.weight.dtype)
+            hidden = hidden.to(self.parameter.dtype)
+        self._tap.head.get("weight", hidden.dtype)  # here, where all ranks that share a model come by
         return hidden.view(*input_ids.shape, hidden.shape[-1])
+
+    def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
+        """One call for the sake of the ranks that share the model and have more to do; it adds exactly 0 to every gradient."""
+        device = self.parameter.device
+        ones = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in model_kwargs.items()}
+        with torch.set_grad_enabled(backward):
+            hidden = self(torch.zeros(1, length, dtype=torch.int64, device=device), **ones)
+            if hidden.requires_grad:
+                hidden.backward(torch.zeros_like(hidden))
 
     def _check_logits(self, hidden: Tensor, column: Tensor | None) -> None:
         """What the model made of the one column that the tap returned must be what `options` say."""
@@ -151,15 +187,28 @@ def headless(model: nn.Module) -> Iterator[Body]:
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
             + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
         )
+    previous = head.__dict__.get("forward")  # accelerate and others patch instances too
+    outer = previous if isinstance(previous, _Tap) else None
+    if outer is not None:
+        tap = _Tap(outer.shards, outer.head)
+    else:
+        shards = find_shards(model)
+        tap = _Tap(shards, WholeHead(head.weight, getattr(head, "bias", None)))
+        tap.head.get("bias")
     checks.shape("model's output embedding weight", head.weight, [None, None])
-    tap = _Tap()
     if isinstance(head, nn.Embedding):  # its forward is the input's lookup, and must stay
+        if tap.shards is not None:
+            raise ValueError(
+                f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
+            )
         try:
             yield Body(model, head, tap)
         finally:
             tap.active = False
         return
-    previous = head.__dict__.get("forward")  # accelerate and others patch instances too
+    hooks = [
+        module.register_forward_hook(tap.hand_out, prepend=True) for module in (tap.shards.modules[:1] if tap.shards else ())
+    ]
     head.forward = tap
     try:
         yield Body(model, head, tap)
@@ -168,7 +217,13 @@ def headless(model: nn.Module) -> Iterator[Body]:
             del head.forward
         else:
             head.forward = previous
+        for hook in hooks:
+            hook.remove()
         tap.active = False
+        if tap.shards is not None:
+            tap.shards.reshard()
+    if outer is None and tap.shards is not None:  # not after an error, at which the other ranks may be elsewhere
+        tap.head.reduce(tap.shards)
 
 
 def dropout_names(model: nn.Module) -> list[str]:

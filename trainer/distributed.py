@@ -1,0 +1,220 @@
+"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by FSDP2.
+
+Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything. Rollouts, masks and
+noise are functions of sequence ids, so what a rank computes for a sequence does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dllm_kernels.objectives import group_advantages
+from dllm_kernels.sharding import find_shards, is_sharded
+from trainer.errors import UserError, first_line
+
+
+class OtherRankError(UserError, RuntimeError):
+    """Another rank failed, and told so."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. `group` is None where it is alone, without torch.distributed."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the logs and files that are written once."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks, equal but for one.
+
+        The first ranks have more; with fewer things than ranks, the last have none.
+        """
+        least, more = divmod(count, self.size)
+        start = self.rank * least + min(self.rank, more)
+        return slice(start, start + least + (self.rank < more))
+
+    def gather(self, values: Tensor) -> tuple[Tensor, slice]:
+        """`[n, ...]` of all ranks in their order, n may differ; and where this rank's are. For small tensors."""
+        if self.group is None:
+            return values, slice(0, len(values))
+        parts = self.tell(values.detach().cpu())
+        start = sum(len(part) for part in parts[: self.rank])
+        return torch.cat(parts).to(values.device), slice(start, start + len(values))
+
+    def tell(self, value: Any) -> list[Any]:
+        """What each rank tells the others, in their order; small and picklable."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def total(self, value: float) -> float:
+        """Sum over the ranks, added in their order; the same on all."""
+        return float(sum(self.tell(float(value))))
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No collectives inside.
+
+        The rank that failed raises its own error, the others an `OtherRankError` with its sentence.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        told = self.tell(None if error is None else str(error) if isinstance(error, UserError) else first_line(error))
+        if error is not None:
+            raise error
+        for rank, sentence in enumerate(told):
+            if sentence is not None:
+                raise OtherRankError(f"rank {rank}: {sentence}")
+
+
+def start() -> Ranks:
+    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun did not start it."""
+    gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Ranks(device=torch.device("cuda" if gpu else "cpu"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+
+@contextmanager
+def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
+    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others never reach.
+
+    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a traceback.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if ranks.group is None:
+            raise
+        code = 2 if isinstance(error, UserError) else error.code if isinstance(error, SystemExit) else 1
+        if isinstance(error, UserError):
+            if ranks.is_first or not isinstance(error, OtherRankError):
+                print(f"dllm-train: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    if ranks.group is not None:
+        dist.destroy_process_group()
+
+
+def advantages(rewards: Tensor, group_ids: Tensor, *, kind: str, ranks: Ranks) -> Tensor:
+    """Advantages `[B]` of this rank's rollouts within their groups, whose other members may be on other ranks.
+
+    Bit for bit those of `group_advantages` on the whole batch.
+    """
+    everyone, mine = ranks.gather(rewards)
+    ids, _ = ranks.gather(group_ids)
+    return group_advantages(everyone, ids, kind=kind)[mine]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer's layers: the children of every ModuleList that lies in no other. Raises UserError where there is none."""
+    inside: set[nn.Module] = set()
+    found: list[nn.Module] = []
+    for module in model.modules():  # parents first
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside.update(module.modules())
+            found += [child for child in module if any(True for _ in child.parameters())]
+    if not found:
+        raise UserError(f"model: {type(model).__name__} has no list of layers to shard one by one")
+    return found
+
+
+def shard(
+    model: nn.Module,
+    ranks: Ranks,
+    *,
+    replicas: int = 1,
+    dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it only moves the model.
+
+    Args:
+        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to `dllm_kernels.headless`: it is
+            gathered once per optimizer step, and the model's own logits are not to be had any more.
+        replicas: HSDP; how many copies of the model there are, each over `ranks.size / replicas` ranks.
+        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and gradients are reduced
+            in fp32. None: the parameters' own.
+        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one more gather.
+    """
+    model.to(ranks.device)
+    if ranks.group is None:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not 1 <= replicas <= ranks.size or ranks.size % replicas:
+        raise UserError(f"replicas must divide the {ranks.size} ranks, got {replicas}")
+    sizes = {"shard": ranks.size} if replicas == 1 else {"replicate": replicas, "shard": ranks.size // replicas}
+    mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    if "ignored_params" in inspect.signature(fully_shard).parameters:  # torch 2.7; before, the root gathers it in every forward
+        options["ignored_params"] = _shard_head(model, mesh)
+    fully_shard(model, **options)
+    shards = find_shards(model)
+    assert shards is not None
+    shards.sum_gradients()
+    return model
+
+
+def _shard_head(model: nn.Module, mesh: Any) -> set[nn.Parameter]:
+    """The parameters of an untied output embedding, sharded as FSDP's are, but not its own."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return set()
+    elsewhere = {id(p) for module in model.modules() if module is not head for p in module.parameters(recurse=False)}
+    own = dict(head.named_parameters(recurse=False))
+    if any(id(p) in elsewhere for p in own.values()):
+        return set()
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    for name, whole in own.items():
+        part = nn.Parameter(distribute_tensor(whole.detach(), mesh, placements), requires_grad=whole.requires_grad)
+        setattr(head, name, part)
+    return set(head.parameters(recurse=False))
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Clips to the norm over all shards; returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)  # type: ignore[attr-defined, operator]
