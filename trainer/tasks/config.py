@@ -1,0 +1,108 @@
+"""The config sections of the tasks, told apart by `kind`; Sudoku where none is given."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from trainer.sections import Count, Positive, Section, Share, Text
+
+Rows = Annotated[int, Field(ge=1)] | None  # None: all of them
+
+
+class SudokuConfig(Section):
+    kind: Literal["sudoku"] = "sudoku"
+    style: Literal["characters", "words"] = "characters"  # a model from scratch reads digits, a chat model a sentence
+    clues_min: Annotated[int, Field(ge=4, le=15)] = 6
+    clues_max: Annotated[int, Field(ge=4, le=15)] = 9
+    held_out_grids: Annotated[int, Field(ge=1, le=287)] = 32
+    train_puzzles: Positive = 40000
+    test_puzzles: Annotated[int, Field(ge=2)] = 512
+    careless_share: Share = 0.55
+    careless_forget: Literal["boxes", "columns", "columns_and_boxes"] = "columns"
+    careless_pick: Literal["first", "random"] = "first"
+    train_file: Text | None = None  # CSV with columns Puzzle and Solution in place of drawn puzzles; careless_share applies
+    test_file: Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SudokuConfig:
+        if self.clues_min > self.clues_max:
+            raise ValueError(f"clues_min must not exceed clues_max={self.clues_max}, got {self.clues_min}")
+        return self
+
+
+class CountdownConfig(Section):
+    kind: Literal["countdown"] = "countdown"
+    style: Literal["characters", "words"] = "characters"
+    numbers: Annotated[list[Annotated[int, Field(ge=2, le=6)]], Field(min_length=1)] = [3]  # how many, one of these
+    number_max: Annotated[int, Field(ge=2, le=1000)] = 9
+    target_max: Annotated[int, Field(ge=2, le=10000)] = 30
+    operations: Annotated[str, Field(pattern=r"^[-+*/]{1,4}$")] = "+-*/"
+    train_problems: Positive = 4000
+    test_problems: Annotated[int, Field(ge=2)] = 256
+    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of all problems; the tests are drawn from them
+    careless_share: Share = 0.5  # share of demonstrations by somebody who leaves out parentheses
+    test_file: Text | None = None  # JSONL in d1's format, {"input": "30,100,93", "output": "23"}, as a further test set
+
+
+class Gsm8kConfig(Section):
+    kind: Literal["gsm8k"] = "gsm8k"
+    train: Text = "hub:openai/gsm8k:main:train"  # or a path: .jsonl, .parquet
+    test: Text = "hub:openai/gsm8k:main:test"
+    train_rows: Rows = None
+    test_rows: Rows = None
+    completion_length: Positive = 256
+
+
+class MathConfig(Section):
+    kind: Literal["math"] = "math"
+    train: Text = "hub:ankner/math-500:train"
+    test: Text = "hub:ankner/math-500:test"
+    train_rows: Rows = None
+    test_rows: Rows = None
+    completion_length: Positive = 256
+
+
+class FileConfig(Section):
+    kind: Literal["file"] = "file"
+    train: Text
+    tests: dict[str, Text] = {}  # name of the test set -> path
+    prompt_column: Text = "prompt"
+    answer_column: Text | None = "answer"  # None: no demonstrations, for RL alone
+    id_column: Text | None = None  # None: the row's number
+    train_rows: Rows = None
+    test_rows: Rows = None
+    correct: Text = "exact_match"  # or "module:function": what evaluation counts
+    timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that `module:function` may take for one batch
+    system: str = ""  # instructions before every prompt
+    completion_length: Positive = 256
+
+
+class PairsConfig(Section):
+    kind: Literal["pairs"] = "pairs"
+    train: Text
+    tests: dict[str, Text] = {}
+    prompt_column: Text = "prompt"
+    chosen_column: Text = "chosen"
+    rejected_column: Text = "rejected"
+    id_column: Text | None = None
+    train_rows: Rows = None
+    test_rows: Rows = None
+    system: str = ""
+    completion_length: Positive = 256
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind", "sudoku") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+AnyTaskConfig = Annotated[
+    Annotated[SudokuConfig, Tag("sudoku")]
+    | Annotated[CountdownConfig, Tag("countdown")]
+    | Annotated[Gsm8kConfig, Tag("gsm8k")]
+    | Annotated[MathConfig, Tag("math")]
+    | Annotated[FileConfig, Tag("file")]
+    | Annotated[PairsConfig, Tag("pairs")],
+    Discriminator(_kind),
+]

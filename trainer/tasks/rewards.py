@@ -1,0 +1,139 @@
+"""Rewards as the trainer calls them: checked for what they return, and, where a user wrote them, in a process of their own.
+
+A reward that hangs, in Python or in C, is stopped by ending its process, so nothing is left running.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from trainer.errors import UserError, first_line
+from trainer.tasks import Example, Reward
+
+_IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
+
+
+def exact_match(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+    """1.0 where the completion is the example's `answer`, apart from white space around it."""
+    return [float(text.strip() == str(e.facts["answer"]).strip()) for e, text in zip(examples, completions, strict=True)]
+
+
+def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Reward:
+    """The reward of a task by its name, or `module:function`; either way checked at every call."""
+    if name in rewards:
+        return checked(rewards[name], name)
+    if ":" in name:
+        return load_reward(name, timeout=timeout)
+    known = ", ".join(rewards) or "none"
+    raise UserError(f"reward {name} is unknown: this task has {known}; one of your own is written module:function")
+
+
+def checked(reward: Reward, name: str) -> Reward:
+    """The same reward, which must return one finite number per completion. Raises UserError with the completion's id."""
+
+    def call(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        try:
+            values = reward(examples, completions)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {name} raised {first_line(error)}{_place(error)}") from error
+        return _numbers(values, name, examples)
+
+    return call
+
+
+def load_reward(spec: str, *, timeout: float) -> Reward:
+    """`module:function`, called as `function(examples, completions)` in a process of its own, checked.
+
+    A call that takes more than `timeout` seconds ends the process; the next call would start another. What the function
+    prints goes to stderr. Raises UserError for what cannot be found, or is no function.
+    """
+    module, _, function = spec.partition(":")
+    if not module or not function or ":" in function:
+        raise UserError(f"a reward is written module:function, got {spec!r}")
+    return checked(_Process(spec, timeout), spec)
+
+
+class _Process:
+    """A process that imports the function once and answers calls; it ends with this object, or with this process."""
+
+    def __init__(self, spec: str, timeout: float):
+        self._spec, self._timeout = spec, timeout
+        self._start()
+
+    def __call__(self, examples: Sequence[Example], completions: Sequence[str]) -> Any:
+        if not self._end.alive:
+            self._start()
+        try:
+            self._connection.send((list(examples), list(completions)))
+        except OSError as error:
+            self._end()
+            raise UserError(f"reward {self._spec}: its process has ended; its last words are above, if any") from error
+        return self._answer(self._timeout, f"scored {len(completions)} completions")
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        command = [sys.executable, "-m", "trainer.tasks.reward_process", self._spec, str(theirs.fileno())]
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, env={**os.environ, "PYTHONPATH": path}
+        )
+        theirs.close()
+        self._connection = ours
+        self._end = weakref.finalize(self, _end, process, ours)
+        self._answer(max(_IMPORT_SECONDS, self._timeout), "been imported")
+
+    def _answer(self, seconds: float, done: str) -> Any:
+        try:
+            if not self._connection.poll(seconds):
+                self._end()
+                raise UserError(f"reward {self._spec} had not {done} after {seconds:g} s; its process was ended")
+            good, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._end()
+            raise UserError(f"reward {self._spec}: its process ended before it had {done}") from error
+        if not good:
+            raise UserError(f"reward {self._spec} {value}")
+        return value
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def _numbers(values: Any, name: str, examples: Sequence[Example]) -> list[float]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+        raise UserError(f"reward {name} must return one number per completion, got {type(values).__name__}")
+    if len(values) != len(examples):
+        raise UserError(f"reward {name} must return one number per completion ({len(examples)}), got {len(values)}")
+    numbers = []
+    for example, value in zip(examples, values, strict=True):
+        try:
+            number = float("nan" if isinstance(value, str) else value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"reward {name} must return finite numbers, got {value!r:.60} for example {example.id}")
+        numbers.append(number)
+    return numbers
+
+
+def _place(error: BaseException) -> str:
+    """` (file, line N)` of where it was raised."""
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})"
