@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 
-TAGS = "Think first, then answer, in this layout:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nthe final answer alone\n</answer>"
+TAGS = """Think first, then answer, in this layout:
+<reasoning>
+your steps
+</reasoning>
+<answer>
+the final answer alone
+</answer>"""
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.sections import Count, Positive, Section, Share, Text
+from trainer.sections import Positive, Section, Share, Text
 
 Rows = Annotated[int, Field(ge=1)] | None  # None: all of them
 
@@ -35,7 +35,7 @@ class SudokuConfig(Section):
 class CountdownConfig(Section):
     kind: Literal["countdown"] = "countdown"
     style: Literal["characters", "words"] = "characters"
-    numbers: Annotated[list[Annotated[int, Field(ge=2, le=6)]], Field(min_length=1)] = [3]  # how many, one of these
+    numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field([3], min_length=1)  # how many, one of these
     number_max: Annotated[int, Field(ge=2, le=1000)] = 9
     target_max: Annotated[int, Field(ge=2, le=10000)] = 30
     operations: Annotated[str, Field(pattern=r"^[-+*/]{1,4}$")] = "+-*/"
@@ -67,7 +67,7 @@ class MathConfig(Section):
 class FileConfig(Section):
     kind: Literal["file"] = "file"
     train: Text
-    tests: dict[str, Text] = {}  # name of the test set -> path
+    tests: dict[str, Text] = Field({})  # name of the test set -> path
     prompt_column: Text = "prompt"
     answer_column: Text | None = "answer"  # None: no demonstrations, for RL alone
     id_column: Text | None = None  # None: the row's number
@@ -82,7 +82,7 @@ class FileConfig(Section):
 class PairsConfig(Section):
     kind: Literal["pairs"] = "pairs"
     train: Text
-    tests: dict[str, Text] = {}
+    tests: dict[str, Text] = Field({})
     prompt_column: Text = "prompt"
     chosen_column: Text = "chosen"
     rejected_column: Text = "rejected"

@@ -1,4 +1,4 @@
-"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) as published, defects included, to compare with its lineage.
+"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) as published, defects included, for comparisons.
 
 Nothing here is a default. Each defect is named where it is; the corrected rewards are those of the tasks.
 """

@@ -9,7 +9,7 @@ import csv
 import importlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 def make(config: FileConfig, *, seed: int) -> Task:
     def examples(source: str, rows: int | None) -> list[Example]:
-        found = []
+        found: list[Example] = []
         for where, row in first_rows(source, rows):
             answer = "" if config.answer_column is None else text_of(row, config.answer_column, where)
             name = id_of(row, config.id_column, where, len(found))
@@ -46,7 +46,7 @@ def make(config: FileConfig, *, seed: int) -> Task:
 
 def first_rows(source: str, rows: int | None) -> list[tuple[str, Row]]:
     """The first `rows` rows of a source (None: all), each with its place; an error if there is none or too few."""
-    found = []
+    found: list[tuple[str, Row]] = []
     for item in read_rows(source):
         if rows is not None and len(found) == rows:
             break
@@ -112,9 +112,7 @@ def _lines(name: str) -> Iterator[tuple[str, str]]:
         try:
             yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 text (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
-            ) from error
+            raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1} is 0x{line[error.start]:02x})") from error
 
 
 def _jsonl(name: str) -> Iterator[tuple[str, Row]]:
@@ -162,9 +160,7 @@ def _hub(name: str) -> Iterator[tuple[str, Row]]:
     try:
         rows = library.load_dataset(*parts[:-1], split=parts[-1])
     except Exception as error:  # no network, no such set: whatever the library raises
-        raise UserError(
-            f"{name}: `datasets` cannot load it ({first_line(error)}); a local file works without a network"
-        ) from error
+        raise UserError(f"{name}: `datasets` cannot load it ({first_line(error)}); a file needs no network") from error
     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
