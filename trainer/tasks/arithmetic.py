@@ -35,7 +35,7 @@ def _allowed(node: ast.AST) -> bool:
         return type(node.op) in _OPERATIONS
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, ast.USub)
-    return isinstance(node, ast.Load | ast.USub | tuple(_OPERATIONS))
+    return isinstance(node, (ast.USub, *_OPERATIONS))
 
 
 def value(tree: ast.expr) -> Fraction | None:

@@ -27,31 +27,36 @@ _SENTENCE = (
 _PARTIAL = 0.1  # d1's credit for an answer that is wrong
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Term:
     """An expression with its value; `text` has the parentheses it needs, `careless` none."""
 
-    value: Fraction
+    top: int  # its value is top / bottom, not reduced: millions are drawn, and a Fraction is slow
+    bottom: int
     text: str
     careless: str
     rank: int  # 2: a number; 1: a product or quotient; 0: a sum or difference
 
+    @property
+    def value(self) -> Fraction:
+        return Fraction(self.top, self.bottom)
+
     @staticmethod
     def number(value: int) -> Term:
-        return Term(Fraction(value), str(value), str(value), 2)
+        return Term(value, 1, str(value), str(value), 2)
 
 
 def combine(left: Term, operation: str, right: Term) -> Term | None:
     """`left operation right`; None where that divides by zero."""
-    if operation == "/" and right.value == 0:
+    if operation == "/" and right.top == 0:
         return None
     rank = 0 if operation in "+-" else 1
     wrap_right = right.rank < rank or (right.rank == rank and operation in "-/")
     a = f"({left.text})" if left.rank < rank else left.text
     b = f"({right.text})" if wrap_right else right.text
-    x, y = left.value, right.value
-    value = {"+": x + y, "-": x - y, "*": x * y}[operation] if operation != "/" else x / y
-    return Term(value, f"{a}{operation}{b}", f"{left.careless}{operation}{right.careless}", rank)
+    x, y, z = left.top * right.bottom, right.top * left.bottom, left.bottom * right.bottom
+    top, bottom = {"+": (x + y, z), "-": (x - y, z), "*": (left.top * right.top, z), "/": (x, y)}[operation]
+    return Term(top, bottom, f"{a}{operation}{b}", f"{left.careless}{operation}{right.careless}", rank)
 
 
 def make(config: CountdownConfig, *, seed: int) -> Task:
@@ -124,8 +129,8 @@ def _candidates(
         count = config.numbers[int(next(source) * len(config.numbers))]
         numbers = tuple(1 + int(next(source) * config.number_max) for _ in range(count))
         term = _build([Term.number(number) for number in numbers], config.operations, source)
-        if term is not None and term.value.denominator == 1 and 1 <= term.value <= config.target_max:
-            yield numbers, int(term.value), term, quality
+        if term is not None and term.top % term.bottom == 0 and 1 <= term.top // term.bottom <= config.target_max:
+            yield numbers, term.top // term.bottom, term, quality
 
 
 def _build(terms: list[Term], operations: str, draws: Iterator[float]) -> Term | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from trainer.errors import first_line
 
 def main(spec: str, descriptor: int) -> None:
     """Answers each (examples, completions) with (True, values) or (False, the rest of a sentence), until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C asks the run to stop, which closes the pipe
     connection = Connection(descriptor)
     good, found = _find(spec)
     connection.send((good, None if good else found))

@@ -1,0 +1,47 @@
+"""Preference pairs for VRPO: a prompt, the completion that was chosen and the one that was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.errors import UserError
+from trainer.tasks import Example, Task
+from trainer.tasks.config import PairsConfig
+from trainer.tasks.files import distinct, first_rows, id_of, text_of
+from trainer.tasks.rewards import exact_match
+
+
+def make(config: PairsConfig, *, seed: int) -> Task:
+    """A task whose examples show the chosen completion; `split` gives both sides."""
+
+    def examples(source: str, rows: int | None) -> list[Example]:
+        found: list[Example] = []
+        for where, row in first_rows(source, rows):
+            prompt, chosen, rejected = (
+                text_of(row, column, where) for column in (config.prompt_column, config.chosen_column, config.rejected_column)
+            )
+            if chosen == rejected:
+                raise UserError(f"{where}: chosen and rejected are the same text, which prefers nothing")
+            facts = {"answer": chosen, "rejected": rejected}
+            found.append(Example(id_of(row, config.id_column, where, len(found)), prompt, chosen, facts))
+        return distinct(found, source)
+
+    return Task(
+        name="pairs",
+        train=examples(config.train, config.train_rows),
+        tests={name: examples(source, config.test_rows) for name, source in config.tests.items()},
+        rewards={"exact_match": exact_match},
+        correct=exact_match,
+        metrics={},
+        completion_length=config.completion_length,
+        system=config.system,
+    )
+
+
+def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """The chosen and the rejected side of pairs, row by row, for the two ELBOs of VRPO.
+
+    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for both, and differ
+    where it adds a member.
+    """
+    return list(examples), [Example(e.id, e.prompt, e.facts["rejected"], e.facts) for e in examples]
