@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.tasks import Example
+from trainer.tasks import Example, Task, countdown, make_task
+from trainer.tasks.config import CountdownConfig
 from trainer.tasks.rewards import checked, choose, exact_match, load_reward
 
 EXAMPLES = [Example("a", "", "", {"answer": "1"}), Example("b", "", "", {"answer": "2"})]
@@ -126,3 +127,17 @@ def test_a_checked_reward_returns_floats_and_says_what_it_raised() -> None:
     assert checked(exact_match, "exact_match")(EXAMPLES, [" 1\n", "x"]) == [1.0, 0.0]
     with pytest.raises(UserError, match=r"reward exact_match raised KeyError: 'answer' \(rewards\.py, line \d+\)"):
         checked(exact_match, "exact_match")([Example("c", "")], ["x"])
+
+
+def test_all_rewards_of_a_task_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(config: object, *, seed: int) -> Task:
+        def nothing(examples: object, completions: object) -> list[float]:
+            return []
+
+        return Task("x", EXAMPLES, {}, {"r": nothing}, nothing, {"m": nothing}, 4)
+
+    monkeypatch.setattr(countdown, "make", make)
+    task = make_task(CountdownConfig(), seed=0)
+    for reward in (choose("r", task.rewards, timeout=1.0), task.correct, task.metrics["m"]):
+        with pytest.raises(UserError, match=r"must return one number per completion \(2\), got 0"):
+            reward(EXAMPLES, ["1", "2"])
