@@ -24,19 +24,19 @@ def key(example: Example) -> tuple[tuple[int, ...], int]:
 @pytest.fixture(scope="module")
 def task() -> Task:
     before = global_random_states()
-    made = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12), seed=1)
+    made = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, operations="+-*/"), seed=1)
     assert global_random_states() == before
     return made
 
 
 def test_every_problem_is_in_range_and_its_witness_solves_it(task: Task) -> None:
     assert task.correct(task.tests["unseen"], [e.answer for e in task.tests["unseen"]]) == [1.0] * 40
-    careful = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, careless_share=0.0), seed=1)
+    careful = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, operations="+-*/", careless_share=0.0), seed=1)
     assert careful.correct(careful.train, [e.answer for e in careful.train]) == [1.0] * 300
     assert {len(e.facts["numbers"]) for e in careful.train} == {3, 4}
     for example in (*careful.train, *careful.tests["unseen"]):
         assert all(1 <= number <= 12 for number in example.facts["numbers"])
-        assert 1 <= example.facts["target"] <= 30
+        assert 1 <= example.facts["target"] <= CountdownConfig().target_max
         assert len(example.answer) <= careful.completion_length
         assert set(example.prompt + example.answer) <= set(careful.alphabet or "")
     # the same problems: carelessness changes demonstrations alone
@@ -44,8 +44,10 @@ def test_every_problem_is_in_range_and_its_witness_solves_it(task: Task) -> None
 
 
 def test_careless_demonstrations_leave_out_parentheses_and_nothing_else(task: Task) -> None:
-    careful = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, careless_share=0.0), seed=1)
-    all_careless = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, careless_share=1.0), seed=1)
+    careful = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, operations="+-*/", careless_share=0.0), seed=1)
+    all_careless = make_task(
+        CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, operations="+-*/", careless_share=1.0), seed=1
+    )
     for right, careless in zip(careful.train, all_careless.train, strict=True):
         assert careless.answer == right.answer.replace("(", "").replace(")", "")
     right = sum(all_careless.correct(all_careless.train, [e.answer for e in all_careless.train]))
@@ -56,13 +58,15 @@ def test_careless_demonstrations_leave_out_parentheses_and_nothing_else(task: Ta
 def test_train_and_tests_share_no_problem_in_any_order_of_its_numbers(task: Task) -> None:
     train, unseen = {key(e) for e in task.train}, {key(e) for e in task.tests["unseen"]}
     assert not train & unseen
-    other = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12), seed=2)
+    other = make_task(CountdownConfig(**SMALL, numbers=[3, 4], number_max=12, operations="+-*/"), seed=2)
     assert not {key(e) for e in other.train} & unseen, "another seed trains on what this one tests"
     assert [e.prompt for e in other.train] != [e.prompt for e in task.train]
 
 
 def test_problems_are_a_function_of_the_seed_and_more_of_them_begin_alike(task: Task) -> None:
-    longer = make_task(CountdownConfig(**SMALL | {"train_problems": 350}, numbers=[3, 4], number_max=12), seed=1)
+    longer = make_task(
+        CountdownConfig(**SMALL | {"train_problems": 350}, numbers=[3, 4], number_max=12, operations="+-*/"), seed=1
+    )
     assert list(longer.train[:300]) == list(task.train)
 
 
