@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
 from trainer.config import OptimizerConfig
-from trainer.errors import GuardError
+from trainer.distributed import Ranks, clip_gradients
+from trainer.errors import ConfigError, GuardError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; its state has the dtype of the weights, fp32 unless `model.dtype` says otherwise."""
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
@@ -29,22 +32,31 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
 
 def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tuple[Tensor, int]:
     """Which of `size` examples step `step` takes, and in which epoch: a new order each epoch, its short rest left out."""
+    if batch > size:
+        key = {"sft": "sft.batch", "rl": "rl.prompts"}.get(name, name)
+        raise ConfigError(f"{key} must be at most the {size} training examples, got {batch}")
     epoch, position = divmod(step, size // batch)
     order = torch.tensor(noise.sequence_id(f"order/{name}", epoch=epoch))
     bits = noise.row_bits(seed, Stream.DATA, order, torch.tensor(0), torch.arange(size))
     return torch.argsort(bits, stable=True)[position * batch : (position + 1) * batch], epoch
 
 
-def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: OptimizerConfig, lr: float) -> float:
+def guarded_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float, ranks: Ranks | None = None
+) -> float:
     """Clip and step; returns the gradient norm before clipping. What is not finite never reaches the weights."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise GuardError(f"the loss became {value}; a smaller learning rate than {lr:.2g} usually helps")
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not math.isfinite(loss):
+        raise GuardError(f"the loss became {loss}; a smaller learning rate than {lr:.2g} usually helps")
+    sharded = ranks is not None and ranks.group is not None
+    norm = clip_gradients(model, config.max_grad_norm) if sharded else _clip(model, config.max_grad_norm)
     if not math.isfinite(norm):
-        raise GuardError(f"the gradient norm became {norm} at loss {value:.4g}; the weights were left as they were")
+        raise GuardError(f"the gradient norm became {norm} at loss {loss:.4g}; the weights were left as they were")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def _clip(model: nn.Module, max_norm: float) -> float:
+    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,9 +50,16 @@ class Task:
 
 
 def make_task(config: AnyTaskConfig, *, seed: int) -> Task:
-    """The task that `config` describes; the same for the same config, seed and files, on every machine.
+    """The task that `config` describes, its rewards checked; the same for the same config, seed and files, on every machine.
 
     Raises UserError naming the key or the file and line that is wrong.
     """
+    from trainer.tasks.rewards import checked  # which imports this module
+
     made: Task = importlib.import_module(MODULES[config.kind]).make(config, seed=seed)
-    return made
+    return replace(
+        made,
+        rewards={name: checked(reward, name) for name, reward in made.rewards.items()},
+        correct=checked(made.correct, "correct"),
+        metrics={name: checked(reward, name) for name, reward in made.metrics.items()},
+    )

@@ -37,9 +37,9 @@ class CountdownConfig(Section):
     style: Literal["characters", "words"] = "characters"
     numbers: list[Annotated[int, Field(ge=2, le=6)]] = Field([3], min_length=1)  # how many, one of these
     number_max: Annotated[int, Field(ge=2, le=1000)] = 9
-    target_max: Annotated[int, Field(ge=2, le=10000)] = 30
-    operations: Annotated[str, Field(pattern=r"^[-+*/]{1,4}$")] = "+-*/"
-    train_problems: Positive = 4000
+    target_max: Annotated[int, Field(ge=2, le=10000)] = 50
+    operations: Annotated[str, Field(pattern=r"^[-+*/]{1,4}$")] = "+-*"
+    train_problems: Positive = 5000
     test_problems: Annotated[int, Field(ge=2)] = 256
     held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of all problems; the tests are drawn from them
     careless_share: Share = 0.5  # share of demonstrations by somebody who leaves out parentheses

@@ -18,8 +18,8 @@ from trainer.tasks import Example, Task, arithmetic, d1_compat
 from trainer.tasks.config import CountdownConfig
 from trainer.tasks.files import first_rows, text_of
 
-_CHUNK = 4096
-_FRUITLESS = 32  # chunks without a new problem, after which there is none
+_CHUNK = 2048
+_FRUITLESS = 16  # chunks without a new problem, after which there is none
 _SENTENCE = (
     "Use each of the numbers {numbers} exactly once, with +, -, *, / and parentheses, to make {target}. "
     "Answer with the expression alone, without an equals sign."
@@ -36,18 +36,21 @@ class Term:
     text: str
     careless: str
     rank: int  # 2: a number; 1: a product or quotient; 0: a sum or difference
+    place: int  # of its first number in the problem
 
     @property
     def value(self) -> Fraction:
         return Fraction(self.top, self.bottom)
 
     @staticmethod
-    def number(value: int) -> Term:
-        return Term(value, 1, str(value), str(value), 2)
+    def number(value: int, place: int) -> Term:
+        return Term(value, 1, str(value), str(value), 2, place)
 
 
 def combine(left: Term, operation: str, right: Term) -> Term | None:
-    """`left operation right`; None where that divides by zero."""
+    """`left operation right`, or `right operation left` where that is the same and comes first; None if it divides by zero."""
+    if operation in "+*" and right.place < left.place:
+        left, right = right, left
     if operation == "/" and right.top == 0:
         return None
     rank = 0 if operation in "+-" else 1
@@ -56,7 +59,9 @@ def combine(left: Term, operation: str, right: Term) -> Term | None:
     b = f"({right.text})" if wrap_right else right.text
     x, y, z = left.top * right.bottom, right.top * left.bottom, left.bottom * right.bottom
     top, bottom = {"+": (x + y, z), "-": (x - y, z), "*": (left.top * right.top, z), "/": (x, y)}[operation]
-    return Term(top, bottom, f"{a}{operation}{b}", f"{left.careless}{operation}{right.careless}", rank)
+    return Term(
+        top, bottom, f"{a}{operation}{b}", f"{left.careless}{operation}{right.careless}", rank, min(left.place, right.place)
+    )
 
 
 def make(config: CountdownConfig, *, seed: int) -> Task:
@@ -128,7 +133,7 @@ def _candidates(
         quality = next(source)
         count = config.numbers[int(next(source) * len(config.numbers))]
         numbers = tuple(1 + int(next(source) * config.number_max) for _ in range(count))
-        term = _build([Term.number(number) for number in numbers], config.operations, source)
+        term = _build([Term.number(number, place) for place, number in enumerate(numbers)], config.operations, source)
         if term is not None and term.top % term.bottom == 0 and 1 <= term.top // term.bottom <= config.target_max:
             yield numbers, term.top // term.bottom, term, quality
 
@@ -172,7 +177,7 @@ def solve(numbers: Sequence[int], target: int, operations: str = "+-*/") -> str 
     def reach(indices: frozenset[int]) -> dict[Fraction, Term]:
         if len(indices) == 1:
             (only,) = indices
-            return {Fraction(numbers[only]): Term.number(numbers[only])}
+            return {Fraction(numbers[only]): Term.number(numbers[only], only)}
         found: dict[Fraction, Term] = {}
         for size in range(1, len(indices)):
             for part in map(frozenset, itertools.combinations(sorted(indices), size)):

@@ -32,11 +32,12 @@ def make(config: SudokuConfig, *, seed: int) -> Task:
     if config.test_file is not None:
         puzzles, solutions = read_csv(config.test_file)
         tests = {"file": Puzzles("file", puzzles, solutions, solutions)}
+    rewards = {name: _reward(rule) for name, rule in sudoku_grids.REWARDS.items()}
     return Task(
         name="sudoku",
         train=examples(train, config.style),
         tests={name: examples(test, config.style) for name, test in tests.items()},
-        rewards={**{name: _reward(rule) for name, rule in sudoku_grids.REWARDS.items()}, "d1": d1_compat.sudoku},
+        rewards=rewards if config.style == "characters" else {**rewards, "d1": d1_compat.sudoku},
         correct=_reward(sudoku_grids.REWARDS["valid"]),
         metrics={
             "reference_cells": _reward(sudoku_grids.reference_cells),
