@@ -6,6 +6,7 @@ returns is saved to OUT as {size: result}.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from dllm_kernels.objectives import (
 )
 from dllm_kernels.sharding import is_sharded
 from tests.plans import plan_of
-from tests.tiny import eurobert
+from tests.tiny import eurobert, relative_error
 from trainer.distributed import Ranks, advantages, clip_gradients, shard
 from trainer.errors import GuardError
 
@@ -53,6 +54,7 @@ def model_of(kind, dtype=F64):
     return model
 
 
+@functools.cache  # forked ranks find what this process made
 def case(coupling, dtype=F64, **options):
     """(objective, plan, batch) of all sequences: scores of an old policy that is a little off."""
     law = {"none": "full", "token": "full", "steps": "trace"}.get(coupling, "exact")
@@ -223,6 +225,12 @@ def half_precision(ranks):
             assert ranks.group is None or hidden.dtype == body.weight.dtype == torch.bfloat16
         found[kind] = full_gradients(model)
         assert all(g.dtype == torch.float32 for g in found[kind].values())
+        if kind == "untied" and ranks.group is not None:
+            model.zero_grad()
+            options = {"samples_per_pass": plan.shape[0], "sequences_per_pass": 1}
+            accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
+            once, often = found[kind]["lm_head.weight"], full(model.get_output_embeddings().weight.grad)
+            assert relative_error(often, once) < 1e-5, "added up in fp32, however the batch is cut"
     return found
 
 
