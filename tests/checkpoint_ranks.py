@@ -1,9 +1,9 @@
 """Run by trainer/test_checkpoints.py: runs that save, are killed, and resume.
 
-python -m tests.checkpoint_ranks ranks FOLDER SAVERS RESUMERS: SAVERS ranks train and save halfway, then RESUMERS ("2,0") each
-go on from there; FOLDER/out gets the final weights of all of them.
-python -m tests.checkpoint_ranks kill FOLDER KILLS SEED: a run that saves at every step is killed KILLS times at random
-moments, each time resumed; FOLDER/out gets its final weights and those of a run in peace.
+python -m tests.checkpoint_ranks FOLDER JOB...; FOLDER/out gets a list of what the jobs found.
+ranks:2:2,0   two ranks train and save halfway, then two, and a process without ranks, each go on from there: final weights
+kill:20:1     a run that saves at every step is killed 20 times at random moments (seed 1), each time resumed: its final
+              weights and those of a run in peace
 """
 
 from __future__ import annotations
@@ -90,11 +90,14 @@ def killed(folder, kills, seed):
     return {"kills": done, "reached": reached, "final": torch.load(folder / "final"), "in peace": in_peace}
 
 
+def job(text, folder):
+    name, first, second = text.split(":")
+    if name == "ranks":
+        return over_ranks(folder, int(first), [int(size) for size in second.split(",")])
+    return killed(folder, int(first), int(second))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where = Path(sys.argv[2])
-    if sys.argv[1] == "ranks":
-        result = over_ranks(where, int(sys.argv[3]), [int(size) for size in sys.argv[4].split(",")])
-    else:
-        result = killed(where, int(sys.argv[3]), int(sys.argv[4]))
-    torch.save(result, where / "out")
+    where = Path(sys.argv[1])
+    torch.save([job(text, where / str(number)) for number, text in enumerate(sys.argv[2:])], where / "out")

@@ -42,8 +42,8 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def run(folder, *arguments):
-    command = [sys.executable, "-m", "tests.checkpoint_ranks", arguments[0], str(folder), *map(str, arguments[1:])]
+def run(folder, *jobs):
+    command = [sys.executable, "-m", "tests.checkpoint_ranks", str(folder), *jobs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "out")
@@ -246,39 +246,36 @@ def test_a_resumed_run_ends_bit_for_bit_where_it_would_have_ended(tmp_path):
     assert not any(torch.equal(start[name], whole[name]) for name in whole)
 
 
-def check_ranks(folder, savers, *resumers):
-    found = run(folder, "ranks", savers, ",".join(map(str, resumers)))
-    whole = found["whole run"]
-    for size in resumers:
+def check_ranks(found, savers):
+    whole = found.pop("whole run")
+    for size, weights in found.items():
         for name in whole:
             if size == savers:
-                assert torch.equal(found[size][name], whole[name]), (size, name)
+                assert torch.equal(weights[name], whole[name]), (size, name)
             else:
-                torch.testing.assert_close(found[size][name], whole[name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(weights[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
-def test_ranks_resume_bit_for_bit_and_other_numbers_of_ranks_alike(tmp_path):
-    check_ranks(tmp_path, 2, 2, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("savers", "resumers"), [(0, (0, 2)), (4, (4, 2, 1)), (1, (4, 1))])
-def test_any_number_of_ranks_resumes_what_any_other_saved(tmp_path, savers, resumers):
-    check_ranks(tmp_path, savers, *resumers)
-
-
-def check_kills(folder, kills, seed):
-    found = run(folder, "kill", kills, seed)
+def check_kills(found, kills):
     assert found["kills"] == kills
     assert found["reached"] == sorted(found["reached"]), "no step that was saved is ever lost"
     assert len(set(found["reached"])) > kills // 4, "killed at different moments"
     assert all(torch.equal(found["final"][name], tensor) for name, tensor in found["in peace"].items())
 
 
-def test_a_run_killed_at_random_moments_ends_where_one_in_peace_does(tmp_path):
-    check_kills(tmp_path, 3, 0)
+def test_ranks_resume_bit_for_bit_and_a_run_killed_at_random_moments_ends_where_one_in_peace_does(tmp_path):
+    ranks, kills = run(tmp_path, "ranks:2:2,0", "kill:3:0")
+    assert set(ranks) == {"whole run", 2, 0}
+    check_ranks(ranks, 2)
+    check_kills(kills, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("savers", "resumers"), [(0, "0,2"), (4, "4,2,1"), (1, "4,1")])
+def test_any_number_of_ranks_resumes_what_any_other_saved(tmp_path, savers, resumers):
+    check_ranks(run(tmp_path, f"ranks:{savers}:{resumers}")[0], savers)
 
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_where_one_in_peace_does(tmp_path):
-    check_kills(tmp_path, 20, 1)
+    check_kills(run(tmp_path, "kill:20:1")[0], 20)
