@@ -70,7 +70,8 @@ class Shards:
     def sum_gradients(self) -> None:
         """FSDP averages over ranks by default; from here on it sums."""
         for module in self.modules:
-            getattr(module, "set_gradient_divide_factor", module.set_reduce_scatter_divide_factor)(1.0)
+            name = "set_gradient_divide_factor"
+            getattr(module, name if hasattr(module, name) else "set_reduce_scatter_divide_factor")(1.0)  # until torch 2.7
             if hasattr(module, "set_force_sum_reduction_for_comms"):  # gloo knows no other way
                 module.set_force_sum_reduction_for_comms(True)
 
@@ -111,7 +112,7 @@ class WholeHead:
             return known
         dtype = dtype or (parameter.dtype if known is None else known.dtype)
         self._collect(name)
-        whole = parameter.detach().to(dtype).full_tensor()  # type: ignore[attr-defined]
+        whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]  # of one rank, its own part
         if parameter.requires_grad:
             whole.requires_grad_(True)
             whole.take_gradient = functools.partial(self._add, name)  # where the head's own backward delivers it, in fp32
