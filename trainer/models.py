@@ -1,11 +1,21 @@
-"""The demo's model: EuroBERT (Llama without the causal mask, LLaDA's architecture) at toy size; checkpoints."""
+"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is trained.
+
+`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its family is, its
+tokenizer with the mask token, and its `Facts`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
     EuroBertConfig,
@@ -13,12 +23,148 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
+from dllm_kernels import headless
+from trainer import compat, lora
 from trainer.config import ModelConfig
 from trainer.errors import UserError, first_line
+from trainer.facts import Facts, facts_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: Facts
+
+    def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
+        """What every model call takes beside the ids: the mask in the dtype that this model's mask has, or nothing."""
+        if attention_mask_BS is None or self.facts.attention_mask == "none":
+            return {}
+        dtype = torch.int64 if self.facts.attention_mask == "int" else torch.bool
+        return {"attention_mask": attention_mask_BS.to(dtype)}
+
+    @property
+    def suppressed(self) -> tuple[int, ...]:
+        """Ids that are never predicted, beside the mask id: the table's, and what lies beyond the text."""
+        rows = find_head(self.model).rows
+        return (*self.facts.suppress, *range(self.facts.valid_vocab or rows, rows))
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    four_bit: bool = False,
+) -> Loaded:
+    """Model (eval mode), tokenizer and facts of a checkpoint folder or hub id.
+
+    Args:
+        dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries. revision: of the hub.
+        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the run began with,
+            `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not saved. four_bit: QLoRA's quantised weights, by bitsandbytes.
+
+    The model stays in eval mode while it trains: some published forwards do something else in training mode (SDAR's makes
+    masks of its own), and dropout would make two scores of the same tokens differ.
+
+    Raises UserError: no such checkpoint, one that is damaged, code that is not trusted, no mask id known.
+    """
+    name = str(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        found = facts_of(config, tokenizer, Path(name).resolve().name if Path(name).is_dir() else name, facts)
+        cls = _model_class(config, name, revision)
+        quantised = lora.four_bit_options(dtype, found.head) if four_bit else {}
+        with torch.random.fork_rng(devices=[]):
+            model = cls.from_pretrained(name, config=config, dtype=dtype, revision=revision, **quantised)
+            if model.is_remote_code():
+                compat.restore_buffers(model)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise over a damaged file
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model: {name} brings modelling code of its own; read it, then set model.trust_remote_code=true to run it"
+            ) from error
+        raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
+    compat.adapt_forward(model, found)
+    compat.adapt_head(model, found)
+    _add_mask_token(tokenizer, found.mask_id)
+    return Loaded(model.eval() if four_bit else model.to(device).eval(), tokenizer, found)
+
+
+def _model_class(config: Any, name: str, revision: str | None) -> type[PreTrainedModel]:
+    """The class with the head: the one of `architectures`, from the checkpoint's own code or from transformers."""
+    architectures = list(getattr(config, "architectures", None) or [])
+    mapped = {auto: reference for auto, reference in (getattr(config, "auto_map", None) or {}).items() if auto in AUTO_CLASSES}
+    by_class = {reference.rpartition(".")[2]: auto for auto, reference in mapped.items()}
+    chosen = next((by_class[a] for a in architectures if a in by_class), next((a for a in AUTO_CLASSES if a in mapped), None))
+    if chosen is not None:
+        with compat.removed_names():
+            cls = get_class_from_dynamic_module(mapped[chosen], name, revision=revision)
+        cls.register_for_auto_class(chosen)  # so that its file is saved along
+        compat.patch_class(cls, config)
+        return cls
+    for architecture in architectures:
+        cls = getattr(transformers, architecture, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls
+    raise UserError(
+        f"model: {name} names no class that transformers knows (architectures: {', '.join(architectures) or 'none'}) "
+        "and brings no code of its own (auto_map)"
+    )
+
+
+def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
+    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not resized.
+
+    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there.
+    """
+    if tokenizer.mask_token_id == mask_id:
+        return
+    token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
+    if token is None and mask_id == len(tokenizer):
+        token = "<|mask|>"
+    if token is not None:
+        tokenizer.add_special_tokens({"mask_token": token})
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head of a model, as `get_output_embeddings()` gives it: never by name, LLaDA's MLPs have an `ff_out` each too."""
+
+    path: str
+    rows: int
+    tied: bool  # its weight is the input embedding
+    frozen: bool  # its weight gets no gradient: the head's cheap plan runs
+    bias: bool
+    softcap: float | None
+
+
+def find_head(model: PreTrainedModel) -> Head:
+    with headless(model) as body:
+        head, weight, embedding = body.head, body.weight, model.get_input_embeddings()
+        path = next(name for name, module in model.named_modules() if module is head)
+        return Head(
+            path=path,
+            rows=len(weight),
+            tied=weight is getattr(embedding, "weight", None),
+            frozen=not weight.requires_grad,
+            bias=body.bias is not None,
+            softcap=body.softcap,
+        )
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> EuroBertForMaskedLM:
