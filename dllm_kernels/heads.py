@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dllm_kernels import checks
 
@@ -24,7 +25,20 @@ class _Tap:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
-        return hidden[..., :1]
+        return hidden[..., :1].clone()  # not a view: OLMo-style code, LLaDA's too, may scale its logits in place
+
+
+class _LinearTap(TorchFunctionMode):
+    """The same for a model whose head is its input embedding itself, used by `F.linear` (LLaDA's `weight_tying`)."""
+
+    def __init__(self, weight: Tensor, tap: _Tap) -> None:
+        super().__init__()
+        self.weight, self.tap = weight, tap
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) > 1 and args[1] is self.weight:
+            return self.tap(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Body:
@@ -82,7 +96,8 @@ class Body:
         if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
-        output = self.model(input_ids=flat, **kwargs)
+        with _LinearTap(self.weight, self._tap) if isinstance(self.head, nn.Embedding) else nullcontext():
+            output = self.model(input_ids=flat, **kwargs)
         hidden, self._tap.hidden = self._tap.hidden, None
         if hidden is None:
             raise ValueError(
@@ -138,6 +153,12 @@ def headless(model: nn.Module) -> Iterator[Body]:
         )
     checks.shape("model's output embedding weight", head.weight, [None, None])
     tap = _Tap()
+    if isinstance(head, nn.Embedding):  # its forward is the input's lookup, and must stay
+        try:
+            yield Body(model, head, tap)
+        finally:
+            tap.active = False
+        return
     previous = head.__dict__.get("forward")  # accelerate and others patch instances too
     head.forward = tap
     try:

@@ -72,7 +72,8 @@ def load(
     Args:
         dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries. revision: of the hub.
         facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the run began with,
-            `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not saved. four_bit: QLoRA's quantised weights, by bitsandbytes.
+            `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not saved.
+        four_bit: QLoRA's quantised weights, by bitsandbytes.
 
     The model stays in eval mode while it trains: some published forwards do something else in training mode (SDAR's makes
     masks of its own), and dropout would make two scores of the same tokens differ.
@@ -117,6 +118,12 @@ def _model_class(config: Any, name: str, revision: str | None) -> type[PreTraine
         cls.register_for_auto_class(chosen)  # so that its file is saved along
         compat.patch_class(cls, config)
         return cls
+    for auto in AUTO_CLASSES:  # what a package registered when it was imported
+        if (
+            type(config) in (mapping := getattr(transformers, auto)._model_mapping)
+            and mapping[type(config)].__name__ in architectures
+        ):
+            return mapping[type(config)]
     for architecture in architectures:
         cls = getattr(transformers, architecture, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
