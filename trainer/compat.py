@@ -43,7 +43,10 @@ def removed_names() -> Iterator[None]:
 
 def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
     """Make remote code's `cls` load and save under current transformers."""
-    _patch_rope(sys.modules[cls.__module__])
+    package = cls.__module__.rpartition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{package}."):
+            _patch_rope(module)
     # "'LLaDAConfig' object has no attribute 'use_cache'" in LLaDA's forward: no default since transformers 5
     for name, value in (("use_cache", False), ("pad_token_id", None)):
         if not hasattr(config, name):
@@ -122,6 +125,14 @@ def _weightless() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def declare_ties(model: PreTrainedModel) -> None:
+    """ "The weights trying to be saved contained shared tensors": LLaDA's tie_weights() makes an alias that nobody knows of."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(parameter, name)) != name:
+            model._tied_weights_keys = {**(model._tied_weights_keys or {}), name: first}
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------

@@ -82,16 +82,19 @@ def load(
     """
     name = str(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    label = Path(name).resolve().name if Path(name).is_dir() else name
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        found = facts_of(config, tokenizer, Path(name).resolve().name if Path(name).is_dir() else name, facts)
+        with compat.removed_names():
+            config = AutoConfig.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        found = facts_of(config, tokenizer, label, facts)
         cls = _model_class(config, name, revision)
         quantised = lora.four_bit_options(dtype, found.head) if four_bit else {}
         with torch.random.fork_rng(devices=[]):
             model = cls.from_pretrained(name, config=config, dtype=dtype, revision=revision, **quantised)
             if model.is_remote_code():
                 compat.restore_buffers(model)
+                compat.declare_ties(model)
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise over a damaged file

@@ -1,0 +1,100 @@
+"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and learns nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import headless, noise, score_tokens
+from dllm_kernels.noise import Stream
+from trainer.errors import UserError
+from trainer.models import Loaded, find_head
+
+LEAST_GAP = 0.1  # nats per token; the wrong alignment of a trained model is off by several
+LEAST_ERRORS = 4.0  # standard errors
+
+
+@dataclass(frozen=True)
+class ShiftVerdict:
+    """Log-probabilities per masked token of clean text, in nats, under both alignments."""
+
+    likelier: int | None  # shift 0 or 1; None: undecided, as for an untrained model
+    same_logp: float  # position i from row i
+    shifted_logp: float  # position i from row i - 1
+    standard_error: float  # of their difference
+    tokens: int
+
+    def __str__(self) -> str:
+        name = {None: "undecided", 0: "position i is predicted by row i", 1: "position i is predicted by row i - 1"}
+        return (
+            f"{name[self.likelier]}: {self.same_logp:.2f} nats a token from its own row, {self.shifted_logp:.2f} from the row "
+            f"before (standard error of the difference {self.standard_error:.2f}, {self.tokens} tokens)"
+        )
+
+
+@torch.no_grad()
+def shift_self_test(
+    loaded: Loaded, ids_BS: Tensor, *, seed: int, attention_mask_BS: Tensor | None = None, share: float = 0.15
+) -> ShiftVerdict:
+    """Score clean text with both alignments, at the tokens that were masked in it, and compare.
+
+    Args:
+        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing is masked.
+        share: how much of it is masked, lightly, so that a trained model knows the answers.
+
+    Raises UserError, with the figures, where the text contradicts `facts.shift`.
+    """
+    facts, model = loaded.facts, loaded.model
+    B, S = ids_BS.shape
+    real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask_BS is None else attention_mask_BS.bool()
+    sequence = noise.sequence_ids([f"shift/{b}" for b in range(B)]).to(ids_BS.device)
+    zero = torch.zeros((), dtype=torch.int64, device=ids_BS.device)
+    bits_BS = noise.row_bits(seed, Stream.MASK, sequence[:, None], zero, torch.arange(S, device=ids_BS.device))
+    # a token and the one before it must both be text, and neighbours are not masked together: both rows then see as much
+    candidates_BS = real_BS & real_BS.roll(1, dims=1) & (bits_BS < bits_BS.roll(1, dims=1)) & (bits_BS < bits_BS.roll(-1, dims=1))
+    candidates_BS[:, 0] = candidates_BS[:, -1] = False
+    limit = torch.quantile(bits_BS[candidates_BS].double(), min(1.0, 3.0 * share)) if bool(candidates_BS.any()) else 0.0
+    masked_BS = candidates_BS & (bits_BS <= limit)
+    index_N = masked_BS.flatten().nonzero()[:, 0]
+    if len(index_N) < 2:
+        return ShiftVerdict(None, math.nan, math.nan, math.nan, len(index_N))
+    target_N = ids_BS.flatten()[index_N]
+    with headless(model) as body:
+        hidden = body(ids_BS.masked_fill(masked_BS, facts.mask_id), **loaded.call_kwargs(attention_mask_BS))
+        options = {**body.options, "suppress": (facts.mask_id,), "valid_vocab": facts.valid_vocab}
+        logps = [score_tokens(hidden, body.weight, target_N, rows=index_N - shift, **options).logp for shift in (0, 1)]
+    same_N, shifted_N = (logp.double() for logp in logps if logp is not None)
+    gap_N = same_N - shifted_N
+    gap, error = float(gap_N.mean()), float(gap_N.std()) / math.sqrt(len(gap_N))
+    decided = abs(gap) > max(LEAST_GAP, LEAST_ERRORS * error)
+    likelier = (0 if gap > 0 else 1) if decided else None
+    verdict = ShiftVerdict(likelier, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N))
+    if likelier is not None and likelier != facts.shift:
+        raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={likelier}")
+    return verdict
+
+
+def check_mask_id(loaded: Loaded) -> None:
+    """Raises UserError for a mask id that the model does not have, or that ordinary text holds too."""
+    mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
+    head = find_head(loaded.model)
+    embedding = loaded.model.get_input_embeddings()
+    sizes = {"embedding": int(getattr(embedding, "num_embeddings", head.rows)), "head": head.rows}
+    for name, size in sizes.items():
+        if mask_id >= size:
+            raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
+    if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:
+        raise UserError(f"model.facts.mask_id must be below valid_vocab={loaded.facts.valid_vocab}, got {mask_id}")
+    token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
+    added = tokenizer.added_tokens_decoder.get(mask_id)
+    special = mask_id in tokenizer.all_special_ids or (added is not None and added.special)
+    if token is not None and not special:
+        raise UserError(
+            f"model.facts.mask_id must be a special token, but {mask_id} is {token!r}, which ordinary text may hold; "
+            "masked and written tokens could not be told apart"
+        )
+    if mask_id in (loaded.facts.eos_id, loaded.facts.pad_id):
+        raise UserError(f"model.facts.mask_id must differ from the ids of end and padding, got {mask_id} for both")
