@@ -53,11 +53,9 @@ def shift_self_test(
     sequence = noise.sequence_ids([f"shift/{b}" for b in range(B)]).to(ids_BS.device)
     zero = torch.zeros((), dtype=torch.int64, device=ids_BS.device)
     bits_BS = noise.row_bits(seed, Stream.MASK, sequence[:, None], zero, torch.arange(S, device=ids_BS.device))
-    # a token and the one before it must both be text, and neighbours are not masked together: both rows then see as much
-    candidates_BS = real_BS & real_BS.roll(1, dims=1) & (bits_BS < bits_BS.roll(1, dims=1)) & (bits_BS < bits_BS.roll(-1, dims=1))
-    candidates_BS[:, 0] = candidates_BS[:, -1] = False
-    limit = torch.quantile(bits_BS[candidates_BS].double(), min(1.0, 3.0 * share)) if bool(candidates_BS.any()) else 0.0
-    masked_BS = candidates_BS & (bits_BS <= limit)
+    masked_BS = noise.bernoulli(bits_BS, share) & real_BS & real_BS.roll(1, dims=1)
+    masked_BS[:, 0] = False
+    masked_BS &= ~masked_BS.roll(1, dims=1)  # the row before shows its token, as the alignments need it
     index_N = masked_BS.flatten().nonzero()[:, 0]
     if len(index_N) < 2:
         return ShiftVerdict(None, math.nan, math.nan, math.nan, len(index_N))
