@@ -79,9 +79,7 @@ def check_mask_id(loaded: Loaded) -> None:
     """Raises UserError for a mask id that the model does not have, or that ordinary text holds too."""
     mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
     head = find_head(loaded.model)
-    embedding = loaded.model.get_input_embeddings()
-    sizes = {"embedding": int(getattr(embedding, "num_embeddings", head.rows)), "head": head.rows}
-    for name, size in sizes.items():
+    for name, size in (("embedding", head.embeddings), ("head", head.rows)):
         if mask_id >= size:
             raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
     if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import DiffusionGemmaConfig, EuroBertConfig, ModernBertConfig, PretrainedConfig
+from transformers import EuroBertConfig, ModernBertConfig, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.facts import Facts, facts_of, family_of
@@ -146,7 +146,7 @@ def test_a_model_without_a_mask_id_names_the_key_to_set() -> None:
     unknown = facts_of(config("qwen3"), NO_TOKENS, "my/qwen", {"mask_id": 5})
     assert unknown == Facts(family="unknown", mask_id=5)
     with pytest.raises(UserError, match="trained on uniform noise and has none"):
-        facts_of(DiffusionGemmaConfig(), NO_TOKENS, "google/diffusiongemma")
+        facts_of(config("diffusion_gemma"), NO_TOKENS, "google/diffusiongemma")
 
 
 @pytest.fixture

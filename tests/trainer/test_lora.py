@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dllm_kernels import accumulate, headless, make_mask_plan, noise
+from dllm_kernels import accumulate, headless, make_mask_plan, noise, score_tokens
 from dllm_kernels.accumulation import adapters_off
 from dllm_kernels.objective import Batch
 from dllm_kernels.objectives import BGPO
@@ -119,11 +119,13 @@ def test_the_head_is_frozen_and_one_step_takes_its_cheap_plan(tmp_path: Path, ki
         shift=one.facts.shift,
     )
     batch = Batch({"advantages": torch.tensor([1.0, -0.5])})
-    accumulate(model, plan, BGPO, batch, model_kwargs=one.call_kwargs(REAL), head_plan="unit")  # which a trainable head refuses
+    accumulate(model, plan, BGPO, batch, model_kwargs=one.call_kwargs(REAL))
     grads = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert grads == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with headless(model) as body:
         assert body.weight.grad is None
+        hidden = body(IDS, **one.call_kwargs(REAL))
+        assert score_tokens(hidden, body.weight, IDS.flatten()).plan == "unit"
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:

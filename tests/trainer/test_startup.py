@@ -58,7 +58,9 @@ def test_a_trained_model_s_alignment_is_seen_in_clean_text(loaded: Loaded) -> No
 def test_a_wrong_alignment_is_an_error_with_the_figures(loaded: Loaded) -> None:
     right = loaded.facts.shift
     wrong = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, shift=1 - right))
-    with pytest.raises(UserError, match=rf"model\.facts\.shift is {1 - right}, .* nats a token .* set model\.facts\.shift={right}"):
+    with pytest.raises(
+        UserError, match=rf"model\.facts\.shift is {1 - right}, .* nats a token .* set model\.facts\.shift={right}"
+    ):
         shift_self_test(wrong, text(16, 99), seed=0)
 
 

@@ -150,7 +150,7 @@ def write(kind: str, folder: Path, *, seed: int = 0, scale: float = 0.3, **confi
     make_tokenizer(mask=published.mask_in_tokenizer).save_pretrained(folder)
     with compat.removed_names():
         loaded_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model = _model_class(loaded_config, str(folder), None)(loaded_config).eval()
+    model = _model_class(loaded_config, str(folder), None, trusted=True)(loaded_config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
