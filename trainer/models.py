@@ -44,8 +44,11 @@ class Loaded:
     facts: Facts
 
     def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
-        """What every model call takes beside the ids: the mask in the dtype that this model's mask has, or nothing."""
-        if attention_mask_BS is None or self.facts.attention_mask == "none":
+        """What every model call takes beside the ids: the mask in the dtype that this model's mask has.
+
+        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no mask.
+        """
+        if attention_mask_BS is None or self.facts.attention_mask == "none" or bool(attention_mask_BS.all()):
             return {}
         dtype = torch.int64 if self.facts.attention_mask == "int" else torch.bool
         return {"attention_mask": attention_mask_BS.to(dtype)}
@@ -101,6 +104,8 @@ def load(
         if "trust_remote_code" in str(error):
             raise _untrusted(name) from error
         raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # Dream's blocks append to it once more when they are recomputed in backward
     compat.adapt_forward(model, found)
     compat.adapt_head(model, found)
     _add_mask_token(tokenizer, found.mask_id)

@@ -187,9 +187,9 @@ def kept_bytes_and_gradients(model: nn.Module, ids: Tensor, **kwargs: Tensor) ->
     return forward_only, gradients(model)
 
 
-@pytest.mark.parametrize("kind", ["llada", "sdar", "llada2", "eurobert"])
+@pytest.mark.parametrize("kind", ["llada", "dream", "sdar", "llada2", "eurobert"])
 def test_checkpointing_from_outside_keeps_less_and_gives_the_same_gradients(tmp_path: Path, kind: str) -> None:
-    """In eval mode too, where transformers' own does nothing; LLaDA's class has none."""
+    """In eval mode too, where transformers' own does nothing; LLaDA's class has none, Dream's would fill a cache twice."""
     write(kind, tmp_path)
     one = load(tmp_path, dtype=torch.float64, trust_remote_code=True)
     kwargs = one.call_kwargs(REAL)
@@ -243,6 +243,10 @@ def test_block_causal_masks_count_blocks_from_the_first_real_token() -> None:
     assert added is not None
     assert added.dtype == torch.bfloat16
     assert torch.equal(added == 0, seen)
+    everyone = AttentionForm("bias", None)(real, torch.zeros(1, 6, dtype=torch.int64), torch.float32)
+    assert everyone is not None
+    assert everyone.shape == (1, 1, 1, 6)
+    assert AttentionForm("bias", None).keyword == "attention_bias"
     assert added.min() == torch.finfo(torch.bfloat16).min
 
 
@@ -256,7 +260,25 @@ def test_a_mask_is_made_only_where_one_is_needed() -> None:
     assert AttentionForm("bool", 2)(given, ids, torch.float32) is given
 
 
+def test_llada_becomes_causal_by_a_mask_and_stays_bidirectional_by_a_bias(tmp_path: Path) -> None:
+    """As MMaDA's published copy of LLaDA's code does; nothing is said, and the logits are wrong."""
+    model = published("llada", tmp_path)
+    changed = IDS.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 50
+
+    def first_row_sees_the_last(**kwargs: Tensor) -> bool:
+        with torch.no_grad():
+            logits = [type(model).forward.__wrapped__(model, input_ids=ids, **kwargs).logits for ids in (IDS, changed)]
+        return not torch.equal(logits[0][0, 2], logits[1][0, 2])
+
+    assert first_row_sees_the_last()
+    assert not first_row_sees_the_last(attention_mask=REAL.long())
+    bias = AttentionForm("bias", None)(REAL, IDS, torch.float64)
+    assert bias is not None
+    assert first_row_sees_the_last(attention_bias=bias)
+
+
 def test_two_dimensions_cannot_say_what_a_block_sees() -> None:
     facts = Facts(family="x", mask_id=1, topology="block_causal", block_length=4, attention_mask="int")
-    with pytest.raises(ValueError, match="attention_mask must be bool, float or none for a block-causal model, got 'int'"):
+    with pytest.raises(ValueError, match="attention_mask must be bool, float, bias or none for a block-causal model, got 'int'"):
         compat.adapt_forward(eurobert(), facts)

@@ -23,7 +23,7 @@ def config(model_type: str, **values: Any) -> PretrainedConfig:
     return made
 
 
-LLADA = {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "shift": 0, "topology": "bidirectional", "attention_mask": "int"}
+LLADA = {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "shift": 0, "topology": "bidirectional", "attention_mask": "bias"}
 DREAM = {"mask_id": 151666, "eos_id": 151643, "pad_id": 151643, "shift": 1, "topology": "bidirectional", "attention_mask": "bool"}
 LLADA2 = {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892, "shift": 0}
 SDAR = {"mask_id": 151669, "eos_id": 151643, "shift": 0, "topology": "block_causal", "block_length": 4}
@@ -38,7 +38,7 @@ PUBLISHED: list[tuple[str, PretrainedConfig, dict[str, int], dict[str, Any]]] = 
         "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
         config("llada", architectures=["LLaDAMoEModelLM"], num_experts=64),
         {},
-        LLADA2 | {"family": "llada-moe", "topology": "bidirectional"},
+        LLADA2 | {"family": "llada-moe", "topology": "bidirectional", "attention_mask": "int"},
     ),
     (
         "inclusionAI/LLaDA2.1-mini",
@@ -131,7 +131,7 @@ def test_a_block_causal_model_may_be_declared_bidirectional_and_back() -> None:
         ({"topology": "causal"}, r"model\.facts\.topology must be one of bidirectional, block_causal, got 'causal'"),
         ({"topology": "block_causal"}, r"model\.facts\.block_length must be given for block_causal, and only for it, got None"),
         ({"block_length": 4}, r"model\.facts\.block_length must be given for block_causal, and only for it, got 4"),
-        ({"attention_mask": "yes"}, r"model\.facts\.attention_mask must be one of none, int, bool, float, got 'yes'"),
+        ({"attention_mask": "yes"}, r"model\.facts\.attention_mask must be one of none, int, bool, float, bias, got 'yes'"),
         ({"suppress": ["x"]}, r"model\.facts\.suppress must be an integer of at least 0, got 'x'"),
     ],
 )
