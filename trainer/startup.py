@@ -116,8 +116,8 @@ def attention_self_test(loaded: Loaded, ids_BS: Tensor) -> None:
     sees_end = end > SEEN * seen
     if sees_end != (facts.topology == "bidirectional"):
         raise UserError(
-            f"model.facts.topology is {facts.topology}, but the first token {'sees' if sees_end else 'does not see'} the last ones "
-            "when a mask is passed; correct model.facts.topology, block_length or attention_mask"
+            f"model.facts.topology is {facts.topology}, but the first token {'sees' if sees_end else 'does not see'} the last "
+            "ones when a mask is passed; correct model.facts.topology, block_length or attention_mask"
         )
 
 
