@@ -56,9 +56,14 @@ def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
     # "tie_weights() got an unexpected keyword argument 'missing_keys'"
     if not _accepts(cls.tie_weights, "missing_keys"):
         cls.tie_weights = _without_keywords(cls.tie_weights)
-    # "'list' object has no attribute 'keys'" where such a model ties its embeddings
-    if isinstance(cls._tied_weights_keys, (list, tuple)):
+    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to what
+    if isinstance(keys := cls._tied_weights_keys, (list, tuple)):
         cls._tied_weights_keys = None
+        with _weightless():
+            model = cls(config)
+        embedding = model.get_input_embeddings()
+        path = next(name for name, module in model.named_modules() if module is embedding)
+        cls._tied_weights_keys = dict.fromkeys(keys, f"{path}.weight")
 
 
 def _calls_post_init(cls: type) -> bool:
@@ -121,13 +126,14 @@ def _weightless() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def declare_ties(model: PreTrainedModel) -> None:
-    """ "The weights trying to be saved contained shared tensors": LLaDA's tie_weights() makes an alias that nobody knows of."""
+    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained shared tensors"."""
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(parameter, name)) != name:

@@ -98,7 +98,7 @@ def test_hidden_states_times_the_head_are_the_model_s_logits(case: Case) -> None
     torch.testing.assert_close(got, case.logits().double(), rtol=1e-6, atol=1e-5)  # LLaDA2's logits are fp32
     head = find_head(case.loaded.model)
     assert (head.rows, head.frozen) == (VOCABULARY, False)
-    assert head.tied == (case.kind in ("modernbert", "llada_tied"))
+    assert head.tied == (case.kind in ("modernbert", "llada_tied", "dream_tied"))
     assert head.bias == (case.kind == "modernbert")
 
 

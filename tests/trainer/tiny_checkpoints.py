@@ -85,6 +85,14 @@ PUBLISHED = {
         "modeling_dream.DreamConfig",
         "AutoModel",
     ),
+    "dream_tied": Published(
+        "dream",
+        "DreamModel",
+        ("modeling_dream.py", *SHARED),
+        MASKED | {"model_type": "Dream", "rope_scaling": None, "rope_theta": 1e6, "tie_word_embeddings": True},
+        "modeling_dream.DreamConfig",
+        "AutoModel",
+    ),
     "sdar": Published(
         "sdar",
         "SDARForCausalLM",
@@ -118,6 +126,9 @@ PUBLISHED = {
     ),
     "eurobert": Published("eurobert", "EuroBertForMaskedLM", (), NATIVE | {"model_type": "eurobert", "num_key_value_heads": 2}),
 }
+
+
+TIED = {"modernbert": "decoder.weight", "dream_tied": "lm_head.weight"}  # published under the embedding's name alone
 
 
 def make_tokenizer(*, mask: bool) -> PreTrainedTokenizerFast:
@@ -155,10 +166,8 @@ def write(kind: str, folder: Path, *, seed: int = 0, scale: float = 0.3, **confi
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
-    if kind == "modernbert":
+    if alias := TIED.get(kind):
         model.tie_weights()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if kind == "modernbert":
-        state.pop("decoder.weight")  # tied: published once
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != alias}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return model
