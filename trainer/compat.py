@@ -157,11 +157,15 @@ class AttentionForm:
     def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`[B, 1, S, S]`, or `[B, 1, 1, S]` where everyone sees everyone; None where nothing has to be said.
 
-        Masks of four dimensions pass through. Blocks count from a sequence's first token that is no padding, as in training
-        without padding.
+        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype changes. Blocks
+        count from a sequence's first token that is no padding, as in training without padding.
         """
-        if self.kind == "none" or (mask_BS is not None and mask_BS.dim() == 4):
-            return None if self.kind == "none" else mask_BS
+        if mask_BS is not None and mask_BS.dim() == 4:
+            if self.kind == "none":
+                raise ValueError("attention_mask must be None for a model that takes none, got a mask of pairs")
+            return self._as_kind(mask_BS if mask_BS.dtype == torch.bool else mask_BS == 0, dtype)
+        if self.kind == "none":
+            return None
         if self.block_length is None and mask_BS is None:
             return None
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
@@ -169,9 +173,12 @@ class AttentionForm:
         if self.block_length is not None:
             block_BS = (real_BS.cumsum(1) - 1).clamp(min=0) // self.block_length
             seen = seen & (block_BS[:, None, None, :] <= block_BS[:, None, :, None])
+        return self._as_kind(seen, dtype)
+
+    def _as_kind(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         if self.kind == "bool":
             return seen
-        return torch.zeros((), dtype=dtype, device=ids_BS.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:

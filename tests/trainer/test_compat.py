@@ -256,8 +256,21 @@ def test_a_mask_is_made_only_where_one_is_needed() -> None:
     assert AttentionForm("none", 4)(ones, ids, torch.float32) is None
     assert AttentionForm("bool", None)(None, ids, torch.float32) is None
     assert AttentionForm("bool", 2)(None, ids, torch.float32) is not None
-    given = torch.ones(2, 1, 4, 4, dtype=torch.bool)
-    assert AttentionForm("bool", 2)(given, ids, torch.float32) is given
+
+
+def test_a_mask_of_pairs_keeps_its_pairs_and_takes_the_model_s_dtype() -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 4, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for given in (seen, added):
+        as_bool = AttentionForm("bool", 2)(given, ids, torch.float32)
+        as_bias = AttentionForm("bias", None)(given, ids, torch.float32)
+        assert as_bool is not None
+        assert as_bias is not None
+        assert torch.equal(as_bool, seen)
+        assert torch.equal(as_bias, added)
+    with pytest.raises(ValueError, match="attention_mask must be None for a model that takes none, got a mask of pairs"):
+        AttentionForm("none", None)(seen, ids, torch.float32)
 
 
 def test_llada_becomes_causal_by_a_mask_and_stays_bidirectional_by_a_bias(tmp_path: Path) -> None:
