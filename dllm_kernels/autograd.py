@@ -31,7 +31,10 @@ class Score(torch.autograd.Function):
         entropy_coef_N: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         needs = launch.Needs(*ctx.needs_input_grad[:3])
-        result = launch.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
+        # a gathered weight takes its gradient in fp32 whatever its own dtype is, see `sharding.WholeHead`
+        ctx.take_gradient = getattr(weight, "take_gradient", None) if needs.weight else None
+        wide = ctx.take_gradient is not None
+        result = launch.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N, wide=wide)
         # what autograd saves it guards against changes in place; `unit` and `coef` need no operand again
         ctx.save_for_backward(*result.stored, *((hidden, weight, bias) if plan in plans.REREAD else ()))
         ctx.set_materialize_grads(False)
@@ -55,7 +58,11 @@ def _backward(ctx: Any, dsum: Tensor | None, *upstream: Tensor | None) -> tuple[
         return (None,) * 9
     a, b, c, *operands = ctx.saved_tensors
     shell = _through_the_op if ops.observed(*arrived) else _directly
-    return *shell(ctx, arrived, (a, b, c), operands), None, None, None, None, None, None
+    dhidden, dweight, dbias = shell(ctx, arrived, (a, b, c), operands)
+    if ctx.take_gradient is not None and dweight is not None:
+        ctx.take_gradient(dweight)
+        dweight = None
+    return dhidden, dweight, dbias, None, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -74,7 +81,8 @@ def _directly(
         problem = HeadProblem(
             flat(hidden), weight.detach(), target_N, index_N, bias_V, ctx.options.softcap, temperature, excluded_V
         )
-    return launch.backward(ctx.plan, problem, index_N, ctx.shape, stored, ctx.needs, *arrived)
+    wide = ctx.take_gradient is not None
+    return launch.backward(ctx.plan, problem, index_N, ctx.shape, stored, ctx.needs, *arrived, wide=wide)
 
 
 def _through_the_op(

@@ -63,12 +63,17 @@ def forward(
     needs: Needs,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
+    *,
+    wide: bool = False,
 ) -> Result:
-    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef"."""
+    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef".
+
+    wide: leave the weight's gradient as it was added up, in fp32 where the weight has 16 bits.
+    """
     kind = device_type(problem.hidden_MH)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
-            return forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
+            return forward(problem, outputs, plan, needs, coef_N, entropy_coef_N, wide=wide)
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
     if plan != "coef":
@@ -107,7 +112,8 @@ def forward(
     weighted_sum = torch.dot(coef_N, vectors["logp"])
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
-    stored = (vectors.pop("dhidden", None), _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.bias_V))
+    dweight_VH = dweight_VH if wide else _cast(dweight_VH, problem.weight_VH)
+    stored = (vectors.pop("dhidden", None), dweight_VH, _cast(dbias_V, problem.bias_V))
     return Result(vectors, weighted_sum, stored)
 
 
@@ -121,18 +127,20 @@ def backward(
     dsum: Tensor | None,
     dlogp_N: Tensor | None,
     dentropy_N: Tensor | None,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias from what `forward` stored and what arrives upstream, which is not nothing.
 
-    `shape` is hidden's, `index_N` the rows; the problem itself is needed for "keep" and "recompute" alone.
-    A result may be a stored tensor itself, where the upstream gradient is 1.
+    `wide` is as in `forward`, `shape` is hidden's, `index_N` the rows; the problem itself is needed for "keep" and
+    "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
     """
     arrived = dsum if dsum is not None else dlogp_N if dlogp_N is not None else dentropy_N
     assert arrived is not None
     kind = device_type(arrived)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
-            return backward(plan, problem, index_N, shape, stored, needs, dsum, dlogp_N, dentropy_N)
+            return backward(plan, problem, index_N, shape, stored, needs, dsum, dlogp_N, dentropy_N, wide=wide)
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
@@ -154,7 +162,7 @@ def backward(
     else:
         dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V)
     dhidden = None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape)
-    return dhidden, _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.bias_V)
+    return dhidden, dweight_VH if wide else _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.bias_V)
 
 
 def add_gradient(

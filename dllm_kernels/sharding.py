@@ -8,6 +8,7 @@ of the whole optimizer step.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -69,7 +70,8 @@ class Shards:
     def sum_gradients(self) -> None:
         """FSDP averages over ranks by default; from here on it sums."""
         for module in self.modules:
-            getattr(module, "set_gradient_divide_factor", module.set_reduce_scatter_divide_factor)(1.0)
+            name = "set_gradient_divide_factor"
+            getattr(module, name if hasattr(module, name) else "set_reduce_scatter_divide_factor")(1.0)  # until torch 2.7
             if hasattr(module, "set_force_sum_reduction_for_comms"):  # gloo knows no other way
                 module.set_force_sum_reduction_for_comms(True)
 
@@ -109,24 +111,28 @@ class WholeHead:
         if known is not None and self._versions[name] == version and dtype in (None, known.dtype):
             return known
         dtype = dtype or (parameter.dtype if known is None else known.dtype)
-        self._keep_gradient(name)
-        whole = parameter.detach().to(dtype).full_tensor()  # type: ignore[attr-defined]
-        whole.requires_grad_(parameter.requires_grad)
-        if whole.requires_grad and dtype not in _WIDE:
-            whole.register_post_accumulate_grad_hook(lambda _: self._keep_gradient(name))
+        self._collect(name)
+        whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]  # of one rank, its own part
+        if parameter.requires_grad:
+            whole.requires_grad_(True)
+            whole.take_gradient = functools.partial(self._add, name)  # where the head's own backward delivers it, in fp32
+            if dtype not in _WIDE:  # what comes another way must not be added up in 16 bits
+                whole.register_post_accumulate_grad_hook(lambda _: self._collect(name))
         self._whole[name], self._versions[name] = whole, version
         return whole
 
-    def _keep_gradient(self, name: str) -> None:
-        """Moves what autograd accumulated in the copy to the buffer, in fp32 at least."""
-        whole = self._whole.get(name)
-        if whole is None or whole.grad is None:
-            return
+    def _add(self, name: str, gradient: Tensor) -> None:
         if name in self._buffers:
-            self._buffers[name] += whole.grad
+            self._buffers[name] += gradient
         else:
-            self._buffers[name] = whole.grad if whole.dtype in _WIDE else whole.grad.float()
-        whole.grad = None
+            self._buffers[name] = gradient if gradient.dtype in _WIDE else gradient.float()
+
+    def _collect(self, name: str) -> None:
+        """Takes what autograd accumulated in the copy."""
+        whole = self._whole.get(name)
+        if whole is not None and whole.grad is not None:
+            self._add(name, whole.grad)
+            whole.grad = None
 
     def reduce(self, shards: Shards) -> None:
         """Adds the sum of all ranks' gradients to the `.grad` of the sharded parameters. A collective."""
@@ -135,7 +141,7 @@ class WholeHead:
         for name, parameter in self.parameters.items():
             if parameter is None or not is_sharded(parameter) or not parameter.requires_grad:
                 continue
-            self._keep_gradient(name)
+            self._collect(name)
             buffer = self._buffers.pop(name, None)
             if not shards.most(int(buffer is not None)):
                 continue

@@ -6,6 +6,7 @@ returns is saved to OUT as {size: result}.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import tempfile
@@ -30,8 +31,8 @@ from dllm_kernels.objectives import (
 )
 from dllm_kernels.sharding import is_sharded
 from tests.plans import plan_of
-from tests.tiny import eurobert
-from trainer.distributed import Ranks, advantages, clip_gradients, shard
+from tests.tiny import eurobert, relative_error
+from trainer.distributed import Ranks, advantages, clip_gradients, one_fails_all_stop, shard
 from trainer.errors import GuardError
 
 F64 = torch.float64
@@ -53,6 +54,7 @@ def model_of(kind, dtype=F64):
     return model
 
 
+@functools.cache  # forked ranks find what this process made
 def case(coupling, dtype=F64, **options):
     """(objective, plan, batch) of all sequences: scores of an old policy that is a little off."""
     law = {"none": "full", "token": "full", "steps": "trace"}.get(coupling, "exact")
@@ -136,7 +138,7 @@ def gradients(ranks, cases=ALL):
     found = {}
     for kind, coupling, cut, split, last in cases:
         if ranks.group is not None and ranks.size == 1 and split != "even":
-            continue
+            continue  # it would be the same
         key = (kind, coupling, cut, split, last) if ranks.group is not None else (kind, coupling, cut)
         if key not in found:
             options = CUTS[cut] if ranks.group is None else {**CUTS[cut], "reduce_last": last}
@@ -146,10 +148,12 @@ def gradients(ranks, cases=ALL):
 
 def few(ranks):
     """What make test runs."""
-    found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=3)}
+    found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
     for work in (rollouts, supervised, group_advantages, half_precision, clipped):
         found[work.__name__] = work(ranks)
-    if ranks.group is not None:
+    if ranks.group is None:
+        found["stopped"] = stopped()
+    else:
         for work in (replicas, nothing_to_learn, gathers, an_updated_head, failures):
             found[work.__name__] = work(ranks)
     return found
@@ -223,6 +227,12 @@ def half_precision(ranks):
             assert ranks.group is None or hidden.dtype == body.weight.dtype == torch.bfloat16
         found[kind] = full_gradients(model)
         assert all(g.dtype == torch.float32 for g in found[kind].values())
+        if kind == "untied" and ranks.group is not None:
+            model.zero_grad()
+            options = {"samples_per_pass": plan.shape[0], "sequences_per_pass": 1}
+            accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
+            once, often = found[kind]["lm_head.weight"], full(model.get_output_embeddings().weight.grad)
+            assert relative_error(often, once) < 1e-5, "added up in fp32, however the batch is cut"
     return found
 
 
@@ -300,10 +310,33 @@ def failures(ranks):
         return ranks.tell((type(error).__name__, str(error)))
 
 
+def stopped():
+    """(exit status, what was printed) of two ranks, one of which fails where the other waits for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=_stopping, args=(rank, Path(folder))) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        return [(process.exitcode, (Path(folder) / str(rank)).read_text()) for rank, process in enumerate(ranks)]
+
+
+def _stopping(rank, folder):
+    sys.stderr = (folder / str(rank)).open("w")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    with one_fails_all_stop(ranks):
+        ranks.wait()
+        if rank == 1:
+            raise GuardError("the loss became nan")
+        ranks.wait()
+
+
 def _rank(rank, size, store, work, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    result = globals()[work](Ranks(rank, size, torch.device("cpu"), dist.group.WORLD))
+    result = work(Ranks(rank, size, torch.device("cpu"), dist.group.WORLD))
     if rank == 0:
         torch.save(result, out)
     dist.barrier()
@@ -311,9 +344,9 @@ def _rank(rank, size, store, work, out):
 
 
 def world(work, size):
-    """What rank 0 of `size` forked ranks returns."""
+    """What rank 0 of `size` forked ranks returns; 0: this process, which is none."""
     if size == 0:
-        return globals()[work](Ranks())
+        return work(Ranks())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         context = multiprocessing.get_context("fork")  # torch is imported once
@@ -329,4 +362,4 @@ def world(work, size):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save({int(size): world(sys.argv[2], int(size)) for size in sys.argv[3:]}, sys.argv[1])
+    torch.save({int(size): world(globals()[sys.argv[2]], int(size)) for size in sys.argv[3:]}, sys.argv[1])

@@ -126,6 +126,12 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_sentence(few):
     assert few[1]["failures"] == [*others, ("GuardError", "a reward is nan")]
 
 
+def test_a_rank_that_fails_leaves_none_waiting(few):
+    (waiting, _), (failed, said) = few[0]["stopped"]
+    assert (failed, said) == (2, "dllm-train: the loss became nan\n")
+    assert waiting == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_sharded_gradients_of_every_cut_and_split_are_those_of_one_process(tmp_path, size):

@@ -48,18 +48,22 @@ def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
         if name.startswith(f"{package}."):
             _patch_rope(module)
     # "'LLaDAConfig' object has no attribute 'use_cache'" in LLaDA's forward: no default since transformers 5
-    for name, value in (("use_cache", False), ("pad_token_id", None)):
-        if not hasattr(config, name):
-            setattr(config, name, value)
+    if not hasattr(config, "use_cache"):
+        config.use_cache = False
     # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ does not end in post_init()
     if not hasattr(cls, "all_tied_weights_keys") and not _calls_post_init(cls):
         cls.all_tied_weights_keys = {}
     # "tie_weights() got an unexpected keyword argument 'missing_keys'"
     if not _accepts(cls.tie_weights, "missing_keys"):
         cls.tie_weights = _without_keywords(cls.tie_weights)
-    # "'list' object has no attribute 'keys'" where such a model ties its embeddings
-    if isinstance(cls._tied_weights_keys, (list, tuple)):
+    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to what
+    if isinstance(keys := cls._tied_weights_keys, (list, tuple)):
         cls._tied_weights_keys = None
+        with _weightless():
+            model = cls(config)
+        embedding = model.get_input_embeddings()
+        path = next(name for name, module in model.named_modules() if module is embedding)
+        cls._tied_weights_keys = dict.fromkeys(keys, f"{path}.weight")
 
 
 def _calls_post_init(cls: type) -> bool:
@@ -122,13 +126,14 @@ def _weightless() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def declare_ties(model: PreTrainedModel) -> None:
-    """ "The weights trying to be saved contained shared tensors": LLaDA's tie_weights() makes an alias that nobody knows of."""
+    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained shared tensors"."""
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(parameter, name)) != name:
@@ -145,25 +150,35 @@ class AttentionForm:
     kind: str  # Facts.attention_mask
     block_length: int | None  # None: everyone sees everyone
 
-    def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """`[B, 1, S, S]`; None where nothing has to be said. Masks of four dimensions pass through.
+    @property
+    def keyword(self) -> str:
+        return "attention_bias" if self.kind == "bias" else "attention_mask"
 
-        Blocks count from a sequence's first token that is no padding, as in training without padding.
+    def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`[B, 1, S, S]`, or `[B, 1, 1, S]` where everyone sees everyone; None where nothing has to be said.
+
+        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype changes. Blocks
+        count from a sequence's first token that is no padding, as in training without padding.
         """
-        if self.kind == "none" or (mask_BS is not None and mask_BS.dim() == 4):
-            return None if self.kind == "none" else mask_BS
+        if mask_BS is not None and mask_BS.dim() == 4:
+            if self.kind == "none":
+                raise ValueError("attention_mask must be None for a model that takes none, got a mask of pairs")
+            return self._as_kind(mask_BS if mask_BS.dtype == torch.bool else mask_BS == 0, dtype)
+        if self.kind == "none":
+            return None
         if self.block_length is None and mask_BS is None:
             return None
-        B, S = ids_BS.shape
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
-        seen_BSS = real_BS[:, None, :].expand(B, S, S)
+        seen = real_BS[:, None, None, :]
         if self.block_length is not None:
             block_BS = (real_BS.cumsum(1) - 1).clamp(min=0) // self.block_length
-            seen_BSS = seen_BSS & (block_BS[:, None, :] <= block_BS[:, :, None])
-        seen = seen_BSS[:, None]
+            seen = seen & (block_BS[:, None, None, :] <= block_BS[:, None, :, None])
+        return self._as_kind(seen, dtype)
+
+    def _as_kind(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         if self.kind == "bool":
             return seen
-        return torch.zeros((), dtype=dtype, device=ids_BS.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
@@ -174,7 +189,7 @@ def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
     if facts.attention_mask == "int" and facts.topology == "bidirectional":
         return
     if facts.attention_mask == "int":  # two dimensions cannot say what a block sees
-        raise ValueError("attention_mask must be bool, float or none for a block-causal model, got 'int'")
+        raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
     block_length = facts.block_length if facts.topology == "block_causal" else None
     setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
     cls = type(model)
@@ -190,7 +205,7 @@ def _with_form(forward: Any) -> Any:
         if form is not None and ids is not None:
             mask = form(kwargs.pop("attention_mask", None), ids, self.dtype)
             if mask is not None:
-                kwargs["attention_mask"] = mask
+                kwargs[form.keyword] = mask
         return forward(self, *args, **kwargs)
 
     setattr(call, FORM, True)

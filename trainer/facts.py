@@ -18,14 +18,16 @@ from trainer.errors import UserError, first_line
 
 GROUP = "dllm_kernels.adapters"
 TOPOLOGIES = ("bidirectional", "block_causal")
-ATTENTION_MASKS = ("none", "int", "bool", "float")
+ATTENTION_MASKS = ("none", "int", "bool", "float", "bias")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One model, as the trainer sees it. `attention_mask` is what its forward takes: "none" (never pass one), "int" `[B, S]`,
-    "bool" (True: may be seen) or "float" (added to the scores); the latter two, and block-causal ones, in four dimensions,
-    which the loaded model makes itself out of `[B, S]`, see `trainer.compat`.
+    """One model, as the trainer sees it.
+
+    `attention_mask` is what its forward takes: "none" (never pass one), "int" `[B, S]`, or four dimensions as "bool" (True: may
+    be seen), as "float" (added to the scores) or as "bias" (the same, by the name attention_bias). The loaded model makes four
+    dimensions out of `[B, S]` itself, see `trainer.compat`.
     """
 
     family: str
@@ -115,7 +117,8 @@ def _named(part: str, *types: str) -> Callable[[Any, str], bool]:
     return lambda config, name: part in name and _type(*types)(config, name)
 
 
-LLADA = {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081}
+# some copies of LLaDA's code become causal once they are given an attention_mask, MMaDA's among them; none does by a bias
+LLADA = {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "attention_mask": "bias"}
 LLADA2 = {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892}
 DREAM = {"mask_id": 151666, "eos_id": 151643, "pad_id": 151643, "shift": 1, "attention_mask": "bool"}
 SDAR = {"mask_id": 151669, "eos_id": 151643, "pad_id": 151643, "topology": "block_causal", "block_length": 4}
@@ -130,7 +133,7 @@ BLOCK_SIZE: Places = {"block_length": ("config.block_size",)}
 
 # The first row that matches wins.
 FAMILIES: tuple[Family, ...] = (
-    Family("illada", _is_illada, {"mask_id": 5, "eos_id": 2, "pad_id": 1}),
+    Family("illada", _is_illada, {"mask_id": 5, "eos_id": 2, "pad_id": 1, "attention_mask": "bias"}),
     Family("llada-moe", _is_llada_moe, LLADA2),
     Family("llada", _is_llada, LLADA),  # 8B Base, Instruct and 1.5
     Family("llada2", _type("llada2_moe"), LLADA2 | {"topology": "block_causal", "block_length": 32, "attention_mask": "float"}),

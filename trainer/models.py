@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -44,8 +44,11 @@ class Loaded:
     facts: Facts
 
     def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
-        """What every model call takes beside the ids: the mask in the dtype that this model's mask has, or nothing."""
-        if attention_mask_BS is None or self.facts.attention_mask == "none":
+        """What every model call takes beside the ids: the mask in the dtype that this model's mask has.
+
+        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no mask.
+        """
+        if attention_mask_BS is None or self.facts.attention_mask == "none" or bool(attention_mask_BS.all()):
             return {}
         dtype = torch.int64 if self.facts.attention_mask == "int" else torch.bool
         return {"attention_mask": attention_mask_BS.to(dtype)}
@@ -88,34 +91,38 @@ def load(
             config = AutoConfig.from_pretrained(name, **options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         found = facts_of(config, tokenizer, label, facts)
-        cls = _model_class(config, name, revision)
+        cls = _model_class(config, name, revision, trusted=trust_remote_code)
         quantised = lora.four_bit_options(dtype, found.head) if four_bit else {}
         with torch.random.fork_rng(devices=[]):
             model = cls.from_pretrained(name, config=config, dtype=dtype, revision=revision, **quantised)
-            if model.is_remote_code():
+            if cls._auto_class is not None:  # code of the checkpoint's own
                 compat.restore_buffers(model)
                 compat.declare_ties(model)
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise over a damaged file
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"model: {name} brings modelling code of its own; read it, then set model.trust_remote_code=true to run it"
-            ) from error
+            raise _untrusted(name) from error
         raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # Dream's blocks append to it once more when they are recomputed in backward
     compat.adapt_forward(model, found)
     compat.adapt_head(model, found)
     _add_mask_token(tokenizer, found.mask_id)
     return Loaded(model.eval() if four_bit else model.to(device).eval(), tokenizer, found)
 
 
-def _model_class(config: Any, name: str, revision: str | None) -> type[PreTrainedModel]:
-    """The class with the head: the one of `architectures`, from the checkpoint's own code or from transformers."""
+def _untrusted(name: str) -> UserError:
+    return UserError(f"model: {name} brings modelling code of its own; read it, then set model.trust_remote_code=true to run it")
+
+
+def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool) -> type[PreTrainedModel]:
+    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or from transformers."""
     architectures = list(getattr(config, "architectures", None) or [])
     mapped = {auto: reference for auto, reference in (getattr(config, "auto_map", None) or {}).items() if auto in AUTO_CLASSES}
     by_class = {reference.rpartition(".")[2]: auto for auto, reference in mapped.items()}
     chosen = next((by_class[a] for a in architectures if a in by_class), next((a for a in AUTO_CLASSES if a in mapped), None))
-    if chosen is not None:
+    if chosen is not None and trusted:
         with compat.removed_names():
             cls = get_class_from_dynamic_module(mapped[chosen], name, revision=revision)
         cls.register_for_auto_class(chosen)  # so that its file is saved along
@@ -131,6 +138,8 @@ def _model_class(config: Any, name: str, revision: str | None) -> type[PreTraine
         cls = getattr(transformers, architecture, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
+    if chosen is not None:
+        raise _untrusted(name)
     raise UserError(
         f"model: {name} names no class that transformers knows (architectures: {', '.join(architectures) or 'none'}) "
         "and brings no code of its own (auto_map)"
@@ -157,6 +166,7 @@ class Head:
 
     path: str
     rows: int
+    embeddings: int  # ids that the model takes
     tied: bool  # its weight is the input embedding
     frozen: bool  # its weight gets no gradient: the head's cheap plan runs
     bias: bool
@@ -165,12 +175,13 @@ class Head:
 
 def find_head(model: PreTrainedModel) -> Head:
     with headless(model) as body:
-        head, weight, embedding = body.head, body.weight, model.get_input_embeddings()
+        head, weight = body.head, body.weight
         path = next(name for name, module in model.named_modules() if module is head)
         return Head(
             path=path,
             rows=len(weight),
-            tied=weight is getattr(embedding, "weight", None),
+            embeddings=body.vocabulary,
+            tied=any(weight is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
             frozen=not weight.requires_grad,
             bias=body.bias is not None,
             softcap=body.softcap,

@@ -1,16 +1,23 @@
-"""Tokenizer and model: what is saved loads with transformers alone, and nothing touches the global random state."""
+"""Tokenizer and model: what is saved loads with transformers alone, and what cannot be loaded is told in a sentence."""
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from tests.tiny import eurobert
 from tests.trainer.conftest import global_random_states
+from tests.trainer.tiny_checkpoints import MASK, PAD, VOCABULARY, write
+from tests.trainer.tiny_checkpoints import make_tokenizer as tiny_tokenizer
 from trainer import sudoku
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.models import build_model, load_checkpoint, parameter_count
+from trainer.facts import Facts
+from trainer.models import Loaded, _add_mask_token, build_model, load, load_checkpoint, parameter_count
 from trainer.tokenizer import Codec, make_tokenizer
 
 TEXT = "0103020400103000=4123341223411234"
@@ -77,3 +84,91 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint: .* holds no config\.json"):
         load_checkpoint(tmp_path)
+
+
+def test_the_demo_s_own_checkpoint_loads_as_any_other(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = build_model(load_config().model, tokenizer, seed=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert (loaded.facts.family, loaded.facts.mask_id) == ("eurobert", tokenizer.mask_token_id)
+    assert all(torch.equal(p, q) for p, q in zip(loaded.model.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_come_in_the_dtype_asked_for_and_frequencies_in_fp32(tmp_path: Path) -> None:
+    write("dream", tmp_path)
+    model = load(tmp_path, dtype=torch.bfloat16, trust_remote_code=True).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def edit(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_code_that_is_not_trusted_is_not_run(tmp_path: Path) -> None:
+    write("llada", tmp_path / "llada")
+    (tmp_path / "llada" / "configuration_llada.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(
+        UserError, match=r"llada brings modelling code of its own; read it, then set model\.trust_remote_code=true"
+    ):
+        load(tmp_path / "llada")
+    write("eurobert", tmp_path / "native")  # a configuration that transformers knows, and a model class that it does not
+    (tmp_path / "native" / "evil.py").write_text("raise SystemExit('this ran')")
+    edit(tmp_path / "native", auto_map={"AutoModel": "evil.Evil"}, architectures=["Evil"])
+    with pytest.raises(UserError, match=r"native brings modelling code of its own"):
+        load(tmp_path / "native")
+
+
+def test_what_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model: .*nowhere cannot be loaded \("):
+        load(tmp_path / "nowhere")
+    write("eurobert", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model: .*cut cannot be loaded \(SafetensorError: "):
+        load(tmp_path / "cut")
+    write("eurobert", tmp_path / "headless")
+    edit(tmp_path / "headless", architectures=["NoSuchModel"])
+    with pytest.raises(UserError, match=r"names no class that transformers knows \(architectures: NoSuchModel\)"):
+        load(tmp_path / "headless")
+    write("eurobert", tmp_path / "wrong")
+    with pytest.raises(UserError, match=r"unknown config key model\.facts\.maskid: the nearest is mask_id"):
+        load(tmp_path / "wrong", facts={"maskid": 3})
+
+
+def test_the_mask_goes_to_the_model_in_its_own_dtype() -> None:
+    mask = torch.tensor([[0, 1, 1]])
+
+    def kwargs(kind: str) -> dict[str, torch.Tensor]:
+        facts = Facts(family="x", mask_id=1, attention_mask=kind)
+        return Loaded(eurobert(), make_tokenizer(), facts).call_kwargs(mask)
+
+    assert kwargs("none") == {}
+    assert kwargs("int")["attention_mask"].dtype == torch.int64
+    assert kwargs("bool")["attention_mask"].dtype == torch.bool
+    assert kwargs("float")["attention_mask"].shape == mask.shape
+    assert Loaded(eurobert(), make_tokenizer(), Facts(family="x", mask_id=1)).call_kwargs(None) == {}
+
+
+def test_ids_beyond_the_text_are_suppressed() -> None:
+    facts = Facts(family="mmada", mask_id=5, valid_vocab=8, suppress=(2,))
+    loaded = Loaded(eurobert(vocab=11), make_tokenizer(), facts)
+    assert loaded.suppressed == (2, 8, 9, 10)
+    assert dataclasses.replace(loaded, facts=Facts(family="x", mask_id=5)).suppressed == ()
+
+
+def test_the_mask_token_is_added_where_the_tokenizer_has_room_for_it() -> None:
+    known = tiny_tokenizer(mask=False)
+    assert known.mask_token_id is None
+    _add_mask_token(known, MASK)
+    assert (known.mask_token, known.mask_token_id, len(known)) == ("<|mdm_mask|>", MASK, MASK + 1)
+    following = tiny_tokenizer(mask=False)
+    _add_mask_token(following, MASK + 1)
+    assert (following.mask_token_id, len(following)) == (MASK + 1, MASK + 2)
+    far = tiny_tokenizer(mask=False)
+    _add_mask_token(far, VOCABULARY - 1)
+    assert (far.mask_token_id, len(far)) == (None, MASK + 1)
+    assert far.decode([1, VOCABULARY - 1, PAD], skip_special_tokens=True) == "1"

@@ -18,6 +18,7 @@ from dllm_kernels.objectives import BGPO
 from tests.tiny import gradients, worst_gradient_error
 from tests.trainer.tiny_checkpoints import MASK, PAD, PUBLISHED, TEXT, VOCABULARY, write
 from trainer.models import Loaded, find_head, load
+from trainer.startup import attention_self_test
 
 PROMPT, LENGTH = 5, 8
 IDS = torch.randint(0, TEXT, (2, PROMPT + LENGTH), generator=torch.Generator().manual_seed(3))
@@ -84,6 +85,12 @@ def test_what_a_token_sees_is_its_topology(case: Case) -> None:
         assert differs[last:].all()
 
 
+def test_the_start_up_test_of_attention_passes(case: Case) -> None:
+    facts = case.loaded.facts
+    text = IDS[1:] if (facts.block_length or 1) < IDS.shape[1] else torch.randint(0, TEXT, (1, facts.block_length + 3))
+    attention_self_test(case.loaded, text)
+
+
 def test_hidden_states_times_the_head_are_the_model_s_logits(case: Case) -> None:
     with torch.no_grad(), headless(case.loaded.model) as body:
         hidden = body(IDS, **case.loaded.call_kwargs(REAL))
@@ -91,7 +98,7 @@ def test_hidden_states_times_the_head_are_the_model_s_logits(case: Case) -> None
     torch.testing.assert_close(got, case.logits().double(), rtol=1e-6, atol=1e-5)  # LLaDA2's logits are fp32
     head = find_head(case.loaded.model)
     assert (head.rows, head.frozen) == (VOCABULARY, False)
-    assert head.tied == (case.kind in ("modernbert", "llada_tied"))
+    assert head.tied == (case.kind in ("modernbert", "llada_tied", "dream_tied"))
     assert head.bias == (case.kind == "modernbert")
 
 

@@ -1,17 +1,19 @@
 """What is checked before a run: the alignment by clean text, and the mask id."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tests.tiny import eurobert
-from tests.trainer.tiny_checkpoints import EOS, MASK, PAD, UNK, make_tokenizer
+from tests.trainer.tiny_checkpoints import EOS, MASK, PAD, UNK, make_tokenizer, write
+from trainer import compat
 from trainer.errors import UserError
 from trainer.facts import Facts
-from trainer.models import Loaded
-from trainer.startup import check_mask_id, shift_self_test
+from trainer.models import Loaded, load
+from trainer.startup import attention_self_test, check_mask_id, shift_self_test
 
 FACTS = Facts(family="test", mask_id=MASK, eos_id=EOS, pad_id=PAD)
 
@@ -58,7 +60,9 @@ def test_a_trained_model_s_alignment_is_seen_in_clean_text(loaded: Loaded) -> No
 def test_a_wrong_alignment_is_an_error_with_the_figures(loaded: Loaded) -> None:
     right = loaded.facts.shift
     wrong = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, shift=1 - right))
-    with pytest.raises(UserError, match=rf"model\.facts\.shift is {1 - right}, .* nats a token .* set model\.facts\.shift={right}"):
+    with pytest.raises(
+        UserError, match=rf"model\.facts\.shift is {1 - right}, .* nats a token .* set model\.facts\.shift={right}"
+    ):
         shift_self_test(wrong, text(16, 99), seed=0)
 
 
@@ -77,6 +81,45 @@ def test_an_untrained_model_and_too_little_text_are_undecided_and_no_error() -> 
         few = shift_self_test(model, text(1, 0)[:, :3], seed=0)
         assert few.likelier is None
         assert "undecided" in str(few)
+
+
+def forward_kwargs(loaded: Loaded, **facts: object) -> Loaded:
+    """The same model without what `load` made of its forward, under other facts."""
+    loaded.model.__dict__.pop("_dllm_attention_form", None)
+    changed = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, **facts))
+    compat.adapt_forward(changed.model, changed.facts)
+    return changed
+
+
+def test_code_that_becomes_causal_by_a_mask_is_told(tmp_path: Path) -> None:
+    write("llada", tmp_path)
+    wrong = forward_kwargs(load(tmp_path, trust_remote_code=True), attention_mask="int")
+    with pytest.raises(UserError, match=r"topology is bidirectional, but the first token does not see the last ones when a mask"):
+        attention_self_test(wrong, text(1, 0))
+
+
+def test_code_that_ignores_its_mask_is_told(tmp_path: Path) -> None:
+    write("eurobert", tmp_path)
+    loaded = load(tmp_path)
+    forward = loaded.model.forward
+    loaded.model.forward = lambda input_ids, attention_mask=None: forward(input_ids=input_ids)
+    with pytest.raises(UserError, match=r"model eurobert sees padding in spite of its attention mask"):
+        attention_self_test(loaded, text(1, 0))
+    unmasked = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, attention_mask="none"))
+    attention_self_test(unmasked, text(1, 0))
+
+
+def test_a_wrong_topology_is_told(tmp_path: Path) -> None:
+    write("dream", tmp_path / "dream")
+    dream = forward_kwargs(load(tmp_path / "dream", trust_remote_code=True), topology="block_causal", block_length=4)
+    attention_self_test(dream, text(1, 0))  # it does as it is told
+    bidirectional = dataclasses.replace(
+        dream, facts=dataclasses.replace(dream.facts, topology="bidirectional", block_length=None)
+    )
+    with pytest.raises(UserError, match=r"topology is bidirectional, but the first token does not see the last ones"):
+        attention_self_test(bidirectional, text(1, 0))
+    with pytest.raises(ValueError, match=r"ids_BS must hold more than 4 tokens a sequence, got 4"):
+        attention_self_test(dream, text(1, 0)[:, :4])
 
 
 def with_facts(**changes: object) -> Loaded:

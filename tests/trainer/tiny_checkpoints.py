@@ -85,6 +85,14 @@ PUBLISHED = {
         "modeling_dream.DreamConfig",
         "AutoModel",
     ),
+    "dream_tied": Published(
+        "dream",
+        "DreamModel",
+        ("modeling_dream.py", *SHARED),
+        MASKED | {"model_type": "Dream", "rope_scaling": None, "rope_theta": 1e6, "tie_word_embeddings": True},
+        "modeling_dream.DreamConfig",
+        "AutoModel",
+    ),
     "sdar": Published(
         "sdar",
         "SDARForCausalLM",
@@ -120,6 +128,9 @@ PUBLISHED = {
 }
 
 
+TIED = {"modernbert": "decoder.weight", "dream_tied": "lm_head.weight"}  # published under the embedding's name alone
+
+
 def make_tokenizer(*, mask: bool) -> PreTrainedTokenizerFast:
     """Characters, with the mask token among the special ones, or only as an added token that nobody calls the mask (LLaDA)."""
     special = {PAD: "[PAD]", EOS: "[EOS]", UNK: "[UNK]"}
@@ -150,15 +161,13 @@ def write(kind: str, folder: Path, *, seed: int = 0, scale: float = 0.3, **confi
     make_tokenizer(mask=published.mask_in_tokenizer).save_pretrained(folder)
     with compat.removed_names():
         loaded_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model = _model_class(loaded_config, str(folder), None)(loaded_config).eval()
+    model = _model_class(loaded_config, str(folder), None, trusted=True)(loaded_config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
-    if kind == "modernbert":
+    if alias := TIED.get(kind):
         model.tie_weights()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if kind == "modernbert":
-        state.pop("decoder.weight")  # tied: published once
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != alias}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return model

@@ -2,6 +2,7 @@
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from .layers import MLP, RMSNorm, RotaryEmbedding, attend, rotate, split
@@ -41,32 +42,35 @@ class DreamConfig(PretrainedConfig):
 
 
 class DreamAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        self.config = config
+        self.config, self.layer_idx = config, layer_idx
         head = config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * head, bias=True)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * head, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x, attention_mask, angle):
+    def forward(self, x, attention_mask, angle, cache):
         c = self.config
         q, k = split(self.q_proj(x), c.num_attention_heads), split(self.k_proj(x), c.num_key_value_heads)
-        v = split(self.v_proj(x), c.num_key_value_heads)
-        return self.o_proj(attend(rotate(q, angle), rotate(k, angle), v, attention_mask))
+        q, k, v = rotate(q, angle), rotate(k, angle), split(self.v_proj(x), c.num_key_value_heads)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        return self.o_proj(attend(q, k, v, attention_mask))
 
 
 class DreamDecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        self.self_attn = DreamAttention(config)
+        self.self_attn = DreamAttention(config, layer_idx)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None):
-        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states), attention_mask, position_embeddings)
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_value=None):
+        h = self.input_layernorm(hidden_states)
+        x = hidden_states + self.self_attn(h, attention_mask, position_embeddings, past_key_value)
         return (x + self.mlp(self.post_attention_layernorm(x)),)
 
 
@@ -83,7 +87,7 @@ class DreamBaseModel(DreamPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DreamDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config)
         self.post_init()
@@ -91,8 +95,10 @@ class DreamBaseModel(DreamPreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
         x = self.embed_tokens(input_ids)
         angle = self.rotary_emb(x.shape[1], x.device)
+        use_cache = use_cache if use_cache is not None else self.config.use_cache
+        cache = DynamicCache() if use_cache else None
         for layer in self.layers:
-            x = layer(x, attention_mask=attention_mask, position_embeddings=angle)[0]
+            x = layer(x, attention_mask=attention_mask, position_embeddings=angle, past_key_value=cache)[0]
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
 

@@ -62,9 +62,13 @@ class LLaDAModel(nn.Module):
     def forward(self, input_ids, input_embeddings=None, attention_mask=None, attention_bias=None, use_cache=False):
         x = self.transformer.wte(input_ids) if input_embeddings is None else input_embeddings
         x = self.transformer.emb_drop(x)
-        if attention_mask is not None and 0.0 in attention_mask:
+        if attention_mask is not None and 0.0 in attention_mask:  # OLMo's default, which some copies of LLaDA's code kept
             mask = attention_mask.to(torch.float).view(len(x), -1)[:, None, None, :]
-            attention_bias = ((1.0 - mask) * torch.finfo(torch.float).min).to(x.dtype)
+            size, least = x.shape[1], torch.finfo(torch.float).min
+            causal = torch.full((1, 1, size, size), least).triu(1)
+            attention_bias = ((1.0 - mask) * least + (causal if attention_bias is None else attention_bias)).clamp(min=least)
+        if attention_bias is not None:
+            attention_bias = attention_bias.to(x.dtype)
         for block in self.transformer.blocks:
             x, _ = block(x, attention_bias=attention_bias, use_cache=use_cache)
         x = self.transformer.ln_f(x)
