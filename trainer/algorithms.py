@@ -136,17 +136,22 @@ class Trajectory:
         return torch.where(self.plan.scored, logp_BS, 0.0).transpose(0, 1)
 
 
-def make_trajectory(config: RlConfig, rollout: Rollout, seed: int) -> Trajectory | None:
+def make_trajectory(config: RlConfig, rollout: Rollout, here_N: Tensor, seed: int) -> Trajectory | None:
+    """Of those `here_N` of this rank's rollouts; None for laws that draw their own masks."""
     if config.law not in TRACES:
         return None
+    steps_BJ = None
     if config.law == "segments":
-        return Trajectory(rollout, trajectory_rows(rollout, segments=config.segments), None)
-    if config.algorithm == "trace_rl":
-        return Trajectory(rollout, trajectory_rows(rollout, shrink=config.shrink), None)
-    entropy_TB = step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL, steps=rollout.masked_entropy_BT.shape[1])
-    ids = rollout.sequence_ids_B
-    steps_BJ = select_steps(entropy_TB, config.selected_steps, config.step_selection, seed=seed, sequence_ids=ids)
-    return Trajectory(rollout, trajectory_rows(rollout, steps_BJ), steps_BJ)
+        plan = trajectory_rows(rollout, segments=config.segments)
+    elif config.algorithm == "trace_rl":
+        plan = trajectory_rows(rollout, shrink=config.shrink)
+    else:
+        most = rollout.masked_entropy_BT.shape[1]
+        entropy_TB = step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL, steps=most)
+        ids = rollout.sequence_ids_B
+        steps_BJ = select_steps(entropy_TB, config.selected_steps, config.step_selection, seed=seed, sequence_ids=ids)
+        plan = trajectory_rows(rollout, steps_BJ)
+    return Trajectory(rollout.kept(here_N), plan.cut(sequences=here_N), None if steps_BJ is None else steps_BJ[here_N])
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,28 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
+def save_model(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks | None = None) -> None:
+    """A folder that `from_pretrained` loads, of what all ranks hold; an older one of that name stays whole until the new one is."""
+    ranks = ranks or Ranks()
+    weights = _whole_weights(model, keep=ranks.is_first)
+    with ranks.together(), _disk_errors(target):
+        if ranks.is_first:
+            _replace(target, model, tokenizer, weights)
+
+
+def _replace(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, weights: dict[str, Tensor]) -> None:
+    aside, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_pretrained(aside, model, tokenizer, weights)
+    _seal(aside)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def latest(folder: Path, ranks: Ranks | None = None) -> Checkpoint | None:
     """The newest checkpoint of `folder` that is whole, for `--resume auto`; None where none was ever saved.
 

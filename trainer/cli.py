@@ -7,21 +7,31 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, load_config, shipped_configs
 from trainer.errors import Stopped, UserError, first_line
+
+if TYPE_CHECKING:
+    from trainer.distributed import Ranks
+    from trainer.setup import Setup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Config keys to change, such as rl.updates=10 seed=3.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file over the demo's defaults.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file over the demo's defaults, or the name of one that comes along.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the run; the next free name if it is taken.")]
-Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder of a saved model and tokenizer.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="Folder or hub id of a model and its tokenizer.")]
+MaybeCheckpoint = Annotated[str | None, typer.Option("--checkpoint", help="Folder or hub id; default: the config's.")]
+Resume = Annotated[
+    str | None, typer.Option("--resume", help="Folder of a stopped run to go on with; `auto`: the config's own, if there is one.")
+]
 
 
 def main() -> None:
@@ -51,122 +61,151 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def demo(
-    overrides: Overrides = None,
-    out: Out = None,
-    config: ConfigFile = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Folder of a stopped run to go on with.")] = None,
-) -> None:
-    """Supervised fine-tuning, then BGPO, on generated 4x4 Sudoku; about 5 minutes on one core, offline."""
+def demo(overrides: Overrides = None, out: Out = None, config: ConfigFile = None, resume: Resume = None) -> None:
+    """Supervised fine-tuning, then RL, by default BGPO on generated 4x4 Sudoku: about 5 minutes on one core, offline."""
     with _sentences():
-        if resume is not None and (overrides or out or config):
-            raise UserError("--resume goes on with the run's own config.yaml and folder; leave out overrides, --out and --config")
-        if resume is not None:
-            _reopen(resume)
-        else:
-            _start(_configure(overrides, config, out))
+        _run(overrides, out, config, resume)
 
 
 @app.command()
-def sft(overrides: Overrides = None, out: Out = None, config: ConfigFile = None) -> None:
-    """The supervised half of the demo alone (folder runs/sft); go on with `rl --checkpoint`."""
+def sft(overrides: Overrides = None, out: Out = None, config: ConfigFile = None, resume: Resume = None) -> None:
+    """Supervised fine-tuning alone (folder runs/sft); go on with `rl --checkpoint`."""
     with _sentences():
         for override in overrides or ():
             key, _, value = override.partition("=")
             if key == "rl.updates" and value != "0":
                 raise UserError(f"sft makes no reinforcement updates, got {override}; leave it out, or use demo or rl")
-        _start(_configure(["out=runs/sft", *(overrides or ()), "rl.updates=0"], config, out))
+        _run(overrides, out, config, resume, first=["out=runs/sft"], last=["rl.updates=0"])
 
 
 @app.command()
 def rl(
-    checkpoint: Checkpoint,
+    checkpoint: MaybeCheckpoint = None,
     overrides: Overrides = None,
     out: Out = None,
     config: ConfigFile = None,
     algorithm: Annotated[
         str | None, typer.Option("--algorithm", help="One of `dllm-train algorithms`; the same as rl.algorithm=NAME.")
     ] = None,
+    resume: Resume = None,
 ) -> None:
-    """BGPO, or --algorithm, from a checkpoint (folder runs/rl); the config of the run that made it is the default.
+    """RL alone, from a checkpoint (folder runs/rl); the config of the run that made it is the default.
 
     An algorithm's recipe sets its mask law, samples and advantages; config keys override them. One that needs a reference
     policy keeps a frozen copy of the checkpoint's weights.
     """
     with _sentences():
-        keys = ["out=runs/rl", *([f"rl.algorithm={algorithm}"] if algorithm else []), *(overrides or ())]
-        resolved = _configure(keys, config, out, beside=checkpoint)
-        if resolved.rl.updates == 0:  # the config of `sft`, which makes none
-            updates = f"rl.updates={load_config().rl.updates}"
-            resolved = _configure([updates, *keys], config, out, beside=checkpoint)
-        _start(resolved, checkpoint=checkpoint)
+        first = ["out=runs/rl", *([f"rl.algorithm={algorithm}"] if algorithm else [])]
+        last = ["sft.steps=0"]
+        if checkpoint is not None:
+            last.append(f"model.checkpoint={json.dumps(checkpoint)}")
+            beside = Path(checkpoint).parent / "config.yaml"
+            if config is None and beside.is_file() and _configure([], None, None, beside=checkpoint).rl.updates == 0:
+                first.append(f"rl.updates={load_config().rl.updates}")  # the config of `sft`, which makes none
+        if checkpoint is None and resume is None and config is None and "model.checkpoint" not in " ".join(overrides or ()):
+            raise UserError("rl needs a model: give --checkpoint, or a --config with model.checkpoint")
+        _run(overrides, out, config, resume, first=first, last=last, beside=checkpoint)
 
 
 @app.command("eval")
 def evaluate_checkpoint(checkpoint: Checkpoint, overrides: Overrides = None, config: ConfigFile = None) -> None:
-    """Accuracy of a checkpoint on both test sets, greedily and at the rollout's temperature, as JSON."""
-    with _sentences():
-        resolved = _configure(overrides, config, None, beside=checkpoint)
+    """Accuracy of a checkpoint on its task's test sets, greedily and at the rollout's temperature, as JSON."""
+    with _sentences(), _ranks() as ranks:
+        from trainer.environment import environment
         from trainer.evaluation import decodings, evaluate
-        from trainer.models import load_checkpoint
-        from trainer.sudoku import make_task
-        from trainer.tokenizer import Codec
 
-        model, tokenizer = load_checkpoint(checkpoint)
-        task, codec = make_task(resolved.task, seed=resolved.seed), Codec(tokenizer)
-        options: dict[str, Any] = {"seed": resolved.seed, "batch": resolved.evaluation.batch}
-        result = {
-            test.name: {way: evaluate(model, test, codec, how, **options) for way, how in decodings(resolved.rollout).items()}
-            for test in task.tests
+        setup = _setup(checkpoint, overrides, config, ranks)
+        sets = {
+            name: {way: evaluate(setup, name, test, how) for way, how in decodings(setup.config.rollout).items()}
+            for name, test in setup.task.tests.items()
         }
-        print(json.dumps(result, indent=1))
+        if ranks.is_first:
+            result = {"checkpoint": checkpoint, "seed": setup.config.seed, "sets": sets, "environment": environment()}
+            print(json.dumps(result, indent=1))
 
 
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option("--prompt", help="16 digits, row by row, 0 for an empty cell.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to complete; may be given several times.")] = None,
+    file: Annotated[Path | None, typer.Option("--input", help='JSONL with a "prompt" in each line.')] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSONL to write: prompt, completion, steps, log-probs.")] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Let a checkpoint solve one puzzle, greedily unless rollout.temperature is given."""
+    """Complete prompts, greedily unless rollout.temperature is given; on a terminal the text is shown as it is unmasked."""
+    with _sentences(), _ranks() as ranks:
+        from trainer.writing import read_prompts, write_completions
+
+        prompts = [*(prompt or ()), *(read_prompts(file) if file is not None else ())]
+        if not prompts:
+            raise UserError("generate needs something to complete: give --prompt or --input")
+        setup = _setup(checkpoint, ["rollout.temperature=0", "rl.updates=0", *(overrides or ())], config, ranks)
+        write_completions(setup, prompts, out, console)
+
+
+@app.command()
+def plan(overrides: Overrides = None, config: ConfigFile = None, ranks: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """Parameters and predicted peak memory, term by term, with and without our kernels; refuses what will not fit."""
     with _sentences():
-        if len(prompt) != 16 or not set(prompt) <= set("01234"):
-            raise UserError(f"--prompt must be 16 digits in 0-4 (0 is an empty cell), got {prompt!r}")
-        resolved = _configure(["rollout.temperature=0", "rl.updates=0", *(overrides or ())], config, None, beside=checkpoint)
-        import torch
+        from trainer.memory_plan import describe_plan
 
-        import dllm_kernels
-        from dllm_kernels import noise
-        from trainer.models import load_checkpoint
-        from trainer.sudoku import valid
-        from trainer.tokenizer import Codec
+        print(describe_plan(_configure(overrides, config, None), ranks=ranks))
 
-        model, tokenizer = load_checkpoint(checkpoint)
-        codec = Codec(tokenizer)
-        puzzle = torch.tensor([[int(digit) for digit in prompt]])
-        sampled = dllm_kernels.generate(
-            model,
-            codec.prompt_ids(puzzle),
-            length=puzzle.shape[1],
-            mask_id=codec.mask_id,
-            seed=resolved.seed,
-            sequence_ids=noise.sequence_ids([prompt]),
-            **resolved.rollout.model_dump(),
-        )
-        print(tokenizer.decode(sampled.completion_BL[0]))
-        print("solved" if bool(valid(puzzle, codec.digits(sampled.completion_BL))[0]) else "not solved", file=sys.stderr)
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Draw a run's curves again, into its curves.png."""
+    with _sentences():
+        from trainer.plots import draw_curves
+        from trainer.run_dir import RunDir
+
+        folder = RunDir.reopen(run)
+        names = ("eval_before.json", "eval_after.json")
+        draw_curves(folder.metrics(), [folder.read_json(n) for n in names if (run / n).exists()], run / "curves.png")
+        print(run / "curves.png")
+
+
+@app.command()
+def compare(
+    checkpoint: Checkpoint,
+    algorithms: Annotated[str, typer.Option("--algorithms", help="Names, comma-separated, or `all`.")] = "all",
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    forwards: Annotated[int | None, typer.Option("--forwards", help="Model calls of training each may make.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    config: ConfigFile = None,
+) -> None:
+    """Several algorithms from one checkpoint over several seeds: one table and one plot of their rewards."""
+    with _sentences():
+        from trainer.compare import compare_algorithms
+
+        keys = ["sft.steps=0", f"model.checkpoint={json.dumps(checkpoint)}"]
+
+        def configure(more: list[str]) -> RunConfig:
+            return _configure([*(overrides or ()), *more, *keys], config, None, beside=checkpoint)
+
+        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console)
 
 
 @app.command("config")
-def show_config(
-    overrides: Overrides = None,
-    config: ConfigFile = None,
-    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of every key instead.")] = False,
-) -> None:
+def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Print the resolved configuration."""
     with _sentences():
-        print(json.dumps(RunConfig.model_json_schema(), indent=1) if schema else load_config(config, overrides or ()).to_yaml())
+        print(load_config(config, overrides or ()).to_yaml())
+
+
+@app.command("config-schema")
+def show_schema() -> None:
+    """The JSON schema of every config key."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+@app.command("configs")
+def show_configs() -> None:
+    """The configs that come along, for --config."""
+    for name, file in shipped_configs().items():
+        print(f"{name:<24} {file.read_text().splitlines()[0].removeprefix('# ')}")
 
 
 @app.command()
@@ -194,46 +233,78 @@ def show_environment() -> None:
         print(f"{name:<15} {value if value is not None else 'none'}")
 
 
-def _configure(overrides: list[str] | None, file: Path | None, out: Path | None, *, beside: Path | None = None) -> RunConfig:
+def _configure(overrides: list[str] | None, file: Path | None, out: Path | None, *, beside: str | None = None) -> RunConfig:
     """Defaults, or the config of the run that a checkpoint lies in; then the file; then overrides and --out."""
     base = None
-    if beside is not None and (beside.parent / "config.yaml").is_file():
+    if beside is not None and (found := Path(beside).parent / "config.yaml").is_file():
         try:
-            base = (beside.parent / "config.yaml").read_text(encoding="utf-8")
+            base = found.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{beside.parent / 'config.yaml'} cannot be read ({first_line(error)})") from error
+            raise UserError(f"{found} cannot be read ({first_line(error)})") from error
     return load_config(file, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else [])], base=base)
 
 
-def _start(config: RunConfig, *, checkpoint: Path | None = None) -> None:
-    from trainer.models import load_checkpoint
+@contextmanager
+def _ranks() -> Iterator[Ranks]:
+    from trainer import distributed
+
+    ranks = distributed.start()
+    with distributed.one_fails_all_stop(ranks):
+        yield ranks
+
+
+def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ranks: Ranks) -> Setup:
+    from trainer.run import prepare
+    from trainer.tasks import make_task
+
+    keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
+    resolved = _configure(keys, config, None, beside=checkpoint)
+    return prepare(resolved, make_task(resolved.task, seed=resolved.seed), ranks)
+
+
+def _run(
+    overrides: list[str] | None,
+    out: Path | None,
+    config: Path | None,
+    resume: str | None,
+    *,
+    first: list[str] | None = None,
+    last: list[str] | None = None,
+    beside: str | None = None,
+) -> None:
+    """A new run, or one that goes on. `first` comes before the overrides, `last` after them."""
+    from trainer.run import is_finished
     from trainer.run_dir import RunDir
 
-    start = None if checkpoint is None else load_checkpoint(checkpoint)
-    folder = RunDir.create(Path(config.out))
-    if folder.path != Path(config.out):
-        console.print(f"{config.out} already holds files; this run goes to {folder.path}", highlight=False, soft_wrap=True)
-    _execute(folder, config.model_copy(update={"out": str(folder.path)}), start)
-
-
-def _reopen(path: Path) -> None:
-    from trainer.demo import is_finished
-    from trainer.run_dir import RunDir
-
-    folder = RunDir.reopen(path)
-    config = load_config(path / "config.yaml")
-    if is_finished(folder, config):
-        console.print(f"this run is finished already; its report: {path / 'report.md'}", highlight=False, soft_wrap=True)
+    if resume not in (None, "auto"):
+        if overrides or out or config:
+            raise UserError("--resume goes on with the run's own config.yaml and folder; leave out overrides, --out and --config")
+        folder = RunDir.reopen(Path(str(resume)))
+        resolved = load_config(folder.path / "config.yaml")
+    else:
+        resolved = _configure([*(first or ()), *(overrides or ()), *(last or ())], config, out, beside=beside)
+        folder = None
+        if resume == "auto" and (Path(resolved.out) / "config.yaml").is_file():
+            folder = RunDir.reopen(Path(resolved.out))
+            resolved = load_config(folder.path / "config.yaml")
+    if folder is not None and is_finished(folder, resolved):
+        console.print(f"this run is finished already; its report: {folder.path / 'report.md'}", highlight=False, soft_wrap=True)
         return
-    _execute(folder, config, None)
+    with _ranks() as ranks:
+        if folder is None:
+            path = ranks.tell(RunDir.create(Path(resolved.out)).path if ranks.is_first else None)[0]
+            folder = RunDir(path)
+            if path != Path(resolved.out) and ranks.is_first:
+                console.print(f"{resolved.out} already holds files; this run goes to {path}", highlight=False, soft_wrap=True)
+        _execute(folder, resolved.model_copy(update={"out": str(folder.path)}), ranks)
 
 
-def _execute(folder: Any, config: RunConfig, start: Any) -> None:
-    from trainer.demo import Run
+def _execute(folder: Any, config: RunConfig, ranks: Ranks) -> None:
+    from trainer.run import Run
 
     go_on = f"go on with: dllm-train demo --resume {folder.path}"
     try:
-        run = Run(folder, config, console, start)
+        run = Run(folder, config, console, ranks)
         run.execute()
     except Stopped as error:
         console.print(f"stopped at {run.where()}, state saved; {go_on}", highlight=False, soft_wrap=True)

@@ -200,10 +200,10 @@ class RolloutConfig(Section):
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
     def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:
-        """Keywords of `dllm_kernels.generate`; `length` is the task's."""
+        """Keywords of `dllm_kernels.generate`."""
         same = ("sampler", "temperature", "top_k", "top_p", "steps", "block_length", "deterministic", "cache", "micro_batch")
         options = {key: getattr(self, key) for key in same} | self.sampler_options()
-        return {**options, "length": self.length or length, "eos_id": eos_id if self.stop_at_eos else None}
+        return {**options, "length": length, "eos_id": eos_id if self.stop_at_eos else None}
 
 
 class EvaluationConfig(Section):

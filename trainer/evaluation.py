@@ -1,18 +1,15 @@
-"""Solved puzzles by the rules, and what changed between two models on the very same puzzles."""
+"""Right answers on examples that were not trained on, and what changed between two models on the very same examples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from dllm_kernels import generate, noise
 from trainer.config import RolloutConfig
-from trainer.sudoku import Puzzles, keeps_clues, reference_cells, valid
-from trainer.tokenizer import Codec
+from trainer.setup import Setup
+from trainer.tasks import Example
 
 Figures = dict[str, Any]
 
@@ -23,51 +20,51 @@ def decodings(rollout: RolloutConfig) -> dict[str, RolloutConfig]:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    data: Puzzles,
-    codec: Codec,
+    setup: Setup,
+    name: str,
+    examples: Sequence[Example],
     decoding: RolloutConfig,
     *,
-    seed: int,
-    batch: int,
     between: Callable[[int], None] | None = None,
 ) -> Figures:
-    """Solve every puzzle once; the noise depends on the puzzle and not on the model, so two models can be paired.
+    """Answer every example once; the noise depends on the example and not on the model, so two models can be paired.
 
-    Returns shares in 0..1 (`valid`: solved with the clues kept; `reference_cells`: the d1 figure; `clues_kept`), the
-    settings of `generate`, and `solved`, a string with a 1 or 0 per puzzle. `between(done)` runs after each batch.
+    Returns `correct`, the share of right answers, the means of the task's metrics, the settings of `generate`, and `solved`, a
+    string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch.
     """
-    filled = []
+    task, ranks, seed, batch = setup.task, setup.ranks, setup.config.seed, setup.config.evaluation.batch
+    options = setup.generate_options(rollout=decoding)
+    scores: dict[str, list[float]] = {key: [] for key in ("correct", *task.metrics)}
     settings: dict[str, Any] = {}
-    for first in range(0, len(data), batch):
-        index = range(first, min(first + batch, len(data)))
+    for first in range(0, len(examples), batch):
+        part = examples[first : first + batch]
+        mine = part[ranks.share(len(part))]
+        asked = mine or part[:1]  # every rank calls the model; whose share is empty throws the answer away
+        with ranks.together():
+            prompts = setup.codec.prompts(asked)
         sampled = generate(
-            model,
-            codec.prompt_ids(data.puzzles[first : first + batch]),
-            length=data.puzzles.shape[1],
-            mask_id=codec.mask_id,
+            setup.model,
+            [prompt.to(ranks.device) for prompt in prompts],
             seed=seed,
-            sequence_ids=noise.sequence_ids([f"{data.name}/{i}" for i in index]),
-            **decoding.model_dump(),
+            sequence_ids=noise.sequence_ids([f"{name}/{e.id}" for e in asked]).to(ranks.device),
+            **options,
         )
-        filled.append(codec.digits(sampled.completion_BL))
+        with ranks.together():
+            texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
+            found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
+        for told in ranks.tell(found):
+            for key, values in told.items():
+                scores[key] += values
         settings = sampled.settings
         if between is not None:
-            between(len(index))
-    answers = torch.cat(filled)
-    solved = valid(data.puzzles, answers)
-    return {
-        "puzzles": len(data),
-        "valid": solved.float().mean().item(),
-        "reference_cells": reference_cells(data.puzzles, answers, data.solutions).mean().item(),
-        "clues_kept": keeps_clues(data.puzzles, answers).all(-1).float().mean().item(),
-        "decoding": settings,
-        "solved": "".join("01"[int(one)] for one in solved),
-    }
+            between(len(part))
+    means = {key: sum(values) / len(values) for key, values in scores.items()}
+    solved = "".join("01"[int(value)] for value in scores["correct"])
+    return {"examples": len(examples), **means, "decoding": settings, "solved": solved}
 
 
 def paired_gain(before: Figures, after: Figures) -> dict[str, float]:
-    """Gain in `valid` with its 95 % interval from the paired differences of the puzzles (normal approximation)."""
+    """Gain in `correct` with its 95 % interval from the paired differences of the examples (normal approximation)."""
     differences = [int(b) - int(a) for a, b in zip(before["solved"], after["solved"], strict=True)]
     n = len(differences)
     gain = sum(differences) / n

@@ -16,7 +16,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     EuroBertConfig,
     EuroBertForMaskedLM,
@@ -31,6 +30,7 @@ from trainer import compat, lora
 from trainer.config import ModelConfig
 from trainer.errors import UserError, first_line
 from trainer.facts import Facts, facts_of
+from trainer.tokenizer import make_tokenizer
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -197,7 +197,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        max_position_embeddings=64,
+        max_position_embeddings=config.context,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -209,20 +209,19 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed
         return EuroBertForMaskedLM(settings).eval()
 
 
-def parameter_count(model: PreTrainedModel) -> int:
+def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loaded:
+    """A random EuroBERT of the config's sizes and a tokenizer of the task's characters."""
+    if alphabet is None:
+        raise UserError("model.checkpoint must be given for this task, whose texts have no small alphabet to build a model for")
+    tokenizer = make_tokenizer(alphabet)
+    facts = Facts(
+        family="eurobert",
+        mask_id=int(tokenizer.mask_token_id),
+        eos_id=int(tokenizer.eos_token_id),
+        pad_id=int(tokenizer.pad_token_id),
+    )
+    return Loaded(build_model(config, tokenizer, seed=seed), tokenizer, facts)
+
+
+def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def load_checkpoint(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (eval mode, fp32) and tokenizer of a checkpoint folder; only local files are read."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"checkpoint: {directory} holds no config.json; give the folder of a saved model")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModelForMaskedLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever the libraries raise over a damaged file
-        raise UserError(
-            f"checkpoint: {directory} cannot be loaded ({first_line(error)}); give the folder of a whole saved model"
-        ) from error
-    return model.eval(), tokenizer

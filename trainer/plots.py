@@ -18,7 +18,7 @@ _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9741a", "#b8bec6"
 _WAYS = {"rollout": ("at the rollout's temperature", _BLUE), "greedy": ("greedy", _ORANGE)}
 # key of metrics.jsonl, title, unit
 _SFT = (("elbo", "ELBO of demonstrations", "nats"), ("loss", "loss", "nats per token"), ("grad_norm", "gradient norm", ""))
-_RL = (("elbo", "ELBO of rollouts", "nats"), ("loss", "BGPO loss", ""), ("grad_norm", "gradient norm", ""))
+_RL = (("elbo", "ELBO of rollouts", "nats"), ("loss", "loss", ""), ("grad_norm", "gradient norm", ""))
 
 
 def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: Path) -> None:
@@ -31,15 +31,16 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
         for column, (key, title, unit) in enumerate(panels):
             _line(axes[row, column + 2], own, key, title, unit)
         _accuracy(axes[row, 1], own)
-        axes[row, 0].set_ylabel({"sft": "SFT", "rl": "RL (BGPO)"}[phase], fontsize=14, fontweight="bold", labelpad=12)
+        axes[row, 0].set_ylabel({"sft": "SFT", "rl": "RL"}[phase], fontsize=14, fontweight="bold", labelpad=12)
     _line(axes[0, 0], by_phase["sft"], "lr", "learning rate", "")
-    _line(axes[1, 0], by_phase["rl"], "reward", "reward of rollouts (training puzzles)", "")
+    _line(axes[1, 0], by_phase["rl"], "reward", "reward of rollouts (training examples)", "")
     last = by_phase["rl"][-1]["step"] if by_phase["rl"] else 0
     for at, evaluation in zip((0, last), evaluations, strict=False):
         for way, (_, color) in _WAYS.items():
-            figures = evaluation["sets"]["unseen_puzzles"][way]
-            axes[1, 1].plot([at], [100 * figures["valid"]], "o", color=color, markersize=8, clip_on=False, zorder=5)
-            axes[1, 1].set_title(f"solved unseen puzzles (%; dots: all {figures['puzzles']})", fontsize=11)
+            test = next(iter(evaluation["sets"].values()), None)
+            if test is not None:
+                axes[1, 1].plot([at], [100 * test[way]["correct"]], "o", color=color, markersize=8, clip_on=False, zorder=5)
+                axes[1, 1].set_title(f"right answers (%; dots: all {test[way]['examples']})", fontsize=11)
     for axis in axes.flat:
         axis.grid(color="#e8eaed", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -74,7 +75,7 @@ def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None
 
 
 def _accuracy(axis: Axes, records: Records) -> None:
-    axis.set_title("solved unseen puzzles (%)", fontsize=11)
+    axis.set_title("right answers on unseen examples (%)", fontsize=11)
     probed = [r for r in records if "probe_greedy" in r]
     for way, (label, color) in _WAYS.items():
         values = [100 * r[f"probe_{way}"] for r in probed]

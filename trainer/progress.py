@@ -38,7 +38,10 @@ class Bar:
 
 
 @contextmanager
-def bar(console: Console, name: str, total: int, *, done: int = 0) -> Iterator[Bar]:
+def bar(console: Console, name: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    if not shown:
+        yield Bar(Console(quiet=True), name, total, done, None)
+        return
     if not console.is_terminal:
         yield Bar(console, name, total, done, None)
         return

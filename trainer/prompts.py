@@ -50,7 +50,7 @@ def encode(
 
     Example:
         >>> from trainer.tokenizer import make_tokenizer
-        >>> encode(make_tokenizer(), [Example("0", "1230=")])
+        >>> encode(make_tokenizer("01234="), [Example("0", "1230=")])
         [[1, 2, 3, 0, 5]]
     """
     encoded = []

@@ -12,42 +12,52 @@ from rich.table import Table
 
 from trainer.config import RunConfig
 from trainer.run_dir import RunDir, State
+from trainer.tasks.config import SudokuConfig
 
 _PARTS = {
-    "data": "puzzles",
+    "data": "data and model",
     "sft": "supervised fine-tuning",
     "rl_rollout": "RL: rollouts",
     "rl_gradient": "RL: gradients",
-    "probes": "looks at unseen puzzles in between",
+    "probes": "looks at unseen examples in between",
     "evaluation": "evaluation",
     "report": "curves",
 }
-_HEADINGS = ("test set", "decoding", "SFT", "+ RL", "gain [95 %]", "cells right")
+_HEADINGS = ("test set", "decoding", "SFT", "+ RL", "gain [95 %]")
+_KNOWN = ("examples", "correct", "decoding", "solved")  # of an evaluation; the rest are the task's own metrics
 
 
 def result_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per test set and decoding: share solved before and after RL, paired gain, share of reference cells."""
+    """A row per test set and decoding: share of right answers before and after RL, paired gain, the task's first metric."""
     rows: list[tuple[str, ...]] = []
     before = evaluations[0]
     after = evaluations[1] if len(evaluations) > 1 else None
     for test, ways in before["sets"].items():
         for way, figures in ways.items():
             decoding = "greedy" if way == "greedy" else f"T = {figures['decoding']['temperature']:g}"
-            solved, gain, cells = "", "", _percent(figures["reference_cells"])
+            more = _metrics(figures)[:1]
+            solved, gain, cells = "", "", [_percent(figures[name]) for name in more]
             if after is not None:
-                later, paired = after["sets"][test][way], after["gain_in_valid"][test][way]
-                solved = _percent(later["valid"])
+                later, paired = after["sets"][test][way], after["gain"][test][way]
+                solved = _percent(later["correct"])
                 gain = f"{100 * paired['gain']:+.1f} [{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}]"
-                cells += f"→{_percent(later['reference_cells'])}"
-            rows.append((test.replace("_", " "), decoding, _percent(figures["valid"]), solved, gain, cells))
+                cells = [f"{_percent(figures[name])}→{_percent(later[name])}" for name in more]
+            rows.append((test.replace("_", " "), decoding, _percent(figures["correct"]), solved, gain, *cells))
     return rows
 
 
+def _metrics(figures: dict[str, Any]) -> list[str]:
+    return [name for name in figures if name not in _KNOWN]
+
+
+def _headings(evaluations: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    ways = next(iter(evaluations[0]["sets"].values()), {})
+    return (*_HEADINGS, *(name.replace("_", " ") for name in _metrics(ways.get("greedy", {}))[:1]))
+
+
 def result_table(folder: Path, state: State, evaluations: Sequence[dict[str, Any]], *, peak_mb: float) -> Group:
-    puzzles = next(iter(evaluations[0]["sets"].values()))["greedy"]["puzzles"]
-    title = f"Share of {puzzles} puzzles solved: all rules, every clue kept (%)"
-    accuracy = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in _HEADINGS:
+    accuracy = Table(title="Right answers (%)", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in _headings(evaluations):
         accuracy.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right", no_wrap=True)
     for row in result_rows(evaluations):
         accuracy.add_row(*row)
@@ -65,25 +75,26 @@ def write_report(
 ) -> None:
     task, rl, rollout = config.task, config.rl, config.rollout
     environment = evaluations[-1]["environment"]
-    rule = task.careless_forget.replace("_", " ")
+    headings = _headings(evaluations)
+    start = "random start" if config.model.checkpoint is None else f"from {config.model.checkpoint}"
+    what = f"{config.sft.steps} steps of {config.sft.batch} demonstrations"
+    if isinstance(task, SudokuConfig) and task.careless_share:
+        rule = task.careless_forget.replace("_", " ")
+        what += f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick} filling)"
+    steps = "as many steps as it takes" if rollout.steps is None else f"{rollout.steps} steps"
     lines = [
-        "# A small diffusion language model learns Sudoku by BGPO",
+        f"# {task.kind} with {rl.algorithm}",
         "",
-        f"{parameters:,} parameters (EuroBERT, random start), seed {config.seed}. "
-        f"Puzzles of {task.clues_min} to {task.clues_max} clues with one solution. "
-        f"SFT: {config.sft.steps} steps of {config.sft.batch} demonstrations, {100 * task.careless_share:g} % of them "
-        f"by a demonstrator who forgets the {rule} ({task.careless_pick} filling that fits). "
-        f"RL: {rl.updates} updates of {rl.prompts} x {rl.group} rollouts ({rollout.steps} steps, temperature "
-        f"{rollout.temperature:g}), reward `{rl.reward}`, {rl.samples} Monte-Carlo samples, learning rate {rl.lr:g}.",
+        f"{parameters:,} parameters ({start}), seed {config.seed}. SFT: {what}. "
+        f"RL: {rl.updates} updates of {rl.prompts} x {rl.group} rollouts ({rollout.sampler}, {steps}, temperature "
+        f"{rollout.temperature:g}), reward `{rl.reward}`, masks `{rl.law}`, learning rate {rl.lr:g}.",
         "",
-        _markdown_row(_HEADINGS),
-        _markdown_row(["---"] * len(_HEADINGS)),
+        _markdown_row(headings),
+        _markdown_row(["---"] * len(headings)),
         *(_markdown_row(row) for row in result_rows(evaluations)),
         "",
-        f"Percent of {task.test_puzzles} puzzles solved: all rows, columns and boxes right and every given cell kept.",
-        "Cells right: share of empty cells equal to the solution (the figure that d1 calls accuracy).",
-        f"Unseen puzzles share their solution grids with training puzzles; the {task.held_out_grids} unseen grids do not.",
-        "Both models answered the same puzzles with the same noise; the interval of the gain is paired.",
+        "Percent of right answers: all that the task asks, see `trainer/tasks`.",
+        "Both models answered the same examples with the same noise; the interval of the gain is paired.",
         "",
         "![curves](curves.png)",
         "",

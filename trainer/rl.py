@@ -15,12 +15,11 @@ from torch import Tensor
 
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Objective
-from trainer.algorithms import Batches, Scores, Signal, make_objective, signal, trajectory_plan
+from trainer.algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
 from trainer.errors import GuardError
 from trainer.gap import on_policy_gap
 from trainer.setup import Setup
-from trainer.tasks import Example
+from trainer.tasks import Example, Reward
 from trainer.tasks.rewards import choose
 from trainer.training import batch_indices, guarded_step, learning_rate
 
@@ -50,7 +49,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
             [prompt.to(ranks.device) for prompt in prompts],
             sequence_ids=sequence_ids.to(ranks.device),
             seed=setup.config.seed,
-            **setup.generate_options,
+            **setup.generate_options(greedy=config.algorithm == "egspo_sa"),
         )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
@@ -58,7 +57,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
             rewards = torch.tensor(reward(examples, texts), dtype=torch.float32, device=ranks.device)
             _guard_rollouts(setup, sampled, rewards)
         figures = _rollout_figures(setup, sampled, rewards, examples, texts, index.to(ranks.device))
-        _guard_groups(figures, ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
+        _guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
         if config.gap_every and update % config.gap_every == 0:
             figures["on_policy_gap"] = on_policy_gap(setup, sampled)
         everyone, _ = ranks.gather(rewards)
@@ -66,7 +65,22 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         figures |= {"groups_with_signal": len(index[found.kept_N.cpu()].unique()), "sequences_scored": len(found.kept_N)}
         rolled_out = time.perf_counter()
         if len(found.kept_N):
-            figures |= _learn(setup, optimizer, objective, sampled, found, everyone, index.to(ranks.device), mine, update)
+            entries, here = found.of(mine)
+            kept = sampled.kept(here)
+            trajectory = make_trajectory(config, sampled, here, setup.config.seed)
+            context = Update(
+                config,
+                objective,
+                ranks,
+                everyone,
+                index.to(ranks.device),
+                mine,
+                here,
+                entries,
+                trajectory,
+                _step_rewards(setup, reward, trajectory, [examples[i] for i in here.tolist()]),
+            )
+            figures |= _learn(setup, optimizer, context, sampled, kept, found.denominator, update)
             figures["tokens"] += figures.pop("tokens_scored")
         figures["seconds_rollout"] = rolled_out - started
         figures["seconds_gradient"] = time.perf_counter() - rolled_out
@@ -78,57 +92,62 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
 def _learn(
     setup: Setup,
     optimizer: torch.optim.Optimizer,
-    objective: Objective,
+    context: Update,
     sampled: Rollout,
-    found: Signal,
-    rewards: Tensor,
-    group_ids: Tensor,
-    mine: slice,
+    kept: Rollout,
+    denominator: float | None,
     update: int,
 ) -> dict[str, float]:
-    """The optimizer steps on one set of rollouts. Rewards and group ids are those of all ranks."""
-    config, ranks, seed = setup.config.rl, setup.ranks, setup.config.seed
-    entries, here = found.of(mine)
-    kept = sampled.kept(here)
-    trajectory = trajectory_plan(config, kept, setup, rewards) if config.law in ("trace", "segments") else None
+    """The optimizer steps on one set of rollouts."""
+    config, ranks, trajectory = context.config, context.ranks, context.trajectory
 
     def plan_of(iteration: int) -> MaskPlan:
         if trajectory is not None:
-            return trajectory
+            return trajectory.plan
         return make_mask_plan(
             sampled.ids_BS,
             sampled.completion_mask_BS,
             law=config.law,
             samples=config.samples,
-            seed=seed,
+            seed=setup.config.seed,
             sequence_ids=sampled.sequence_ids_B,
             mask_id=setup.facts.mask_id,
             shift=setup.facts.shift,
             attention_mask_BS=sampled.attention_mask_BS,
             iteration=iteration,
             **config.law_options(),
-        ).cut(sequences=here)
+        ).cut(sequences=context.here_N)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
-    options = setup.scoring_options(kept.attention_mask_BS, suppress=trajectory is not None)
-    scores = Scores(setup, options)
-    make = Batches(config, objective, scores, ranks, rewards, group_ids, found, here, mine, kept)
-    batches = make(entries, plans, lambda: plan_of(len(plans)))
+    options = setup.scoring_options(kept.attention_mask_BS, config.micro_batch, as_rolled_out=trajectory is not None)
+    scores = Scores(setup.model, setup.reference, options)
+    batches = context.batches(plans, lambda: plan_of(len(plans)), scores)
     passes = scores.passes
     lr = learning_rate(config, update, config.updates)
+    if denominator is None:  # steps: what the plans of all ranks hold
+        denominator = max(1.0, ranks.total(float((plans[0].counts > 0).sum())))
     figures: dict[str, float] = {}
     for plan, batch in zip(plans, batches, strict=True):
-        denominator = found.denominator
-        if denominator is None:  # steps: what the plans of all ranks hold
-            denominator = max(1.0, ranks.total(float((plan.counts > 0).sum())))
-        report = accumulate(setup.model, plan, objective, batch, denominator=denominator, group=ranks.group, **options)
+        report = accumulate(
+            setup.model, plan, context.objective, batch, denominator=denominator, group=ranks.group, **options
+        )
         passes += report.passes
-        loss = ranks.total(float(report.loss)) if ranks.group is not None else float(report.loss)
-        norm = guarded_step(setup.model, optimizer, loss, config, lr, ranks)
-        figures |= make.figures(report, batch)
-    figures |= {"loss": loss, "grad_norm": norm, "lr": lr}
-    scored = len(kept.ids_BS) * kept.ids_BS.shape[1] * len(plans[0].sample_K) * passes
-    return {**figures, "tokens_scored": ranks.total(scored)}
+        loss = ranks.total(float(report.loss))
+        norm = guarded_step(setup.model, optimizer, loss, config, lr)
+        figures |= context.figures(report, plan, batch)
+    scored = kept.ids_BS.numel() * len(plans[0].sample_K) * passes
+    return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
+
+
+def _step_rewards(setup: Setup, reward: Reward, trajectory: Trajectory | None, examples: Sequence[Example]) -> Tensor | None:
+    """EGSPO-SA: rewards `[B, J]` of the greedy completions seen before each chosen step; those of a step that is not are 0."""
+    if trajectory is None or trajectory.rollout.greedy_BTL is None or trajectory.steps_BJ is None:
+        return None
+    B, J = trajectory.steps_BJ.shape
+    index_BJL = trajectory.steps_BJ.clamp(min=0)[:, :, None].expand(-1, -1, setup.length)
+    texts = setup.codec.texts(trajectory.rollout.greedy_BTL.gather(1, index_BJL).flatten(0, 1))
+    values = reward([example for example in examples for _ in range(J)], texts)
+    return torch.tensor(values, dtype=torch.float32, device=index_BJL.device).view(B, J)
 
 
 def _rollout_figures(
@@ -171,7 +190,7 @@ def _guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
         raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
 
 
-def _guard_groups(figures: dict[str, float], completion: Tensor, logp: Tensor, group: int) -> None:
+def _guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
     if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
         raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
     groups = completion.view(-1, group, completion.shape[1])

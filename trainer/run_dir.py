@@ -3,23 +3,18 @@
 config.yaml        the resolved configuration          eval_before.json, eval_after.json
 metrics.jsonl      one line per step, flushed          curves.png, report.md
 events.out.*       the same for TensorBoard            checkpoint_sft/, checkpoint/
-environment.json   versions and machine                state/  what --resume reads
+environment.json   versions and machine                checkpoints/  what --resume reads, see checkpoints.py
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import UserError, first_line
 
@@ -134,77 +129,6 @@ class RunDir:
         if self._metrics is not None:
             self._metrics.close()
             self._events.close()
-
-    def save_model(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """A folder that `from_pretrained` loads; an older one of that name stays whole until the new one is."""
-
-        def fill(folder: Path) -> None:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
-        return self._replace_folder(name, fill)
-
-    def save_state(
-        self, state: State, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: torch.optim.Optimizer
-    ) -> None:
-        def fill(folder: Path) -> None:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            (folder / "state.json").write_text(json.dumps(asdict(state)))
-
-        name = f"{state.phase}-{state.step:06d}"
-        self._replace_folder(f"state/{name}", fill)
-        self.write_text("state/latest", name)  # the moment at which the new state counts
-        for old in (self.path / "state").iterdir():
-            if old.is_dir() and old.name != name:
-                shutil.rmtree(old)
-
-    def saved_state(self) -> tuple[State, Path] | None:
-        """The newest state and its folder: weights, tokenizer, optimizer.pt; None when nothing was saved yet."""
-        pointer = self.path / "state" / "latest"
-        if not pointer.is_file():
-            return None
-        try:
-            name = pointer.read_text().strip()
-        except (OSError, ValueError) as error:
-            raise _damaged(pointer, error) from error
-        folder = self.path / "state" / name
-        if not name or not folder.is_dir():
-            raise _damaged(pointer, ValueError(f"it names no saved state: {name!r}"))
-        values = self.read_json(f"state/{name}/state.json")
-        try:
-            state = State(**values)
-            state.is_past(PHASES[0], int(state.step))
-        except (TypeError, ValueError) as error:
-            raise _damaged(folder / "state.json", error) from error
-        return state, folder
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
-        try:
-            optimizer.load_state_dict(torch.load(file, weights_only=True))
-        except Exception as error:  # unpickling damaged bytes raises almost anything
-            raise _damaged(file, error) from error
-
-    def _replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        target = self.path / name
-        aside, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            fill(aside)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors tell of a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"saving {target} failed, {first_line(error)}") from error
-        for file in aside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        return target
 
 
 def _claim(path: Path) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.config import RunConfig
+from trainer.config import RolloutConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.facts import Facts
 from trainer.models import Loaded
@@ -49,14 +48,15 @@ class Setup:
         blocks = -(-self.length // (rollout.block_length or self.length)) if sampler.blocks == "sequence" else 1
         return min(self.length, rollout.steps * blocks)
 
-    def generate_options(self, **changes: Any) -> dict[str, Any]:
-        """Keywords of `generate`, the model and the noise apart."""
-        rollout = self.config.rollout.model_copy(update=changes)
+    def generate_options(self, *, greedy: bool = False, rollout: RolloutConfig | None = None) -> dict[str, Any]:
+        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's."""
+        rollout = rollout or self.config.rollout
         return {
             **rollout.generate_options(self.length, self.facts.eos_id),
             "mask_id": self.facts.mask_id,
             "shift": self.facts.shift,
             "suppress": self.loaded.suppressed,
+            "greedy": greedy,
         }
 
     def scoring_options(self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool) -> dict[str, Any]:
@@ -67,9 +67,3 @@ class Setup:
             "model_kwargs": self.loaded.call_kwargs(attention_mask_BS) or None,
             "sequences_per_pass": micro_batch,
         }
-
-
-def autocast(config: RunConfig, ranks: Ranks) -> torch.autocast:
-    """bf16 products over fp32 weights, where one process trains; FSDP casts parameters itself."""
-    wanted = config.parallel.dtype == "bfloat16" and ranks.group is None
-    return torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=wanted)

@@ -54,7 +54,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
                 value += float(loss) * share
         value = ranks.total(value)
         lr = learning_rate(config, step, config.steps)
-        norm = guarded_step(setup.model, optimizer, value, config, lr, ranks)
+        norm = guarded_step(setup.model, optimizer, value, config, lr)
         seconds = time.perf_counter() - started
         tokens = ranks.total(plan.input_ids_BS.numel())
         yield {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
 from trainer.config import OptimizerConfig
-from trainer.distributed import Ranks, clip_gradients
+from trainer.distributed import clip_gradients
 from trainer.errors import ConfigError, GuardError
 
 
@@ -42,13 +42,12 @@ def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tup
 
 
 def guarded_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float, ranks: Ranks | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float
 ) -> float:
     """Clip and step; returns the gradient norm before clipping. What is not finite never reaches the weights."""
     if not math.isfinite(loss):
         raise GuardError(f"the loss became {loss}; a smaller learning rate than {lr:.2g} usually helps")
-    sharded = ranks is not None and ranks.group is not None
-    norm = clip_gradients(model, config.max_grad_norm) if sharded else _clip(model, config.max_grad_norm)
+    norm = clip_gradients(model, config.max_grad_norm)
     if not math.isfinite(norm):
         raise GuardError(f"the gradient norm became {norm} at loss {loss:.4g}; the weights were left as they were")
     for group in optimizer.param_groups:
@@ -57,6 +56,3 @@ def guarded_step(
     optimizer.zero_grad()
     return norm
 
-
-def _clip(model: nn.Module, max_norm: float) -> float:
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
