@@ -28,10 +28,10 @@ def collect(folders: list[Path]) -> dict[str, Any]:
         sets = {
             test: {
                 way: {
-                    "puzzles": figures["puzzles"],
-                    "sft": before["sets"][test][way]["valid"],
-                    "rl": figures["valid"],
-                    "gain": after["gain_in_valid"][test][way],
+                    "puzzles": figures["examples"],
+                    "sft": before["sets"][test][way]["correct"],
+                    "rl": figures["correct"],
+                    "gain": after["gain"][test][way],
                     "sft_reference_cells": before["sets"][test][way]["reference_cells"],
                     "rl_reference_cells": figures["reference_cells"],
                     "decoding": figures["decoding"],

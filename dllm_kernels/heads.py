@@ -65,10 +65,13 @@ class Body:
         self.parameter: Tensor = tap.head.parameters["weight"]  # type: ignore[assignment]  # a DTensor where it is sharded
         self._tap = tap
         embed = getattr(model, "get_input_embeddings", None)
-        embedding = embed() if callable(embed) else None
+        try:
+            embedding = embed() if callable(embed) else None
+        except NotImplementedError:  # transformers found none (MDLM's own code names it vocab_embed)
+            embedding = None
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
-        self._vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
+        self.vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
         config: Any = getattr(model, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
@@ -112,7 +115,7 @@ class Body:
             raise ValueError(f"input_ids must have shape [..., S] and hold at least one id, got {list(input_ids.shape)}")
         if self._embedding is not None:
             checks.same_device("input_ids", input_ids, "the input embedding", self._embedding)
-        checks.in_range("input_ids", input_ids, 0, self._vocabulary)
+        checks.in_range("input_ids", input_ids, 0, self.vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair

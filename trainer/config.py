@@ -112,9 +112,7 @@ TRACES = ("trace", "segments")  # laws of given trajectories
 
 class RlConfig(OptimizerConfig):
     algorithm: str = "bgpo"  # what the runs trained that do not name one
-    law: Literal[
-        "exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block", "trace", "segments"
-    ]
+    law: Literal["exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block", "trace", "segments"]
     updates: Count
     prompts: Positive
     group: Annotated[int, Field(ge=2)]
@@ -367,7 +365,11 @@ def _children(section: str, allowed: list[str]) -> str:
 
 
 def _sentence(detail: Any) -> str:
-    key = ".".join(str(part) for place, part in enumerate(detail["loc"]) if not (place == 1 and detail["loc"][0] == "task" and part in MODULES))
+    key = ".".join(
+        str(part)
+        for place, part in enumerate(detail["loc"])
+        if not (place == 1 and detail["loc"][0] == "task" and part in MODULES)
+    )
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if detail["type"] == "value_error":  # written above: names key and value itself
         return f"{key}: {message}" if key else message

@@ -34,5 +34,3 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
             f"rl.gap_bound={bound:g}); a cache, dropout, or 16-bit weights make such gaps"
         )
     return worst
-
-

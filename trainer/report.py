@@ -80,7 +80,9 @@ def write_report(
     what = f"{config.sft.steps} steps of {config.sft.batch} demonstrations"
     if isinstance(task, SudokuConfig) and task.careless_share:
         rule = task.careless_forget.replace("_", " ")
-        what += f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick} filling)"
+        what += (
+            f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick} filling)"
+        )
     steps = "as many steps as it takes" if rollout.steps is None else f"{rollout.steps} steps"
     lines = [
         f"# {task.kind} with {rl.algorithm}",

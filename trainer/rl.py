@@ -128,9 +128,7 @@ def _learn(
         denominator = max(1.0, ranks.total(float((plans[0].counts > 0).sum())))
     figures: dict[str, float] = {}
     for plan, batch in zip(plans, batches, strict=True):
-        report = accumulate(
-            setup.model, plan, context.objective, batch, denominator=denominator, group=ranks.group, **options
-        )
+        report = accumulate(setup.model, plan, context.objective, batch, denominator=denominator, group=ranks.group, **options)
         passes += report.passes
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
@@ -159,7 +157,9 @@ def _rollout_figures(
     columns: dict[str, Sequence[float]] = {"correct": task.correct(examples, texts)}
     columns |= {name: metric(examples, texts) for name, metric in task.metrics.items()}
     columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1).tolist()
-    ended_BL = (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
+    ended_BL = (
+        (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
+    )
     columns["completion_length"] = (~ended_BL).sum(-1).tolist()
     spread = everyone.view(-1, setup.config.rl.group).std(-1, correction=0)
     figures = {

@@ -59,7 +59,9 @@ class Setup:
             "greedy": greedy,
         }
 
-    def scoring_options(self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool) -> dict[str, Any]:
+    def scoring_options(
+        self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool
+    ) -> dict[str, Any]:
         """Keywords of `accumulate` and `score_samples`. `as_rolled_out`: without the mask id, as the rollout draws."""
         suppressed = self.loaded.suppressed
         return {

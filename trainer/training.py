@@ -41,9 +41,7 @@ def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tup
     return torch.argsort(bits, stable=True)[position * batch : (position + 1) * batch], epoch
 
 
-def guarded_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float
-) -> float:
+def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float) -> float:
     """Clip and step; returns the gradient norm before clipping. What is not finite never reaches the weights."""
     if not math.isfinite(loss):
         raise GuardError(f"the loss became {loss}; a smaller learning rate than {lr:.2g} usually helps")
@@ -55,4 +53,3 @@ def guarded_step(
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
