@@ -136,7 +136,7 @@ class Checkpoints:
 
 
 def save_model(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks | None = None) -> None:
-    """A folder that `from_pretrained` loads, of what all ranks hold; an older one of that name stays whole until the new one is."""
+    """A folder that `from_pretrained` loads; an older one of that name stays whole until the new one is. A collective."""
     ranks = ranks or Ranks()
     weights = _whole_weights(model, keep=ranks.is_first)
     with ranks.together(), _disk_errors(target):

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"  # of the weights that are trained
     four_bit: bool = False  # QLoRA: the frozen weights in 4 bits (bitsandbytes)
-    facts: dict[str, Any] = {}  # over what the table and the checkpoint say: mask_id, shift, ...
+    facts: dict[str, Any] = Field(default_factory=dict)  # over what the table and the checkpoint say: mask_id, shift, ...
     gradient_checkpointing: bool = False
     lora: LoraConfig = LoraConfig()
     hidden_size: Positive = 64
@@ -122,7 +122,9 @@ class RlConfig(OptimizerConfig):
     positive_only: bool
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
-    options: dict[str, Any] = {}  # of the algorithm's objective, over its recipe's, such as beta or epsilon
+    options: dict[str, Any] = Field(
+        default_factory=dict
+    )  # of the objective, over its recipe: beta, epsilon ...
     selected_steps: Positive = 8  # EGSPO: denoising steps of each rollout that are trained on
     step_selection: Literal["entropy", "uniform", "random"] = "entropy"
     stepwise: NotNegative = 0.5  # EGSPO-SA: lambda of its returns

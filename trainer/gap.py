@@ -5,7 +5,6 @@ A cache, another batch shape, dropout or another dtype make it; a ratio that is 
 
 from __future__ import annotations
 
-
 from dllm_kernels import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.accumulation import score_samples
 from trainer.errors import GuardError

@@ -51,7 +51,7 @@ def _metrics(figures: dict[str, Any]) -> list[str]:
 
 
 def _headings(evaluations: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    ways = next(iter(evaluations[0]["sets"].values()), {})
+    ways: dict[str, Any] = next(iter(evaluations[0]["sets"].values()), {})
     return (*_HEADINGS, *(name.replace("_", " ") for name in _metrics(ways.get("greedy", {}))[:1]))
 
 
@@ -80,9 +80,7 @@ def write_report(
     what = f"{config.sft.steps} steps of {config.sft.batch} demonstrations"
     if isinstance(task, SudokuConfig) and task.careless_share:
         rule = task.careless_forget.replace("_", " ")
-        what += (
-            f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick} filling)"
-        )
+        what += f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick})"
     steps = "as many steps as it takes" if rollout.steps is None else f"{rollout.steps} steps"
     lines = [
         f"# {task.kind} with {rl.algorithm}",

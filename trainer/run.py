@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -97,10 +96,11 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     if options.rank and saved is not None:
         trained = lora.load_lora(loaded.model, saved.path, trainable=True)
     elif options.rank:
-        shape = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout, "targets": options.targets}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the same adapters on every rank
-            trained = lora.add_lora(loaded.model, **shape)
+            trained = lora.add_lora(
+                loaded.model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets
+            )
     dtype = None if config.parallel.dtype is None else getattr(torch, config.parallel.dtype)
     if ranks.group is None:
         trained.to(ranks.device)
@@ -197,8 +197,12 @@ class Run:
         if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
             return None
         source = str(self.folder.path / "checkpoint_sft")
-        options = {"trust_remote_code": config.model.trust_remote_code, "facts": asdict(setup.facts)}
-        model = load(source, dtype=getattr(torch, config.model.dtype), **options).model.requires_grad_(False)
+        model = load(
+            source,
+            dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+            facts=asdict(setup.facts),
+        ).model.requires_grad_(False)
         if self.ranks.group is None:
             return model.to(self.ranks.device)
         return distributed.shard(model, self.ranks, replicas=config.parallel.replicas)

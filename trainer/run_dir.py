@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from trainer.errors import UserError, first_line
 
 PHASES = ("sft", "rl")

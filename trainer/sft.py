@@ -51,7 +51,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
                 loss = elbo_loss(hidden, body.weight, part.input_ids_BS, part.masked[0], p_mask, lengths=lengths, **options)
                 share = len(part.input_ids_BS) / config.batch
                 (loss if share == 1 else loss * share).backward()
-                value += float(loss) * share
+                value += float(loss.detach()) * share
         value = ranks.total(value)
         lr = learning_rate(config, step, config.steps)
         norm = guarded_step(setup.model, optimizer, value, config, lr)

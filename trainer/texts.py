@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Codec:
         if config.few_shot > len(task.train):
             raise UserError(f"prompt.few_shot must be at most the {len(task.train)} training examples, got {config.few_shot}")
         system = task.system if config.instructions else ""
-        self._options = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
+        self._options: dict[str, Any] = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
         if not config.chat_template:
             self._tokenizer.chat_template = None
 

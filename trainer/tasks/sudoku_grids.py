@@ -19,7 +19,6 @@ from dllm_kernels.noise import Stream
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.config import TaskConfig
     from trainer.tasks.config import SudokuConfig
 
 CELLS = 16
@@ -171,7 +170,7 @@ def careless_answers(puzzles_N16: Tensor, *, forget: str, pick: str, seed: int) 
     return torch.cat(filled)
 
 
-def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: TaskConfig | SudokuConfig, *, seed: int) -> Tensor:
+def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: SudokuConfig, *, seed: int) -> Tensor:
     """What a supervised model is shown, int64 `[N, 16]`: solutions, and careless fillings in the share asked for."""
     if config.careless_share == 0:
         return solutions_N16
@@ -180,7 +179,7 @@ def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: TaskConfi
     return torch.where(draw < config.careless_share, careless, solutions_N16)
 
 
-def make_task(config: TaskConfig | SudokuConfig, *, seed: int) -> SudokuTask:
+def make_task(config: SudokuConfig, *, seed: int) -> SudokuTask:
     """Training and test puzzles of a run; the same for the same config and seed, on every machine."""
     grids = all_grids()[noise.permutation(seed, len(all_grids()))]
     held_out, training = grids[: config.held_out_grids], grids[config.held_out_grids :]
