@@ -19,7 +19,7 @@ _STATUS = {"verified against the paper": "paper", "verified against the code": "
 
 def table() -> str:
     lines = [
-        "| `--algorithm` | arXiv | verified against | masks | coupling, on-policy | trains here |",
+        "| `--algorithm` | arXiv | verified against | masks | coupling, on-policy | learns |",
         "|---|---|---|---|---|---|",
     ]
     for name, recipe in RECIPES.items():
@@ -29,8 +29,8 @@ def table() -> str:
         if objective.on_policy_coupling != coupling:
             coupling += f", {objective.on_policy_coupling}"
         masks = f"`{recipe.law}`" + ("" if recipe.samples is None else f" x {recipe.samples}")
-        trains = "from trajectories: not yet" if recipe.needs_trajectory else "yes"
-        lines.append(f"| `{name}` | {recipe.arxiv} | {_STATUS[recipe.status]} | {masks} | {coupling} | {trains} |")
+        learns = "from trajectories" if recipe.needs_trajectory else "from fresh masks"
+        lines.append(f"| `{name}` | {recipe.arxiv} | {_STATUS[recipe.status]} | {masks} | {coupling} | {learns} |")
     return "\n".join(lines)
 
 

@@ -127,6 +127,7 @@ class Run:
     def __init__(self, folder: RunDir, config: RunConfig, console: Console, ranks: Ranks | None = None):
         self.folder, self.config, self.console = folder, config, console
         self.ranks = ranks or Ranks()
+        folder.tensorboard, folder.wandb = config.tensorboard, config.wandb
         torch.set_num_threads(config.threads)
         if self.ranks.is_first:
             folder.write_text("config.yaml", config.to_yaml())

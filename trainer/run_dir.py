@@ -36,6 +36,9 @@ class State:
 class RunDir:
     def __init__(self, path: Path):
         self.path = path
+        self.tensorboard = True
+        self.wandb: str | None = None  # project
+        self._wandb_run: Any = None
         self._metrics: Any = None
         self._events: Any = None
         self._kept: list[dict[str, Any]] | None = None  # of an earlier sitting, for TensorBoard
@@ -89,22 +92,34 @@ class RunDir:
     def log(self, record: dict[str, Any]) -> None:
         """Append one step's figures to metrics.jsonl and to TensorBoard."""
         if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+            self._open_loggers()
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._show(record)
+
+    def _open_loggers(self) -> None:
+        if self.wandb is not None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("wandb names a project, but the package is missing: pip install 'dllm-kernels[wandb]'") from error
+            self._wandb_run = wandb.init(project=self.wandb, name=self.path.name, dir=str(self.path), resume="allow")
+        if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._metrics = (self.path / "metrics.jsonl").open("a")
             # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown anew.
             again = None if self._kept is None else 0
             self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
             for earlier in self._kept or ():
                 self._show(earlier)
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        self._show(record)
 
     def _show(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name not in ("phase", "step"):
-                self._events.add_scalar(f"{record['phase']}/{name}", value, record["step"])
+        figures = {f"{record['phase']}/{name}": value for name, value in record.items() if name not in ("phase", "step")}
+        if self._wandb_run is not None:
+            self._wandb_run.log({**figures, f"{record['phase']}/step": record["step"]})
+        for name, value in figures.items() if self._events is not None else ():
+            self._events.add_scalar(name, value, record["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; damaged ones are skipped with a warning."""
@@ -125,9 +140,11 @@ class RunDir:
             self._kept = kept
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._events.close()
+        for logger in (self._metrics, self._events):
+            if logger is not None:
+                logger.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
 
 def _claim(path: Path) -> bool:
