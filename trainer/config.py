@@ -122,9 +122,7 @@ class RlConfig(OptimizerConfig):
     positive_only: bool
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
-    options: dict[str, Any] = Field(
-        default_factory=dict
-    )  # of the objective, over its recipe: beta, epsilon ...
+    options: dict[str, Any] = Field(default_factory=dict)  # of the objective, over its recipe: beta, epsilon ...
     selected_steps: Positive = 8  # EGSPO: denoising steps of each rollout that are trained on
     step_selection: Literal["entropy", "uniform", "random"] = "entropy"
     stepwise: NotNegative = 0.5  # EGSPO-SA: lambda of its returns
