@@ -15,6 +15,7 @@ Sizes: B sequences, R replicates of every estimate, M samples of the reference (
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -189,32 +190,23 @@ def models(settings: Settings) -> list[tuple[str, Path | None]]:
 def load(name: str, folder: Path | None, sequences: int) -> Scored:
     """The model, and its completions of that many unseen puzzles with the demo's sampler."""
     from trainer.config import load_config
+    from trainer.distributed import Ranks
     from trainer.errors import UserError
-    from trainer.models import build_model, load_checkpoint
-    from trainer.sudoku import make_task
-    from trainer.tokenizer import Codec, make_tokenizer
+    from trainer.run import prepare
+    from trainer.tasks import make_task
 
-    config = load_config()
-    puzzles = make_task(config.task, seed=config.seed).unseen_puzzles.head(sequences)
-    if folder is None:
-        tokenizer = make_tokenizer()
-        model: nn.Module = build_model(config.model, tokenizer, seed=config.seed)
-    else:
-        try:
-            model, tokenizer = load_checkpoint(folder)
-        except UserError as error:
-            raise ValueError(f"--model cannot be used: {error}") from error
-    codec = Codec(tokenizer)
-    rollout = generate(
-        model,
-        codec.prompt_ids(puzzles.puzzles),
-        length=L,
-        mask_id=codec.mask_id,
-        seed=config.seed,
-        sequence_ids=noise.sequence_ids([f"{puzzles.name}/{i}" for i in range(sequences)]),
-        **config.rollout.model_dump(),
-    )
-    return Scored(name, model, rollout.ids_BS, codec.mask_id, torch.full((sequences, 2**L), math.nan, dtype=torch.float64))
+    config = load_config(overrides=[] if folder is None else [f"model.checkpoint={json.dumps(str(folder))}"])
+    task = make_task(config.task, seed=config.seed)
+    try:
+        setup = prepare(config, task, Ranks())
+    except UserError as error:
+        raise ValueError(f"--model cannot be used: {error}") from error
+    examples = task.tests["unseen_puzzles"][:sequences]
+    ids = noise.sequence_ids([f"unseen_puzzles/{e.id}" for e in examples])
+    options = setup.generate_options()
+    rollout = generate(setup.model, setup.codec.prompts(examples), seed=config.seed, sequence_ids=ids, **options)
+    nothing = torch.full((sequences, 2**L), math.nan, dtype=torch.float64)
+    return Scored(name, setup.model, rollout.ids_BS, setup.facts.mask_id, nothing)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
