@@ -24,6 +24,7 @@ from trainer.errors import Stopped
 from trainer.evaluation import Figures, decodings, evaluate, paired_gain
 from trainer.models import Loaded, from_scratch, load, parameter_count
 from trainer.plots import draw_curves
+from trainer.preferences import pair_updates
 from trainer.progress import bar
 from trainer.report import result_table, write_report
 from trainer.rl import rl_updates
@@ -212,7 +213,8 @@ class Run:
         if phase == "sft":
             return sft_steps(self.setup, optimizer, start=self.state.step)
         self.setup.reference = self._reference()
-        return rl_updates(self.setup, optimizer, start=self.state.step)
+        updates = pair_updates if self.config.task.kind == "pairs" else rl_updates
+        return updates(self.setup, optimizer, start=self.state.step)
 
     def _train(self, phase: str) -> None:
         if PHASES.index(self.state.phase) > PHASES.index(phase):
