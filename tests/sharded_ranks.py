@@ -7,6 +7,7 @@ returns is saved to OUT as {size: result}.
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertForMaskedLM  # noqa: F401 - imported once, before the ranks are forked
 
 from dllm_kernels import accumulate, elbo_loss, generate, headless, noise
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation import adapters_off, score_samples
 from dllm_kernels.objectives import (
     BGPO,
     Batch,
@@ -32,6 +34,7 @@ from dllm_kernels.objectives import (
 from dllm_kernels.sharding import is_sharded
 from tests.plans import plan_of
 from tests.tiny import eurobert, relative_error
+from trainer.checkpoints import Checkpoints, load_state
 from trainer.distributed import Ranks, advantages, clip_gradients, one_fails_all_stop, shard
 from trainer.errors import GuardError
 
@@ -149,7 +152,7 @@ def gradients(ranks, cases=ALL):
 def few(ranks):
     """What make test runs."""
     found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
-    for work in (rollouts, supervised, group_advantages, half_precision, clipped):
+    for work in (rollouts, supervised, group_advantages, half_precision, clipped, recomputed, saved):
         found[work.__name__] = work(ranks)
     if ranks.group is None:
         found["stopped"] = stopped()
@@ -233,6 +236,48 @@ def half_precision(ranks):
             accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
             once, often = found[kind]["lm_head.weight"], full(model.get_output_embeddings().weight.grad)
             assert relative_error(often, once) < 1e-5, "added up in fp32, however the batch is cut"
+    return found
+
+
+def recomputed(ranks):
+    """With activation checkpointing, whose second forward runs within backward."""
+    model = shard(model_of("untied"), ranks).train()
+    model.gradient_checkpointing_enable()
+    return [step(model, "sequence", ranks.share(B), ranks, **options) for options in ({}, {"samples_per_pass": 4})]
+
+
+def saved(ranks):
+    """Weights and configuration as `from_pretrained` finds them."""
+    model = shard(model_of("tied"), ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(ranks.tell(folder)[0])
+        path = Checkpoints(folder, ranks).save(1, model, None, torch.optim.AdamW(model.parameters()))
+        found = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+        ranks.wait()
+        return found
+
+
+def adapters(ranks):
+    """LoRA over a sharded model: gradients, the reference with adapters off, the files of a checkpoint."""
+    import peft
+
+    found = {}
+    for kind in ("untied", "tied"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = shard(peft.get_peft_model(model_of(kind), config).double().eval(), ranks)
+        found[kind, "gradients"] = step(model, "sequence", ranks.share(B), ranks)
+        with adapters_off(model):
+            found[kind, "reference"] = score_samples(model, case("sample")[1])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        step(model, "sequence", ranks.share(B), ranks)
+        optimizer.step()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(ranks.tell(folder)[0]), ranks)
+            path = checkpoints.save(1, model, None, optimizer)
+            load_state(checkpoints.latest(), model, optimizer, ranks)
+            found[kind, "weights"] = load_file(path / "adapter_model.safetensors")
+            ranks.wait()
     return found
 
 

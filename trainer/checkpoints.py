@@ -183,7 +183,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
     """Puts optimiser and random states back; on another number of ranks than saved them, the former are resharded.
 
     Weights come from `from_pretrained(checkpoint.path)`, before the model is sharded. Random states are those that this rank
-    saved; a rank that was not there then keeps its own.
+    saved; ranks that were not there then take those of the others in turn.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -192,7 +192,8 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
     find_shards(model)
     try:
         known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        mine = {key: entry for key, entry in known.items() if key.startswith(f"random.{ranks.rank}.")}
+        savers = len({key.split(".")[1] for key in known if key.startswith("random.")})
+        mine = {key: entry for key, entry in known.items() if key.startswith(f"random.{ranks.rank % savers}.")}
         states: dict[str, Any] = {}
         for key, entry in mine.items():
             states[key] = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
@@ -211,14 +212,19 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
 
 
 def _whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it."""
+    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it. What is tied is one tensor there too."""
     find_shards(model)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     whole: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            gathered = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-            if keep:
-                whole[name] = gathered.detach().cpu()
+        if not isinstance(tensor, Tensor):
+            continue
+        key = parameters.get(name, id(tensor))
+        if key not in gathered:
+            once = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            gathered[key] = once.detach().cpu() if keep else once.new_empty(0)
+        whole[name] = gathered[key]
     return whole
 
 
