@@ -105,7 +105,7 @@ def step(model, coupling, mine, ranks, **options):
     report = accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
     hook.remove()
     assert len(set(ranks.tell(len(calls)))) == 1
-    if ranks.group is not None:
+    if ranks.launched:
         assert all(is_sharded(p) and (p.grad is None or is_sharded(p.grad)) for p in model.parameters())
     return ranks.total(float(report.loss)), full_gradients(model)
 
@@ -140,11 +140,11 @@ def gradients(ranks, cases=ALL):
     models = {kind: shard(model_of(kind), ranks) for kind in dict.fromkeys(case[0] for case in cases)}
     found = {}
     for kind, coupling, cut, split, last in cases:
-        if ranks.group is not None and ranks.size == 1 and split != "even":
+        if ranks.launched and ranks.size == 1 and split != "even":
             continue  # it would be the same
-        key = (kind, coupling, cut, split, last) if ranks.group is not None else (kind, coupling, cut)
+        key = (kind, coupling, cut, split, last) if ranks.launched else (kind, coupling, cut)
         if key not in found:
-            options = CUTS[cut] if ranks.group is None else {**CUTS[cut], "reduce_last": last}
+            options = CUTS[cut] if not ranks.launched else {**CUTS[cut], "reduce_last": last}
             found[key] = step(models[kind], coupling, SPLITS[split if ranks.size > 1 else "even"](ranks), ranks, **options)
     return found
 
@@ -154,7 +154,7 @@ def few(ranks):
     found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
     for work in (rollouts, supervised, group_advantages, half_precision, clipped, recomputed, saved):
         found[work.__name__] = work(ranks)
-    if ranks.group is None:
+    if not ranks.launched:
         found["stopped"] = stopped()
     else:
         for work in (replicas, nothing_to_learn, gathers, an_updated_head, failures):
@@ -227,10 +227,10 @@ def half_precision(ranks):
         accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine))
         with headless(model) as body:
             hidden = body(plan.noisy_ids[0])
-            assert ranks.group is None or hidden.dtype == body.weight.dtype == torch.bfloat16
+            assert not ranks.launched or hidden.dtype == body.weight.dtype == torch.bfloat16
         found[kind] = full_gradients(model)
         assert all(g.dtype == torch.float32 for g in found[kind].values())
-        if kind == "untied" and ranks.group is not None:
+        if kind == "untied" and ranks.launched:
             model.zero_grad()
             options = {"samples_per_pass": plan.shape[0], "sequences_per_pass": 1}
             accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
@@ -370,7 +370,7 @@ def stopped():
 def _stopping(rank, folder):
     sys.stderr = (folder / str(rank)).open("w")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    ranks = Ranks(rank, 2, torch.device("cpu"), launched=True)
     with one_fails_all_stop(ranks):
         ranks.wait()
         if rank == 1:
@@ -381,7 +381,7 @@ def _stopping(rank, folder):
 def _rank(rank, size, store, work, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    result = work(Ranks(rank, size, torch.device("cpu"), dist.group.WORLD))
+    result = work(Ranks(rank, size, torch.device("cpu"), launched=True))
     if rank == 0:
         torch.save(result, out)
     dist.barrier()

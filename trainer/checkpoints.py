@@ -200,7 +200,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
         if any(key.startswith("optimizer.") for key in known):
             states["optimizer"] = get_optimizer_state_dict(model, optimizer)
         with _no_warning_of_being_alone():
-            dcp.load(states, checkpoint_id=folder, no_dist=ranks.group is None)
+            dcp.load(states, checkpoint_id=folder, no_dist=not ranks.launched)
         if "optimizer" in states:
             set_optimizer_state_dict(model, optimizer, states["optimizer"])
     except (Exception, dcp.CheckpointException) as error:  # what it raises depends on what is wrong, and on torch's version
@@ -263,7 +263,7 @@ def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         states["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
         with _no_warning_of_being_alone():
-            dcp.save(states, checkpoint_id=folder, no_dist=ranks.group is None)
+            dcp.save(states, checkpoint_id=folder, no_dist=not ranks.launched)
     except dcp.CheckpointException as error:  # no Exception; it holds those of all ranks
         causes = [cause for cause, _ in error.failures.values()]
         raise OSError(f"saving {folder} failed, {first_line(causes[0] if causes else error)}") from error
