@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,26 +69,31 @@ def _run(folder, steps):
 
 
 def killed(folder, kills, seed):
-    torch.set_num_threads(1)
     steps = 4 * kills
     generator, context = random.Random(seed), multiprocessing.get_context("fork")
     started = time.perf_counter()
     in_peace = train(Ranks(), folder / "in peace", steps=steps, save=range(1, steps + 1))
-    span = (time.perf_counter() - started) / kills
+    one_step = (time.perf_counter() - started) / steps
     reached, done = [], 0
     while not (folder / "final").exists():
         process = context.Process(target=_run, args=(folder, steps))
         process.start()
-        process.join(timeout=None if done == kills else generator.uniform(0, 1.5 * span))
-        if process.exitcode is None:
+        if done < kills:  # mostly somewhere in the step after the next new one, so that the run gets on, however slow it is
+            while generator.random() < 0.998 and process.is_alive() and not _saved(folder, done + 1):
+                time.sleep(one_step / 100)
+            time.sleep(generator.uniform(0, 2 * one_step))
             process.kill()
-            process.join()
             done += 1
-        elif process.exitcode:
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
             sys.exit("a resumed run failed")
         found = Checkpoints(folder).latest()
         reached.append(0 if found is None else found.step)
     return {"kills": done, "reached": reached, "final": torch.load(folder / "final"), "in peace": in_peace}
+
+
+def _saved(folder, step):
+    return any(int(path.name[5:13]) >= step for path in folder.glob("step-*"))
 
 
 def job(text, folder):

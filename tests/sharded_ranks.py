@@ -7,6 +7,7 @@ returns is saved to OUT as {size: result}.
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertForMaskedLM  # noqa: F401 - imported once, before the ranks are forked
 
 from dllm_kernels import accumulate, elbo_loss, generate, headless, noise
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation import adapters_off, score_samples
 from dllm_kernels.objectives import (
     BGPO,
     Batch,
@@ -32,6 +34,7 @@ from dllm_kernels.objectives import (
 from dllm_kernels.sharding import is_sharded
 from tests.plans import plan_of
 from tests.tiny import eurobert, relative_error
+from trainer.checkpoints import Checkpoints, load_state
 from trainer.distributed import Ranks, advantages, clip_gradients, one_fails_all_stop, shard
 from trainer.errors import GuardError
 
@@ -102,7 +105,7 @@ def step(model, coupling, mine, ranks, **options):
     report = accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
     hook.remove()
     assert len(set(ranks.tell(len(calls)))) == 1
-    if ranks.group is not None:
+    if ranks.launched:
         assert all(is_sharded(p) and (p.grad is None or is_sharded(p.grad)) for p in model.parameters())
     return ranks.total(float(report.loss)), full_gradients(model)
 
@@ -137,11 +140,11 @@ def gradients(ranks, cases=ALL):
     models = {kind: shard(model_of(kind), ranks) for kind in dict.fromkeys(case[0] for case in cases)}
     found = {}
     for kind, coupling, cut, split, last in cases:
-        if ranks.group is not None and ranks.size == 1 and split != "even":
+        if ranks.launched and ranks.size == 1 and split != "even":
             continue  # it would be the same
-        key = (kind, coupling, cut, split, last) if ranks.group is not None else (kind, coupling, cut)
+        key = (kind, coupling, cut, split, last) if ranks.launched else (kind, coupling, cut)
         if key not in found:
-            options = CUTS[cut] if ranks.group is None else {**CUTS[cut], "reduce_last": last}
+            options = CUTS[cut] if not ranks.launched else {**CUTS[cut], "reduce_last": last}
             found[key] = step(models[kind], coupling, SPLITS[split if ranks.size > 1 else "even"](ranks), ranks, **options)
     return found
 
@@ -149,9 +152,9 @@ def gradients(ranks, cases=ALL):
 def few(ranks):
     """What make test runs."""
     found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
-    for work in (rollouts, supervised, group_advantages, half_precision, clipped):
+    for work in (rollouts, supervised, group_advantages, half_precision, clipped, recomputed, saved):
         found[work.__name__] = work(ranks)
-    if ranks.group is None:
+    if not ranks.launched:
         found["stopped"] = stopped()
     else:
         for work in (replicas, nothing_to_learn, gathers, an_updated_head, failures):
@@ -224,15 +227,57 @@ def half_precision(ranks):
         accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine))
         with headless(model) as body:
             hidden = body(plan.noisy_ids[0])
-            assert ranks.group is None or hidden.dtype == body.weight.dtype == torch.bfloat16
+            assert not ranks.launched or hidden.dtype == body.weight.dtype == torch.bfloat16
         found[kind] = full_gradients(model)
         assert all(g.dtype == torch.float32 for g in found[kind].values())
-        if kind == "untied" and ranks.group is not None:
+        if kind == "untied" and ranks.launched:
             model.zero_grad()
             options = {"samples_per_pass": plan.shape[0], "sequences_per_pass": 1}
             accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
             once, often = found[kind]["lm_head.weight"], full(model.get_output_embeddings().weight.grad)
             assert relative_error(often, once) < 1e-5, "added up in fp32, however the batch is cut"
+    return found
+
+
+def recomputed(ranks):
+    """With activation checkpointing, whose second forward runs within backward."""
+    model = shard(model_of("untied"), ranks).train()
+    model.gradient_checkpointing_enable()
+    return [step(model, "sequence", ranks.share(B), ranks, **options) for options in ({}, {"samples_per_pass": 4})]
+
+
+def saved(ranks):
+    """Weights and configuration as `from_pretrained` finds them."""
+    model = shard(model_of("tied"), ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(ranks.tell(folder)[0])
+        path = Checkpoints(folder, ranks).save(1, model, None, torch.optim.AdamW(model.parameters()))
+        found = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+        ranks.wait()
+        return found
+
+
+def adapters(ranks):
+    """LoRA over a sharded model: gradients, the reference with adapters off, the files of a checkpoint."""
+    import peft
+
+    found = {}
+    for kind in ("untied", "tied"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = shard(peft.get_peft_model(model_of(kind), config).double().eval(), ranks)
+        found[kind, "gradients"] = step(model, "sequence", ranks.share(B), ranks)
+        with adapters_off(model):
+            found[kind, "reference"] = score_samples(model, case("sample")[1])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        step(model, "sequence", ranks.share(B), ranks)
+        optimizer.step()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(ranks.tell(folder)[0]), ranks)
+            path = checkpoints.save(1, model, None, optimizer)
+            load_state(checkpoints.latest(), model, optimizer, ranks)
+            found[kind, "weights"] = load_file(path / "adapter_model.safetensors")
+            ranks.wait()
     return found
 
 
@@ -325,7 +370,7 @@ def stopped():
 def _stopping(rank, folder):
     sys.stderr = (folder / str(rank)).open("w")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    ranks = Ranks(rank, 2, torch.device("cpu"), launched=True)
     with one_fails_all_stop(ranks):
         ranks.wait()
         if rank == 1:
@@ -336,7 +381,7 @@ def _stopping(rank, folder):
 def _rank(rank, size, store, work, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    result = work(Ranks(rank, size, torch.device("cpu"), dist.group.WORLD))
+    result = work(Ranks(rank, size, torch.device("cpu"), launched=True))
     if rank == 0:
         torch.save(result, out)
     dist.barrier()

@@ -89,6 +89,20 @@ def test_bf16_forwards_leave_fp32_gradients_close_to_the_exact_ones(few):
             assert 0 < float((gradient - want).norm()) < 0.1 * float(want.norm()), name
 
 
+def test_recomputed_activations_give_the_same_gradients(few):
+    alone, found, _ = few
+    for (loss, gradients), (whole_loss, whole) in zip(found["recomputed"], alone["recomputed"], strict=True):
+        assert loss == pytest.approx(whole_loss, rel=1e-10)
+        assert worst_gradient_error(gradients, whole) < 1e-10
+
+
+def test_a_checkpoint_of_shards_is_that_of_the_whole_model(few):
+    (alone, config), (found, sharded_config) = few[0]["saved"], few[1]["saved"]
+    assert alone.keys() == found.keys()
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert sharded_config == config
+
+
 def test_clipping_sees_all_shards(few):
     alone, found, _ = few
     assert found["clipped"][0] == pytest.approx(alone["clipped"][0], rel=1e-10)
@@ -141,6 +155,20 @@ def test_sharded_gradients_of_every_cut_and_split_are_those_of_one_process(tmp_p
 
 
 @pytest.mark.slow
+def test_adapters_over_shards_are_those_over_the_whole_model(tmp_path):
+    pytest.importorskip("peft")
+    found = run(tmp_path, "adapters", 0, 2)
+    alone, sharded = found[0], found[2]
+    for kind in ("untied", "tied"):
+        assert len(alone[kind, "gradients"][1]) == 8
+        check_gradients({(kind,): sharded[kind, "gradients"]}, {(kind,): alone[kind, "gradients"]})
+        torch.testing.assert_close(sharded[kind, "reference"], alone[kind, "reference"])
+        assert alone[kind, "weights"].keys() == sharded[kind, "weights"].keys()
+        for name, weight in alone[kind, "weights"].items():
+            torch.testing.assert_close(sharded[kind, "weights"][name], weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_twenty_steps_have_one_loss_curve_on_1_2_and_4_ranks(tmp_path):
     found = run(tmp_path, "curves", 0, 1, 2, 4)
     for size in (1, 2, 4):
@@ -157,6 +185,8 @@ def test_four_ranks_agree_with_one_process_in_everything(tmp_path):
         test_a_loss_of_the_gathered_head_reaches_the_sharded_one,
         test_advantages_of_groups_across_ranks_are_bit_identical,
         test_bf16_forwards_leave_fp32_gradients_close_to_the_exact_ones,
+        test_recomputed_activations_give_the_same_gradients,
+        test_a_checkpoint_of_shards_is_that_of_the_whole_model,
         test_clipping_sees_all_shards,
         test_replicas_of_shards_give_the_same_gradients,
         test_a_step_without_any_weight_calls_no_model_on_any_rank,

@@ -205,7 +205,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
     """Puts optimiser and random states back; on another number of ranks than saved them, the former are resharded.
 
     Weights come from `from_pretrained(checkpoint.path)`, before the model is sharded. Random states are those that this rank
-    saved; a rank that was not there then keeps its own.
+    saved; ranks that were not there then take those of the others in turn.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -214,14 +214,15 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
     find_shards(model)
     try:
         known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        mine = {key: entry for key, entry in known.items() if key.startswith(f"random.{ranks.rank}.")}
+        savers = len({key.split(".")[1] for key in known if key.startswith("random.")})
+        mine = {key: entry for key, entry in known.items() if key.startswith(f"random.{ranks.rank % savers}.")}
         states: dict[str, Any] = {}
         for key, entry in mine.items():
             states[key] = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
         if any(key.startswith("optimizer.") for key in known):
             states["optimizer"] = get_optimizer_state_dict(model, optimizer)
         with _no_warning_of_being_alone():
-            dcp.load(states, checkpoint_id=folder, no_dist=ranks.group is None)
+            dcp.load(states, checkpoint_id=folder, no_dist=not ranks.launched)
         if "optimizer" in states:
             set_optimizer_state_dict(model, optimizer, states["optimizer"])
     except (Exception, dcp.CheckpointException) as error:  # what it raises depends on what is wrong, and on torch's version
@@ -233,14 +234,19 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
 
 
 def _whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it."""
+    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it. What is tied is one tensor there too."""
     find_shards(model)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     whole: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            gathered = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-            if keep:
-                whole[name] = gathered.detach().cpu()
+        if not isinstance(tensor, Tensor):
+            continue
+        key = parameters.get(name, id(tensor))
+        if key not in gathered:
+            once = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            gathered[key] = once.detach().cpu() if keep else once.new_empty(0)
+        whole[name] = gathered[key]
     return whole
 
 
@@ -279,7 +285,7 @@ def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         states["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
         with _no_warning_of_being_alone():
-            dcp.save(states, checkpoint_id=folder, no_dist=ranks.group is None)
+            dcp.save(states, checkpoint_id=folder, no_dist=not ranks.launched)
     except dcp.CheckpointException as error:  # no Exception; it holds those of all ranks
         causes = [cause for cause, _ in error.failures.values()]
         raise OSError(f"saving {folder} failed, {first_line(causes[0] if causes else error)}") from error

@@ -6,6 +6,7 @@ noise are functions of sequence ids, so what a rank computes for a sequence does
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
@@ -30,12 +31,17 @@ class OtherRankError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. `group` is None where it is alone, without torch.distributed."""
+    """This process among those of the run."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: dist.ProcessGroup | None = None
+    launched: bool = False  # by torchrun, be it as the only one: torch.distributed is there
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort the interpreter's."""
+        return dist.group.WORLD if self.launched else None
 
     @property
     def is_first(self) -> bool:
@@ -53,7 +59,7 @@ class Ranks:
 
     def gather(self, values: Tensor) -> tuple[Tensor, slice]:
         """`[n, ...]` of all ranks in their order, n may differ; and where this rank's are. For small tensors."""
-        if self.group is None:
+        if not self.launched:
             return values, slice(0, len(values))
         parts = self.tell(values.detach().cpu())
         start = sum(len(part) for part in parts[: self.rank])
@@ -61,7 +67,7 @@ class Ranks:
 
     def tell(self, value: Any) -> list[Any]:
         """What each rank tells the others, in their order; small and picklable."""
-        if self.group is None:
+        if not self.launched:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
@@ -73,7 +79,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        if self.group is not None:
+        if self.launched:
             dist.barrier(group=self.group)
 
     @contextmanager
@@ -104,7 +110,7 @@ def start() -> Ranks:
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, launched=True)
 
 
 @contextmanager
@@ -116,7 +122,7 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if ranks.group is None:
+        if not ranks.launched:
             raise
         code = 2 if isinstance(error, UserError) else error.code if isinstance(error, SystemExit) else 1
         if isinstance(error, UserError):
@@ -127,8 +133,9 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
-    if ranks.group is not None:
+    if ranks.launched:
         dist.destroy_process_group()
+        gc.collect()
 
 
 def advantages(rewards: Tensor, group_ids: Tensor, *, kind: str, ranks: Ranks) -> Tensor:
@@ -173,7 +180,7 @@ def shard(
         reshard_after_forward: free each layer's parameters between forward and backward: less memory, one more gather.
     """
     model.to(ranks.device)
-    if ranks.group is None:
+    if not ranks.launched:
         return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
