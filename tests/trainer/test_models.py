@@ -13,18 +13,18 @@ from tests.tiny import eurobert
 from tests.trainer.conftest import global_random_states
 from tests.trainer.tiny_checkpoints import MASK, PAD, VOCABULARY, write
 from tests.trainer.tiny_checkpoints import make_tokenizer as tiny_tokenizer
-from trainer import sudoku
 from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.facts import Facts
-from trainer.models import Loaded, _add_mask_token, build_model, load, load_checkpoint, parameter_count
-from trainer.tokenizer import Codec, make_tokenizer
+from trainer.models import Loaded, _add_mask_token, build_model, from_scratch, load, parameter_count
+from trainer.tokenizer import make_tokenizer
 
+ALPHABET = "01234="
 TEXT = "0103020400103000=4123341223411234"
 
 
 def test_the_tokenizer_survives_saving_and_reads_its_own_writing(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(ALPHABET)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for one in (tokenizer, loaded):
@@ -37,26 +37,22 @@ def test_the_tokenizer_survives_saving_and_reads_its_own_writing(tmp_path: Path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
 
-def test_the_codec_agrees_with_the_tokenizer() -> None:
-    tokenizer = make_tokenizer()
-    codec, grids = Codec(tokenizer), sudoku.all_grids()[:20]
-    puzzles = grids * (torch.arange(16) % 3 > 0)
-    texts = ["".join(map(str, p)) + "=" + "".join(map(str, g)) for p, g in zip(puzzles.tolist(), grids.tolist(), strict=True)]
-    ids = torch.cat([codec.prompt_ids(puzzles), codec.answer_ids(grids)], dim=1)
-    assert ids.tolist() == tokenizer(texts)["input_ids"]
-    assert torch.equal(codec.digits(codec.answer_ids(grids)), grids)
-    assert codec.digits(torch.tensor([codec.mask_id, tokenizer.pad_token_id])).tolist() == [-1, -1]
+def test_ids_are_places_in_the_alphabet_whatever_its_characters() -> None:
+    """Also those that mean something in a regular expression, and the white space of a longer text."""
+    alphabet = "0123456789+-*/()=., \n[\\"
+    tokenizer = make_tokenizer(alphabet)
+    assert tokenizer(alphabet)["input_ids"] == list(range(len(alphabet)))
+    assert tokenizer.decode(range(len(alphabet))) == alphabet
+    assert tokenizer.mask_token_id >= len(alphabet)
 
 
-def test_a_tokenizer_without_the_digits_is_refused() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.convert_tokens_to_ids = lambda tokens: [None] * len(tokens)
-    with pytest.raises(ValueError, match="tokenizer must know 0, 1, 2, 3, 4, ="):
-        Codec(tokenizer)
+def test_a_task_without_an_alphabet_needs_a_checkpoint() -> None:
+    with pytest.raises(UserError, match=r"model\.checkpoint must be given for this task"):
+        from_scratch(load_config().model, None, seed=0)
 
 
 def test_the_model_is_a_function_of_the_seed_and_small() -> None:
-    config, tokenizer = load_config().model, make_tokenizer()
+    config, tokenizer = load_config().model, make_tokenizer(ALPHABET)
     before = global_random_states()
     one, same, other = (build_model(config, tokenizer, seed=seed) for seed in (1, 1, 2))
     assert global_random_states() == before
@@ -67,14 +63,14 @@ def test_the_model_is_a_function_of_the_seed_and_small() -> None:
 
 
 def test_a_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(ALPHABET)
     model = build_model(load_config().model, tokenizer, seed=0)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     before = global_random_states()
-    loaded, _ = load_checkpoint(tmp_path)
+    loaded = load(tmp_path).model
     assert global_random_states() == before
-    ids = torch.tensor([make_tokenizer()(TEXT)["input_ids"]])
+    ids = torch.tensor([make_tokenizer(ALPHABET)(TEXT)["input_ids"]])
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(loaded(ids).logits, expected)
@@ -82,12 +78,12 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoint: .* holds no config\.json"):
-        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"model: .* cannot be loaded \("):
+        load(tmp_path)
 
 
 def test_the_demo_s_own_checkpoint_loads_as_any_other(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(ALPHABET)
     model = build_model(load_config().model, tokenizer, seed=0)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -144,18 +140,18 @@ def test_the_mask_goes_to_the_model_in_its_own_dtype() -> None:
 
     def kwargs(kind: str) -> dict[str, torch.Tensor]:
         facts = Facts(family="x", mask_id=1, attention_mask=kind)
-        return Loaded(eurobert(), make_tokenizer(), facts).call_kwargs(mask)
+        return Loaded(eurobert(), make_tokenizer(ALPHABET), facts).call_kwargs(mask)
 
     assert kwargs("none") == {}
     assert kwargs("int")["attention_mask"].dtype == torch.int64
     assert kwargs("bool")["attention_mask"].dtype == torch.bool
     assert kwargs("float")["attention_mask"].shape == mask.shape
-    assert Loaded(eurobert(), make_tokenizer(), Facts(family="x", mask_id=1)).call_kwargs(None) == {}
+    assert Loaded(eurobert(), make_tokenizer(ALPHABET), Facts(family="x", mask_id=1)).call_kwargs(None) == {}
 
 
 def test_ids_beyond_the_text_are_suppressed() -> None:
     facts = Facts(family="mmada", mask_id=5, valid_vocab=8, suppress=(2,))
-    loaded = Loaded(eurobert(vocab=11), make_tokenizer(), facts)
+    loaded = Loaded(eurobert(vocab=11), make_tokenizer(ALPHABET), facts)
     assert loaded.suppressed == (2, 8, 9, 10)
     assert dataclasses.replace(loaded, facts=Facts(family="x", mask_id=5)).suppressed == ()
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import trainer.rl
 from tests.trainer.conftest import lines, new_run, resumed, tiny_config
+from trainer.checkpoints import latest
 from trainer.config import load_config
-from trainer.demo import Run
 from trainer.errors import GuardError, Stopped
 from trainer.evaluation import paired_gain
-from trainer.run_dir import RunDir
+from trainer.run import Run
 from trainer.training import batch_indices, guarded_step, learning_rate
 
 
@@ -45,7 +45,7 @@ def test_the_run_folder_holds_everything(finished: Path) -> None:
         "report.md",
         "checkpoint_sft",
         "checkpoint",
-        "state",
+        "checkpoints",
     }
     assert list(finished.glob("events.out.tfevents.*"))
     assert load_config(finished / "config.yaml") == tiny_config(finished)
@@ -61,7 +61,9 @@ def test_metrics_have_one_line_per_step_with_all_figures(finished: Path) -> None
     for record in records:
         assert all(math.isfinite(value) for key, value in record.items() if key != "phase")
         assert {"loss", "elbo", "grad_norm", "lr", "tokens"} <= set(record)
-    assert {"reward", "valid", "groups_with_signal", "rollout_logp"} <= set(records[-1])
+    assert {"reward", "reward_std", "correct", "groups_with_signal", "rollout_logp", "completion_length"} <= set(records[-1])
+    whole = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["tokens_per_second"] > 0 and record["peak_memory_mb"] > 0 for record in whole)
     assert [r["step"] for r in records if "probe_greedy" in r] == [5, 10, 2]
     assert records[9]["loss"] < records[0]["loss"]
 
@@ -73,19 +75,19 @@ def test_evaluations_hold_every_decoding_setting_and_the_machine(finished: Path)
         for test in ("unseen_puzzles", "unseen_grids"):
             for way, temperature in (("rollout", 1.0), ("greedy", 0.0)):
                 figures = evaluation["sets"][test][way]
-                assert figures["puzzles"] == len(figures["solved"]) == 16
+                assert figures["examples"] == len(figures["solved"]) == 16
                 assert figures["decoding"]["temperature"] == temperature
                 assert {"steps", "block_length", "remasking", "seed", "suppress"} <= set(figures["decoding"])
-                assert figures["valid"] == figures["solved"].count("1") / 16
+                assert figures["correct"] == figures["solved"].count("1") / 16
     assert before["sets"] != after["sets"], "three updates changed no answer at all: was anything learned?"
-    assert set(after["gain_in_valid"]["unseen_grids"]["greedy"]) == {"gain", "low", "high"}
+    assert set(after["gain"]["unseen_grids"]["greedy"]) == {"gain", "low", "high"}
 
 
 def test_the_checkpoint_loads_with_transformers_and_is_the_last_policy(finished: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(finished / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint")
     ids = torch.tensor([tokenizer("0103020400103000=" + "[MASK]" * 16)["input_ids"]])
-    last = AutoModelForMaskedLM.from_pretrained(finished / "state" / "rl-000003")
+    last = AutoModelForMaskedLM.from_pretrained(finished / "checkpoints" / "step-00000013")
     supervised = AutoModelForMaskedLM.from_pretrained(finished / "checkpoint_sft")
     with torch.no_grad():
         logits = model(ids).logits
@@ -177,9 +179,9 @@ def test_a_collapsed_policy_stops_with_a_sentence_and_a_saved_state(tmp_path: Pa
     monkeypatch.setattr(trainer.rl, "generate", repeating)
     with pytest.raises(GuardError, match="every rollout repeats a single token"):
         run.execute()
-    saved = RunDir.reopen(tmp_path / "demo").saved_state()
+    saved = latest(tmp_path / "demo" / "checkpoints")
     assert saved is not None
-    assert (saved[0].phase, saved[0].step) == ("sft", 2)
+    assert (saved.state["phase"], saved.state["step"]) == ("sft", 2)
 
 
 def test_identical_rollouts_stop_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +203,10 @@ def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights() -> No
     optimizer = torch.optim.AdamW(model.parameters())
     config, before = load_config().sft, model.weight.detach().clone()
     with pytest.raises(GuardError, match="the loss became nan"):
-        guarded_step(model, optimizer, torch.tensor(float("nan")), config, 1e-3)
+        guarded_step(model, optimizer, float("nan"), config, 1e-3)
     model.weight.grad = torch.full_like(model.weight, float("inf"))
     with pytest.raises(GuardError, match="the gradient norm became inf"):
-        guarded_step(model, optimizer, torch.tensor(1.0), config, 1e-3)
+        guarded_step(model, optimizer, 1.0, config, 1e-3)
     assert torch.equal(model.weight, before)
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from dllm_kernels import noise
-from trainer import sudoku
-from trainer.config import TaskConfig, load_config
 from trainer.errors import ConfigError
+from trainer.tasks import sudoku_grids as sudoku
+from trainer.tasks.config import SudokuConfig
 
 
-def task_config(**changes: object) -> TaskConfig:
-    values = load_config().task.model_dump() | {"train_puzzles": 300, "test_puzzles": 100} | changes
-    return TaskConfig.model_validate(values)
+def task_config(**changes: object) -> SudokuConfig:
+    return SudokuConfig.model_validate({"train_puzzles": 300, "test_puzzles": 100} | changes)
 
 
 def rows(tensor: torch.Tensor) -> set[tuple[int, ...]]:

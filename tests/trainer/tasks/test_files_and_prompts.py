@@ -31,7 +31,7 @@ def write(path: Path, *rows: Any) -> str:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    return make_tokenizer()
+    return make_tokenizer("01234=")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
