@@ -117,8 +117,9 @@ def generate(
         raise ValueError(
             f"model must be deterministic in a rollout, but dropout is active: {', '.join(active[:3])}; call model.eval()"
         )
-    if commit_last and resolved.rank == "random":
-        raise ValueError("commit_last must be empty with remasking='random', which looks at no token")
+    if commit_last and resolved.rank in ("random", "position"):
+        kind = next(resolved.options[name] for name in ("remasking", "alg") if name in resolved.options)
+        raise ValueError(f"commit_last must be empty with {kind!r} order, which looks at no token, got {list(commit_last)}")
     if eos_id is not None and resolved.blocks is None:
         raise ValueError(f"eos_id must be None for sampler={sampler!r}, which finishes no block before the end, got {eos_id}")
     if packed and (guidance or cache or deterministic):
