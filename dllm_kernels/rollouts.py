@@ -197,6 +197,9 @@ def trajectory_rows(
         )
     if segments is not None and (steps_BJ is not None or shrink != 1):
         raise ValueError("segments must be None where steps_BJ or shrink is given: it cuts all steps")
+    if steps_BJ is not None:
+        checks.dtype("steps_BJ", steps_BJ, [torch.int64])
+        checks.in_range("steps_BJ", steps_BJ, -1, rollout.masked_entropy_BT.shape[1])
     options: dict[str, Any] = {"step_map_BS": rollout.step_map_BS}
     options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
     return make_mask_plan(
