@@ -19,6 +19,11 @@ FAST = {"sampler": "fast_dllm", "steps": None}
 BOUND = {"sampler": "entropy_bound", "steps": None}
 
 
+@pytest.fixture(scope="module")
+def short_model():
+    return eurobert(layers=1, hidden=16, max_position_embeddings=48)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -115,8 +120,8 @@ BOUND = {"sampler": "entropy_bound", "steps": None}
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_an_error_names_the_argument_and_what_came(changes, error, words):
-    model = eurobert(layers=1, hidden=16, max_position_embeddings=48)
+def test_an_error_names_the_argument_and_what_came(short_model, changes, error, words):
+    model = short_model
     options = {"prompt_ids": PROMPT, "length": 6, "steps": 2, "block_length": 6, "mask_id": MASK} | changes
     with pytest.raises(error) as caught:
         generate(model, **options)

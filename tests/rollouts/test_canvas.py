@@ -153,13 +153,13 @@ def test_a_batch_that_has_finished_calls_no_more(model):
 
 @pytest.mark.parametrize("recipe", ENDS)
 def test_deterministic_completions_in_fp32_are_bit_identical_whatever_the_batch(recipe):
-    model = eurobert(layers=2, hidden=64, vocab=97, dtype=torch.float32)
+    model = eurobert(layers=1, hidden=64, vocab=97, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 90, (n,), generator=generator) for n in (9, 4, 13, 7, 11, 2, 5)]
     ids = torch.arange(7)
     options = {"mask_id": 96, "width": 16, "micro_batch": 4, "deterministic": True, **EOS, **RECIPES[recipe]}
     whole = generate(model, prompts, sequence_ids=ids, **options)
-    for order in ([0], [3, 0], [6, 2, 5, 1, 0], [4, 3, 2, 1, 0, 6, 5]):
+    for order in ([3, 0], [6, 2, 5, 1, 0]):
         index = torch.tensor(order)
         part = generate(model, [prompts[b] for b in order], sequence_ids=ids[index], **options)
         for name in (*FIELDS, "commit_logp_BL", "commit_entropy_BL"):
@@ -212,8 +212,8 @@ def cached_model(request):
 LENGTHS = [torch.randint(3, 10, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 2, 4, 5, 12, 3)]
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence_dynamic", "low_confidence_static", "sequential"])
-@pytest.mark.parametrize(("block_length", "steps", "length"), [(4, 4, 8), (4, 3, 7), (3, 2, 8), (8, 5, 8), (1, 1, 3)])
+@pytest.mark.parametrize("remasking", ["low_confidence_dynamic", "sequential"])
+@pytest.mark.parametrize(("block_length", "steps", "length"), [(4, 3, 7), (3, 2, 6), (8, 5, 8), (1, 1, 3)])
 def test_the_cache_changes_nothing_of_a_block_causal_rollout(cached_model, block_length, steps, length, remasking):
     """Prompts of every length modulo the block, against one call per step on the whole text with a 4-d mask, uncached."""
     options = {
@@ -265,5 +265,4 @@ def test_the_cache_takes_left_padded_prompts_and_ends_early(cached_model):
     assert {bool((canvas.step < 0).any()) for canvas in canvases} == {False, True}
     ids, attention_mask = left_padded(LENGTHS)
     agree(generate(cached_model, ids, attention_mask=attention_mask, cache=True, **options), canvases)
-    for micro_batch in (1, 4):
-        agree(generate(cached_model, LENGTHS, cache=True, micro_batch=micro_batch, **options), canvases)
+    agree(generate(cached_model, LENGTHS, cache=True, micro_batch=4, **options), canvases)

@@ -44,15 +44,14 @@ def head_rows(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @each_recipe
-def test_no_logits_of_the_whole_text_exist(backend, recipe, temperature, monkeypatch):
+def test_no_logits_of_the_whole_text_exist(backend, recipe, monkeypatch):
     """B S is 1040 here; what is as wide as the vocabulary has one block of rows, or no more than there are candidates."""
     monkeypatch.setattr(ops, "observed", lambda *tensors: False)  # else the head would be one operation, seen from outside
     vocabulary = 600
     model = eurobert(vocab=vocabulary, layers=1, hidden=16, dtype=torch.float32)
     prompts = [torch.arange(3, 3 + n) for n in (252, 250, 251, 252)]
-    options = {"length": 8, "mask_id": vocabulary - 1, "temperature": temperature, "sequence_ids": torch.arange(4)}
+    options = {"length": 8, "mask_id": vocabulary - 1, "temperature": 1.0, "sequence_ids": torch.arange(4)}
     with Made() as made:
         generate(model, prompts, **options, **recipe)
     weights = {(16, vocabulary), (vocabulary, 16)}
@@ -95,7 +94,7 @@ def test_so_it_does_where_the_number_is_known_only_at_run_time(model, head_rows,
 
 # --- laws -------------------------------------------------------------------------------------------------------------
 
-N = 6000
+N = 4000
 
 
 def many(model, length, **options):
