@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE_MODULES = {"head": "benchmarks.suites.head", "bgpo": "benchmarks.suites.bgpo", "variance": "benchmarks.suites.variance"}
+SUITE_MODULES = {name: f"benchmarks.suites.{name}" for name in ("head", "bgpo", "rollout", "variance")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Role = Literal["ours", "peer", "floor"]

@@ -201,7 +201,7 @@ class Cached:
             use_cache=True,
         )
         self.cached = last - self.block_length
-        self.cache.crop(self.cached)
+        self.cache.crop(-self.block_length)  # the block is not final yet
         return hidden
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_kernels import noise
 from dllm_kernels.canvas import Cached, Packed, Padded
 from dllm_kernels.noise import Stream
-from dllm_kernels.samplers import Sampler, commits_per_step, committed, schedule, transfer_shares
+from dllm_kernels.samplers import TRUSTED_LAST, Sampler, commits_per_step, committed, schedule, transfer_shares
 from dllm_kernels.sampling import Samples, sample_tokens
 
 OnStep = Callable[[int, Tensor], None]
@@ -240,7 +240,7 @@ class Denoiser:
         lowest = torch.finfo(rank_AR.dtype).min
         if d.commit_last:
             late_AR = _spread(torch.isin(drawn.token, self._late), place_AR, valid_AR)
-            rank_AR = rank_AR.masked_fill(late_AR, lowest / 2)
+            rank_AR = rank_AR.masked_fill(late_AR, TRUSTED_LAST)
         return rank_AR if valid_AR is None else rank_AR.masked_fill(~valid_AR, lowest)
 
     def _keep_greedy(self, hidden: Tensor, who_A: Tensor, place_AM: Tensor, *, whole: bool) -> None:

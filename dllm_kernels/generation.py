@@ -89,7 +89,8 @@ def generate(
 
     Noise depends on (seed, sequence id, step, position) alone. With `llada` and `dream` (but "origin") and without eos_id
     nothing is read back from a GPU; the others read the number of undecided tokens before each step, eos_id after each
-    block. A sequence whose hidden states are not finite is marked in `failed_B`; the others are unharmed.
+    block. A sequence whose hidden states are not finite is marked in `failed_B`; the others are unharmed (packed without
+    flash-attn, one row is one sequence to the attention, and all of it is marked).
 
     Raises ValueError or TypeError naming the argument.
 
@@ -117,8 +118,9 @@ def generate(
         raise ValueError(
             f"model must be deterministic in a rollout, but dropout is active: {', '.join(active[:3])}; call model.eval()"
         )
-    if commit_last and resolved.rank == "random":
-        raise ValueError("commit_last must be empty with remasking='random', which looks at no token")
+    if commit_last and resolved.rank in ("random", "position"):
+        kind = next(resolved.options[name] for name in ("remasking", "alg") if name in resolved.options)
+        raise ValueError(f"commit_last must be empty with {kind!r} order, which looks at no token, got {list(commit_last)}")
     if eos_id is not None and resolved.blocks is None:
         raise ValueError(f"eos_id must be None for sampler={sampler!r}, which finishes no block before the end, got {eos_id}")
     if packed and (guidance or cache or deterministic):
@@ -132,7 +134,9 @@ def generate(
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
 
     with headless(model) as body:
-        _check_model(body, prompts.ids_BP.shape[1] + length, mask_id, guidance, eos_id=eos_id, cache=cache)
+        _check_model(
+            body, prompts.ids_BP.shape[1] + length, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache
+        )
         rounds = -(-B // micro_batch)
         idle, uneven = 0, False
         if body.shards is not None:  # ranks that share the model call it equally often
@@ -243,8 +247,10 @@ def _check_sequence_ids(sequence_ids: Tensor | None, ids_BP: Tensor, *, drawn: b
     return sequence_ids
 
 
-def _check_model(body: Body, columns: int, mask_id: int, guidance: float, *, eos_id: int | None, cache: bool) -> None:
-    for name, token in (("mask_id", mask_id), ("eos_id", eos_id)):
+def _check_model(
+    body: Body, columns: int, mask_id: int, guidance: float, *, eos_id: int | None, commit_last: Sequence[int], cache: bool
+) -> None:
+    for name, token in (("mask_id", mask_id), ("eos_id", eos_id), *(("commit_last", token) for token in commit_last)):
         if token is not None and not 0 <= token < len(body.parameter):
             raise ValueError(f"{name} must be in 0..{len(body.parameter) - 1}, got {token}")
     config: Any = getattr(body.model, "config", None)

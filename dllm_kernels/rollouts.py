@@ -197,6 +197,9 @@ def trajectory_rows(
         )
     if segments is not None and (steps_BJ is not None or shrink != 1):
         raise ValueError("segments must be None where steps_BJ or shrink is given: it cuts all steps")
+    if steps_BJ is not None:
+        checks.dtype("steps_BJ", steps_BJ, [torch.int64])
+        checks.in_range("steps_BJ", steps_BJ, -1, rollout.masked_entropy_BT.shape[1])
     options: dict[str, Any] = {"step_map_BS": rollout.step_map_BS}
     options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
     return make_mask_plan(
@@ -218,6 +221,15 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
 
     The scores of the policy that generated, without a second pass over the model: `old_sample_elbo` of EGSPO. Exact where
     states are single steps; with `shrink` above 1 or segments the rollout saw later states, and a ValueError says so.
+
+    Example:
+        >>> from dllm_kernels import generate
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> trajectory_logp(rollout, trajectory_rows(rollout)).shape
+        torch.Size([1, 2])
     """
     if plan.law != "trace" or plan.options["shrink"] != 1:
         raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")

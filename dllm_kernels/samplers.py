@@ -16,6 +16,7 @@ from torch import Tensor
 from dllm_kernels import checks
 
 Options = Mapping[str, Any]
+TRUSTED_LAST = -1e30  # below any rank, above that of places which are no candidates
 Rank = Literal["confidence", "drawn_logp", "drawn_entropy", "margin", "random", "position"]
 
 
@@ -238,5 +239,6 @@ def committed(sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int)
         probability_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
         return first_R | (probability_AR > bound if sampler.strict else probability_AR >= bound)
     if sampler.commit == "entropy":  # the largest entropy of the set is that of its last
-        return first_R | (entropy_AR.cumsum(-1) - entropy_AR <= sampler.options["bound"])
+        within_AR = entropy_AR.cumsum(-1) - entropy_AR <= sampler.options["bound"]
+        return first_R | within_AR & (rank_AR > TRUSTED_LAST)  # a sum cannot say it: what is trusted last drowns the others
     return first_R.expand_as(rank_AR)

@@ -54,6 +54,11 @@ def test_public_names_exist_and_are_documented():
         "make_mask_plan",
         "estimate_elbo",
         "generate",
+        "Rollout",
+        "step_entropy",
+        "select_steps",
+        "trajectory_rows",
+        "trajectory_logp",
         "explain",
         "accumulate",
     ):

@@ -54,12 +54,16 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
             assert row["time_ms"]["runs"] >= 7
             assert row["time_ms"]["min"] <= row["time_ms"]["q1"] <= row["time_ms"]["median"] <= row["time_ms"]["q3"]
             assert row["memory_mib"] is not None, row["memory_method"]
-            assert row["to_baseline"] > 0
+            assert row["to_baseline"] is None or row["to_baseline"] >= 0
+            assert (row["to_baseline"] is None) == row["case"].startswith("greedy "), "only that case has no baseline"
             assert row["errors"] or row["role"] == "floor"
     names = {row["case"].split()[0] for row in results["suites"]["head"]["rows"]}
     assert names == {"forward", "unit", "coef", "keep", "recompute", "sample"}
     assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} == {"ours", "ours (loop)", "full graph"}
     assert results["suites"]["bgpo"]["arithmetic"]
+    assert {row["case"].split()[0] for row in results["suites"]["rollout"]["rows"]} == {"argmax", "drawn", "old_scores", "greedy"}
+    for row in results["suites"]["rollout"]["rows"]:
+        assert row["errors"].get("tokens", 0.0) == 0.0, "the same tokens"
     assert {row["model"] for row in results["suites"]["variance"]["rows"]} >= {"random"}
 
 
@@ -73,7 +77,7 @@ def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--suite", "heads"], "--suite must be one of head, bgpo, variance, got 'heads'"),
+        (["--suite", "heads"], "--suite must be one of head, bgpo, rollout, variance, got 'heads'"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--shape", "N=1"], "--shape needs exactly one --suite"),
