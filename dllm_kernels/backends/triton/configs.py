@@ -1,0 +1,65 @@
+"""Tile sizes of the fused kernel: few, and functions of device and dtype alone, so that a row's bits do not depend on N."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+SEGMENT = 512  # vocabulary columns per part: enough programs for the chip even at 32 rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """BM rows x BN columns per tile, BK deep; `segment` columns per program."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # of the tensor memory accelerator, Hopper and later
+    segment: int = SEGMENT
+
+    @property
+    def kernel(self) -> dict[str, int]:
+        tiles = self.segment // self.BN
+        return {
+            "BM": self.BM,
+            "BN": self.BN,
+            "BK": self.BK,
+            "TILES": tiles,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# By architecture: 16-bit statistics, 16-bit draw (whose epilogue holds a tile of bounds too), float32 of either kind.
+CONFIGS: dict[str, tuple[Config, Config, Config]] = {
+    "interpreter": (
+        Config(64, 64, 32, 4, 1, segment=128),
+        Config(64, 64, 32, 4, 1, segment=128),
+        Config(64, 64, 32, 4, 1, segment=128),
+    ),
+    "sm_80": (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 3), Config(64, 64, 16, 4, 2)),
+    "sm_90": (Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 8, 4, True), Config(64, 64, 16, 4, 2)),
+    "sm_100": (Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 8, 4, True), Config(64, 64, 16, 4, 2)),
+    "gfx942": (Config(128, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 16, 4, 2)),
+}
+
+
+@functools.cache
+def architecture(device: torch.device, interpreted: bool) -> str:
+    """Key of CONFIGS for a device."""
+    if interpreted:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def config_for(device: torch.device, dtype: torch.dtype, *, draw: bool, interpreted: bool) -> Config:
+    statistics, drawing, float32 = CONFIGS[architecture(device, interpreted)]
+    return float32 if dtype == torch.float32 else drawing if draw else statistics
