@@ -151,7 +151,8 @@ def draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, R: tl.constexp
         ids = tl.min(tl.where(bound == last[:, None], v[None, :], 2147483647), 1)
         chosen = v[None, :] == ids[:, None]
         ids_z = tl.sum(tl.where(chosen, z, 0.0), 1)
-        y = ids_z * inverse + gumbel(words_of(ids, key0, key1, step, 0), words_of(ids, key0, key1, step, 1))
+        ids_high = tl.sum(tl.where(chosen, high.to(tl.int32, bitcast=True), 0), 1).to(tl.uint32, bitcast=True)
+        y = ids_z * inverse + gumbel(ids_high, words_of(ids, key0, key1, step, 1))
         better = going & ((y > best) | ((y == best) & (ids < best_id)))
         best = tl.where(better, y, best)
         best_id = tl.where(better, ids, best_id)

@@ -20,6 +20,7 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False  # of the tensor memory accelerator, Hopper and later
+    piece: int = 64  # columns of the epilogue at a time
     segment: int = SEGMENT
 
     @property
@@ -30,22 +31,19 @@ class Config:
             "BN": self.BN,
             "BK": self.BK,
             "TILES": tiles,
+            "PIECE": self.piece,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
-# By architecture: 16-bit statistics, 16-bit draw (whose epilogue holds a tile of bounds too), float32 of either kind.
-CONFIGS: dict[str, tuple[Config, Config, Config]] = {
-    "interpreter": (
-        Config(64, 64, 32, 4, 1, segment=128),
-        Config(64, 64, 32, 4, 1, segment=128),
-        Config(64, 64, 32, 4, 1, segment=128),
-    ),
-    "sm_80": (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 3), Config(64, 64, 16, 4, 2)),
-    "sm_90": (Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 8, 4, True), Config(64, 64, 16, 4, 2)),
-    "sm_100": (Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 8, 4, True), Config(64, 64, 16, 4, 2)),
-    "gfx942": (Config(128, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 16, 4, 2)),
+# By architecture, for 16-bit operands: statistics, and the draw of a few rows, whose epilogue holds bounds beside the logits.
+CONFIGS: dict[str, tuple[Config, Config]] = {
+    "interpreter": (Config(64, 64, 32, 4, 1, piece=32, segment=128), Config(64, 64, 32, 4, 1, segment=128)),
+    "sm_80": (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 8, 4)),
+    "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
+    "sm_100": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
+    "gfx942": (Config(128, 128, 32, 8, 2), Config(64, 64, 64, 8, 2)),
 }
 
 
@@ -60,6 +58,5 @@ def architecture(device: torch.device, interpreted: bool) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
-def config_for(device: torch.device, dtype: torch.dtype, *, draw: bool, interpreted: bool) -> Config:
-    statistics, drawing, float32 = CONFIGS[architecture(device, interpreted)]
-    return float32 if dtype == torch.float32 else drawing if draw else statistics
+def config_for(device: torch.device, *, draw: bool, interpreted: bool) -> Config:
+    return CONFIGS[architecture(device, interpreted)][int(draw)]

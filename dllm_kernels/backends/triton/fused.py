@@ -32,19 +32,78 @@ PARTS_BYTES = 64 << 20  # of the parts of one launch
 GATHERED_BYTES = 128 << 20  # of the rows that one launch gathers for its descriptors
 
 
+@triton.jit
+def _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z):  # type: ignore[no-untyped-def]
+    """Raw logits to final ones; the target's goes to `target_z`, its row's place in memory, and leaves -inf."""
+    if bias is not None:
+        z = z + tl.load(bias + v, mask=v < vocabulary, other=0.0)[None, :]
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    if temperature_rows is not None:
+        z = z / temperature_rows
+    elif temperature is not None:
+        z = z / temperature
+    keep = v < vocabulary
+    if excluded is not None:
+        keep = keep & (tl.load(excluded + v, mask=keep, other=1) == 0)
+    z = tl.where(keep[None, :], z, float("-inf"))
+    if target_z is not None:
+        hit = v[None, :] == y[:, None]
+        tl.store(target_z + tl.zeros_like(v)[None, :], z, mask=hit)  # one lane of the whole vocabulary
+        z = tl.where(hit, float("-inf"), z)
+    return z
+
+
+@triton.jit
+def _take(  # type: ignore[no-untyped-def]
+    z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z, m, s, weighted, top,
+    ENTROPY: tl.constexpr, TOP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """The online softmax takes a tile `[R, C]` in, PIECE columns at a time from the left: what is live must fit registers."""
+    if C > PIECE:
+        left, right = z.reshape(R, 2, C // 2).permute(0, 2, 1).split()
+        m, s, weighted, top = _take(
+            left, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z,
+            m, s, weighted, top, ENTROPY, TOP, R, C // 2, PIECE,
+        )  # fmt: skip
+        m, s, weighted, top = _take(
+            right, v0 + C // 2, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z,
+            m, s, weighted, top, ENTROPY, TOP, R, C // 2, PIECE,
+        )  # fmt: skip
+    else:
+        v = v0 + tl.arange(0, C)
+        z = _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z)
+        tile_max = tl.max(z, 1)
+        later = tile_max > m
+        if TOP:
+            tile_top = tl.min(tl.where(z == tile_max[:, None], v[None, :], 2147483647), 1)
+            top = tl.where(later, tile_top, top)
+        big = tl.where(later, tile_max, m)
+        base = finite_or_zero(big)
+        down = far(tl.where(m == float("-inf"), float("-inf"), m - base))
+        scale = exp_far(down)
+        d = far(z - base[:, None])
+        e = exp_far(d)
+        if ENTROPY:
+            weighted = scale * (weighted + down * s) + tl.sum(e * d, 1)
+        s = s * scale + tl.sum(e, 1)
+        m = big
+    return m, s, weighted, top
+
+
 @triton.jit(do_not_specialize=["rows", "softcap", "temperature", "step", "inverse"])
 def fused_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, index, bias, excluded, temperature_N, target, key, parts, part_ids,
+    hidden, weight, index, bias, excluded, temperature_N, target, key, target_z, parts, part_ids,
     rows, vocabulary, width, segments,
     hidden_stride, hidden_step, weight_stride, weight_step, plane,
     softcap, temperature, step, inverse,
     ENTROPY: tl.constexpr, TOP: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Rows [m BM, ..) x columns of one segment. With `key` the draw takes part, with `target` it stays out of the sums.
 
-    Planes of `parts`: max, sum, sum of exp times its logarithm, target's logit; with a draw best and its logit. Of
-    `part_ids`: the id of the max; with a draw of the best.
+    Planes of `parts`: max, sum, sum of exp times its logarithm; with a draw best and its logit. Of `part_ids`: the id of
+    the max; with a draw of the best. The target's logit goes to `target_z` at once.
     """
     blocks = tl.cdiv(rows, BM)
     m0 = (tl.program_id(0) % blocks) * BM  # neighbours share the weight's columns in the L2 cache
@@ -54,8 +113,11 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     temperature_rows = None
     if temperature_N is not None:
         temperature_rows = tl.load(temperature_N + n, mask=inside, other=1.0)[:, None]
+    y = tl.full([BM], -1, tl.int32)
+    target_at = None
     if target is not None:
-        y = tl.load(target + n, mask=inside, other=0).to(tl.int32)
+        y = tl.load(target + n, mask=inside, other=-1).to(tl.int32)
+        target_at = (target_z + n)[:, None]
     if key is not None:
         row_key = tl.load(key + n, mask=inside, other=0)
         key0 = row_key.to(tl.uint32)
@@ -72,7 +134,6 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     m = tl.full([BM], float("-inf"), tl.float32)
     s = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM], tl.float32)
-    target_z = tl.zeros([BM], tl.float32)
     top = tl.zeros([BM], tl.int32)
     first = segment * (TILES * BN)
     for v0 in range(first, min(first + TILES * BN, vocabulary), BN):
@@ -101,38 +162,12 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                     b = b.to(tl.float32)
                 z = tl.dot(a, b, z, input_precision="ieee")
 
-        if bias is not None:
-            z = z + tl.load(bias + v, mask=v < vocabulary, other=0.0)[None, :]
-        if softcap is not None:
-            z = softcap * tanh(z / softcap)
-        if temperature_rows is not None:
-            z = z / temperature_rows
-        elif temperature is not None:
-            z = z / temperature
-        keep = v < vocabulary
-        if excluded is not None:
-            keep = keep & (tl.load(excluded + v, mask=keep, other=1) == 0)
-        z = tl.where(keep[None, :], z, float("-inf"))
-        if target is not None:
-            hit = v[None, :] == y[:, None]
-            target_z += tl.sum(tl.where(hit, z, 0.0), 1)
-            z = tl.where(hit, float("-inf"), z)
-        tile_max = tl.max(z, 1)
-        later = tile_max > m
-        if TOP:
-            tile_top = tl.min(tl.where(z == tile_max[:, None], v[None, :], 2147483647), 1)
-            top = tl.where(later, tile_top, top)
-        big = tl.where(later, tile_max, m)
-        base = finite_or_zero(big)
-        down = far(tl.where(m == float("-inf"), float("-inf"), m - base))
-        scale = exp_far(down)
-        d = far(z - base[:, None])
-        e = exp_far(d)
-        if ENTROPY:
-            weighted = scale * (weighted + down * s) + tl.sum(e * d, 1)
-        s = s * scale + tl.sum(e, 1)
-        m = big
+        m, s, weighted, top = _take(
+            z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at,
+            m, s, weighted, top, ENTROPY, TOP, BM, BN, PIECE,
+        )  # fmt: skip
         if key is not None:
+            z = _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at)
             best, best_id, best_z = draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, BM, BN)
 
     to = n.to(tl.int64) * segments + segment
@@ -140,19 +175,17 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     tl.store(parts + plane + to, s, mask=inside)
     if ENTROPY:
         tl.store(parts + 2 * plane + to, weighted, mask=inside)
-    if target is not None:
-        tl.store(parts + 3 * plane + to, target_z, mask=inside)
     if TOP:
         tl.store(part_ids + to, top, mask=inside)
     if key is not None:
-        tl.store(parts + 4 * plane + to, best, mask=inside)
-        tl.store(parts + 5 * plane + to, best_z, mask=inside)
+        tl.store(parts + 3 * plane + to, best, mask=inside)
+        tl.store(parts + 4 * plane + to, best_z, mask=inside)
         tl.store(part_ids + plane + to, best_id, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def merge_kernel(  # type: ignore[no-untyped-def]
-    parts, part_ids, target, logp, lse, entropy, top_logp, top_id, token,
+    parts, part_ids, target, target_at, logp, lse, entropy, top_logp, top_id, token,
     rows, segments, plane, DRAW: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Parts of R rows to statistics; with `token` to the drawn id (DRAW) or the largest logit's, and its logp."""
@@ -172,7 +205,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     big, s_row, weighted_row, top_row = reduce_parts(m, s, weighted, top, True, True)
     if target is not None:
         y = tl.load(target + n, mask=inside, other=0).to(tl.int32)
-        target_z = tl.sum(tl.load(parts + 3 * plane + at, mask=here, other=0.0), 1)
+        target_z = tl.load(target_at + n, mask=inside, other=0.0)
     else:
         y = tl.full([R], -1, tl.int32)
         target_z = tl.full([R], float("-inf"), tl.float32)
@@ -189,8 +222,8 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         own_z = big
         own = top_row
         if DRAW:
-            best = tl.load(parts + 4 * plane + at, mask=here, other=float("-inf"))
-            best_z = tl.load(parts + 5 * plane + at, mask=here, other=0.0)
+            best = tl.load(parts + 3 * plane + at, mask=here, other=float("-inf"))
+            best_z = tl.load(parts + 4 * plane + at, mask=here, other=0.0)
             ids = tl.load(part_ids + plane + at, mask=here, other=0)
             winners = here & (best == tl.max(best, 1)[:, None])
             own = tl.min(tl.where(winners, ids, 2147483647), 1)
@@ -235,7 +268,8 @@ def fused(
     at_once = rows_at_once(rows, vocabulary, width, p.hidden_MH.element_size(), config)
     segments = triton.cdiv(vocabulary, config.segment)
     device = p.hidden_MH.device
-    parts = torch.empty(6, at_once, segments, dtype=torch.float32, device=device)
+    parts = torch.empty(5, at_once, segments, dtype=torch.float32, device=device)
+    target_z = None if sampling else torch.full((at_once,), float("nan"), dtype=torch.float32, device=device)
     part_ids = torch.empty(2, at_once, segments, dtype=torch.int32, device=device)
     for start in range(0, rows, at_once):
         span = slice(start, min(start + at_once, rows))
@@ -255,7 +289,7 @@ def fused(
         fused_kernel[(triton.cdiv(count, config.BM) * segments,)](
             *operands, index_N, options["bias"], options["excluded"],
             p.temperature[span] if isinstance(p.temperature, Tensor) else None, target_N,
-            key_N[span] if drawn and key_N is not None else None, parts, part_ids,
+            key_N[span] if drawn and key_N is not None else None, target_z, parts, part_ids,
             count, vocabulary, width, segments, *hidden_MH.stride(), *p.weight_VH.stride(), parts.stride(0),
             options["softcap"], options["temperature"], step if drawn else 0, 1.0 / temperature if drawn else 0.0,
             ENTROPY="entropy" in result, TOP="top_id" in result or (sampling and not drawn), DESCRIPTORS=described,
@@ -265,6 +299,6 @@ def fused(
         at = {name: vector[span] for name, vector in result.items()}
         merge_rows = 64 if interpreted() else max(1, 1024 // whole)
         merge_kernel[(triton.cdiv(count, merge_rows),)](
-            parts, part_ids, target_N, at["logp"], at["lse"], at.get("entropy"), at.get("top_logp"), at.get("top_id"),
+            parts, part_ids, target_N, target_z, at["logp"], at["lse"], at.get("entropy"), at.get("top_logp"), at.get("top_id"),
             at.get("token"), count, segments, parts.stride(0), DRAW=drawn, R=merge_rows, P=whole, num_warps=4,
         )  # fmt: skip
