@@ -20,7 +20,7 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False  # of the tensor memory accelerator, Hopper and later
-    piece: int = 64  # columns of the epilogue at a time
+    piece: int = 16  # columns of the epilogue at a time
     segment: int = SEGMENT
 
     @property
@@ -39,10 +39,10 @@ class Config:
 
 # By architecture, for 16-bit operands: statistics, and the draw of a few rows, whose epilogue holds bounds beside the logits.
 CONFIGS: dict[str, tuple[Config, Config]] = {
-    "interpreter": (Config(64, 64, 32, 4, 1, piece=32, segment=128), Config(64, 64, 32, 4, 1, segment=128)),
+    "interpreter": (Config(64, 64, 32, 4, 1, piece=32, segment=128), Config(64, 64, 32, 4, 1, piece=64, segment=128)),
     "sm_80": (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 8, 4)),
     "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
-    "sm_100": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
+    "sm_100": (Config(128, 128, 64, 8, 4, True, piece=32), Config(64, 64, 64, 8, 4, True)),
     "gfx942": (Config(128, 128, 32, 8, 2), Config(64, 64, 64, 8, 2)),
 }
 

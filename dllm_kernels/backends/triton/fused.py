@@ -25,7 +25,7 @@ from dllm_kernels.backends.triton.arithmetic import (
     tanh,
     top_of,
 )
-from dllm_kernels.backends.triton.configs import Config
+from dllm_kernels.backends.triton.configs import CONFIGS, Config
 from dllm_kernels.backends.triton.rows import interpreted, scalars
 
 PARTS_BYTES = 64 << 20  # of the parts of one launch
@@ -73,11 +73,12 @@ def _take(  # type: ignore[no-untyped-def]
     else:
         v = v0 + tl.arange(0, C)
         z = _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z)
-        tile_max = tl.max(z, 1)
-        later = tile_max > m
         if TOP:
-            tile_top = tl.min(tl.where(z == tile_max[:, None], v[None, :], 2147483647), 1)
-            top = tl.where(later, tile_top, top)
+            tile_max, tile_top = tl.max(z, 1, return_indices=True, return_indices_tie_break_left=True)
+            top = tl.where(tile_max > m, v0 + tile_top, top)
+        else:
+            tile_max = tl.max(z, 1)
+        later = tile_max > m
         big = tl.where(later, tile_max, m)
         base = finite_or_zero(big)
         down = far(tl.where(m == float("-inf"), float("-inf"), m - base))
@@ -146,7 +147,7 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                 if UPCAST:
                     a = a.to(tl.float32)
                     b = b.to(tl.float32)
-                z = tl.dot(a, b.T, z, input_precision="ieee")
+                z = tl.dot(a, b.T, z)
         else:
             weight_at = weight + (v.to(tl.int64) * weight_stride)[None, :] + k[:, None] * weight_step
             for k0 in range(0, width, BK):
@@ -160,7 +161,7 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                 if UPCAST:
                     a = a.to(tl.float32)
                     b = b.to(tl.float32)
-                z = tl.dot(a, b, z, input_precision="ieee")
+                z = tl.dot(a, b, z)
 
         m, s, weighted, top = _take(
             z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at,
@@ -244,11 +245,15 @@ def rows_at_once(rows: int, vocabulary: int, width: int, itemsize: int, config: 
     return min(rows, max(config.BM, most // config.BM * config.BM))
 
 
-def parts_bytes(rows: int, vocabulary: int, width: int, itemsize: int, config: Config) -> int:
-    """Memory of one launch beside its results."""
-    at_once = rows_at_once(rows, vocabulary, width, itemsize, config)
-    gathered = at_once * width * itemsize if config.descriptors else 0
-    return at_once * triton.cdiv(vocabulary, config.segment) * 32 + gathered
+def largest_parts(rows: int, vocabulary: int, width: int, itemsize: int) -> int:
+    """Memory of one launch beside its results, the largest of all configurations."""
+
+    def one(config: Config) -> int:
+        at_once = rows_at_once(rows, vocabulary, width, itemsize, config)
+        gathered = at_once * width * itemsize if config.descriptors else 0
+        return at_once * (28 * triton.cdiv(vocabulary, config.segment) + 4) + gathered
+
+    return max(one(config) for pair in CONFIGS.values() for config in pair)
 
 
 def fused(

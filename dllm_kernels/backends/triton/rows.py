@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_kernels.backends.reference import HeadProblem
-from dllm_kernels.backends.triton.arithmetic import exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
+from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 
 
 @triton.jit
@@ -36,14 +36,23 @@ def _logit(raw, v, excluded_at, bias, temperature_rows, softcap, temperature, vo
     return tl.where(keep[None, :], z, float("-inf")), slope
 
 
-@triton.jit(do_not_specialize=["rows", "softcap", "temperature"])
+@triton.jit
+def _narrow(x, dtype: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """To the operand's dtype. The interpreter cuts bfloat16 off where hardware rounds to even: ROUND does it for it."""
+    if ROUND and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "softcap", "temperature", "step", "inverse"])
 def row_kernel(  # type: ignore[no-untyped-def]
-    logits, operand, entropy_operand, target, bias, excluded, temperature_N, coef, entropy_coef,
-    logp, lse, entropy, top_logp, top_id,
-    rows, vocabulary, stride, operand_stride, entropy_stride, softcap, temperature,
-    ENTROPY: tl.constexpr, SHARED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    logits, operand, entropy_operand, target, key, bias, excluded, temperature_N, coef, entropy_coef,
+    logp, lse, entropy, top_logp, top_id, token,
+    rows, vocabulary, stride, operand_stride, entropy_stride, softcap, temperature, step, inverse,
+    ENTROPY: tl.constexpr, SHARED: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """R rows of fp32 logits per program; an output that is None is not written.
+    """R rows of fp32 logits per program; an output that is None is not written. Either targets, or tokens: drawn with `key`.
 
     Each of the C lanes of a row keeps its own online softmax, and the lanes meet once, at the end. The target stays out of
     the sums until then. With `operand` a second pass writes the gradient operand, from left to right; where it is 16 bit and
@@ -52,7 +61,19 @@ def row_kernel(  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = n < rows
     at = n * stride
-    y = tl.load(target + n, mask=inside, other=0).to(tl.int32)
+    TOP: tl.constexpr = (top_id is not None) or (token is not None and key is None)
+    y = tl.full([R], -1, tl.int32)
+    target_z = tl.full([R], float("-inf"), tl.float32)
+    if target is not None:
+        y = tl.load(target + n, mask=inside, other=0).to(tl.int32)
+        target_z = tl.zeros([R], tl.float32)
+    if key is not None:
+        row_key = tl.load(key + n, mask=inside, other=0)
+        key0 = row_key.to(tl.uint32)
+        key1 = (row_key >> 32).to(tl.uint32)
+        best = tl.full([R], float("-inf"), tl.float32)
+        best_id = tl.zeros([R], tl.int32)
+        best_z = tl.zeros([R], tl.float32)
     temperature_rows = None
     if temperature_N is not None:
         temperature_rows = tl.load(temperature_N + n, mask=inside, other=1.0)[:, None]
@@ -61,15 +82,15 @@ def row_kernel(  # type: ignore[no-untyped-def]
     s = tl.zeros([R, C], tl.float32)
     weighted = tl.zeros([R, C], tl.float32)
     top = tl.zeros([R, C], tl.int32)
-    target_z = tl.zeros([R], tl.float32)
     for start in range(0, vocabulary, C):
         v = start + columns
         here = inside[:, None] & (v < vocabulary)[None, :]
         raw = tl.load(logits + at[:, None] + v[None, :], mask=here, other=0.0)
         z, _ = _logit(raw, v, excluded, bias, temperature_rows, softcap, temperature, vocabulary)
-        hit = v[None, :] == y[:, None]
-        target_z += tl.sum(tl.where(hit, z, 0.0), 1)
-        z = tl.where(hit, float("-inf"), z)
+        if target is not None:
+            hit = v[None, :] == y[:, None]
+            target_z += tl.sum(tl.where(hit, z, 0.0), 1)
+            z = tl.where(hit, float("-inf"), z)
         later = z > m
         big = tl.where(later, z, m)
         base = finite_or_zero(big)
@@ -80,12 +101,22 @@ def row_kernel(  # type: ignore[no-untyped-def]
         if ENTROPY:
             weighted = scale * (weighted + down * s) + e * d
         s = s * scale + e
-        if top_id is not None:
+        if TOP:
             top = tl.where(later, v[None, :], top)
         m = big
-    big, s_row, weighted_row, top_row = reduce_parts(m, s, weighted, top, ENTROPY, top_id is not None)
+        if key is not None:
+            best, best_id, best_z = draw(z, start, inverse, key0, key1, step, best, best_id, best_z, R, C)
+    big, s_row, weighted_row, top_row = reduce_parts(m, s, weighted, top, ENTROPY, TOP)
     base, others, total, mean, log_sum = finish(big, s_row, weighted_row, target_z)
-    tl.store(logp + n, target_z - base - log_sum, mask=inside)
+    own_z = target_z
+    if token is not None:
+        if key is not None:
+            own_z = best_z
+            tl.store(token + n, best_id.to(tl.int64), mask=inside)
+        else:
+            own_z = big
+            tl.store(token + n, top_row.to(tl.int64), mask=inside)
+    tl.store(logp + n, own_z - base - log_sum, mask=inside)
     tl.store(lse + n, base + log_sum, mask=inside)
     if entropy is not None:
         tl.store(entropy + n, log_sum - mean, mask=inside)
@@ -113,16 +144,17 @@ def row_kernel(  # type: ignore[no-untyped-def]
                     out = out + h * tl.load(entropy_coef + n, mask=inside, other=0.0)[:, None]
                 if entropy_operand is not None:
                     to = entropy_operand + (n * entropy_stride)[:, None] + v[None, :]
-                    tl.store(to, h.to(entropy_operand.dtype.element_ty), mask=here)
+                    tl.store(to, _narrow(h, entropy_operand.dtype.element_ty, ROUND), mask=here)
             if SHARED:
                 tl.debug_barrier()
-            tl.store(operand + (n * operand_stride)[:, None] + v[None, :], out.to(operand.dtype.element_ty), mask=here)
+            to = operand + (n * operand_stride)[:, None] + v[None, :]
+            tl.store(to, _narrow(out, operand.dtype.element_ty, ROUND), mask=here)
 
 
 @triton.jit(do_not_specialize=["columns"])
 def combine_kernel(  # type: ignore[no-untyped-def]
     first, second, first_coef, second_coef, out, vocabulary, columns, stride, second_stride, out_stride,
-    R: tl.constexpr, C: tl.constexpr,
+    ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """out[v, n] = first[v, n] * first_coef[n] (+ second[v, n] * second_coef[n]): late coefficients on stored operands."""
     v = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -134,7 +166,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     if second is not None:
         other = tl.load(second + (v * second_stride)[:, None] + n[None, :], mask=here, other=0.0).to(tl.float32)
         x = x + other * tl.load(second_coef + n, mask=known, other=0.0)[None, :]
-    tl.store(out + (v * out_stride)[:, None] + n[None, :], x.to(out.dtype.element_ty), mask=here)
+    tl.store(out + (v * out_stride)[:, None] + n[None, :], _narrow(x, out.dtype.element_ty, ROUND), mask=here)
 
 
 def interpreted() -> bool:
@@ -154,35 +186,44 @@ def scalars(problem: HeadProblem) -> dict[str, Any]:
     }
 
 
-def row_tile(rows: int) -> dict[str, int]:
+def row_tile(rows: int, *, draw: bool = False) -> dict[str, int]:
     """One row per program; with few rows, more warps on each. The interpreter pays by the operation: many rows at once."""
     if interpreted():
         return {"R": 64, "C": 128, "num_warps": 4, "num_stages": 1}
-    return {"R": 1, "C": 4096, "num_warps": 8 if rows >= 512 else 16, "num_stages": 1}
+    return {"R": 1, "C": 2048 if draw else 4096, "num_warps": 8 if rows >= 512 or draw else 16, "num_stages": 1}
 
 
 def row_statistics(
     logits_CV: Tensor,
-    target_N: Tensor,
     options: dict[str, Any],
     temperature_N: Tensor | None,
-    stats: dict[str, Tensor],
+    results: dict[str, Tensor],
     *,
+    target_N: Tensor | None = None,
     operand: Tensor | None = None,
     entropy_operand: Tensor | None = None,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
+    key_N: Tensor | None = None,
+    step: int = 0,
+    noise_temperature: float = 0.0,
 ) -> None:
-    """Launch `row_kernel` on the first `len(target_N)` rows; `stats` holds what is wanted, `logp` and `lse` always."""
-    rows, vocabulary = len(target_N), logits_CV.shape[1]
-    tile = row_tile(rows)
+    """Launch `row_kernel` on as many rows as `results` have; they hold `logp` and `lse`, and what else is wanted.
+
+    With `target_N` their statistics and, where given, operands; without, `token`: a draw at a noise temperature above 0.
+    """
+    rows, vocabulary = len(results["logp"]), logits_CV.shape[1]
+    drawn = noise_temperature > 0
+    tile = row_tile(rows, draw=drawn)
     row_kernel[(triton.cdiv(rows, tile["R"]),)](
-        logits_CV, operand, entropy_operand, target_N, options["bias"], options["excluded"], temperature_N, coef_N, entropy_coef_N,
-        stats["logp"], stats["lse"], stats.get("entropy"), stats.get("top_logp"), stats.get("top_id"),
+        logits_CV, operand, entropy_operand, target_N, key_N if drawn else None, options["bias"], options["excluded"],
+        temperature_N, coef_N, entropy_coef_N,
+        *(results.get(name) for name in ("logp", "lse", "entropy", "top_logp", "top_id", "token")),
         rows, vocabulary, logits_CV.stride(0), 0 if operand is None else operand.stride(0),
         0 if entropy_operand is None else entropy_operand.stride(0), options["softcap"], options["temperature"],
-        ENTROPY="entropy" in stats or entropy_operand is not None or entropy_coef_N is not None,
-        SHARED=operand is not None and operand.dtype != torch.float32, **tile,
+        step, 1.0 / noise_temperature if drawn else 0.0,
+        ENTROPY="entropy" in results or entropy_operand is not None or entropy_coef_N is not None,
+        SHARED=operand is not None and operand.dtype != torch.float32, ROUND=interpreted(), **tile,
     )  # fmt: skip
 
 
@@ -193,5 +234,5 @@ def combine(pairs: list[tuple[Tensor, Tensor]], out_VN: Tensor) -> None:
     tile = {"R": 256, "C": 128} if interpreted() else {"R": 8, "C": 256}
     combine_kernel[(triton.cdiv(vocabulary, tile["R"]), triton.cdiv(columns, tile["C"]))](
         first, second, first_coef, second_coef, out_VN, vocabulary, columns, first.stride(0),
-        0 if second is None else second.stride(0), out_VN.stride(0), **tile, num_warps=4,
+        0 if second is None else second.stride(0), out_VN.stride(0), ROUND=interpreted(), **tile, num_warps=4,
     )  # fmt: skip
