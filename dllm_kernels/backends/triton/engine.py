@@ -15,13 +15,12 @@ from torch import Tensor
 from dllm_kernels.backends import reference
 from dllm_kernels.backends.reference import STATISTICS, HeadProblem, check
 from dllm_kernels.backends.triton import fused, products, rows
+from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
 from dllm_kernels.backends.triton.tuning import choose
 
 __all__ = ["NAME", "check", "from_operands", "run", "sample", "warmup", "why_unavailable", "workspace_bytes"]
 
 NAME = "triton"
-ROW_BLOCK = reference.ROW_BLOCK
-MOST_ROWS = 1024  # of a chunk: enough to fill a chip in the products that follow
 FEW_ROWS = 64  # up to here a draw is bound by reading the weight, and no logits need to be kept
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,27 +32,6 @@ def why_unavailable(device: torch.device) -> str | None:
     return f"the tensors are on {device}; it takes CUDA tensors, or CPU tensors where TRITON_INTERPRET=1"
 
 
-def _alignment(vocabulary: int) -> int:
-    """Columns of a chunk's row in memory: 256 bytes, for every operand's alignment."""
-    return -(-vocabulary // 64) * 64
-
-
-def chunk_rows(vocabulary: int, bytes_per_logit: int, device_type: str) -> int:
-    """Rows of a whole chunk, from the workspace budget and V alone: a multiple of ROW_BLOCK."""
-    budget = reference.WORKSPACE_BYTES.get(device_type, reference.GPU_WORKSPACE_BYTES)
-    fit = budget // (_alignment(vocabulary) * bytes_per_logit) // ROW_BLOCK * ROW_BLOCK
-    if torch.are_deterministic_algorithms_enabled():
-        fit = ROW_BLOCK
-    return min(max(fit, ROW_BLOCK), MOST_ROWS)
-
-
-def _spans(total: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(start, rows, padded rows): whole chunks, and the rest in blocks of ROW_BLOCK, so that products have two shapes only."""
-    whole = total // chunk * chunk
-    spans = [(start, chunk, chunk) for start in range(0, whole, chunk)]
-    return spans + [(start, min(ROW_BLOCK, total - start), ROW_BLOCK) for start in range(whole, total, ROW_BLOCK)]
-
-
 class _Chunk:
     """Buffers of one walk: fp32 logits, whose memory then holds the operand; gathered rows; the entropy's own operand."""
 
@@ -63,9 +41,9 @@ class _Chunk:
         vocabulary, width = p.weight_VH.shape
         device, item = p.hidden_MH.device, p.hidden_MH.element_size()
         whole = chunk_rows(vocabulary, 4 + item * second, device.type)
-        self.spans = _spans(p.rows, whole)
+        self.spans = spans(p.rows, whole)
         size = max((padded for *_, padded in self.spans), default=0)
-        columns = _alignment(vocabulary)
+        columns = row_stride(vocabulary)
         self._logits = torch.empty(size, columns, dtype=torch.float32, device=device)
         self._second = torch.zeros(size, columns, dtype=self.dtype, device=device) if second else None
         self._hidden = torch.zeros(size, width, dtype=self.dtype, device=device)
@@ -169,9 +147,7 @@ def run(
         for name, source_CV in (("unit", operand_CV), ("dhidden", operand_CV), ("entropy_unit", second_CV)):
             if name in result and source_CV is not None:
                 result[name][span] = products.vectors(source_CV, p.weight_VH)[:count]
-        products.add_head_gradient(
-            operand_CV[:count], hidden_CH[:count], dweight_VH, dbias_V, overwrite=overwrite and start == 0
-        )
+        products.add_head_gradient(operand_CV[:count], hidden_CH[:count], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
     return result
 
 
@@ -196,10 +172,10 @@ def from_operands(
         reference._zero(dweight_VH, dbias_V)
     stored = [(operand_NV.t(), coef_N.float().contiguous()) for operand_NV, coef_N in operands]
     stored = [(operand_VN if operand_VN.stride(1) == 1 else operand_VN.contiguous(), coef) for operand_VN, coef in stored]
-    spans = _spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
-    size = max((padded for *_, padded in spans), default=0)
+    cuts = spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
+    size = max((padded for *_, padded in cuts), default=0)
     scaled_VC = torch.zeros(vocabulary, size, dtype=dtype, device=device)
-    for start, count, padded in spans:
+    for start, count, padded in cuts:
         span = slice(start, start + count)
         rows.combine([(operand_VN[:, span], coef_N[span]) for operand_VN, coef_N in stored], scaled_VC[:, :count])
         if out_NH is not None:
@@ -207,9 +183,7 @@ def from_operands(
         hidden_CH = None
         if dweight_VH is not None:
             hidden_CH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
-        products.add_head_gradient(
-            scaled_VC[:, :count].t(), hidden_CH, dweight_VH, dbias_V, overwrite=overwrite and start == 0
-        )
+        products.add_head_gradient(scaled_VC[:, :count].t(), hidden_CH, dweight_VH, dbias_V, overwrite=overwrite and start == 0)
     return out_NH
 
 
@@ -273,7 +247,7 @@ def workspace_bytes(
     chunk = chunk_rows(vocabulary, 4, "cuda")
     size = chunk if rows >= chunk else ROW_BLOCK
     item: Any = dtype.itemsize
-    return size * (4 * _alignment(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden)))
+    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden)))
 
 
 def warmup(

@@ -186,11 +186,12 @@ def scalars(problem: HeadProblem) -> dict[str, Any]:
     }
 
 
-def row_tile(rows: int, *, draw: bool = False) -> dict[str, int]:
-    """One row per program; with few rows, more warps on each. The interpreter pays by the operation: many rows at once."""
-    if interpreted():
+def row_tile(rows: int, *, draw: bool, interpreter: bool) -> dict[str, int]:
+    """One row per program, 8 logits per thread; with few rows, more warps on each. The interpreter pays by the operation."""
+    if interpreter:
         return {"R": 64, "C": 128, "num_warps": 4, "num_stages": 1}
-    return {"R": 1, "C": 2048 if draw else 4096, "num_warps": 8 if rows >= 512 or draw else 16, "num_stages": 1}
+    warps = 8 if rows >= 512 or draw else 16
+    return {"R": 1, "C": 256 * warps, "num_warps": warps, "num_stages": 1}
 
 
 def row_statistics(
@@ -214,7 +215,7 @@ def row_statistics(
     """
     rows, vocabulary = len(results["logp"]), logits_CV.shape[1]
     drawn = noise_temperature > 0
-    tile = row_tile(rows, draw=drawn)
+    tile = row_tile(rows, draw=drawn, interpreter=interpreted())
     row_kernel[(triton.cdiv(rows, tile["R"]),)](
         logits_CV, operand, entropy_operand, target_N, key_N if drawn else None, options["bias"], options["excluded"],
         temperature_N, coef_N, entropy_coef_N,

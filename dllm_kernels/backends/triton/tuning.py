@@ -70,7 +70,9 @@ def _tuned(device: torch.device, dtype: torch.dtype, vocabulary: int, width: int
     return options[known[key]["best"]]
 
 
-def _milliseconds(config: Config | None, device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, draw: bool) -> float:
+def _milliseconds(
+    config: Config | None, device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, draw: bool
+) -> float:
     """Median of a few calls on random data; infinity where the configuration does not run."""
     count = MEASURED_ROWS[draw]
     hidden_NH = torch.randn(count, width, device=device).to(dtype)
@@ -88,7 +90,9 @@ def _milliseconds(config: Config | None, device: torch.device, dtype: torch.dtyp
             logits_CV = torch.empty(len(hidden_NH[span]), vocabulary, device=device)
             products.logits_(logits_CV, hidden_NH[span], weight_VH)
             part = {name: vector[span] for name, vector in result.items()}
-            more: dict[str, Any] = {"key_N": p.target_N[span], "noise_temperature": 1.0} if draw else {"target_N": p.target_N[span]}
+            more: dict[str, Any] = (
+                {"key_N": p.target_N[span], "noise_temperature": 1.0} if draw else {"target_N": p.target_N[span]}
+            )
             rows.row_statistics(logits_CV, rows.scalars(p), None, part, **more)
 
     try:
