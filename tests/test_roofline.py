@@ -33,7 +33,7 @@ def test_a_frozen_head_is_two_products_and_ten_bytes_per_logit_between_them():
 
 def test_decoding_32_rows_is_bound_by_reading_the_head():
     found = explain(**{**LLADA, "rows": 32}, wants_gradient=False).on("A100")
-    assert found.traffic > 5 * found.arithmetic
+    assert found.traffic > 4.5 * found.arithmetic
     assert found.seconds == pytest.approx(2 * HEAD / 2039e9, rel=0.01)  # 0.508 ms
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import torch
@@ -33,8 +32,11 @@ def exactly(p: HeadProblem) -> HeadProblem:
 
 
 def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descriptors() -> None:
-    for (rows, width, vocabulary), dtype, options in itertools.product(
-        ((1, 1, 1), (3, 16, 5), (70, 40, 193), (5, 33, 300)), (torch.bfloat16, torch.float16), (False, True)
+    for (rows, width, vocabulary), dtype, options in (
+        ((1, 1, 1), torch.bfloat16, False),
+        ((70, 40, 193), torch.bfloat16, True),
+        ((5, 33, 300), torch.float16, True),
+        ((3, 64, 130), torch.float16, False),
     ):
         p = problem(rows, width, vocabulary, dtype, options=options)
         want = reference.run(exactly(p), STATISTICS)
@@ -51,7 +53,7 @@ def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descr
 def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
     zero = torch.zeros((), dtype=torch.int64)
     for dtype, options, temperature in ((torch.bfloat16, True, 1.0), (torch.float16, False, 0.3), (torch.float32, True, 2.5)):
-        p = problem(40, 16, 333, dtype, options=options)
+        p = problem(40, 16, 200, dtype, options=options)
         key = noise.row_bits(3, noise.Stream.TOKEN, zero, zero, torch.arange(40))
         want = reference.sample(exactly(p), key, step=4, temperature=temperature)
         for few in (64, 0):  # the fused kernel, and a chunk of logits
@@ -89,7 +91,7 @@ def many_rows_are_launched_in_parts_with_the_same_bits() -> None:
 
 
 def everything_compiles_ahead() -> None:
-    engine.warmup(16, 130, torch.float32, device="cpu")
+    engine.warmup(16, 70, torch.float32, device="cpu")
 
 
 CHECKS = (

@@ -31,10 +31,9 @@ QUICK = (
     "test_pitfall_minus_infinity_logits_add_exactly_0_to_entropy_and_gradients[triton-torch.float32-unit]",
     "test_pitfall_the_true_class_gradient_survives_p_near_1[triton-torch.bfloat16-coef]",
     "test_pitfall_a_common_offset_of_2_to_24_costs_no_digits[triton]",
-    "test_pitfall_logp_is_never_above_0[triton-torch.bfloat16]",
     "test_pitfall_row_offsets_beyond_2_to_31[triton]",
     "test_a_non_finite_hidden_state_is_reported_with_its_row[triton-nan]",
-    "test_a_split_vocabulary_merges_to_the_whole[triton-cuts0-torch.bfloat16]",
+    "test_a_constant_added_to_all_logits_changes_nothing_but_lse[triton-torch.float32]",
 )
 
 
@@ -56,7 +55,7 @@ def test_kernels_agree_with_the_float64_reference_in_the_interpreter():
 
 def test_the_head_suite_passes_in_the_interpreter():
     said = interpreted(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_head.py::{name}" for name in QUICK), timeout=250
+        "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/test_head.py::{name}" for name in QUICK), timeout=250
     )
     assert f"{len(QUICK)} passed" in said
 
@@ -65,7 +64,7 @@ def test_the_head_suite_passes_in_the_interpreter():
 @pytest.mark.timeout(3600)
 def test_all_of_the_head_suite_passes_in_the_interpreter():
     said = interpreted(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=900", "tests/test_head.py", "-k", "triton", timeout=3600
+        "-m", "pytest", "-p", "no:cacheprovider", "--timeout=900", "tests/test_head.py", "-k", "triton", timeout=3600
     )
     assert "passed" in said
     assert "skipped" not in said

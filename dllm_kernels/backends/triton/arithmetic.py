@@ -69,7 +69,7 @@ def reduce_parts(m, s, weighted, top, ENTROPY: tl.constexpr, TOP: tl.constexpr):
     scale = exp_far(down)
     total = tl.sum(s * scale, 1)
     mean = tl.sum(scale * (weighted + down * s), 1) if ENTROPY else total
-    first = tl.min(tl.where(m == big[:, None], top, 2147483647), 1) if TOP else big.to(tl.int32)
+    first = tl.min(tl.where(m == big[:, None], top, 2147483647), 1) if TOP else tl.zeros_like(big).to(tl.int32)
     return big, total, mean, first
 
 

@@ -47,7 +47,7 @@ CONFIGS: dict[str, tuple[Config, Config]] = {
     "sm_80": (Config(128, 128, 32, 8, 4), Config(32, 128, 32, 8, 4)),
     "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
     "sm_100": (Config(128, 128, 64, 8, 4, True, piece=32), Config(64, 64, 64, 8, 4, True)),
-    "gfx942": (Config(128, 128, 32, 8, 2), Config(64, 64, 64, 8, 2)),
+    "gfx942": (Config(128, 128, 32, 8, 2, piece=128), Config(64, 64, 64, 8, 2)),
 }
 
 

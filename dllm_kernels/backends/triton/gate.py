@@ -37,13 +37,14 @@ class Target:
     registers: int = 65536
     threads: int = 2048
     shared_in_all: int = 0
+    reserved: int = 1024  # of shared memory, by the system, per block
 
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, "mma.sync", shared_in_all=164 << 10),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, "wgmma.mma_async", shared_in_all=228 << 10),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, "tcgen05.mma", shared_in_all=228 << 10),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma", 131072, shared_in_all=64 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma", 131072, shared_in_all=64 << 10, reserved=0),
 }
 
 
@@ -208,7 +209,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
     blocks = min(
         target.threads // threads,
         target.registers // (max(registers, 1) * threads),
-        target.shared_in_all // (shared + 1024) if shared else 32,
+        target.shared_in_all // (shared + target.reserved) if shared else 32,
     )
     faults = []
     if local:
