@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
                 cells = [f"{errors[name]:12.2e}" if name in errors else " " * 12 for name in ROWS[3:]]
                 print(f"{case.name:10} {dtype:9} {contestant.name:6}", *cells, "  TOO LARGE" * over, flush=True)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"schema": 1, "device": arguments.device, "sizes": shape, "rows": rows}, indent=1) + "\n")
+        arguments.out.write_text(
+            json.dumps({"schema": 1, "device": arguments.device, "sizes": shape, "rows": rows}, indent=1) + "\n"
+        )
     return 1 if bad else 0
 
 

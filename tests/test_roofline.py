@@ -1,5 +1,7 @@
 """The roofline against numbers worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,3 +73,23 @@ def test_unknown_devices_and_float64_are_refused():
         explain(**LLADA).on("TPU")
     with pytest.raises(ValueError, match="float64"):
         explain(**{**LLADA, "dtype": torch.float64}).on("H100")
+
+
+def test_the_predictions_in_the_documentation_are_those_of_explain():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "triton_engine.md").read_text()
+    lines = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and " x " in line.split(" | ")[0]
+    ]
+    assert len(lines) == 5
+    for head, *cells in lines:
+        _, hidden_size, _, vocabulary = head.split()
+        sizes = {"rows": 4096, "hidden_size": int(hidden_size), "vocabulary": int(vocabulary), "dtype": torch.bfloat16}
+        plans = (
+            {"wants_gradient": False},
+            {},
+            {"coef_known": True, "trainable_head": True},
+            {"plan": "recompute", "trainable_head": True},
+        )
+        for more, cell in zip(plans, cells, strict=True):
+            found = explain(**sizes, **more).on("H200")
+            assert cell == f"{1e3 * found.seconds:.2f} ({1e3 * found.arithmetic:.2f})"

@@ -54,9 +54,7 @@ def test_kernels_agree_with_the_float64_reference_in_the_interpreter():
 
 
 def test_the_head_suite_passes_in_the_interpreter():
-    said = interpreted(
-        "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/test_head.py::{name}" for name in QUICK), timeout=250
-    )
+    said = interpreted("-m", "pytest", "-p", "no:cacheprovider", *(f"tests/test_head.py::{name}" for name in QUICK), timeout=250)
     assert f"{len(QUICK)} passed" in said
 
 
