@@ -59,7 +59,7 @@ def architecture(device: torch.device, interpreted: bool) -> str:
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # plain loads and little memory: also for sm_120
 
 
 def config_for(device: torch.device, *, draw: bool, interpreted: bool) -> Config:

@@ -6,7 +6,9 @@ all of it runs on CPU tensors, in NumPy: for tests.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,6 +62,18 @@ class _Chunk:
         return logits_CV, operand_CV, self._hidden[:padded], second_CV
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors'; nothing is recorded for autograd."""
+
+    @functools.wraps(function)
+    def guarded(problem: HeadProblem, *more: Any, **named: Any) -> Any:
+        device = problem.hidden_MH.device
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(problem, *more, **named)
+
+    return guarded
+
+
 def _row_temperature(problem: HeadProblem, span: slice) -> Tensor | None:
     return problem.temperature[span] if isinstance(problem.temperature, Tensor) else None
 
@@ -76,7 +90,7 @@ def _plain(problem: HeadProblem) -> HeadProblem:
     return HeadProblem(p.hidden_MH, p.weight_VH, p.target_N.contiguous(), index_N, p.bias_V, p.softcap, temperature, p.excluded_V)
 
 
-@torch.no_grad()
+@_on_its_device
 def run(
     problem: HeadProblem,
     outputs: Collection[str],
@@ -151,7 +165,7 @@ def run(
     return result
 
 
-@torch.no_grad()
+@_on_its_device
 def from_operands(
     problem: HeadProblem,
     operands: list[tuple[Tensor, Tensor]],
@@ -187,7 +201,7 @@ def from_operands(
     return out_NH
 
 
-@torch.no_grad()
+@_on_its_device
 def sample(
     problem: HeadProblem,
     key_N: Tensor,

@@ -127,11 +127,11 @@ def fused_kernel(  # type: ignore[no-untyped-def]
         best_id = tl.zeros([BM], tl.int32)
         best_z = tl.zeros([BM], tl.float32)
     if not DESCRIPTORS:
-        k = tl.arange(0, BK)
+        k = tl.arange(0, BK).to(tl.int64)
         source = n.to(tl.int64)
         if index is not None:
             source = tl.load(index + n, mask=inside, other=0)
-        hidden_at = hidden + (source * hidden_stride)[:, None] + k[None, :] * hidden_step
+        hidden_at = hidden + (source * hidden_stride)[:, None]
     m = tl.full([BM], float("-inf"), tl.float32)
     s = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM], tl.float32)
@@ -149,15 +149,18 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                     b = b.to(tl.float32)
                 z = tl.dot(a, b.T, z)
         else:
-            weight_at = weight + (v.to(tl.int64) * weight_stride)[None, :] + k[:, None] * weight_step
+            weight_at = weight + (v.to(tl.int64) * weight_stride)[None, :]
             for k0 in range(0, width, BK):
+                across = k0 + k
+                a_at = hidden_at + (across * hidden_step)[None, :]
+                b_at = weight_at + (across * weight_step)[:, None]
                 if EVEN:
-                    a = tl.load(hidden_at + k0 * hidden_step, mask=inside[:, None], other=0.0)
-                    b = tl.load(weight_at + k0 * weight_step, mask=(v < vocabulary)[None, :], other=0.0)
+                    a = tl.load(a_at, mask=inside[:, None], other=0.0)
+                    b = tl.load(b_at, mask=(v < vocabulary)[None, :], other=0.0)
                 else:
-                    more = k0 + k < width
-                    a = tl.load(hidden_at + k0 * hidden_step, mask=inside[:, None] & more[None, :], other=0.0)
-                    b = tl.load(weight_at + k0 * weight_step, mask=(v < vocabulary)[None, :] & more[:, None], other=0.0)
+                    more = across < width
+                    a = tl.load(a_at, mask=inside[:, None] & more[None, :], other=0.0)
+                    b = tl.load(b_at, mask=(v < vocabulary)[None, :] & more[:, None], other=0.0)
                 if UPCAST:
                     a = a.to(tl.float32)
                     b = b.to(tl.float32)

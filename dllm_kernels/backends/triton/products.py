@@ -11,9 +11,18 @@ from dllm_kernels.backends import reference
 
 
 @functools.cache
-def _mixed(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies this dtype into an fp32 result: on CUDA since torch 2.8."""
-    return device_type == "cuda" and dtype != torch.float32 and "dtype_out" in torch.ops.aten.mm.overloads()
+def _mixed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies this dtype into fp32 results, strided ones too: tried once. CUDA has it since torch 2.8."""
+    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 64, device=device)[:, :16]
+    try:
+        torch.mm(ones, ones.t(), out_dtype=torch.float32, out=out)
+        torch.addmm(out, ones.t(), ones, out_dtype=torch.float32, out=out)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
 
 
 def _slabs(vocabulary: int, width: int) -> list[slice]:
@@ -25,7 +34,7 @@ def logits_(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
     """out = hidden @ weight^T in fp32."""
     if hidden_CH.dtype == torch.float32:
         torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
-    elif _mixed(hidden_CH.device.type, hidden_CH.dtype):
+    elif _mixed(hidden_CH.device, hidden_CH.dtype):
         torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32, out=out_CV)
     else:
         hidden_CH = hidden_CH.float()
@@ -37,7 +46,7 @@ def vectors(operand_CV: Tensor, weight_VH: Tensor) -> Tensor:
     """operand @ weight in fp32, whatever the operand: a split sum must not be rounded to 16 bits in between."""
     if operand_CV.dtype == torch.float32:
         return torch.mm(operand_CV, weight_VH)
-    if _mixed(operand_CV.device.type, operand_CV.dtype):
+    if _mixed(operand_CV.device, operand_CV.dtype):
         return torch.mm(operand_CV, weight_VH, out_dtype=torch.float32)
     out_CH = torch.zeros(len(operand_CV), weight_VH.shape[1], device=operand_CV.device)
     for span in _slabs(*weight_VH.shape):
@@ -56,7 +65,7 @@ def add_head_gradient(
                 torch.mm(operand_VC, hidden_CH, out=dweight_VH)
             else:
                 dweight_VH.addmm_(operand_VC, hidden_CH)
-        elif _mixed(operand_CV.device.type, operand_CV.dtype):
+        elif _mixed(operand_CV.device, operand_CV.dtype):
             if overwrite:
                 torch.mm(operand_VC, hidden_CH, out_dtype=torch.float32, out=dweight_VH)
             else:
