@@ -15,6 +15,7 @@ torch.set_num_threads(1)  # at these sizes a second thread only waits, and does 
 # the same examples on every machine; HYPOTHESIS_PROFILE=explore looks for new ones
 _quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, max_examples=30, **_quiet)
+settings.register_profile("few", derandomize=True, max_examples=5, **_quiet)  # where every shape costs a compilation
 settings.register_profile("explore", max_examples=1000, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 pytest.register_assert_rewrite("tests.head_suite", "tests.head_relations")

@@ -173,16 +173,22 @@ def _second_backend(x: _Inputs, plan: str, active: str) -> Contestant:
     return Contestant("ours (reference)", "ours", functools.partial(_ours, x, plan, "reference"))
 
 
+def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) -> Tensor:
+    logits = F.linear(hidden_NH, weight_VH)
+    return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1, dtype=torch.float32)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, float | None], Tensor]:
+    return torch.compile(_log_softmax, dynamic=True)  # one compilation for all shapes: a dozen seconds each otherwise
+
+
 def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
     """What a trainer writes without a library: logits, an fp32 log-softmax, a gather, autograd."""
     hidden, weight = x.leaves(PLANS[plan][1])
     generator = torch.Generator(x.hidden_NH.device)
 
-    def log_softmax(h_NH: Tensor, w_VH: Tensor) -> Tensor:
-        return F.log_softmax(x.final(F.linear(h_NH, w_VH)), dim=-1, dtype=torch.float32)
-
-    if compiled:
-        log_softmax = torch.compile(log_softmax)
+    log_softmax = _compiled() if compiled else _log_softmax
 
     def run() -> Result:
         hidden.grad = weight.grad = None
@@ -198,7 +204,7 @@ def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
                 "entropy": -(logps.exp() * logps).sum(-1),
             }
         with torch.set_grad_enabled(plan != "forward"):
-            logps = log_softmax(hidden, weight)
+            logps = log_softmax(hidden, weight, x.softcap)
             logp = logps.gather(1, x.target_N[:, None])[:, 0]
         if plan == "forward":
             logps.max(-1)

@@ -92,7 +92,7 @@ def _take(  # type: ignore[no-untyped-def]
     return m, s, weighted, top
 
 
-@triton.jit(do_not_specialize=["rows", "softcap", "temperature", "step", "inverse"])
+@triton.jit(do_not_specialize=["rows", "vocabulary", "segments", "plane", "softcap", "temperature", "step", "inverse"])
 def fused_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, index, bias, excluded, temperature_N, target, key, target_z, parts, part_ids,
     rows, vocabulary, width, segments,
@@ -187,7 +187,7 @@ def fused_kernel(  # type: ignore[no-untyped-def]
         tl.store(part_ids + plane + to, best_id, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "segments", "plane"])
 def merge_kernel(  # type: ignore[no-untyped-def]
     parts, part_ids, target, target_at, logp, lse, entropy, top_logp, top_id, token,
     rows, segments, plane, DRAW: tl.constexpr, R: tl.constexpr, P: tl.constexpr,

@@ -45,7 +45,7 @@ def _narrow(x, dtype: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-unt
     return x.to(dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "softcap", "temperature", "step", "inverse"])
+@triton.jit(do_not_specialize=["rows", "vocabulary", "softcap", "temperature", "step", "inverse"])
 def row_kernel(  # type: ignore[no-untyped-def]
     logits, operand, entropy_operand, target, key, bias, excluded, temperature_N, coef, entropy_coef,
     logp, lse, entropy, top_logp, top_id, token,
@@ -151,7 +151,7 @@ def row_kernel(  # type: ignore[no-untyped-def]
             tl.store(to, _narrow(out, operand.dtype.element_ty, ROUND), mask=here)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["vocabulary", "columns"])
 def combine_kernel(  # type: ignore[no-untyped-def]
     first, second, first_coef, second_coef, out, vocabulary, columns, stride, second_stride, out_stride,
     ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
