@@ -16,7 +16,7 @@ if [ "${1:-}" = "--dry-run" ]; then
 fi
 if [ "$dry" = 1 ]; then
   out=${1:-runs/gpu-dry-run}
-  device=cpu size=(--tiny) suite=(-k "reference and pitfall") accuracy=(--tiny)
+  device=cpu size=(--tiny --case forward) suite=(-k "reference and pitfall") accuracy=(--tiny)
 else
   card=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || exit 2
   out=${1:-benchmarks/results/gpu-$card}
