@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from benchmarks import gpu
 from benchmarks.measure import MIB, Memory, Timing, interleave, peak_memory
 from benchmarks.registry import Case, Contestant, Prepared, Row, Runner, Settings, Suite
 
@@ -18,7 +19,14 @@ def measure(suite: Suite, settings: Settings) -> dict[str, Any]:
     """The entry of a result file: the rows of all cases, what is computed, and the summary."""
     cases = [case for case in suite.cases(settings) if not settings.cases or case.name in settings.cases]
     rows: list[Row] = []
+    started = time.monotonic()
     for number, case in enumerate(cases, 1):
+        if settings.minutes and time.monotonic() - started > 60 * settings.minutes:
+            print(
+                f"[{suite.name}] {settings.minutes:g} minutes are over: {len(cases) - number + 1} cases not measured",
+                file=sys.stderr,
+            )
+            break
         print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
         rows += measure_case(suite, case, settings)
     return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
@@ -57,12 +65,16 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         runners[contestant.name] = runner
         if excess := _excess(row["errors"], case, contestant):
             row |= {"status": "wrong", "reason": excess}
-    for name, timing in interleave(runners, first_run_s).items():
+    on_gpu = settings.device == "cuda"
+    for name, timing in (gpu.interleave(runners) if on_gpu else interleave(runners, first_run_s)).items():
         if isinstance(timing, Timing):
             rows[name]["time_ms"] = timing.as_json()
         else:
             rows[name] |= {"status": "failed", "reason": _describe(timing)}
     _add_ratios(rows, suite, case, prepared)
+    if on_gpu:
+        _finish_on_gpu(rows, runners, prepared)
+        return list(rows.values())
     runners.clear()
     for contestant in prepared.contestants:
         if contestant.role != "floor" and rows[contestant.name]["time_ms"]:
@@ -118,6 +130,20 @@ def _add_ratios(rows: dict[str, Row], suite: Suite, case: Case, prepared: Prepar
             row[key] = round(own / other, 4) if other else None
         if row["role"] == "floor":
             row |= {"memory_mib": round(prepared.output_bytes / MIB, 2), "memory_method": "outputs, by arithmetic"}
+
+
+def _finish_on_gpu(rows: dict[str, Row], runners: dict[str, Runner], prepared: Prepared) -> None:
+    """Memory by the allocator, in this process, and the clocks after the race."""
+    for contestant in prepared.contestants:
+        row = rows[contestant.name]
+        if contestant.role != "floor" and row["time_ms"]:
+            try:
+                memory = gpu.peak_memory(runners[contestant.name])
+            except Exception as error:
+                row["memory_method"] = _describe(error)
+            else:
+                row |= {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}
+        row["clocks"] = gpu.clocks() if contestant.role == "floor" else ""
 
 
 def _add_memory(row: Row, suite: Suite, case: Case, contestant: Contestant, settings: Settings) -> None:

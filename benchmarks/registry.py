@@ -37,6 +37,8 @@ class Settings:
     cases: tuple[str, ...] = ()  # only cases of these names; all where empty
     contestants: tuple[str, ...] = ()  # only these; all where empty
     models: Sequence[str] = ()  # checkpoint folders, for suites that score a trained model
+    device: str = "cpu"
+    minutes: float = 0.0  # after which no further case starts; 0 for no limit
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
     python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
     python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
+    python benchmarks/run.py --suite head --device cuda --dtype bfloat16 --minutes 6           heads of models, on a GPU
     python benchmarks/run.py --compare benchmarks/results/cpu-2024-11-21.json                  what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
     parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: for the suite `head`")
+    parser.add_argument("--minutes", type=float, default=0.0, help="start no further case after so many; default no limit")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: runs/bench/<time>.json")
@@ -149,13 +152,24 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
                 f"--shape of {suites[0].name} takes {', '.join(allowed)}, got {arguments.shape!r}"
                 + f" without {', '.join(sorted(missing))}" * bool(missing)
             )
+    if arguments.device == "cuda" and [suite.name for suite in suites] != ["head"]:
+        raise ValueError("--device cuda is for --suite head")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch sees")
     threads = arguments.threads or torch.get_num_threads()
     models = tuple(arguments.model or ())
     studies = [suite for suite in suites if isinstance(suite, Study)]
     if models and not studies:
         raise ValueError(f"--model is for suites that score a trained model, got --suite {', '.join(s.name for s in suites)}")
     settings = Settings(
-        dtype=arguments.dtype, shape=shape, tiny=arguments.tiny, threads=threads, models=models, cases=tuple(arguments.case or ())
+        dtype=arguments.dtype,
+        shape=shape,
+        tiny=arguments.tiny,
+        threads=threads,
+        models=models,
+        cases=tuple(arguments.case or ()),
+        device=arguments.device,
+        minutes=arguments.minutes,
     )
     for study in studies:
         study.check(settings)
@@ -191,14 +205,16 @@ def _load_base(path: Path | None) -> dict[str, Any] | None:
 def _environment(settings: Any) -> dict[str, Any]:
     import torch
 
+    from benchmarks import gpu
     from dllm_kernels.backends import select
     from dllm_kernels.backends.reference import HeadProblem
     from trainer.environment import environment
 
-    probe = torch.zeros(1, 1, dtype=settings.torch_dtype)
+    probe = torch.zeros(1, 1, dtype=settings.torch_dtype, device=settings.device)
     return {
         **environment(),
-        "backend": select(HeadProblem(probe, probe, torch.zeros(1, dtype=torch.int64))).NAME,
+        **(gpu.environment() if settings.device == "cuda" else {}),
+        "backend": select(HeadProblem(probe, probe, torch.zeros(1, dtype=torch.int64, device=settings.device))).NAME,
         "load_average": ", ".join(f"{load:.1f}" for load in os.getloadavg()),
     }
 

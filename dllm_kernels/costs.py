@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_kernels import backends, checks, plans
+from dllm_kernels import backends, checks, plans, roofline
 from dllm_kernels.backends.reference import STATISTICS
 from dllm_kernels.problem import Options, autocast_operands, check_arguments
 
@@ -36,6 +36,7 @@ class Cost:
     gradient_bytes: int
     output_bytes: int
     peak_bytes: int  # the most that lives at one time, gradients and outputs included
+    phases: tuple[roofline.Phase, ...]  # of the call on a GPU
 
     @property
     def intensity(self) -> float:
@@ -49,6 +50,18 @@ class Cost:
         if gbytes is None:
             return compute
         return max(compute, self.traffic_bytes / checks.number("gbytes", gbytes, above=0) / 1e9)
+
+    def on(self, device: str) -> roofline.Bound:
+        """The roofline of the Triton backend's phases on an "A100", "H100", "H200" or "MI300": a prediction, in seconds.
+
+        Example:
+            >>> cost = explain(rows=1024, hidden_size=4096, vocabulary=126464, dtype=torch.bfloat16, wants_gradient=False)
+            >>> f"{1e3 * cost.on('H200').seconds:.2f} ms"
+            '1.07 ms'
+        """
+        if self.dtype == torch.float64:
+            raise ValueError("a roofline is for float32, bfloat16 and float16, got torch.float64")
+        return roofline.bound(self.phases, device, self.dtype.itemsize)
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -191,4 +204,5 @@ def explain(
         gradient_bytes=gradients,
         output_bytes=outputs,
         peak_bytes=peak,
+        phases=roofline.phases(chosen, N, H, V, item, dhidden=need_hidden, dweight=need_weight, vectors=vectors),
     )

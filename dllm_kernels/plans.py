@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dllm_kernels import checks
@@ -79,10 +81,12 @@ def gemms(plan: str, *, need_dhidden: bool, need_dweight: bool, vectors: int = 1
 def live_rows(coef_N: Tensor | None, entropy_coef_N: Tensor | None) -> Tensor | None:
     """int64 indices of the rows with a coefficient that is not 0; None where that is all of them.
 
-    None on a GPU too, where their count would stall the stream.
+    None on a GPU too, where their count would stall the stream, unless DLLM_KERNELS_COMPACT=1 allows it; never in a capture.
     """
     terms = [c for c in (coef_N, entropy_coef_N) if c is not None]
-    if not terms[0].is_cpu or any(bool(term_N.all()) for term_N in terms):
+    if not terms[0].is_cpu and (os.environ.get("DLLM_KERNELS_COMPACT") != "1" or torch.cuda.is_current_stream_capturing()):
+        return None
+    if any(bool(term_N.all()) for term_N in terms):
         return None
     live_N = terms[0] if len(terms) == 1 else terms[0].abs() + terms[1].abs()
     return live_N.nonzero()[:, 0]

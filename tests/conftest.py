@@ -15,6 +15,7 @@ torch.set_num_threads(1)  # at these sizes a second thread only waits, and does 
 # the same examples on every machine; HYPOTHESIS_PROFILE=explore looks for new ones
 _quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, max_examples=30, **_quiet)
+settings.register_profile("few", derandomize=True, max_examples=5, **_quiet)  # where every shape costs a compilation
 settings.register_profile("explore", max_examples=1000, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 pytest.register_assert_rewrite("tests.head_suite", "tests.head_relations")
@@ -22,8 +23,12 @@ pytest.register_assert_rewrite("tests.head_suite", "tests.head_relations")
 from tests.head_suite import Target  # noqa: E402 (its tests take the profile that is loaded when they are defined)
 
 
-@pytest.fixture(params=backends.names())
+@pytest.fixture(params=[*backends.names(), *(["cuda"] if torch.cuda.is_available() else [])])
 def backend(request, monkeypatch) -> Target:
-    """Every backend that can run on this machine, forced by DLLM_KERNELS_BACKEND."""
+    """Every backend that can run on this machine's CPU, forced by DLLM_KERNELS_BACKEND, and what a GPU's tensors select."""
+    if request.param == "cuda":
+        monkeypatch.setenv("DLLM_KERNELS_VALIDATE", "1")  # the claims about bad values hold on a GPU on request alone
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Target(backends.for_device(device).NAME, device)
     monkeypatch.setenv("DLLM_KERNELS_BACKEND", request.param)
     return Target(request.param, torch.device("cpu"))

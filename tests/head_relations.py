@@ -100,10 +100,10 @@ def test_a_late_coefficient_and_a_known_one_give_the_same_gradient(backend, plan
 def test_pitfall_small_probabilities_are_not_filtered_out_of_the_gradient(backend, plan, dtype):
     """A kernel that skips blocks where p < 2^-12 changes the gradient of nearly every row of a large vocabulary."""
     case = make_case(dtype, backend.device, shape=(24,), rows=None, V=9000, H=8, scale=0.01)
-    case.coef, case.entropy_coef = case.coef.float(), torch.zeros(24)
+    case.coef, case.entropy_coef = case.coef.float(), torch.zeros(24, device=backend.device)
     _, grads = case.run(plan)
     _, want = case.run_oracle()
-    others = torch.ones(9000, dtype=torch.bool)
+    others = torch.ones(9000, dtype=torch.bool, device=backend.device)
     others[case.target] = False  # rows of ids that are nobody's target: all they get is -p
     assert (case.score(want=("top_logp",)).top_logp < math.log(2**-12)).all()
     assert (grads["weight"][others].abs().amax(-1) > 0).all()

@@ -37,6 +37,10 @@ class Target:
     name: str
     device: torch.device
 
+    def operand_error(self, dtype: torch.dtype) -> float:
+        """Rounding of the gradient operand before the product with the hidden states, which the design allows on GPUs."""
+        return torch.finfo(dtype).eps if self.name == "triton" and dtype.itemsize == 2 else 0.0
+
 
 @dataclass
 class Case:
@@ -315,6 +319,7 @@ def test_head_backward_equals_autograd_and_adds_into_its_buffers(backend, dtype)
     assert dhidden.shape == case.hidden.shape
     assert dhidden.dtype == dtype
     assert relative_error(dhidden, want["hidden"]) < max(limit, torch.finfo(dtype).eps)
+    limit += backend.operand_error(dtype)
     assert relative_error(dweight - 2.0, 2 * want["weight"]) < limit  # fp32 buffers for a 16-bit head too
     assert relative_error(dbias - 3.0, 2 * want["bias"]) < limit
     untouched = torch.ones(case.hidden[..., 0].numel(), dtype=torch.bool)

@@ -118,14 +118,13 @@ def test_the_reference_stays_below_its_prediction(plan, monkeypatch):
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("want", [("logp",), ("logp", "entropy"), ("lse", "top_id")])
 def test_the_plan_explained_is_the_plan_that_runs_whichever_way_it_is_asked(backend, trains, grad, known, want):
-    case = make_case(torch.float32)
+    case = make_case(torch.float32, backend.device)
     hidden, weight = case.hidden.requires_grad_(grad), case.weight.requires_grad_(grad and trains)
     coef = {"coef": case.coef} if known else {}
     ran = score_tokens(hidden, weight, case.target, rows=case.rows, want=want, **coef).plan
     by_tensors = explain(hidden, weight, case.target, rows=case.rows, want=want, **coef)
-    by_numbers = explain(
-        rows=11, hidden_size=6, vocabulary=13, want=want, wants_gradient=grad, trainable_head=trains, coef_known=known
-    )
+    numbers = {"rows": 11, "hidden_size": 6, "vocabulary": 13, "device": backend.device}
+    by_numbers = explain(**numbers, want=want, wants_gradient=grad, trainable_head=trains, coef_known=known)
     assert ran == by_tensors.plan == by_numbers.plan
     assert by_tensors.backend == backend.name
     for name in ("forward_gemms", "backward_gemms", "flops", "passes", "output_bytes", "workspace_bytes"):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,14 @@ PLANS: dict[str, tuple[tuple[str, ...], bool]] = {
     "sample": (("logits",), False),
 }
 SHAPES = ({"N": 256, "H": 512, "V": 16384}, {"N": 1024, "H": 64, "V": 16})
+HEADS: dict[str, dict[str, int]] = {  # models on GPUs; `cap`: the softcap of their logits
+    "LLaDA": {"H": 4096, "V": 126464},
+    "Dream": {"H": 3584, "V": 152064},
+    "SDAR": {"H": 2560, "V": 151936},
+    "LLaDA2": {"H": 2048, "V": 157184},
+    "Gemma": {"H": 2304, "V": 262144, "cap": 30},
+}
+GPU_SHAPES = tuple({"N": N, **head} for N in (4096, 1024, 256, 16384, 65536) for head in HEADS.values())
 SAMPLE_ROWS = 32  # a block of 32, as LLaDA decodes
 TINY = {"N": 16, "H": 16, "V": 64}
 SLAB = 2048  # vocabulary rows of the floor's blocked layout
@@ -47,38 +56,45 @@ class _Inputs:
     target_N: Tensor
     coef_N: Tensor
     key_N: Tensor
+    softcap: float | None = None
+
+    def final(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def leaves(self, head_trains: bool) -> tuple[Tensor, Tensor]:
         return self.hidden_NH.detach().requires_grad_(True), self.weight_VH.detach().requires_grad_(head_trains)
 
 
-def _inputs(sizes: Mapping[str, int], dtype: torch.dtype) -> _Inputs:
+def _inputs(sizes: Mapping[str, int], dtype: torch.dtype, device: str) -> _Inputs:
     N, H, V = sizes["N"], sizes["H"], sizes["V"]
-    generator = torch.Generator().manual_seed(0)
-    zero = torch.zeros((), dtype=torch.int64)
+    generator = torch.Generator(device).manual_seed(0)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    on: dict[str, Any] = {"generator": generator, "device": device}
     return _Inputs(
-        hidden_NH=torch.randn(N, H, generator=generator).to(dtype),
-        weight_VH=torch.randn(V, H, generator=generator).mul_(2.5 / H**0.5).to(dtype),  # logits of deviation 2.5
-        target_N=torch.randint(V, (N,), generator=generator),
-        coef_N=torch.randn(N, generator=generator),
-        key_N=noise.row_bits(0, noise.Stream.TOKEN, zero, zero, torch.arange(N)),
+        hidden_NH=torch.randn(N, H, **on).to(dtype),
+        weight_VH=torch.randn(V, H, **on).mul_(2.5 / H**0.5).to(dtype),  # logits of deviation 2.5
+        target_N=torch.randint(V, (N,), **on),
+        coef_N=torch.randn(N, **on),
+        key_N=noise.row_bits(0, noise.Stream.TOKEN, zero, zero, torch.arange(N, device=device)),
+        softcap=float(sizes["cap"]) if "cap" in sizes else None,
     )
 
 
 def cases(settings: Settings) -> list[Case]:
-    shapes = [TINY] if settings.tiny else [settings.shape] if settings.shape else SHAPES
+    usual = GPU_SHAPES if settings.device == "cuda" else SHAPES
+    shapes = [TINY] if settings.tiny else [settings.shape] if settings.shape else usual
     found = []
     for shape in shapes:
         for plan, (products, _) in PLANS.items():
             sizes = dict(shape)
-            if plan == "sample" and not settings.shape:
+            if plan == "sample" and not settings.shape and settings.device == "cpu":
                 sizes["N"] = min(sizes["N"], SAMPLE_ROWS)
             found.append(
                 Case(
                     name=plan,
                     sizes=sizes,
                     tiny=TINY,
-                    setup=functools.partial(_setup, plan=plan, dtype=settings.torch_dtype),
+                    setup=functools.partial(_setup, plan=plan, dtype=settings.torch_dtype, device=settings.device),
                     flops=2.0 * len(products) * sizes["N"] * sizes["H"] * sizes["V"],
                     tolerance={
                         "logp": 1e-3 if settings.dtype != "float32" else 1e-4,
@@ -90,8 +106,8 @@ def cases(settings: Settings) -> list[Case]:
     return found
 
 
-def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype) -> Prepared:
-    x = _inputs(sizes, dtype)
+def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype, device: str) -> Prepared:
+    x = _inputs(sizes, dtype, device)
     head_trains = PLANS[plan][1]
     active = select(HeadProblem(x.hidden_NH, x.weight_VH, x.target_N)).NAME
     floor = _Floor(x, PLANS[plan][0])
@@ -99,7 +115,8 @@ def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype) -> Prepar
         Contestant("ours", "ours", functools.partial(_ours, x, plan), note=f"backend {active}"),
         _second_backend(x, plan, active),
         Contestant("eager", "peer", functools.partial(_eager, x, plan)),
-        *head_peers.contestants(plan, lambda: x.leaves(head_trains), x.target_N, x.coef_N),
+        *([Contestant("torch.compile", "peer", functools.partial(_eager, x, plan, compiled=True))] if device == "cuda" else []),
+        *head_peers.contestants(plan, lambda: x.leaves(head_trains), x.target_N, x.coef_N, x.softcap),
         Contestant("floor", "floor", floor.make, note=lambda: floor.note),
     ]
     outputs = x.target_N.numel() * 4
@@ -129,19 +146,20 @@ def _ours(x: _Inputs, plan: str, backend: str | None = None) -> Runner:
         hidden.grad = weight.grad = None
         with _backend(backend):
             if plan == "sample":
-                drawn = sample_tokens(x.hidden_NH, x.weight_VH, x.key_N)
+                drawn = sample_tokens(x.hidden_NH, x.weight_VH, x.key_N, softcap=x.softcap)
                 return {"token": drawn.token, "logp": drawn.logp, "entropy": drawn.entropy}
             if plan == "forward":
-                found = score_tokens(x.hidden_NH, x.weight_VH, x.target_N, want=("logp", "entropy", "top_logp", "top_id"))
+                want = ("logp", "entropy", "top_logp", "top_id")
+                found = score_tokens(x.hidden_NH, x.weight_VH, x.target_N, want=want, softcap=x.softcap)
                 assert found.logp is not None
                 assert found.entropy is not None
                 return {"logp": found.logp, "entropy": found.entropy}
             if plan == "coef":
-                scores = score_tokens(hidden, weight, x.target_N, coef=x.coef_N)
+                scores = score_tokens(hidden, weight, x.target_N, coef=x.coef_N, softcap=x.softcap)
                 assert scores.weighted_sum is not None
                 scores.weighted_sum.backward()
             else:
-                scores = score_tokens(hidden, weight, x.target_N, plan=plan)
+                scores = score_tokens(hidden, weight, x.target_N, plan=plan, softcap=x.softcap)
                 assert scores.logp is not None
                 scores.logp.backward(x.coef_N)
         return _with_gradients(scores.logp, hidden, weight)
@@ -155,17 +173,29 @@ def _second_backend(x: _Inputs, plan: str, active: str) -> Contestant:
     return Contestant("ours (reference)", "ours", functools.partial(_ours, x, plan, "reference"))
 
 
-def _eager(x: _Inputs, plan: str) -> Runner:
+def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) -> Tensor:
+    logits = F.linear(hidden_NH, weight_VH)
+    return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1, dtype=torch.float32)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, float | None], Tensor]:
+    return torch.compile(_log_softmax, dynamic=True)  # one compilation for all shapes: a dozen seconds each otherwise
+
+
+def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
     """What a trainer writes without a library: logits, an fp32 log-softmax, a gather, autograd."""
     hidden, weight = x.leaves(PLANS[plan][1])
-    generator = torch.Generator()
+    generator = torch.Generator(x.hidden_NH.device)
+
+    log_softmax = _compiled() if compiled else _log_softmax
 
     def run() -> Result:
         hidden.grad = weight.grad = None
         if plan == "sample":
             # github ML-GSAI/LLaDA, generate.py: Gumbel-max in float64
-            logits = F.linear(x.hidden_NH, x.weight_VH).float()
-            uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
+            logits = x.final(F.linear(x.hidden_NH, x.weight_VH).float())
+            uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator, device=logits.device)
             token = (logits.double().exp() / -torch.log(uniform)).argmax(-1)
             logps = logits.log_softmax(-1)
             return {
@@ -174,10 +204,8 @@ def _eager(x: _Inputs, plan: str) -> Runner:
                 "entropy": -(logps.exp() * logps).sum(-1),
             }
         with torch.set_grad_enabled(plan != "forward"):
-            logits = F.linear(hidden, weight)
-            logps = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            logps = log_softmax(hidden, weight, x.softcap)
             logp = logps.gather(1, x.target_N[:, None])[:, 0]
-            del logits
         if plan == "forward":
             logps.max(-1)
             return {"logp": logp, "entropy": -(logps.exp() * logps).sum(-1)}
@@ -206,13 +234,15 @@ class _Floor:
     def make(self) -> Runner:
         x, V, N = self.x, len(self.x.weight_VH), len(self.x.target_N)
         slabs = [slice(v, min(v + SLAB, V)) for v in range(0, V, SLAB)]
-        z_NV = torch.randn(N, V).to(x.hidden_NH.dtype)
+        z_NV = torch.randn(N, V, device=x.hidden_NH.device, dtype=x.hidden_NH.dtype)
         dhidden_NH, dweight_VH = torch.ones_like(x.hidden_NH), torch.ones_like(x.weight_VH)
         layouts: dict[str, dict[str, Callable[[], object]]] = {
             "logits": {"whole": lambda: torch.mm(x.hidden_NH, x.weight_VH.t(), out=z_NV)},
             "dhidden": {"whole": lambda: torch.mm(z_NV, x.weight_VH, out=dhidden_NH)},
             "dweight": {"whole": lambda: torch.mm(z_NV.t(), x.hidden_NH, out=dweight_VH)},
         }
+        if x.hidden_NH.is_cuda:
+            return self._chain([layouts[name]["whole"] for name in self.products])
         if x.hidden_NH.dtype == torch.float32:
             if len(slabs) > 1:
                 layouts["logits"]["slabs"] = lambda: [torch.mm(x.hidden_NH, x.weight_VH[s].t(), out=z_NV[:, s]) for s in slabs]
@@ -225,8 +255,10 @@ class _Floor:
             name: min(layouts[name], key=lambda layout: _quickest(layouts[name][layout])) for name in dict.fromkeys(self.products)
         }
         self.note = ", ".join(f"{name} in {best[name]}" for name in best if best[name] != "whole") or "whole products"
-        chain = [layouts[name][best[name]] for name in self.products]
+        return self._chain([layouts[name][best[name]] for name in self.products])
 
+    @staticmethod
+    def _chain(chain: Sequence[Callable[[], object]]) -> Runner:
         def run() -> Result:
             for product in chain:
                 product()
@@ -255,17 +287,22 @@ class _Oracle:
     @functools.cached_property
     def logp_NV(self) -> Tensor:
         hidden_NH = self.x.hidden_NH.double()
-        return torch.cat([hidden_NH @ w.double().t() for w in self.x.weight_VH.split(SLAB)], 1).log_softmax(-1)
+        return self.x.final(torch.cat([hidden_NH @ w.double().t() for w in self.x.weight_VH.split(SLAB)], 1)).log_softmax(-1)
 
     @functools.cached_property
     def operand_NV(self) -> Tensor:
         operand_NV = -self.logp_NV.exp()
-        operand_NV[torch.arange(len(operand_NV)), self.x.target_N] += 1.0
+        operand_NV[torch.arange(len(operand_NV), device=operand_NV.device), self.x.target_N] += 1.0
+        if self.x.softcap is not None:
+            hidden_NH = self.x.hidden_NH.double()
+            for start in range(0, len(self.x.weight_VH), SLAB):
+                t_NV = torch.tanh(hidden_NH @ self.x.weight_VH[start : start + SLAB].double().t() / self.x.softcap)
+                operand_NV[:, start : start + SLAB] *= 1.0 - t_NV * t_NV
         return operand_NV.mul_(self.x.coef_N.double()[:, None])
 
     @functools.cached_property
     def dhidden_NH(self) -> Tensor:
-        total_NH = torch.zeros(self.x.hidden_NH.shape, dtype=torch.float64)
+        total_NH = torch.zeros_like(self.x.hidden_NH, dtype=torch.float64)
         for start in range(0, len(self.x.weight_VH), SLAB):
             span = slice(start, start + SLAB)
             total_NH.addmm_(self.operand_NV[:, span], self.x.weight_VH[span].double())
@@ -321,7 +358,7 @@ SUITE = Suite(
     cases=cases,
     baseline="eager",
     error_columns=("logp", "entropy", "gradient"),
-    shape_keys=("N", "H", "V"),
+    shape_keys=("N", "H", "V", "cap"),
     required_shape=("N", "H", "V"),
     summary=summary,
     plot=plots.bars,

@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,23 @@ VOCAB_CHUNK = 4096  # Liger's own default, and a good one for TRL
 
 Leaves = Callable[[], tuple[Tensor, Tensor]]
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, target -> logp
+Loader = Callable[[int, float | None], tuple[LogProb | None, str]]  # rows, softcap -> the function and a note
 
 
-def contestants(plan: str, leaves: Leaves, target_N: Tensor, coef_N: Tensor) -> list[Contestant]:
-    peers: Sequence[tuple[str, Callable[[int], tuple[LogProb | None, str]]]] = (
-        ("torch linear_ce", _torch),
-        ("Liger chunked", _liger),
-        ("TRL chunked", _trl),
-    )
+def contestants(plan: str, leaves: Leaves, target_N: Tensor, coef_N: Tensor, softcap: float | None = None) -> list[Contestant]:
+    peers: list[tuple[str, Loader]] = [("torch linear_ce", _torch), ("Liger chunked", _liger), ("TRL chunked", _trl)]
+    if target_N.is_cuda:
+        peers += [("Liger FLCE", _liger_flce), ("CCE", _cce), ("QuACK", _quack)]
     found = []
     for name, load in peers:
         if plan == "sample":
             found.append(Contestant(name, "peer", absent="it does not sample"))
             continue
+        if softcap is not None and load not in (_liger_flce, _cce):
+            found.append(Contestant(name, "peer", absent="it has no softcap"))
+            continue
         try:
-            logp, note = load(len(target_N))
+            logp, note = load(len(target_N), softcap)
         except Exception as error:  # an installed peer whose insides have moved
             logp, note = None, f"{type(error).__name__}: {error}"
         if logp is None:
@@ -59,7 +61,7 @@ def _runner(logp: LogProb, plan: str, leaves: Leaves, target_N: Tensor, coef_N: 
     return run
 
 
-def _torch(rows: int) -> tuple[LogProb | None, str]:
+def _torch(rows: int, _: float | None) -> tuple[LogProb | None, str]:
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None, f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(TORCH_CHUNK, rows))
@@ -71,7 +73,7 @@ def _torch(rows: int) -> tuple[LogProb | None, str]:
     return logp, f"{TORCH_CHUNK}-row chunks, logp only"
 
 
-def _liger(rows: int) -> tuple[LogProb | None, str]:
+def _liger(rows: int, _: float | None) -> tuple[LogProb | None, str]:
     if importlib.util.find_spec("liger_kernel") is None:
         return None, "not installed: pip install --no-deps liger-kernel"
     module = importlib.import_module("liger_kernel.chunked_loss.fused_linear_ppo")
@@ -83,7 +85,7 @@ def _liger(rows: int) -> tuple[LogProb | None, str]:
     return logp, f"{importlib.metadata.version('liger-kernel')}, pure PyTorch, logp only"
 
 
-def _trl(rows: int) -> tuple[LogProb | None, str]:
+def _trl(rows: int, _: float | None) -> tuple[LogProb | None, str]:
     if importlib.util.find_spec("trl") is None:
         return None, "not installed: pip install trl"
     function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
@@ -92,3 +94,39 @@ def _trl(rows: int) -> tuple[LogProb | None, str]:
         return function.apply(hidden, weight, None, target_N, 1.0, VOCAB_CHUNK, None, 1.0, ())[0]
 
     return logp, f"{importlib.metadata.version('trl')}, torch ops, logp only"
+
+
+def _liger_flce(rows: int, softcap: float | None) -> tuple[LogProb | None, str]:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None, "not installed: pip install --no-deps liger-kernel"
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
+        reduction="none", softcap=softcap
+    )
+
+    def logp(hidden: Tensor, weight: Tensor, target_N: Tensor) -> Tensor:
+        return -loss(weight, hidden, target_N)
+
+    return logp, f"{importlib.metadata.version('liger-kernel')}, Triton, reduction none, logp only"
+
+
+def _cce(rows: int, softcap: float | None) -> tuple[LogProb | None, str]:
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        return None, "not installed: pip install --no-deps cut-cross-entropy"
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+    def logp(hidden: Tensor, weight: Tensor, target_N: Tensor) -> Tensor:
+        # without its filter, which drops small probabilities from the gradient
+        return -function(hidden, weight, target_N, softcap=softcap, reduction="none", filter_eps=None)
+
+    return logp, f"{importlib.metadata.version('cut-cross-entropy')}, exact (no filter), logp only"
+
+
+def _quack(rows: int, _: float | None) -> tuple[LogProb | None, str]:
+    if importlib.util.find_spec("quack") is None:
+        return None, "not installed: pip install quack-kernels"
+    function = importlib.import_module("quack.linear_cross_entropy").linear_cross_entropy_func
+
+    def logp(hidden: Tensor, weight: Tensor, target_N: Tensor) -> Tensor:
+        return -function(hidden, weight, None, target_N, reduction="none").float()
+
+    return logp, f"{importlib.metadata.version('quack-kernels')}, full logits: its chunked path takes no coefficients"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -10,7 +13,15 @@ import torch
 from dllm_kernels.backends import cpu, reference
 from dllm_kernels.backends.reference import HeadProblem
 
-_BY_NAME: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_NAMES = ("reference", "cpu", "triton")
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """Imported when it is first wanted; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("dllm_kernels.backends.triton.engine")
 
 
 def select(problem: HeadProblem) -> ModuleType:
@@ -19,21 +30,34 @@ def select(problem: HeadProblem) -> ModuleType:
 
 
 def for_device(device: torch.device) -> ModuleType:
-    """The backend for tensors of a device: DLLM_KERNELS_BACKEND where set, else C++ on the CPU where it was built.
+    """The backend for tensors of a device: DLLM_KERNELS_BACKEND where set, else C++ on the CPU and Triton on a GPU.
 
-    Raises ValueError for an unknown name and for a backend that cannot run here.
+    Both need to be there: the reference runs otherwise. Raises ValueError for an unknown name and for a backend that cannot
+    run here.
     """
     forced = os.environ.get("DLLM_KERNELS_BACKEND")
     if forced is None:
-        return cpu if device.type == "cpu" and cpu.available() else reference
-    if forced not in _BY_NAME:
-        raise ValueError(f"DLLM_KERNELS_BACKEND must be one of {', '.join(_BY_NAME)}, got {forced!r}")
-    if forced == "cpu" and (not cpu.available() or device != torch.device("cpu")):
-        why = cpu.why_unavailable() or f"the tensors are on {device}"
-        raise ValueError(f"DLLM_KERNELS_BACKEND=cpu cannot run here: {why}")
-    return _BY_NAME[forced]
+        if device.type == "cpu":
+            return cpu if cpu.available() else reference
+        return (_triton() if device.type == "cuda" else None) or reference
+    if forced not in _NAMES:
+        raise ValueError(f"DLLM_KERNELS_BACKEND must be one of {', '.join(_NAMES)}, got {forced!r}")
+    if forced == "reference":
+        return reference
+    module: ModuleType | None = cpu
+    if forced == "cpu":
+        why = cpu.why_unavailable() or (None if device == torch.device("cpu") else f"the tensors are on {device}")
+    else:
+        module = _triton()
+        why = "triton is not installed" if module is None else module.why_unavailable(device)
+    if module is None or why is not None:
+        raise ValueError(f"DLLM_KERNELS_BACKEND={forced} cannot run here: {why}")
+    return module
 
 
 def names() -> tuple[str, ...]:
-    """Backends that can run on this machine's CPU, the reference first."""
-    return tuple(name for name in _BY_NAME if name != "cpu" or cpu.available())
+    """Backends that can run on this machine's CPU, the reference first; Triton's with TRITON_INTERPRET=1 alone."""
+    found = ["reference", *(["cpu"] if cpu.available() else [])]
+    if os.environ.get("TRITON_INTERPRET") == "1" and _triton() is not None:
+        found.append("triton")
+    return tuple(found)

@@ -81,7 +81,7 @@ def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--shape", "N=1"], "--shape needs exactly one --suite"),
-        (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, H, V"),
+        (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, H, V, cap"),
         (["--suite", "bgpo", "--shape", "V=zero"], "--shape must be like"),
         (["--suite", "variance", "--model", "/nowhere"], "--model must be the folder of a checkpoint, got /nowhere"),
         (["--suite", "variance", "--shape", "M=100"], "M a multiple of 16 from 32"),
