@@ -291,15 +291,16 @@ def _run(
         console.print(f"this run is finished already; its report: {folder.path / 'report.md'}", highlight=False, soft_wrap=True)
         return
     with _ranks() as ranks:
+        new = folder is None
         if folder is None:
             path = ranks.tell(RunDir.create(Path(resolved.out)).path if ranks.is_first else None)[0]
             folder = RunDir(path)
             if path != Path(resolved.out) and ranks.is_first:
                 console.print(f"{resolved.out} already holds files; this run goes to {path}", highlight=False, soft_wrap=True)
-        _execute(folder, resolved.model_copy(update={"out": str(folder.path)}), ranks)
+        _execute(folder, resolved.model_copy(update={"out": str(folder.path)}), ranks, new=new)
 
 
-def _execute(folder: Any, config: RunConfig, ranks: Ranks) -> None:
+def _execute(folder: Any, config: RunConfig, ranks: Ranks, *, new: bool) -> None:
     from trainer.run import Run
 
     go_on = f"go on with: dllm-train demo --resume {folder.path}"
@@ -309,6 +310,10 @@ def _execute(folder: Any, config: RunConfig, ranks: Ranks) -> None:
     except Stopped as error:
         console.print(f"stopped at {run.where()}, state saved; {go_on}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from error
+    except UserError:
+        if new and ranks.is_first:
+            folder.drop_if_empty()
+        raise
     except OSError as error:
         raise UserError(
             f"a file of {folder.path} could not be written or read ({error}); what was written is kept; {go_on}"

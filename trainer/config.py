@@ -139,9 +139,12 @@ class RlConfig(OptimizerConfig):
         if self.algorithm not in recipes:
             near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
             raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
-        if recipes[self.algorithm].needs_trajectory != (self.law in TRACES):
-            needed = recipes[self.algorithm].law
-            raise ValueError(f"law must be {needed} for algorithm {self.algorithm}, got {self.law}")
+        recipe = recipes[self.algorithm]
+        if recipe.needs_trajectory and self.law not in TRACES:
+            raise ValueError(f"law must be {recipe.law} for algorithm {self.algorithm}, got {self.law}")
+        if self.law in TRACES and not recipe.needs_trajectory:
+            those = ", ".join(name for name, other in recipes.items() if other.needs_trajectory)
+            raise ValueError(f"law {self.law} is for the trajectories of {those}, got algorithm {self.algorithm}")
         if self.law not in TRACES:
             options = laws.resolve(self.law, self.law_options())
             laws.check_samples(*options, self.samples)
@@ -370,11 +373,14 @@ def _sentence(detail: Any) -> str:
         for place, part in enumerate(detail["loc"])
         if not (place == 1 and detail["loc"][0] == "task" and part in MODULES)
     )
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     if detail["type"] == "value_error":  # written above: names key and value itself
         return f"{key}: {message}" if key else message
     if detail["type"] == "extra_forbidden":
         return f"{key} is no key of this kind of {key.partition('.')[0]}, got {detail['input']!r}"
+    if detail["type"] == "union_tag_invalid":
+        *most, last = map(repr, MODULES)
+        return f"{key}.kind must be {', '.join(most)} or {last}, got {detail['input'].get('kind')!r}"
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] in ("too_short", "too_long"):

@@ -10,17 +10,15 @@ from dllm_kernels.accumulation import score_samples
 from trainer.errors import GuardError
 from trainer.setup import Setup
 
-STEPS = 1  # of each rollout that are scored again: one forward
-
 
 def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
     """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in nats.
 
-    The step is drawn at random. Raises GuardError above `rl.gap_bound`.
+    The step is drawn at random among all but the last, which hides nearly nothing. Raises GuardError above `rl.gap_bound`.
     """
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
-    steps_BJ = select_steps(entropy_TB, STEPS, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
-    plan = trajectory_rows(sampled, steps_BJ)
+    drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
+    plan = trajectory_rows(sampled, drawn_BJ[:, :1])  # the other one is always the last
     options = setup.scoring_options(sampled.attention_mask_BS, setup.config.rl.micro_batch, as_rolled_out=True)
     scored_BK = score_samples(setup.model, plan, **options)
     tokens_BK = plan.counts.t().clamp(min=1)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.masks import MaskPlan
+from dllm_kernels.objective import Objective
 from trainer.algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
-from trainer.errors import GuardError
+from trainer.errors import ConfigError, GuardError
 from trainer.gap import on_policy_gap
 from trainer.setup import Setup
 from trainer.tasks import Example, Reward
@@ -26,14 +27,22 @@ from trainer.training import batch_indices, guarded_step, learning_rate
 IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
 
+def prepare_rl(setup: Setup) -> tuple[Objective, Reward]:
+    """The objective and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
+    config, task = setup.config.rl, setup.task
+    total = config.prompts * config.group
+    if total < setup.ranks.size:
+        raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
+    batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    objective = make_objective(config, setup.length / max(1, setup.steps))
+    return objective, choose(config.reward, task.rewards, timeout=config.reward_timeout)
+
+
 def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
     """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
-    objective = make_objective(config, setup.length / max(1, setup.steps))
-    reward = choose(config.reward, task.rewards, timeout=config.reward_timeout)
+    objective, reward = prepare_rl(setup)
     total = config.prompts * config.group
-    if total < ranks.size:
-        raise GuardError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {ranks.size}")
     for update in range(start, config.updates):
         started = time.perf_counter()
         chosen, epoch = batch_indices("rl", setup.config.seed, len(task.train), config.prompts, update)
@@ -145,7 +154,8 @@ def _step_rewards(setup: Setup, reward: Reward, trajectory: Trajectory | None, e
     index_BJL = trajectory.steps_BJ.clamp(min=0)[:, :, None].expand(-1, -1, setup.length)
     texts = setup.codec.texts(trajectory.rollout.greedy_BTL.gather(1, index_BJL).flatten(0, 1))
     values = reward([example for example in examples for _ in range(J)], texts)
-    return torch.tensor(values, dtype=torch.float32, device=index_BJL.device).view(B, J)
+    rewards_BJ = torch.tensor(values, dtype=torch.float32, device=index_BJL.device).view(B, J)
+    return torch.where(trajectory.steps_BJ < 0, 0.0, rewards_BJ)
 
 
 def _rollout_figures(

@@ -27,7 +27,7 @@ from trainer.plots import draw_curves
 from trainer.preferences import pair_updates
 from trainer.progress import bar
 from trainer.report import result_table, write_report
-from trainer.rl import rl_updates
+from trainer.rl import prepare_rl, rl_updates
 from trainer.run_dir import PHASES, RunDir, State
 from trainer.setup import Setup
 from trainer.sft import sft_steps
@@ -153,6 +153,9 @@ class Run:
                 task = make_task(config.task, seed=config.seed)
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
+            with ranks.together():
+                if config.rl.updates:
+                    prepare_rl(self.setup)
             self._spend("data", started)
             tests = " and ".join(f"{len(test)} {name.replace('_', ' ')}" for name, test in task.tests.items())
             self._say(

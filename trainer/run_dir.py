@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,11 @@ class RunDir:
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         if any(self.path.glob("events.out.tfevents.*")):
             self._kept = kept
+
+    def drop_if_empty(self) -> None:
+        """Frees the name of a run that failed before its first step, whose config is wrong and not to be resumed."""
+        if not self.metrics() and not any((self.path / "checkpoints").glob("step-*")):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         for logger in (self._metrics, self._events):
