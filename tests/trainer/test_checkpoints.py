@@ -228,6 +228,18 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert latest(tmp_path).step == 1
 
 
+def test_a_library_that_cannot_write_is_a_write_error(tmp_path, monkeypatch):
+    checkpoints, model = saved(tmp_path, 1)
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] write failed\nmore")
+
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(OSError, match=r"write failed$"):
+        checkpoints.save(2, model, None, optimizer_of(model))
+    assert latest(tmp_path).step == 1
+
+
 def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
     checkpoints, _ = saved(tmp_path, 1)
     other = eurobert(hidden=8, layers=2, dtype=torch.float32)

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 import trainer.cli
 from dllm_kernels.version import __version__
 from tests.trainer.conftest import TINY, lines
+from trainer.checkpoints import latest
 from trainer.cli import app
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, load_config, shipped_configs
 from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,11 @@ def test_version_and_environment() -> None:
         (["demo", "--resume", "/nonexistent"], "--resume: /nonexistent holds no run"),
         (["demo", "--resume", "/nonexistent", "seed=1"], "leave out overrides"),
         (["demo", "--config", "/nonexistent.yaml"], "cannot be read"),
-        (["eval", "--checkpoint", "/nonexistent"], "holds no config.json"),
-        (["generate", "--checkpoint", "/nonexistent", "--prompt", "12"], "--prompt must be 16 digits in 0-4"),
+        (["eval", "--checkpoint", "/nonexistent"], "model: /nonexistent cannot be loaded ("),
+        (["generate", "--checkpoint", "/nonexistent"], "give --prompt or --input"),
+        (["generate", "--checkpoint", "/nonexistent", "--input", "/nonexistent.jsonl"], "/nonexistent.jsonl: cannot be read"),
+        (["rl"], "rl needs a model: give --checkpoint, or a --config with model.checkpoint"),
+        (["plot", "/nonexistent"], "/nonexistent holds no run"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_status_2(arguments: list[str], sentence: str) -> None:
@@ -76,19 +80,22 @@ def test_rl_after_sft_alone_makes_the_default_number_of_updates(tmp_path: Path, 
     started: list[RunConfig] = []
     (tmp_path / "config.yaml").write_text(load_config(overrides=["rl.updates=0"]).to_yaml())
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr(trainer.cli, "_start", lambda config, checkpoint: started.append(config))
-    assert call("rl", "--checkpoint", tmp_path / "checkpoint").exit_code == 0
-    assert call("rl", "--checkpoint", tmp_path / "checkpoint", "rl.updates=7").exit_code == 0
+    monkeypatch.setattr(trainer.cli, "_execute", lambda folder, config, *_, **__: started.append(config))
+    for more in ([], ["rl.updates=7"]):
+        assert call("rl", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "rl", *more).exit_code == 0
     assert [config.rl.updates for config in started] == [load_config().rl.updates, 7]
 
 
 def test_eval_repeats_the_runs_own_evaluation(finished: Path) -> None:
     result = call("eval", "--checkpoint", finished / "checkpoint")
-    assert json.loads(result.output) == json.loads((finished / "eval_after.json").read_text())["sets"]
+    told, written = json.loads(result.output), json.loads((finished / "eval_after.json").read_text())
+    assert told["sets"] == written["sets"]
+    assert (told["seed"], told["checkpoint"]) == (0, str(finished / "checkpoint"))
+    assert set(told["environment"]) == set(written["environment"])
 
 
 def test_generate_fills_a_puzzle(finished: Path) -> None:
-    result = call("generate", "--checkpoint", finished / "checkpoint", "--prompt", "1234341221434321")
+    result = call("generate", "--checkpoint", finished / "checkpoint", "--prompt", "1234341221434321=")
     assert result.exit_code == 0, result.output
     assert len(result.stdout.strip()) == 16
 
@@ -118,19 +125,31 @@ def assert_told(result: Result, what: str) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("state/latest", ""),
-        ("state/latest", "rl-999999"),
-        ("state/rl-000003/state.json", "cut"),
-        ("state/rl-000003/state.json", '{"pace": 1}'),
-        ("state/rl-000003/state.json", "missing"),
-        ("state/rl-000003/optimizer.pt", "cut"),
-        ("state/rl-000003/optimizer.pt", "missing"),
-        ("eval_before.json", "cut"),
+        ("manifest.json", "missing"),
+        ("manifest.json", "{}"),
+        ("manifest.json", "cut"),
+        ("trainer_state.json", "cut"),
+        ("trainer_state.json", '{"pace": 1}'),
+        ("trainer_state.json", "missing"),
+        ("state/__0_0.distcp", "cut"),
+        ("state/__0_0.distcp", "missing"),
+        ("state/.metadata", ""),
+        ("model.safetensors", "cut"),
     ],
 )
-def test_resuming_a_damaged_run_names_the_file(finished: Path, tmp_path: Path, name: str, damage: str) -> None:
-    run, file = damaged(finished, tmp_path, name, damage)
-    assert_told(call("demo", "--resume", run), f"{file} is missing or damaged (" if damage != "rl-999999" else f"{file} is")
+@pytest.mark.filterwarnings("ignore:.*trying the one before it")
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
+    finished: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    run, _ = damaged(finished, tmp_path, f"checkpoints/step-00000013/{name}", damage)
+    kept = (run / "metrics.jsonl").read_bytes()
+    assert_told(call("demo", "--resume", run), "none of its 1 checkpoint(s) is whole; start anew or restore one")
+    assert (run / "metrics.jsonl").read_bytes() == kept
+
+
+def test_a_damaged_evaluation_is_told_by_its_file(finished: Path, tmp_path: Path) -> None:
+    run, file = damaged(finished, tmp_path, "eval_before.json", "cut")
+    assert_told(call("demo", "--resume", run), f"{file} is missing or damaged (")
 
 
 @pytest.mark.parametrize(
@@ -145,9 +164,9 @@ def test_resuming_a_damaged_run_names_the_file(finished: Path, tmp_path: Path, n
 )
 def test_a_damaged_checkpoint_is_told(finished: Path, tmp_path: Path, name: str, damage: str) -> None:
     _, file = damaged(finished, tmp_path, f"checkpoint/{name}", damage)
-    told = f"checkpoint: {file.parent} cannot be loaded ("
+    told = f"model: {file.parent} cannot be loaded ("
     assert_told(call("eval", "--checkpoint", file.parent), told)
-    assert_told(call("generate", "--checkpoint", file.parent, "--prompt", "1234341221434321"), told)
+    assert_told(call("generate", "--checkpoint", file.parent, "--prompt", "1234341221434321="), told)
     assert_told(call("rl", "--checkpoint", file.parent, "--out", tmp_path / "rl"), told)
     assert not (tmp_path / "rl").exists()
 
@@ -173,7 +192,8 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(finished: Path) -> 
 
 def test_config_prints_yaml_or_schema() -> None:
     assert "updates: 7" in call("config", "rl.updates=7").output
-    assert "properties" in json.loads(call("config", "--schema").output)
+    assert "properties" in json.loads(call("config-schema").output)
+    assert [line.split()[0] for line in call("configs").output.splitlines()] == sorted(shipped_configs())
 
 
 def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -192,6 +212,6 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tmp_path: Path) -
     assert "Traceback" not in errors
     assert "go on with: dllm-train demo --resume runs/demo" in output
     run = RunDir.reopen(tmp_path / "runs" / "demo")
-    saved = run.saved_state()
+    saved = latest(run.path / "checkpoints")
     assert saved is not None
-    assert (saved[0].phase, saved[0].step) == ("rl", run.metrics()[-1]["step"]), "the interrupted step was lost"
+    assert (saved.state["phase"], saved.state["step"]) == ("rl", run.metrics()[-1]["step"]), "the interrupted step was lost"

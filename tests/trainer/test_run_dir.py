@@ -4,14 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.models import build_model
 from trainer.run_dir import RunDir, State
-from trainer.tokenizer import make_tokenizer
 
 
 def test_a_taken_name_is_left_alone(tmp_path: Path) -> None:
@@ -58,23 +54,6 @@ def test_metrics_are_readable_after_every_step_and_rewind_to_the_saved_state(tmp
     assert list(run.path.glob("events.out.tfevents.*"))
 
 
-def test_a_state_comes_back_and_a_half_written_one_does_not_count(tmp_path: Path) -> None:
-    run, tokenizer = RunDir.create(tmp_path / "run"), make_tokenizer()
-    model = build_model(load_config().model, tokenizer, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert run.saved_state() is None
-    run.save_state(State("sft", 4, tokens=10, seconds={"sft": 1.5}), model, tokenizer, optimizer)
-    run.save_state(State("sft", 8, tokens=20, seconds={"sft": 3.0}), model, tokenizer, optimizer)
-    broken = run.path / "state" / "sft-000012"
-    broken.mkdir()
-    (broken / "state.json").write_text("{")
-    saved = run.saved_state()
-    assert saved is not None
-    assert saved[0] == State("sft", 8, tokens=20, seconds={"sft": 3.0})
-    assert (saved[1] / "optimizer.pt").is_file()
-    assert not (run.path / "state" / "sft-000004").exists(), "old states pile up"
-
-
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path: Path) -> None:
     first = RunDir.create(tmp_path / "run")
     for phase, step in [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]:
@@ -89,22 +68,9 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path: Path) -> No
     assert [(event.step, event.value) for event in shown.Scalars("rl/loss")] == [(1, 0.5), (2, 0.25)]
 
 
-def test_a_library_that_cannot_save_is_a_write_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, tokenizer = RunDir.create(tmp_path / "run"), make_tokenizer()
-    model = build_model(load_config().model, tokenizer, seed=0)
-
-    def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail] write failed\nmore")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"write failed$"):
-        run.save_state(State("sft", 4), model, tokenizer, torch.optim.AdamW(model.parameters()))
-    assert run.saved_state() is None
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run")
-    run.write_json("eval.json", {"valid": 0.5})
+    run.write_json("eval.json", {"correct": 0.5})
     with pytest.raises(TypeError):
-        run.write_json("eval.json", {"valid": object()})
-    assert json.loads((run.path / "eval.json").read_text()) == {"valid": 0.5}
+        run.write_json("eval.json", {"correct": object()})
+    assert json.loads((run.path / "eval.json").read_text()) == {"correct": 0.5}
