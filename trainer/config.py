@@ -87,7 +87,8 @@ class CheckpointsConfig(Section):
 class OptimizerConfig(Section):
     lr: Rate
     warmup: Count
-    schedule: Literal["constant", "linear", "cosine"]
+    # the first three decay to final_lr_share of lr, or not at all; the others are transformers' own, which end where they end
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
     final_lr_share: Share
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
     weight_decay: NotNegative

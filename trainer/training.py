@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
@@ -22,7 +23,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`."""
+    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`; or transformers' schedule."""
+    if config.schedule not in ("constant", "linear", "cosine"):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+        scheduler = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=total)
+        return config.lr * float(scheduler.lr_lambdas[0](step))
     done = step / total
     decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
     floor = config.final_lr_share if config.schedule != "constant" else 0.0

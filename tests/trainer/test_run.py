@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, get_scheduler
 
 import trainer.rl
 from tests.trainer.conftest import lines, new_run, resumed, tiny_config
@@ -226,6 +226,17 @@ def test_the_learning_rate_warms_up_and_decays_to_its_floor() -> None:
         assert rates[9] == pytest.approx(0.1, rel=1e-2)
         assert rates[-1] == pytest.approx(0.1 if schedule == "constant" else 0.02, rel=1e-2)
         assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine_with_restarts", "polynomial", "inverse_sqrt"])
+def test_transformers_schedules_are_those_of_its_own_trainer(schedule: str) -> None:
+    config = load_config(overrides=[f"sft.schedule={schedule}", "sft.warmup=5", "sft.lr=0.1"]).sft
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=5, num_training_steps=20)
+    for step in range(20):
+        assert learning_rate(config, step, 20) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
 
 
 def test_the_paired_interval_is_that_of_the_differences() -> None:
