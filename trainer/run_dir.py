@@ -142,7 +142,7 @@ class RunDir:
 
     def drop_if_empty(self) -> None:
         """Frees the name of a run that failed before its first step, whose config is wrong and not to be resumed."""
-        if not self.metrics() and not any((self.path / "checkpoints").glob("step-*")):
+        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl"}:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:

@@ -15,6 +15,9 @@ from trainer.prompts import decode, encode, encode_answers
 from trainer.tasks import Example, Task
 
 
+_CONTEXT = ("max_position_embeddings", "max_sequence_length")  # as `generate` looks for it
+
+
 class Codec:
     """`length` is L, the tokens of a completion."""
 
@@ -25,12 +28,27 @@ class Codec:
             raise UserError(f"prompt.few_shot must be at most the {len(task.train)} training examples, got {config.few_shot}")
         system = task.system if config.instructions else ""
         self._options: dict[str, Any] = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
+        self._mask_id = loaded.facts.mask_id
+        stated = loaded.model.config.get_text_config()
+        self._context = next((getattr(stated, name) for name in _CONTEXT if getattr(stated, name, None)), None)
         if not config.chat_template:
             self._tokenizer.chat_template = None
 
     def prompts(self, examples: Sequence[Example]) -> list[Tensor]:
-        """int64 `[P_b]` each."""
-        return [torch.tensor(ids) for ids in encode(self._tokenizer, examples, **self._options)]
+        """int64 `[P_b]` each. Raises UserError for one that is empty, holds the mask token, or leaves a completion no room."""
+        encoded = encode(self._tokenizer, examples, **self._options)
+        for example, ids in zip(examples, encoded, strict=True):
+            what = f"the prompt of example {example.id}"
+            if not ids:
+                raise UserError(f"{what} is empty")
+            if self._mask_id in ids:
+                raise UserError(f"{what} holds the mask token, which marks what is to be written")
+            if self._context is not None and len(ids) + self.length > self._context:
+                raise UserError(
+                    f"{what} has {len(ids)} tokens, with a completion of {self.length} more than the model's context of "
+                    f"{self._context}; nothing is ever cut"
+                )
+        return [torch.tensor(ids) for ids in encoded]
 
     def answers(self, examples: Sequence[Example]) -> Tensor:
         """int64 `[B, L]`: the demonstrations, filled up with EOS."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
     """Complete the prompts; print the texts, or write them with their history as JSONL."""
     tokenizer, facts = setup.loaded.tokenizer, setup.facts
     examples = [Example(str(index), prompt) for index, prompt in enumerate(prompts)]
-    batch = setup.config.evaluation.batch
+    batch, members = setup.config.evaluation.batch, _times_before(prompts)
     lines = []
     with Live(console=console, transient=True) if console.is_terminal else _Silent() as live:
         for first in range(0, len(examples), batch):
@@ -43,9 +44,9 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
                 setup.model,
                 [prompt.to(setup.ranks.device) for prompt in setup.codec.prompts(part)],
                 seed=setup.config.seed,
-                sequence_ids=noise.sequence_ids([f"generate/{e.prompt}" for e in part], members=range(len(part))).to(
-                    setup.ranks.device
-                ),
+                sequence_ids=noise.sequence_ids(
+                    [f"generate/{e.prompt}" for e in part], members=members[first : first + batch]
+                ).to(setup.ranks.device),
                 on_step=show if console.is_terminal else None,
                 **setup.generate_options(),
             )
@@ -71,6 +72,16 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
             out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: {out} cannot be written ({error.strerror})") from error
+
+
+def _times_before(prompts: Sequence[str]) -> list[int]:
+    """How often each came already: what is asked twice is answered twice, and else as if it were alone."""
+    seen: Counter[str] = Counter()
+    times = []
+    for prompt in prompts:
+        times.append(seen[prompt])
+        seen[prompt] += 1
+    return times
 
 
 class _Silent:
