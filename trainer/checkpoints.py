@@ -184,6 +184,13 @@ def _newest_whole(folder: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises DamagedCheckpoint where a file is missing or is not what was written."""
+    verify(path)
+    content = json.loads((path / _STATE).read_text())
+    return Checkpoint(path, content["step"], content["metrics"], content["state"])
+
+
+def verify(path: Path, pattern: str = "*") -> None:
+    """Raises DamagedCheckpoint where a file of this pattern is missing or is not what was written."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -191,14 +198,20 @@ def load(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path / _MANIFEST} is missing or damaged ({first_line(error)})") from error
     for name, (size, digest) in expected.items():
         file = path / name
+        if not file.match(pattern):
+            continue
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, {size} were written")
         if _sha256(file) != digest:
             raise DamagedCheckpoint(f"{file} has changed since it was written (its checksum differs)")
-    content = json.loads((path / _STATE).read_text())
-    return Checkpoint(path, content["step"], content["metrics"], content["state"])
+
+
+def verify_weights(source: str) -> None:
+    """The same for the weights of a folder that a run saved; of what else a checkpoint holds, users may change the text."""
+    if (Path(source) / _MANIFEST).is_file():
+        verify(Path(source), "*.safetensors")
 
 
 def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:

@@ -67,6 +67,10 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x heads = {2 * self.heads}, got {self.hidden_size}")
+        if self.facts and self.checkpoint is None:
+            raise ValueError(
+                f"facts are those of a checkpoint, a model built from scratch has its own; got {', '.join(self.facts)}"
+            )
         if self.four_bit and not self.lora.rank:
             raise ValueError("four_bit needs lora.rank above 0: quantised weights are not trained")
         return self

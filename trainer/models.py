@@ -6,7 +6,7 @@ tokenizer with the mask token, and its `Facts`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,13 @@ def load(
         cls = _model_class(config, name, revision, trusted=trust_remote_code)
         quantised = lora.four_bit_options(dtype, found.head) if four_bit else {}
         with torch.random.fork_rng(devices=[]):
-            model = cls.from_pretrained(name, config=config, dtype=dtype, revision=revision, **quantised)
+            model, report = cls.from_pretrained(
+                name, config=config, dtype=dtype, revision=revision, output_loading_info=True, **quantised
+            )
             if cls._auto_class is not None:  # code of the checkpoint's own
                 compat.restore_buffers(model)
                 compat.declare_ties(model)
+        _refuse_missing(name, model, report["missing_keys"])
     except UserError:
         raise
     except Exception as error:  # whatever the libraries raise over a damaged file
@@ -110,6 +113,16 @@ def load(
     compat.adapt_head(model, found)
     _add_mask_token(tokenizer, found.mask_id)
     return Loaded(model.eval() if four_bit else model.to(device).eval(), tokenizer, found)
+
+
+def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are held elsewhere."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameter) for key, parameter in parameters.items() if key not in missing}
+    lost = sorted(key for key in missing if key in parameters and id(parameters[key]) not in held)
+    if lost:
+        more = f" and {len(lost) - 1} more weights" if lost[1:] else ""
+        raise UserError(f"model: {name} cannot be loaded (its files lack {lost[0]}{more})")
 
 
 def _untrusted(name: str) -> UserError:
@@ -149,14 +162,15 @@ def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool)
 def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
     """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not resized.
 
-    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there.
+    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A token of
+    ordinary text stays one, so that `check_mask_id` can refuse it.
     """
     if tokenizer.mask_token_id == mask_id:
         return
     token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
     if token is None and mask_id == len(tokenizer):
         token = "<|mask|>"
-    if token is not None:
+    if token is not None and (mask_id >= len(tokenizer) or mask_id in tokenizer.added_tokens_decoder):
         tokenizer.add_special_tokens({"mask_token": token})
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dllm_kernels.objectives import RECIPES
 from trainer import compat, distributed, lora
-from trainer.checkpoints import Checkpoint, Checkpoints, load_state, save_model
+from trainer.checkpoints import Checkpoint, Checkpoints, load_state, save_model, verify_weights
 from trainer.config import OptimizerConfig, RolloutConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.environment import environment, peak_memory_mb
@@ -81,6 +81,8 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     if source is None:
         loaded = from_scratch(model_config, task.alphabet, seed=config.seed)
     else:
+        if saved is None:
+            verify_weights(source)
         loaded = load(
             source,
             dtype=getattr(torch, model_config.dtype),

@@ -14,7 +14,6 @@ from trainer.models import Loaded
 from trainer.prompts import decode, encode, encode_answers
 from trainer.tasks import Example, Task
 
-
 _CONTEXT = ("max_position_embeddings", "max_sequence_length")  # as `generate` looks for it
 
 

@@ -100,14 +100,30 @@ class OddModel(PreTrainedModel):
 """
 
 
-def test_remote_code_travels_with_its_weights(tmp_path, monkeypatch):
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A cache of remote code that knows nothing of what other tests loaded, which Python keeps by name."""
+
+    def taken_out():
+        names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    kept = taken_out()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    yield
+    taken_out()
+    sys.modules.update(kept)
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_remote_code_travels_with_its_weights(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "modeling_odd.py").write_text(CODE.format(helper="sizes_odd"))
     (source / "sizes_odd.py").write_text("SIZE = 3\n")
     auto_map = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForMaskedLM": "modeling_odd.OddModel"}
     (source / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": auto_map}))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     assert isinstance(config, PretrainedConfig)
     torch.save({"layer.weight": torch.ones(3, 3), "layer.bias": torch.ones(3)}, source / "pytorch_model.bin")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.tiny import eurobert
@@ -133,6 +134,18 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
     write("eurobert", tmp_path / "wrong")
     with pytest.raises(UserError, match=r"unknown config key model\.facts\.maskid: the nearest is mask_id"):
         load(tmp_path / "wrong", facts={"maskid": 3})
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_weights_that_no_file_holds_are_not_drawn_at_random_in_silence(foreign: bool, tmp_path: Path) -> None:
+    write("eurobert", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = sorted(weights)[-1]
+    kept = {"some.other": torch.zeros(2)} if foreign else {key: value for key, value in weights.items() if key != lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    more = f" and {len(weights) - 1} more weights" if foreign else ""
+    with pytest.raises(UserError, match=rf"cannot be loaded \(its files lack [\w.]+{more}\)"):
+        load(tmp_path)
 
 
 def test_the_mask_goes_to_the_model_in_its_own_dtype() -> None:

@@ -1,6 +1,7 @@
 """`dllm-train generate`: JSONL of any number of prompts, and on a terminal the text as it is unmasked."""
 
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_terminal_shows_every_step_with_fewer_undecided_places(setup: Setup, m
     write_completions(setup, PROMPTS, None, Console(file=screen, force_terminal=True, width=80))
     undecided = [[line.count(UNDECIDED) for line in text.split("\n")] for text in shown]
     assert undecided == [[12] * 3, [8] * 3, [4] * 3, [0] * 3]
-    for before, after in zip(shown, shown[1:], strict=False):
+    for before, after in itertools.pairwise(shown):
         plain = [re.sub(r"\[\w+\]", "#", text) for text in (before, after)]
         pairs = [pair for lines in zip(*(text.split("\n") for text in plain), strict=True) for pair in zip(*lines, strict=True)]
         assert all(b in (UNDECIDED, a) for b, a in pairs), "a decided place changed"
