@@ -109,7 +109,7 @@ def own_modules(tmp_path, monkeypatch):
         return {name: sys.modules.pop(name) for name in names}
 
     kept = taken_out()
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path / "cache")  # before the one that other tests put there
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     yield
     taken_out()
