@@ -20,7 +20,7 @@ from trainer.checkpoints import Checkpoint, Checkpoints, load_state, save_model,
 from trainer.config import OptimizerConfig, RolloutConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.environment import environment, peak_memory_mb
-from trainer.errors import Stopped
+from trainer.errors import Stopped, UserError
 from trainer.evaluation import Figures, decodings, evaluate, paired_gain
 from trainer.models import Loaded, from_scratch, load, parameter_count
 from trainer.plots import draw_curves
@@ -235,10 +235,16 @@ class Run:
             load_state(self._saved, self.setup.trained, optimizer, ranks)
         name = {"sft": "supervised", "rl": "reinforcement"}[phase]
         steps = self._steps(phase, optimizer)
+        saved_at = state.step
         with bar(self.console, name, total, done=state.step, shown=ranks.is_first) as shown:
             while state.step < total:
-                with self._autocast():
-                    figures = next(steps)
+                try:
+                    with self._autocast():
+                        figures = next(steps)
+                except UserError:  # a guard, before the weights were touched; all ranks are told, and come here
+                    if state.step != saved_at and (phase == "sft" or config.rl.inner_iterations == 1):
+                        self._save(optimizer, {})
+                    raise
                 state.step += 1
                 state.tokens += int(figures["tokens"])
                 for key in ("seconds_rollout", "seconds_gradient") if phase == "rl" else ("seconds",):
@@ -253,6 +259,7 @@ class Run:
                 stopping = any(ranks.tell(self.stop.wanted))  # read once: what stops here is saved here
                 if state.step % section.save_every == 0 or state.step == total or stopping:
                     self._save(optimizer, figures)
+                    saved_at = state.step
                 if stopping:
                     raise Stopped
 

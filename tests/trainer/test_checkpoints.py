@@ -291,6 +291,7 @@ def check_kills(found, kills):
     assert all(torch.equal(found["final"][name], tensor) for name, tensor in found["in peace"].items())
 
 
+@pytest.mark.slow
 def test_ranks_resume_bit_for_bit_and_a_run_killed_at_random_moments_ends_where_one_in_peace_does(tmp_path):
     ranks, kills = run(tmp_path, "ranks:2:2,0", "kill:3:0")
     assert set(ranks) == {"whole run", 2, 0}

@@ -184,6 +184,25 @@ def test_a_collapsed_policy_stops_with_a_sentence_and_a_saved_state(tmp_path: Pa
     assert (saved.state["phase"], saved.state["step"]) == ("sft", 2)
 
 
+def test_a_guard_between_two_saves_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = trainer.rl.generate, []
+
+    def repeating(*args: object, **kwargs: object) -> object:
+        calls.append(kwargs)
+        sampled = real(*args, **kwargs)
+        if len(calls) == 3:
+            sampled.ids_BS[:, -16:] = sampled.ids_BS[:, -16:-15]
+        return sampled
+
+    run = new_run(tmp_path / "demo", "sft.steps=2", "rl.save_every=100", "evaluation.probe_every_rl=0")
+    monkeypatch.setattr(trainer.rl, "generate", repeating)
+    with pytest.raises(GuardError, match="every rollout repeats a single token"):
+        run.execute()
+    saved = latest(tmp_path / "demo" / "checkpoints")
+    assert saved is not None
+    assert (saved.state["phase"], saved.state["step"]) == ("rl", 2)
+
+
 def test_identical_rollouts_stop_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trainer.rl.generate
 
