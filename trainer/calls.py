@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Calls:
@@ -47,7 +47,7 @@ class _Count:
         self._trained = sum(p.numel() for p in multiplied if p.requires_grad)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         calls, backward = self._calls, torch.is_grad_enabled() and self._trained > 0
         calls.forwards += len(ids)
         calls.backwards += backward * len(ids)
