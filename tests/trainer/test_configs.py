@@ -26,7 +26,7 @@ SMALL = [
     "task.completion_length=64",
     "task.test_rows=2",
     "rl.updates=2",
-    "rl.prompts=2",
+    "rl.prompts=1",
     "rl.group=4",
     "rl.micro_batch=8",
     "model.dtype=float32",  # 16-bit products are slow on most CPUs
@@ -45,7 +45,7 @@ def written(folder: Path) -> list[str]:
     return [f"task.train={file}", f"task.test={file}"]
 
 
-def by_length(examples: object, completions: list[str]) -> list[float]:
+def checksum(examples: object, completions: list[str]) -> list[float]:
     """A reward that random texts differ in."""
     return [float(sum(map(ord, text)) % 7) for text in completions]
 
@@ -66,18 +66,20 @@ def test_every_shipped_config_resolves_and_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", LLADA)
-def test_each_llada_config_makes_two_updates_on_a_tiny_checkpoint_of_that_architecture(name: str, tmp_path: Path) -> None:
+def test_each_llada_config_makes_two_updates_on_a_tiny_checkpoint_of_that_architecture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.rl.choose", lambda *args, **kwargs: checksum)
     tokenizer = make_tokenizer(ALPHABET)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "eos")}
     tiny_checkpoints.write("llada", tmp_path / "llada", vocab_size=128, embedding_size=128, **ids)
     tokenizer.save_pretrained(tmp_path / "llada")
     keys = [f"model.checkpoint={tmp_path / 'llada'}", f"out={tmp_path / 'run'}", *written(tmp_path), *SMALL]
     shipped = load_config(Path(f"llada-8b-{name}"))
-    keys.append("rl.reward=tests.trainer.test_configs:by_length")
     if shipped.model.lora.rank:
         keys.append("model.lora.rank=2")
     config = load_config(Path(f"llada-8b-{name}"), keys)
-    # sizes, dtypes and the reward alone: what makes the algorithm is as shipped
+    # sizes and dtypes alone: what makes the algorithm is as shipped
     for kept in ("algorithm", "law", "samples", "inner_iterations", "advantage", "options", "betas", "selected_steps"):
         assert getattr(config.rl, kept) == getattr(shipped.rl, kept), kept
     records = run(config)
@@ -88,9 +90,9 @@ def test_each_llada_config_makes_two_updates_on_a_tiny_checkpoint_of_that_archit
     assert torch.get_default_dtype() == before
 
 
-def test_gsm8k_runs_from_file_to_report_with_a_model_from_scratch(tmp_path: Path) -> None:
+def test_gsm8k_runs_from_file_to_report_with_a_model_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.rl.choose", lambda *args, **kwargs: checksum)
     keys = [*written(tmp_path), *SMALL, "task.train_rows=null", "sft.steps=2", "sft.batch=2", "rl.samples=2"]
-    keys += ["rl.reward=tests.trainer.test_configs:by_length"]
     records = run(load_config(Path("gsm8k-toy"), [*keys, f"out={tmp_path / 'run'}"]))
     assert [record["phase"] for record in records] == ["sft", "sft", "rl", "rl"]
     assert json.loads((tmp_path / "run" / "eval_after.json").read_text())["sets"]["test"]["greedy"]["examples"] == 2
