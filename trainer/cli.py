@@ -259,7 +259,7 @@ def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ra
 
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint)
-    return prepare(resolved, make_task(resolved.task, seed=resolved.seed), ranks)
+    return prepare(resolved, make_task(resolved.task, seed=resolved.task_seed), ranks)
 
 
 def _run(

@@ -221,6 +221,7 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    data_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None  # of the task's examples; None: seed
     out: Text
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
     tensorboard: bool = True
@@ -240,6 +241,10 @@ class RunConfig(Section):
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
         return self
+
+    @property
+    def task_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))

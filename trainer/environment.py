@@ -39,8 +39,21 @@ def head_path() -> str:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
+    """Largest memory of this process so far: the allocator's where there is a GPU, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would be no less than the parent's at the time of the fork
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin anew at what is held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5")
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,8 @@ tokenizer with the mask token, and its `Facts`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,8 @@ def load(
     Raises UserError: no such checkpoint, one that is damaged, code that is not trusted, no mask id known.
     """
     name = str(source)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    label = Path(name).resolve().name if Path(name).is_dir() else name
-    try:
-        with compat.removed_names():
-            config = AutoConfig.from_pretrained(name, **options)
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        found = facts_of(config, tokenizer, label, facts)
-        cls = _model_class(config, name, revision, trusted=trust_remote_code)
+    config, tokenizer, found, cls = recognise(name, trust_remote_code=trust_remote_code, revision=revision, facts=facts)
+    with _sentences(name):
         quantised = lora.four_bit_options(dtype, found.head) if four_bit else {}
         with torch.random.fork_rng(devices=[]):
             model, report = cls.from_pretrained(
@@ -101,12 +96,6 @@ def load(
                 compat.restore_buffers(model)
                 compat.declare_ties(model)
         _refuse_missing(name, model, report["missing_keys"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever the libraries raise over a damaged file
-        if "trust_remote_code" in str(error):
-            raise _untrusted(name) from error
-        raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # Dream's blocks append to it once more when they are recomputed in backward
     compat.adapt_forward(model, found)
@@ -123,6 +112,36 @@ def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str])
     if lost:
         more = f" and {len(lost) - 1} more weights" if lost[1:] else ""
         raise UserError(f"model: {name} cannot be loaded (its files lack {lost[0]}{more})")
+
+
+def recognise(
+    name: str, *, trust_remote_code: bool, revision: str | None, facts: Mapping[str, Any] | None
+) -> tuple[Any, PreTrainedTokenizerBase, Facts, type[PreTrainedModel]]:
+    """A checkpoint's configuration, tokenizer, facts and class, without its weights. Raises as `load` does."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    label = Path(name).resolve().name if Path(name).is_dir() else name
+    with _sentences(name):
+        with compat.removed_names():
+            config = AutoConfig.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        return (
+            config,
+            tokenizer,
+            facts_of(config, tokenizer, label, facts),
+            _model_class(config, name, revision, trusted=trust_remote_code),
+        )
+
+
+@contextmanager
+def _sentences(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise over a damaged file
+        if "trust_remote_code" in str(error):
+            raise _untrusted(name) from error
+        raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
 
 
 def _untrusted(name: str) -> UserError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,36 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
     figure.savefig(file, dpi=110)
 
 
+def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
+    """Reward of rollouts against forwards made: per algorithm the mean of its runs, smoothed, and their range."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axis = figure.subplots()
+    colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for (name, records), color in zip(runs.items(), colors, strict=False):
+        rows = [[r for r in own if r["phase"] == "rl"] for own in records]
+        made = list(itertools.accumulate(_means([r["forwards"] for r in own] for own in rows)))
+        curves = [_running([r["reward"] for r in own]) for own in rows]
+        axis.plot(made, _means(curves), color=color, linewidth=1.8, label=name)
+        low, high = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
+        axis.fill_between(made, low, high, color=color, alpha=0.15, linewidth=0)
+    axis.set_xlabel("forwards (sequences through a model)", fontsize=9)
+    axis.set_title("reward of rollouts (training examples)", fontsize=11)
+    axis.grid(color="#e8eaed", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=9, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def _means(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*rows, strict=True)]
+
+
+def _running(values: Sequence[float]) -> list[float]:
+    """Means over the last twentieth of all values."""
+    width = max(1, len(values) // 20)
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
+
+
 def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None:
     points = [(r["step"], r[key]) for r in records if key in r]
     axis.set_title(f"{title} ({unit})" if unit else title, fontsize=11)
@@ -64,9 +95,7 @@ def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None
         axis.plot(steps, values, color=_BLUE, linewidth=1.8)
         return
     axis.plot(steps, values, color=_GREY, linewidth=0.8)
-    width = max(1, len(values) // 20)
-    means = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-    axis.plot(steps, means, color=_BLUE, linewidth=1.8)
+    axis.plot(steps, _running(values), color=_BLUE, linewidth=1.8)
     if max(abs(value) for value in values) < 1e-4:  # on-policy, BGPO's value is minus the mean advantage
         axis.set_ylim(-0.1, 0.1)
         axis.text(

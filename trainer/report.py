@@ -89,9 +89,7 @@ def write_report(
         f"RL: {rl.updates} updates of {rl.prompts} x {rl.group} rollouts ({rollout.sampler}, {steps}, temperature "
         f"{rollout.temperature:g}), reward `{rl.reward}`, masks `{rl.law}`, learning rate {rl.lr:g}.",
         "",
-        _markdown_row(headings),
-        _markdown_row(["---"] * len(headings)),
-        *(_markdown_row(row) for row in result_rows(evaluations)),
+        *markdown_table(headings, result_rows(evaluations)),
         "",
         "Percent of right answers: all that the task asks, see `trainer/tasks`.",
         "Both models answered the same examples with the same noise; the interval of the gain is paired.",
@@ -117,6 +115,10 @@ def _seconds(state: State) -> list[tuple[str, float]]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_markdown_row(row) for row in (headings, ["---"] * len(headings), *rows)]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

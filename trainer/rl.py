@@ -17,6 +17,7 @@ from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.masks import MaskPlan
 from dllm_kernels.objective import Objective
 from trainer.algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
+from trainer.calls import Calls
 from trainer.errors import ConfigError, GuardError
 from trainer.gap import on_policy_gap
 from trainer.setup import Setup
@@ -43,7 +44,9 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
     objective, reward = prepare_rl(setup)
     total = config.prompts * config.group
+    calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
+        calls.reset()
         started = time.perf_counter()
         chosen, epoch = batch_indices("rl", setup.config.seed, len(task.train), config.prompts, update)
         index = chosen.repeat_interleave(config.group)
@@ -53,13 +56,14 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
         with ranks.together():
             prompts = setup.codec.prompts(examples)
-        sampled = generate(
-            setup.model,
-            [prompt.to(ranks.device) for prompt in prompts],
-            sequence_ids=sequence_ids.to(ranks.device),
-            seed=setup.config.seed,
-            **setup.generate_options(greedy=config.algorithm == "egspo_sa"),
-        )
+        with calls:
+            sampled = generate(
+                setup.model,
+                [prompt.to(ranks.device) for prompt in prompts],
+                sequence_ids=sequence_ids.to(ranks.device),
+                seed=setup.config.seed,
+                **setup.generate_options(greedy=config.algorithm == "egspo_sa"),
+            )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
             _guard_failures(sampled, examples)
@@ -89,8 +93,11 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
                 trajectory,
                 _step_rewards(setup, reward, trajectory, [examples[i] for i in here.tolist()]),
             )
-            figures |= _learn(setup, optimizer, context, sampled, kept, found.denominator, update)
+            with calls:
+                figures |= _learn(setup, optimizer, context, sampled, kept, found.denominator, update)
             figures["tokens"] += figures.pop("tokens_scored")
+        for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
+            figures[name] = ranks.total(getattr(calls, name))
         figures["seconds_rollout"] = rolled_out - started
         figures["seconds_gradient"] = time.perf_counter() - rolled_out
         figures["seconds"] = time.perf_counter() - started

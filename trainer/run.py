@@ -152,7 +152,7 @@ class Run:
                 folder.write_json("environment.json", environment())
             started = time.perf_counter()
             with ranks.together():
-                task = make_task(config.task, seed=config.seed)
+                task = make_task(config.task, seed=config.task_seed)
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
             with ranks.together():

@@ -12,6 +12,6 @@ def make_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """Ids are places in the alphabet; the special tokens come after it."""
     vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIAL.values()])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL)

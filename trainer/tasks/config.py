@@ -48,6 +48,7 @@ class CountdownConfig(Section):
 
 class Gsm8kConfig(Section):
     kind: Literal["gsm8k"] = "gsm8k"
+    style: Literal["characters", "words"] = "words"  # characters: those of the texts, for a model from scratch
     train: Text = "hub:openai/gsm8k:main:train"  # or a path: .jsonl, .parquet
     test: Text = "hub:openai/gsm8k:main:test"
     train_rows: Rows = None

@@ -20,14 +20,17 @@ _LONGEST = 60  # characters of a number; int() of more would be slow
 
 
 def make(config: Gsm8kConfig, *, seed: int) -> Task:
+    train, test = read(config.train, config.train_rows), read(config.test, config.test_rows)
+    texts = (text for example in (*train, *test) for text in (example.prompt, example.answer))
     return Task(
         name="gsm8k",
-        train=read(config.train, config.train_rows),
-        tests={"test": read(config.test, config.test_rows)},
+        train=train,
+        tests={"test": test},
         rewards={"exact": exact, "shaped": shaped, "d1": d1_compat.gsm8k},
         correct=exact,
         metrics={"layout": layout},
         completion_length=config.completion_length,
+        alphabet="".join(sorted(set(TAGS).union(*texts))) if config.style == "characters" else None,
         system=TAGS,
     )
 

@@ -1,0 +1,202 @@
+"""`dllm-train compare`: algorithms from one checkpoint at equal model forwards, over seeds; a table and a plot of rewards.
+
+A forward is one sequence through a model once: rollouts, old and reference scores and gradients all count, see `calls.py`.
+The budget is given, or is what the first algorithm's configured updates cost. What an update of each algorithm costs is
+measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates drop
+more or fewer rollouts than these, so the table tells the forwards that were really made.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dllm_kernels.objectives import RECIPES
+from trainer.config import RunConfig, load_config
+from trainer.distributed import Ranks
+from trainer.environment import reset_peak_memory
+from trainer.errors import UserError
+from trainer.plots import draw_rewards
+from trainer.report import markdown_table
+from trainer.rl import rl_updates
+from trainer.run import Run, is_finished, prepare
+from trainer.run_dir import RunDir
+from trainer.tasks import make_task
+from trainer.training import make_optimizer
+
+Configure = Callable[[list[str]], RunConfig]
+
+PILOT = 2  # updates that tell what one costs
+COUNTS = ("forwards", "backwards", "flops")
+_HEADINGS = ("algorithm", "updates", "SFT (%)", "+ RL (%)", "gain", "forwards", "backwards", "TFLOP", "seconds", "peak MB")
+
+
+def compare_algorithms(
+    configure: Configure, algorithms: str, seeds: int, forwards: int | None, out: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Runs what is missing of `out/ALGORITHM/seed-N`, then writes compare.json, compare.md and rewards.png into `out`.
+
+    Args:
+        configure: a config of RL from the checkpoint, with further overrides. algorithms: names, comma-separated, or "all".
+        seeds: runs of each algorithm, with seeds 0, 1, ... forwards: the budget of a run.
+
+    Returns the rows of the table. A run that was stopped goes on where it was; one that is finished is not repeated. Raises
+    UserError for unknown names, and where `out` holds a comparison under another config.
+    """
+    names = _names(algorithms)
+    if forwards is not None and forwards < 1:
+        raise UserError(f"--forwards must be at least 1, got {forwards}")
+    configs = {name: configure([f"rl.algorithm={name}"]) for name in names}
+    if not all(config.rl.updates for config in configs.values()):
+        raise UserError("rl.updates must be at least 1 for a comparison, got 0: the checkpoint's run made none; set rl.updates")
+    base = configs[names[0]]
+    if not make_task(base.task, seed=base.task_seed).tests:
+        raise UserError("compare needs a task with a test set: held-out accuracy is what it compares")
+    out.mkdir(parents=True, exist_ok=True)
+    budget, updates = _plan(configs, forwards, out, console)
+    for name in names:
+        for seed in range(seeds):
+            # other data would have tests among what the checkpoint was trained on
+            keys = [f"rl.algorithm={name}", f"seed={seed}", f"data_seed={base.task_seed}", f"rl.updates={updates[name]}"]
+            folder = out / name / f"seed-{seed}"
+            _run(configure([*keys, f"out={json.dumps(str(folder))}"]), folder, console)
+    rows = [_row(name, updates[name], [out / name / f"seed-{seed}" for seed in range(seeds)]) for name in names]
+    files = RunDir(out)
+    files.write_json("compare.json", {"budget": budget, "seeds": seeds, "algorithms": rows})
+    text = _markdown(rows, budget, base)
+    files.write_text("compare.md", text)
+    records = {name: [RunDir(out / name / f"seed-{seed}").metrics() for seed in range(seeds)] for name in names}
+    draw_rewards(records, out / "rewards.png")
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    return rows
+
+
+def _names(algorithms: str) -> list[str]:
+    names = list(RECIPES) if algorithms == "all" else list(dict.fromkeys(n.strip() for n in algorithms.split(",") if n.strip()))
+    for name in names:
+        if name not in RECIPES:
+            raise UserError(f"--algorithms: {name} is unknown; there are {', '.join(RECIPES)}")
+    if not names:
+        raise UserError("--algorithms must name at least one algorithm, got none")
+    return names
+
+
+def _plan(configs: dict[str, RunConfig], forwards: int | None, out: Path, console: Console) -> tuple[int, dict[str, int]]:
+    """The budget and each algorithm's updates, measured once and kept in plan.json."""
+    folder, kept = RunDir(out), {}
+    first = next(iter(configs))
+    if (out / "plan.json").is_file():
+        kept = folder.read_json("plan.json")
+    costs = dict(kept.get("forwards_per_update", {}))
+    for name, config in configs.items():
+        if name not in costs:
+            costs[name] = forwards_per_update(config)
+            console.print(f"{name}: {costs[name]:,.0f} forwards an update", highlight=False, soft_wrap=True)
+            folder.write_json("plan.json", {**kept, "forwards_per_update": costs})
+    budget = forwards or kept.get("budget") or round(costs[first] * configs[first].rl.updates)
+    if kept.get("budget", budget) != budget:
+        raise UserError(f"{out} holds a comparison of {kept['budget']:,} forwards, asked for are {budget:,}; give another --out")
+    folder.write_json("plan.json", {"budget": budget, "forwards_per_update": costs})
+    return budget, {name: max(1, round(budget / costs[name])) for name in configs}
+
+
+def forwards_per_update(config: RunConfig) -> float:
+    """Mean over the first updates from the checkpoint, which are made and thrown away."""
+    setup = prepare(config, make_task(config.task, seed=config.task_seed), Ranks())
+    if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+        setup.reference = copy.deepcopy(setup.trained).requires_grad_(False)
+    figures = rl_updates(setup, make_optimizer(setup.trained, config.rl))
+    counts = [next(figures)["forwards"] for _ in range(min(PILOT, config.rl.updates))]
+    return statistics.fmean(counts)
+
+
+def _run(config: RunConfig, path: Path, console: Console) -> None:
+    """A run from its start, from where it was stopped, or not at all."""
+    if (path / "config.yaml").is_file():
+        folder = RunDir.reopen(path)
+        if load_config(path / "config.yaml") != config:
+            raise UserError(f"{path} holds a run under another config; give another --out")
+        if is_finished(folder, config):
+            return
+    else:
+        shutil.rmtree(path, ignore_errors=True)  # a folder without a config.yaml holds nothing yet
+        path.mkdir(parents=True)
+        folder = RunDir(path)
+    console.print(f"{config.rl.algorithm}, seed {config.seed}: {config.rl.updates} updates", highlight=False, soft_wrap=True)
+    gc.collect()
+    reset_peak_memory()
+    try:
+        Run(folder, config, Console(quiet=True)).execute()
+    finally:
+        folder.close()
+
+
+def _row(name: str, updates: int, folders: Sequence[Path]) -> dict[str, Any]:
+    """Of one algorithm: lists have an entry per seed, accuracies are of the first test set at the rollout's temperature."""
+    runs = [RunDir(folder) for folder in folders]
+    before, after = ([run.read_json(f"eval_{when}.json") for run in runs] for when in ("before", "after"))
+    test = next(iter(before[0]["sets"]))
+    row: dict[str, Any] = {"algorithm": name, "updates": updates, "test": test}
+    for way in ("rollout", "greedy"):
+        sft = [e["sets"][test][way]["correct"] for e in before]
+        rl = [e["sets"][test][way]["correct"] for e in after]
+        row[way] = {"sft": sft, "rl": rl, "gain": [b - a for a, b in zip(sft, rl, strict=True)]}
+    records = [[record for record in run.metrics() if record["phase"] == "rl"] for run in runs]
+    for key in COUNTS:
+        row[key] = [int(sum(record[key] for record in own)) for own in records]
+    row["seconds"] = [sum(record["seconds"] for record in own) for own in records]
+    row["peak_memory_mb"] = [max(record["peak_memory_mb"] for record in own) for own in records]
+    row["improves"] = improves(row["rollout"]["gain"], [e["gain"][test]["rollout"] for e in after])
+    return row
+
+
+def improves(gains: Sequence[float], paired: Sequence[dict[str, float]]) -> bool:
+    """Whether the mean gain over SFT is above 0 by a one-sided 95 % test over seeds; of one seed, by its paired interval."""
+    mean = statistics.fmean(gains)
+    if len(gains) == 1:
+        return paired[0]["low"] > 0
+    return mean > 0 and mean > _STUDENT.get(len(gains), 1.645) * statistics.stdev(gains) / math.sqrt(len(gains))
+
+
+_STUDENT = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}  # 95 %, by seeds
+
+
+def _markdown(rows: Sequence[dict[str, Any]], budget: int, config: RunConfig) -> str:
+    cells = [_cells(row) for row in rows]
+    worse = [row["algorithm"] for row in rows if not row["improves"]]
+    verdict = f"Not shown to improve over SFT: {', '.join(worse)}." if worse else "All improve over SFT."
+    title = f"# {config.task.kind} from {config.model.checkpoint}: {budget:,} forwards a run"
+    seeds = len(rows[0]["forwards"])
+    notes = (
+        f"Right answers on `{rows[0]['test']}` at temperature {config.rollout.temperature:g}, mean and deviation over "
+        f"{seeds} seed(s) of noise and order; the data are the same. An algorithm improves where a one-sided 95 % test over the "
+        "seeds tells it (with one seed: the paired interval over the examples). A forward is one sequence through a model once; "
+        "updates are the budget over the cost of the first ones. TFLOP by formula: 2 x parameters x tokens of a forward, as much "
+        "again in backward, and 2 x trained parameters x tokens; attention's products of tokens with tokens are left out. "
+        "Seconds are of rollouts and gradients alone. Peak memory is the largest of the seeds, of one process for all runs."
+    )
+    return "\n".join([title, "", *markdown_table(_HEADINGS, cells), "", verdict, "", notes, ""])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    way = row["rollout"]
+    gain = f"{_spread(way['gain'], 100, '+.1f')}{'' if row['improves'] else ' (not shown)'}"
+    counts = [f"{statistics.fmean(row[key]):,.0f}" for key in ("forwards", "backwards")]
+    tera = f"{statistics.fmean(row['flops']) / 1e12:.3g}"
+    seconds, peak = f"{statistics.fmean(row['seconds']):.1f}", f"{max(row['peak_memory_mb']):.0f}"
+    accuracies = [_spread(way[when], 100, ".1f") for when in ("sft", "rl")]
+    return [row["algorithm"], str(row["updates"]), *accuracies, gain, *counts, tera, seconds, peak]
+
+
+def _spread(values: Sequence[float], scale: float, form: str) -> str:
+    mean = format(scale * statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.1f}"
