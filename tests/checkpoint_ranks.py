@@ -70,7 +70,7 @@ def _run(folder, steps):
 
 def killed(folder, kills, seed):
     steps = 4 * kills
-    generator, context = random.Random(seed), multiprocessing.get_context("fork")
+    generator, context = random.Random(seed), multiprocessing.get_context("forkserver")
     started = time.perf_counter()
     in_peace = train(Ranks(), folder / "in peace", steps=steps, save=range(1, steps + 1))
     one_step = (time.perf_counter() - started) / steps

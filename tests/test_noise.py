@@ -483,7 +483,10 @@ def use_everything(model, tmp_path):
     dk.estimate_elbo(model, ids, completion, samples=4, mask_id=10)
     for remasking in ("random", "low_confidence"):
         options = {"length": 4, "steps": 2, "block_length": 2, "mask_id": 10, "temperature": 1.0, "sequence_ids": sequences}
-        dk.generate(model, ids, remasking=remasking, **options).completion_BL  # noqa: B018
+        rollout = dk.generate(model, ids, remasking=remasking, **options)
+    entropy = dk.step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL)
+    steps = dk.select_steps(entropy, 1, "random", sequence_ids=sequences)
+    dk.trajectory_logp(rollout, dk.trajectory_rows(rollout, steps))
     hidden, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(11, 8)
     dk.score_tokens(hidden, weight, torch.arange(3), rows=torch.arange(3)).logp.sum().backward()
     dk.head_backward(hidden.detach().expand(4, 2, 6, 8), weight, plan.rows, torch.ones(len(plan.rows)))
