@@ -230,7 +230,9 @@ class Update:
             if (other := entries.get(f"{kind}_sample_elbo")) is not None and score_BK is not None:
                 delta, per_token = score_BK - other, (score_BK - other) / lengths_B1
             elif (other := entries.get(f"{kind}_elbo")) is not None and self.config.algorithm != "dmpo":
-                delta = per_token = ((score_B - other) / lengths_B1[:, 0])[:, None]
+                difference_B1 = (score_B - other)[:, None]
+                per_token = difference_B1 / lengths_B1
+                delta = difference_B1 if self.config.algorithm == "gdpo" and self._options()["mode"] == "paper" else per_token
             else:
                 continue
             seen = delta.isfinite()
@@ -250,8 +252,11 @@ class Update:
             figures["ess"] = effective_sample_size(weights, self.group_ids).mean().item()
         return figures
 
+    def _options(self) -> dict[str, Any]:
+        return {**RECIPES[self.config.algorithm].defaults, **self.config.options}
+
     def _clip(self) -> tuple[float, float]:
         """Bounds of the ratio's clip; none where the objective has none."""
-        options: dict[str, Any] = {**RECIPES[self.config.algorithm].defaults, **self.config.options}
+        options = self._options()
         epsilon = options.get("epsilon", math.inf)
         return float(options.get("epsilon_low", epsilon)), float(options.get("epsilon_high", epsilon))
