@@ -22,10 +22,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not slow'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m 'not slow'
 
 test-full: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -9,6 +9,7 @@ import torch
 from tests.tiny import worst_gradient_error
 
 pytestmark = [
+    pytest.mark.xdist_group("sharded"),  # one worker: what its fixtures make is made once
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed"),
     pytest.mark.timeout(600),
 ]

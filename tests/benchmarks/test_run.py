@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker: what its fixtures make is made once
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
 

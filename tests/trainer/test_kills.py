@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tests.trainer.conftest import TINY, lines, new_run, resumed
 from trainer.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("kills")  # one worker: what its fixtures make is made once
+
 ROOT = Path(__file__).parents[2]
 OFTEN = ["sft.save_every=1", "rl.save_every=1", "checkpoints.keep_last=2"]
 STEPS = 13  # of both phases together

@@ -20,6 +20,8 @@ from tests.trainer.tiny_checkpoints import MASK, PAD, PUBLISHED, TEXT, VOCABULAR
 from trainer.models import Loaded, find_head, load
 from trainer.startup import attention_self_test
 
+pytestmark = pytest.mark.xdist_group("published")  # one worker: what its fixtures make is made once
+
 PROMPT, LENGTH = 5, 8
 IDS = torch.randint(0, TEXT, (2, PROMPT + LENGTH), generator=torch.Generator().manual_seed(3))
 IDS[0, :2] = PAD
