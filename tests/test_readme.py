@@ -81,6 +81,20 @@ def test_the_bgpo_figures_are_those_of_the_committed_benchmark():
     assert max(row["errors"]["gradient"] for row in rows.values()) <= 2e-5
 
 
+def test_the_rollout_figures_are_those_of_the_committed_benchmark():
+    result = json.loads((ROOT / "benchmarks" / "results" / "rollout-cpu.json").read_text())
+    rows = {(row["case"].split()[0], row["contestant"]): row for row in result["suites"]["rollout"]["rows"]}
+    faster = {case: 1 / rows[case, "ours"]["to_baseline"] for case in ("argmax", "drawn")}
+    memory = [rows["argmax", name]["memory_mib"] for name in ("ours", "published")]
+    prose = " ".join(README.split())
+    assert f"denoising step is {faster['argmax']:.1f} x faster than the published form" in prose
+    assert f"at {memory[0]:.0f} MiB of extra memory against {memory[1]:.0f}" in prose
+    assert f"at temperature 0.9 it is {faster['drawn']:.1f} x faster" in prose
+    assert rows["argmax", "ours"]["errors"]["tokens"] == 0
+    assert faster["argmax"] >= 10
+    assert memory[1] >= 20 * memory[0]
+
+
 def test_the_head_figures_are_those_of_the_committed_benchmark():
     result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
     found = {}
