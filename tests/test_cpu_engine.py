@@ -337,6 +337,7 @@ def test_concurrent_calls_do_not_share_a_workspace_and_leave_the_gil():
     assert ticks > 5, "other Python threads did not run while the engine did"
 
 
+@pytest.mark.slow
 def test_the_environment_forces_an_isa_and_names_the_allowed_ones():
     code = "from dllm_kernels.backends import cpu; print(cpu.isa())"
     for isa in ISAS:

@@ -281,6 +281,7 @@ def growth(case):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_memory_is_flat_in_the_number_of_samples():
     assert growth("one_by_one") < 8 * MB

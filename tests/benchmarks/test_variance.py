@@ -150,6 +150,7 @@ def test_intervals_are_bootstraps_over_the_sequences() -> None:
     assert variance.interval(values) == found
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_the_trained_model_is_listed_as_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(variance, "ROOT", tmp_path)
     monkeypatch.setattr(variance, "DEFAULT_MODEL", tmp_path / "runs" / "demo" / "checkpoint")
