@@ -1,6 +1,6 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   all suites, under 5 minutes on 2 CPU cores
+    python benchmarks/run.py                                   all suites; the rollouts alone take 10 minutes on 2 cores
     python benchmarks/run.py --list                            what there is
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
     python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
