@@ -172,6 +172,7 @@ def compare(
     algorithms: Annotated[str, typer.Option("--algorithms", help="Names, comma-separated, or `all`.")] = "all",
     seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
     forwards: Annotated[int | None, typer.Option("--forwards", help="Model calls of training each may make.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, each a process of its own.")] = 1,
     overrides: Overrides = None,
     out: Out = None,
     config: ConfigFile = None,
@@ -185,7 +186,7 @@ def compare(
         def configure(more: list[str]) -> RunConfig:
             return _configure([*(overrides or ()), *more, *keys], config, None, beside=checkpoint)
 
-        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console)
+        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console, jobs=jobs)
 
 
 @app.command("config")

@@ -4,17 +4,22 @@ A forward is one sequence through a model once: rollouts, old and reference scor
 The budget is given, or is what the first algorithm's configured updates cost. What an update of each algorithm costs is
 measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates drop
 more or fewer rollouts than these, so the table tells the forwards that were really made.
+
+Every run is a process of its own, so that its peak memory is its own, and `jobs` of them go at once. A run that a guard stops
+(a collapsed policy, a loss that is not finite) is a row like any other: it is evaluated with the weights it had then.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
+import multiprocessing
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,8 @@ from rich.console import Console
 from dllm_kernels.objectives import RECIPES
 from trainer.config import RunConfig, load_config
 from trainer.distributed import Ranks
-from trainer.environment import reset_peak_memory
-from trainer.errors import UserError
+from trainer.environment import environment
+from trainer.errors import GuardError, Stopped, UserError
 from trainer.plots import draw_rewards
 from trainer.report import markdown_table
 from trainer.rl import rl_updates
@@ -37,17 +42,18 @@ Configure = Callable[[list[str]], RunConfig]
 
 PILOT = 2  # updates that tell what one costs
 COUNTS = ("forwards", "backwards", "flops")
+STOPPED = "stopped.json"  # of a run that a guard ended
 _HEADINGS = ("algorithm", "updates", "SFT (%)", "+ RL (%)", "gain", "forwards", "backwards", "TFLOP", "seconds", "peak MB")
 
 
 def compare_algorithms(
-    configure: Configure, algorithms: str, seeds: int, forwards: int | None, out: Path, console: Console
+    configure: Configure, algorithms: str, seeds: int, forwards: int | None, out: Path, console: Console, *, jobs: int = 1
 ) -> list[dict[str, Any]]:
     """Runs what is missing of `out/ALGORITHM/seed-N`, then writes compare.json, compare.md and rewards.png into `out`.
 
     Args:
         configure: a config of RL from the checkpoint, with further overrides. algorithms: names, comma-separated, or "all".
-        seeds: runs of each algorithm, with seeds 0, 1, ... forwards: the budget of a run.
+        seeds: runs of each algorithm, with seeds 0, 1, ... forwards: the budget of a run. jobs: runs at once.
 
     Returns the rows of the table. A run that was stopped goes on where it was; one that is finished is not repeated. Raises
     UserError for unknown names, and where `out` holds a comparison under another config.
@@ -63,15 +69,21 @@ def compare_algorithms(
         raise UserError("compare needs a task with a test set: held-out accuracy is what it compares")
     out.mkdir(parents=True, exist_ok=True)
     budget, updates = _plan(configs, forwards, out, console)
+    runs: dict[str, list[RunConfig]] = {name: [] for name in names}
     for name in names:
         for seed in range(seeds):
             # other data would have tests among what the checkpoint was trained on
             keys = [f"rl.algorithm={name}", f"seed={seed}", f"data_seed={base.task_seed}", f"rl.updates={updates[name]}"]
-            folder = out / name / f"seed-{seed}"
-            _run(configure([*keys, f"out={json.dumps(str(folder))}"]), folder, console)
+            runs[name].append(configure([*keys, f"out={json.dumps(str(out / name / f'seed-{seed}'))}"]))
+    first, *others = names
+    _run_all(runs[first], jobs, console)
+    for config, known in [(own, runs[first][seed]) for name in others for seed, own in enumerate(runs[name])]:
+        _share_baseline(known, config)
+    _run_all([config for name in others for config in runs[name]], jobs, console)
     rows = [_row(name, updates[name], [out / name / f"seed-{seed}" for seed in range(seeds)]) for name in names]
     files = RunDir(out)
-    files.write_json("compare.json", {"budget": budget, "seeds": seeds, "algorithms": rows})
+    result = {"budget": budget, "seeds": seeds, "jobs": jobs, "task": base.task.kind, "algorithms": rows}
+    files.write_json("compare.json", {**result, "environment": environment(), "config": base.to_yaml()})
     text = _markdown(rows, budget, base)
     files.write_text("compare.md", text)
     records = {name: [RunDir(out / name / f"seed-{seed}").metrics() for seed in range(seeds)] for name in names}
@@ -119,25 +131,66 @@ def forwards_per_update(config: RunConfig) -> float:
     return statistics.fmean(counts)
 
 
-def _run(config: RunConfig, path: Path, console: Console) -> None:
-    """A run from its start, from where it was stopped, or not at all."""
+def _run_all(configs: Iterable[RunConfig], jobs: int, console: Console) -> None:
+    """Those that are not finished, `jobs` at once, each in a process that has computed nothing before."""
+    pending = [config for config in configs if not _is_done(config)]
+    if not pending:
+        return
+    method = "spawn" if sys.platform == "win32" else "forkserver"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["trainer.run"])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        asked = {pool.submit(_run, config): config for config in pending}
+        try:
+            for future in as_completed(asked):
+                config, ending = asked[future], future.result()
+                console.print(f"{config.rl.algorithm}, seed {config.seed}: {ending}", highlight=False, soft_wrap=True)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _is_done(config: RunConfig) -> bool:
+    """Raises UserError where the folder holds a run under another config."""
+    path = Path(config.out)
+    if not (path / "config.yaml").is_file():
+        return False
+    if load_config(path / "config.yaml") != config:
+        raise UserError(f"{path} holds a run under another config; give another --out")
+    return (path / STOPPED).is_file() or is_finished(RunDir.reopen(path), config)
+
+
+def _run(config: RunConfig) -> str:
+    """A run from its start, or from where it was stopped; how it ended, in a few words."""
+    path = Path(config.out)
     if (path / "config.yaml").is_file():
         folder = RunDir.reopen(path)
-        if load_config(path / "config.yaml") != config:
-            raise UserError(f"{path} holds a run under another config; give another --out")
-        if is_finished(folder, config):
-            return
     else:
-        shutil.rmtree(path, ignore_errors=True)  # a folder without a config.yaml holds nothing yet
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         folder = RunDir(path)
-    console.print(f"{config.rl.algorithm}, seed {config.seed}: {config.rl.updates} updates", highlight=False, soft_wrap=True)
-    gc.collect()
-    reset_peak_memory()
+    run = Run(folder, config, Console(quiet=True))
     try:
-        Run(folder, config, Console(quiet=True)).execute()
+        run.execute()
+    except GuardError as error:
+        run.evaluate_as_it_is()
+        folder.write_json(STOPPED, {"at": run.where(), "reason": str(error)})
+        return f"stopped by a guard at {run.where()}: {error}"
+    except Stopped as error:  # Ctrl-C reached all processes, and the state is saved
+        raise UserError(f"stopped at {run.where()}; the same command goes on") from error
     finally:
         folder.close()
+    return f"{config.rl.updates} updates"
+
+
+def _share_baseline(known: RunConfig, config: RunConfig) -> None:
+    """What the checkpoint itself answers depends on the seed and the decoding alone: it is not asked again."""
+    path, found = Path(config.out), Path(known.out) / "eval_before.json"
+    same = (known.rollout, known.evaluation, known.prompt) == (config.rollout, config.evaluation, config.prompt)
+    if same and not (path / "config.yaml").is_file():
+        shutil.rmtree(path, ignore_errors=True)  # a folder without a config.yaml holds nothing yet
+        path.mkdir(parents=True)
+        shutil.copy(found, path / found.name)
 
 
 def _row(name: str, updates: int, folders: Sequence[Path]) -> dict[str, Any]:
@@ -155,6 +208,8 @@ def _row(name: str, updates: int, folders: Sequence[Path]) -> dict[str, Any]:
         row[key] = [int(sum(record[key] for record in own)) for own in records]
     row["seconds"] = [sum(record["seconds"] for record in own) for own in records]
     row["peak_memory_mb"] = [max(record["peak_memory_mb"] for record in own) for own in records]
+    stops = [run.read_json(STOPPED) if (run.path / STOPPED).is_file() else None for run in runs]
+    row["stopped"] = [None if stop is None else f"{stop['at']}: {stop['reason']}" for stop in stops]
     row["improves"] = improves(row["rollout"]["gain"], [e["gain"][test]["rollout"] for e in after])
     return row
 
@@ -173,6 +228,7 @@ _STUDENT = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895
 def _markdown(rows: Sequence[dict[str, Any]], budget: int, config: RunConfig) -> str:
     cells = [_cells(row) for row in rows]
     worse = [row["algorithm"] for row in rows if not row["improves"]]
+    stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
     verdict = f"Not shown to improve over SFT: {', '.join(worse)}." if worse else "All improve over SFT."
     title = f"# {config.task.kind} from {config.model.checkpoint}: {budget:,} forwards a run"
     seeds = len(rows[0]["forwards"])
@@ -182,9 +238,10 @@ def _markdown(rows: Sequence[dict[str, Any]], budget: int, config: RunConfig) ->
         "seeds tells it (with one seed: the paired interval over the examples). A forward is one sequence through a model once; "
         "updates are the budget over the cost of the first ones. TFLOP by formula: 2 x parameters x tokens of a forward, as much "
         "again in backward, and 2 x trained parameters x tokens; attention's products of tokens with tokens are left out. "
-        "Seconds are of rollouts and gradients alone. Peak memory is the largest of the seeds, of one process for all runs."
+        "Seconds are of rollouts and gradients alone. Peak memory is the largest of the seeds, each a process of its own."
     )
-    return "\n".join([title, "", *markdown_table(_HEADINGS, cells), "", verdict, "", notes, ""])
+    ends = [f"Stopped by a guard, and evaluated as it was: {'; '.join(stopped)}.", ""] if stopped else []
+    return "\n".join([title, "", *markdown_table(_HEADINGS, cells), "", verdict, "", *ends, notes, ""])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -61,6 +61,8 @@ def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
     colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for (name, records), color in zip(runs.items(), colors, strict=False):
         rows = [[r for r in own if r["phase"] == "rl"] for own in records]
+        common = min(map(len, rows))  # a run that a guard stopped has fewer
+        rows = [own[:common] for own in rows]
         made = list(itertools.accumulate(_means([r["forwards"] for r in own] for own in rows)))
         curves = [_running([r["reward"] for r in own]) for own in rows]
         axis.plot(made, _means(curves), color=color, linewidth=1.8, label=name)

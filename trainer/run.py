@@ -176,6 +176,10 @@ class Run:
             self._save_model("checkpoint", again=True)
             self._finish()
 
+    def evaluate_as_it_is(self) -> None:
+        """The evaluation after RL of a run that a guard stopped: with the weights that the guard left untouched."""
+        self._evaluate("eval_after.json", "after RL, which a guard stopped")
+
     def where(self) -> str:
         total = {"sft": self.config.sft.steps, "rl": self.config.rl.updates}[self.state.phase]
         return f"{self.state.phase} step {self.state.step} of {total}"

@@ -52,7 +52,7 @@ def test_a_comparison_has_equal_forwards_a_table_and_a_plot_and_is_not_repeated(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "compare"
-    rows = compare_algorithms(configurer(finished), "bgpo, dmpo", 2, 600, out, QUIET)
+    rows = compare_algorithms(configurer(finished), "bgpo, dmpo", 2, 600, out, QUIET, jobs=2)
     assert [row["algorithm"] for row in rows] == ["bgpo", "dmpo"]
     costs = json.loads((out / "plan.json").read_text())["forwards_per_update"]
     for row in rows:
@@ -73,7 +73,7 @@ def test_a_comparison_has_equal_forwards_a_table_and_a_plot_and_is_not_repeated(
     def never(*_: object) -> None:
         raise AssertionError("a finished run was repeated")
 
-    monkeypatch.setattr("trainer.compare.Run", never)
+    monkeypatch.setattr("trainer.compare._run", never)
     monkeypatch.setattr("trainer.compare.forwards_per_update", never)
     assert compare_algorithms(configurer(finished), "bgpo,dmpo", 2, 600, out, QUIET) == rows
 
@@ -83,6 +83,28 @@ def test_seeds_share_the_data_that_the_checkpoint_was_held_out_from(finished: Pa
     configs = [load_config(tmp_path / "bgpo" / f"seed-{seed}" / "config.yaml") for seed in (0, 1)]
     assert [config.seed for config in configs] == [0, 1]
     assert [config.task_seed for config in configs] == [0, 0]
+
+
+def test_what_the_checkpoint_answers_is_asked_once_per_seed(finished: Path, tmp_path: Path) -> None:
+    compare_algorithms(configurer(finished), "bgpo,wd1", 1, 1, tmp_path, QUIET)
+    answers = [json.loads((tmp_path / name / "seed-0" / "eval_before.json").read_text()) for name in ("bgpo", "wd1")]
+    assert answers[0] == answers[1], "the environment's load and the moment included: a copy"
+    alone = tmp_path / "alone"
+    compare_algorithms(configurer(finished), "wd1", 1, 1, alone, QUIET)
+    assert json.loads((alone / "wd1" / "seed-0" / "eval_before.json").read_text())["sets"] == answers[1]["sets"]
+
+
+def test_a_run_that_a_guard_stops_is_a_row_and_is_not_repeated(finished: Path, tmp_path: Path) -> None:
+    configure = configurer(finished, "rl.lr=0.99", "rl.warmup=0", "rl.updates=8")
+    rows = compare_algorithms(configure, "bgpo,dmpo", 2, 2000, tmp_path, QUIET, jobs=2)
+    for row in rows:
+        assert all(why is not None for why in row["stopped"])
+        assert not row["improves"]
+        assert max(row["rollout"]["rl"]) <= 1
+    text = (tmp_path / "compare.md").read_text()
+    assert "Stopped by a guard, and evaluated as it was: bgpo, seed 0: rl step" in text
+    assert (tmp_path / "rewards.png").is_file()
+    assert compare_algorithms(configure, "bgpo,dmpo", 2, 2000, tmp_path, QUIET) == rows
 
 
 @pytest.mark.parametrize(
