@@ -2,8 +2,9 @@
 
 A forward is one sequence through a model once: rollouts, old and reference scores and gradients all count, see `calls.py`.
 The budget is given, or is what the first algorithm's configured updates cost. What an update of each algorithm costs is
-measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates drop
-more or fewer rollouts than these, so the table tells the forwards that were really made.
+measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates may
+drop more or fewer rollouts than these: where that takes an algorithm off the budget by more than 3 %, its runs are made once more
+with as many updates as their true cost allows. The table tells the forwards that were really made.
 
 Every run is a process of its own, so that its peak memory is its own, and `jobs` of them go at once. A run that a guard stops
 (a collapsed policy, a loss that is not finite) is a row like any other: it is evaluated with the weights it had then.
@@ -41,6 +42,7 @@ from trainer.training import make_optimizer
 Configure = Callable[[list[str]], RunConfig]
 
 PILOT = 2  # updates that tell what one costs
+OFF_BUDGET = 0.03
 COUNTS = ("forwards", "backwards", "flops")
 STOPPED = "stopped.json"  # of a run that a guard ended
 _HEADINGS = ("algorithm", "updates", "SFT (%)", "+ RL (%)", "gain", "forwards", "backwards", "TFLOP", "seconds", "peak MB")
@@ -68,18 +70,22 @@ def compare_algorithms(
     if not make_task(base.task, seed=base.task_seed).tests:
         raise UserError("compare needs a task with a test set: held-out accuracy is what it compares")
     out.mkdir(parents=True, exist_ok=True)
-    budget, updates = _plan(configs, forwards, out, console)
-    runs: dict[str, list[RunConfig]] = {name: [] for name in names}
-    for name in names:
-        for seed in range(seeds):
-            # other data would have tests among what the checkpoint was trained on
-            keys = [f"rl.algorithm={name}", f"seed={seed}", f"data_seed={base.task_seed}", f"rl.updates={updates[name]}"]
-            runs[name].append(configure([*keys, f"out={json.dumps(str(out / name / f'seed-{seed}'))}"]))
-    first, *others = names
-    _run_all(runs[first], jobs, console)
-    for config, known in [(own, runs[first][seed]) for name in others for seed, own in enumerate(runs[name])]:
-        _share_baseline(known, config)
-    _run_all([config for name in others for config in runs[name]], jobs, console)
+    budget, costs = _plan(configs, forwards, out, console)
+    while True:
+        updates = {name: max(1, round(budget / costs[name])) for name in names}
+        runs: dict[str, list[RunConfig]] = {name: [] for name in names}
+        for name in names:
+            for seed in range(seeds):
+                # other data would have tests among what the checkpoint was trained on
+                keys = [f"rl.algorithm={name}", f"seed={seed}", f"data_seed={base.task_seed}", f"rl.updates={updates[name]}"]
+                runs[name].append(configure([*keys, f"out={json.dumps(str(out / name / f'seed-{seed}'))}"]))
+        first, *others = names
+        _run_all(runs[first], jobs, console)
+        for config, known in [(own, runs[first][seed]) for name in others for seed, own in enumerate(runs[name])]:
+            _share_baseline(known, config)
+        _run_all([config for name in others for config in runs[name]], jobs, console)
+        if not _correct_costs(runs, costs, out, console):
+            break
     rows = [_row(name, updates[name], [out / name / f"seed-{seed}" for seed in range(seeds)]) for name in names]
     files = RunDir(out)
     result = {"budget": budget, "seeds": seeds, "jobs": jobs, "task": base.task.kind, "algorithms": rows}
@@ -102,8 +108,8 @@ def _names(algorithms: str) -> list[str]:
     return names
 
 
-def _plan(configs: dict[str, RunConfig], forwards: int | None, out: Path, console: Console) -> tuple[int, dict[str, int]]:
-    """The budget and each algorithm's updates, measured once and kept in plan.json."""
+def _plan(configs: dict[str, RunConfig], forwards: int | None, out: Path, console: Console) -> tuple[int, dict[str, float]]:
+    """The budget and what an update of each algorithm costs, measured once and kept in plan.json."""
     folder, kept = RunDir(out), {}
     first = next(iter(configs))
     if (out / "plan.json").is_file():
@@ -117,8 +123,34 @@ def _plan(configs: dict[str, RunConfig], forwards: int | None, out: Path, consol
     budget = forwards or kept.get("budget") or round(costs[first] * configs[first].rl.updates)
     if kept.get("budget", budget) != budget:
         raise UserError(f"{out} holds a comparison of {kept['budget']:,} forwards, asked for are {budget:,}; give another --out")
-    folder.write_json("plan.json", {"budget": budget, "forwards_per_update": costs})
-    return budget, {name: max(1, round(budget / costs[name])) for name in configs}
+    folder.write_json("plan.json", {**kept, "budget": budget, "forwards_per_update": costs})
+    return budget, costs
+
+
+def _correct_costs(runs: dict[str, list[RunConfig]], costs: dict[str, float], out: Path, console: Console) -> bool:
+    """Costs of those that ended off the budget, from all their updates, once for each; their runs are thrown away.
+
+    Whether there were such.
+    """
+    folder = RunDir(out)
+    plan = folder.read_json("plan.json")
+    corrected = plan.setdefault("corrected", [])
+    before = len(corrected)
+    for name, configs in runs.items():
+        whole = [Path(config.out) for config in configs if not (Path(config.out) / STOPPED).is_file()]
+        made = [r["forwards"] for path in whole for r in RunDir(path).metrics() if r["phase"] == "rl"]
+        updates = configs[0].rl.updates
+        if name in corrected or not made or abs(updates * statistics.fmean(made) / plan["budget"] - 1) <= OFF_BUDGET:
+            continue
+        costs[name] = statistics.fmean(made)
+        if max(1, round(plan["budget"] / costs[name])) != updates:
+            console.print(f"{name}: {costs[name]:,.0f} forwards an update in truth; once more", highlight=False, soft_wrap=True)
+            corrected.append(name)
+            shutil.rmtree(out / name)
+    if len(corrected) == before:
+        return False
+    folder.write_json("plan.json", {**plan, "forwards_per_update": costs, "corrected": corrected})
+    return True
 
 
 def forwards_per_update(config: RunConfig) -> float:
