@@ -88,9 +88,18 @@ def compare_algorithms(
             break
     rows = [_row(name, updates[name], [out / name / f"seed-{seed}" for seed in range(seeds)]) for name in names]
     files = RunDir(out)
-    result = {"budget": budget, "seeds": seeds, "jobs": jobs, "task": base.task.kind, "algorithms": rows}
-    files.write_json("compare.json", {**result, "environment": environment(), "config": base.to_yaml()})
-    text = _markdown(rows, budget, base)
+    result = {
+        "budget": budget,
+        "jobs": jobs,
+        "task": base.task.kind,
+        "checkpoint": base.model.checkpoint,
+        "temperature": base.rollout.temperature,
+        "algorithms": rows,
+        "environment": environment(),
+        "config": base.to_yaml(),
+    }
+    files.write_json("compare.json", result)
+    text = describe(result)
     files.write_text("compare.md", text)
     records = {name: [RunDir(out / name / f"seed-{seed}").metrics() for seed in range(seeds)] for name in names}
     draw_rewards(records, out / "rewards.png")
@@ -257,23 +266,33 @@ def improves(gains: Sequence[float], paired: Sequence[dict[str, float]]) -> bool
 _STUDENT = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}  # 95 %, by seeds
 
 
-def _markdown(rows: Sequence[dict[str, Any]], budget: int, config: RunConfig) -> str:
-    cells = [_cells(row) for row in rows]
-    worse = [row["algorithm"] for row in rows if not row["improves"]]
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a line per algorithm of a compare.json, in the order of their recipes."""
+    return "\n".join(markdown_table(_HEADINGS, [_cells(row) for row in result["algorithms"]]))
+
+
+def verdict(result: dict[str, Any]) -> str:
+    worse = [row["algorithm"] for row in result["algorithms"] if not row["improves"]]
+    return f"Not shown to improve over SFT: {', '.join(worse)}." if worse else "All improve over SFT."
+
+
+def describe(result: dict[str, Any]) -> str:
+    """compare.md: the table, who does not improve, and how to read it."""
+    rows = result["algorithms"]
     stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
-    verdict = f"Not shown to improve over SFT: {', '.join(worse)}." if worse else "All improve over SFT."
-    title = f"# {config.task.kind} from {config.model.checkpoint}: {budget:,} forwards a run"
     seeds = len(rows[0]["forwards"])
     notes = (
-        f"Right answers on `{rows[0]['test']}` at temperature {config.rollout.temperature:g}, mean and deviation over "
+        f"Right answers on `{rows[0]['test']}` at temperature {result['temperature']:g}, mean and deviation over "
         f"{seeds} seed(s) of noise and order; the data are the same. An algorithm improves where a one-sided 95 % test over the "
         "seeds tells it (with one seed: the paired interval over the examples). A forward is one sequence through a model once; "
-        "updates are the budget over the cost of the first ones. TFLOP by formula: 2 x parameters x tokens of a forward, as much "
-        "again in backward, and 2 x trained parameters x tokens; attention's products of tokens with tokens are left out. "
-        "Seconds are of rollouts and gradients alone. Peak memory is the largest of the seeds, each a process of its own."
+        "updates are the budget over their cost. TFLOP by formula: 2 x parameters x tokens of a forward, as much again in "
+        "backward, and 2 x trained parameters x tokens; attention's products of tokens with tokens are left out. Seconds are of "
+        f"rollouts and gradients alone, {result['jobs']} run(s) at once. Peak memory is the largest of the seeds, each a process "
+        "of its own."
     )
+    title = f"# {result['task']} from {result['checkpoint']}: {result['budget']:,} forwards a run"
     ends = [f"Stopped by a guard, and evaluated as it was: {'; '.join(stopped)}.", ""] if stopped else []
-    return "\n".join([title, "", *markdown_table(_HEADINGS, cells), "", verdict, "", *ends, notes, ""])
+    return "\n".join([title, "", table(result), "", verdict(result), "", *ends, notes, ""])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,279 @@
+"""What the studies of claims share: a claim and its rule, a trained model on its own completions, gradients, intervals.
+
+Intervals are 95 % bootstraps over prompts (or what a study says): all completions of a prompt are drawn together.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
+from dllm_kernels.accumulation import Report
+from dllm_kernels.objective import Batch, Objective
+from trainer.config import load_config
+from trainer.distributed import Ranks
+from trainer.rl import rl_updates
+from trainer.run import prepare
+from trainer.setup import Setup
+from trainer.tasks import Example, make_task
+from trainer.training import make_optimizer
+
+CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
+RESAMPLES = 2000
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    checkpoint: str | None = None  # a folder; None: the demo's architecture with random weights, as --tiny takes
+    tiny: bool = False
+    seed: int = 0
+
+    @property
+    def reward(self) -> str:
+        """A random model solves nothing: at --tiny it is rewarded at whim, so that groups have signal."""
+        return "whim" if self.tiny else "valid"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, how it is measured here, and the rule by which figures decide.
+
+    `verdict` sees the figures alone, so that other figures give another verdict; `rule` is that function in words.
+    """
+
+    name: str
+    paper: str
+    says: str
+    rule: str
+    sizes: Callable[[Settings], Mapping[str, int]]
+    measure: Callable[[Settings], Figures]
+    verdict: Callable[[Figures], str]
+    table: Callable[[Figures], str]
+    caveat: str = ""
+
+
+def decide(confirmed: bool, refuted: bool) -> str:
+    """One of the three words. Both at once is no finding."""
+    return UNDECIDED if confirmed == refuted else CONFIRMED if confirmed else REFUTED
+
+
+# --- the model and its completions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G completions that the policy drew for one prompt."""
+
+    rollout: Rollout
+    rewards_B: Tensor
+    greedy_rewards_BT: Tensor | None  # of the greedy completion seen before each step
+    empty_L: Tensor  # bool: the cells that the puzzle leaves open; the others are copied
+
+    @property
+    def group_ids_B(self) -> Tensor:
+        return torch.zeros(len(self.rewards_B), dtype=torch.int64)
+
+    @property
+    def has_signal(self) -> bool:
+        return bool((self.rewards_B != self.rewards_B[0]).any())
+
+
+@dataclass
+class Subject:
+    setup: Setup
+    seed: int
+    reward: str
+
+    @property
+    def model(self) -> nn.Module:
+        return self.setup.model
+
+    def examples(self, count: int) -> Sequence[Example]:
+        """Unseen puzzles: no update that moves the policy has them."""
+        return self.setup.task.tests["unseen_puzzles"][:count]
+
+    def groups(self, prompts: int, size: int, *, model: nn.Module | None = None, greedy: bool = False) -> list[Group]:
+        """`size` completions of each of that many unseen prompts, drawn by the demo's sampler at temperature 1."""
+        setup, found = self.setup, []
+        for example in self.examples(prompts):
+            several = [example] * size
+            rollout = generate(
+                model or self.model,
+                setup.codec.prompts(several),
+                seed=self.seed,
+                sequence_ids=noise.sequence_ids([f"claims/{example.id}"] * size, members=range(size)),
+                **setup.generate_options(greedy=greedy),
+            )
+            rewards_B = self.rewards(several, rollout.completion_BL)
+            seen_BT = None
+            if rollout.greedy_BTL is not None:
+                B, T, L = rollout.greedy_BTL.shape
+                seen_BT = self.rewards([example] * (B * T), rollout.greedy_BTL.view(B * T, L)).view(B, T)
+            empty_L = torch.tensor([cell == "0" for cell in example.facts["puzzle"]])
+            found.append(Group(rollout, rewards_B, seen_BT, empty_L))
+        return found
+
+    def with_signal(self, prompts: int, size: int, **options: Any) -> list[Group]:
+        """Those of `groups` whose rewards differ. Raises ValueError where there are none: nothing could be measured."""
+        found = [group for group in self.groups(prompts, size, **options) if group.has_signal]
+        if not found:
+            raise ValueError(
+                f"--checkpoint must be a model that solves some puzzles and not all, {prompts} prompts had no signal"
+            )
+        return found
+
+    def rewards(self, examples: Sequence[Example], completion_BL: Tensor) -> Tensor:
+        return torch.tensor(self.setup.task.rewards[self.reward](examples, self.setup.codec.texts(completion_BL)))
+
+    def plan(self, rollout: Rollout, samples: int, seed: int, law: str = "exact", **options: Any) -> MaskPlan:
+        return make_mask_plan(
+            rollout.ids_BS,
+            rollout.completion_mask_BS,
+            law=law,
+            samples=samples,
+            seed=seed,
+            sequence_ids=rollout.sequence_ids_B,
+            mask_id=rollout.mask_id,
+            **options,
+        )
+
+    def rollout_options(self) -> dict[str, Any]:
+        """For trajectories: scored without the mask id, as they were drawn."""
+        return {"suppress": self.setup.scoring_options(None, None, as_rolled_out=True)["suppress"]}
+
+
+def gradient(
+    model: nn.Module, plan: MaskPlan, objective: Objective, batch: Batch, denominator: float = 1.0, **options: Any
+) -> tuple[Tensor, Report]:
+    """The flat gradient `[P]` of all parameters, by `accumulate`. Samples go through the model together: the sum is the same."""
+    model.zero_grad(set_to_none=True)
+    options = {"samples_per_pass": plan.shape[0], **options}
+    report = accumulate(model, plan, objective, batch, denominator=denominator, **options)
+    # all samples of no weight: nothing reached the model, and the gradient is 0
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    flat_P = torch.cat([part.flatten() for part in parts])
+    model.zero_grad(set_to_none=True)
+    return flat_P, report
+
+
+def load(settings: Settings, *overrides: str) -> Subject:
+    """Raises UserError for a checkpoint that cannot be read."""
+    source = [] if settings.checkpoint is None else [f"model.checkpoint={json.dumps(settings.checkpoint)}"]
+    config = load_config(overrides=[*source, "threads=1", *overrides])
+    setup = prepare(config, _task(config.task, config.task_seed), Ranks())
+    setup.trained.eval()
+    return Subject(setup, settings.seed, settings.reward)
+
+
+@functools.lru_cache(maxsize=1)
+def _task_of(text: str, seed: int) -> Any:
+    from pydantic import TypeAdapter
+
+    from trainer.tasks.config import AnyTaskConfig
+
+    task = make_task(TypeAdapter(AnyTaskConfig).validate_json(text), seed=seed)
+    return replace(task, rewards={**task.rewards, "whim": _whim})
+
+
+def _whim(_: Sequence[Example], texts: Sequence[str]) -> list[float]:
+    return [float(sum(map(ord, text)) % 2) for text in texts]
+
+
+def _task(config: Any, seed: int) -> Any:
+    return _task_of(config.model_dump_json(), seed)
+
+
+def moved(settings: Settings, snapshots: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+    """The policy after so many of BGPO's updates at the demo's learning rate, held constant, from the checkpoint; copies."""
+    subject = load(
+        settings,
+        f"rl.updates={max(1, *snapshots)}",
+        f"rl.prompts={2 if settings.tiny else 8}",
+        "rl.schedule=constant",
+        "rl.warmup=0",
+        f"rl.reward={settings.reward}",
+    )
+    updates = rl_updates(subject.setup, make_optimizer(subject.setup.trained, subject.setup.config.rl))
+    done = 0
+    for snapshot in snapshots:
+        while done < snapshot:
+            next(updates)
+            done += 1
+        yield snapshot, copy.deepcopy(subject.model).eval()
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------------
+
+
+def ratio(numerator_U: Tensor, denominator_U: Tensor | None = None, seed: int = 0) -> Figures:
+    """The mean over units, or the ratio of two sums over them, with its bootstrap over the units."""
+    weight_XU = resampled(len(numerator_U), seed)
+    top, bottom = numerator_U.double(), torch.ones(len(numerator_U)).double() if denominator_U is None else denominator_U.double()
+    return spread(float(top.sum() / bottom.sum()), (weight_XU @ top) / (weight_XU @ bottom))
+
+
+def resampled(units: int, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
+    """float64 `[X, U]`: how often each unit is in each resample; one seed gives paired resamples."""
+    generator = torch.Generator().manual_seed(seed)
+    index_XU = torch.randint(units, (resamples, units), generator=generator)
+    ones_XU = torch.ones(index_XU.shape, dtype=torch.float64)
+    return torch.zeros(resamples, units, dtype=torch.float64).scatter_add_(1, index_XU, ones_XU)
+
+
+def spread(value: float, resampled_X: Tensor) -> Figures:
+    """The value with the 2.5 and 97.5 % quantiles of its resamples; infinite or undefined ones are left out."""
+    finite = resampled_X.double()[resampled_X.isfinite()]
+    if len(finite) < len(resampled_X) / 2 or value != value or value in (float("inf"), float("-inf")):
+        return {"value": 0.0, "low": -1e9, "high": 1e9}  # nothing can be said, and no rule decides
+    low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": value, "low": low, "high": high}
+
+
+def moments(gradient_RP: Tensor) -> tuple[float, float]:
+    """(total variance of one draw, squared norm of the expectation), both unbiased, from R independent draws."""
+    mean_P = gradient_RP.double().mean(0)
+    variance = float((gradient_RP.double() - mean_P).square().sum() / (len(gradient_RP) - 1))
+    return variance, float(mean_P.square().sum()) - variance / len(gradient_RP)
+
+
+def moments_of_sums(weight_RN: Tensor, gram_NN: Tensor) -> tuple[float, float]:
+    """`moments` of R weighted sums of the same N vectors, from the inner products of these."""
+    mean_N = weight_RN.mean(0)
+    norm = float(mean_N @ gram_NN @ mean_N)
+    squares = float(((weight_RN @ gram_NN) * weight_RN).sum())
+    variance = (squares - len(weight_RN) * norm) / (len(weight_RN) - 1)
+    return variance, norm - variance / len(weight_RN)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def digits(value: float) -> str:
+    """Two significant digits."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
+        return f"{value:.1e}"
+    if abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{float(f'{value:.2g}'):.6f}".rstrip("0").rstrip(".")
+
+
+def cell(figure: Mapping[str, float]) -> str:
+    return f"{digits(figure['value'])} [{digits(figure['low'])}, {digits(figure['high'])}]"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))

@@ -1,0 +1,267 @@
+"""DMPO (arXiv 2510.08233): a baseline on the target weights is what makes small batches work.
+
+Source: the public code, whose four baselines are "none", "neg" (its default), "mean" and "unbias". Two measurements:
+
+    exact   softmax policies over 5 answers with random logits and rewards, all groups enumerated (as multisets): the total
+            variance of DMPO's gradient and its expectation without sampling error. Intervals are over the policies.
+    model   many completions of each prompt, cut into groups of G; each completion's gradient by `accumulate` with the
+            published masks, weights and baselines by the library. Once with the policy at its reference, once after
+            updates that moved it away.
+
+"mean" and "unbias" subtract 1 / G from each weight, or nearly so. In a policy whose log-probs are exact that has no
+expectation, since E[grad log p] = 0; whether it has none in a model whose completions come from a sampler and whose loss is
+a mean over masked tokens is the last claim. Where an expectation changes, variance over its square is told as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.claim_studies.common import (
+    Claim,
+    Figures,
+    Group,
+    Settings,
+    Subject,
+    cell,
+    decide,
+    gradient,
+    load,
+    markdown,
+    moments_of_sums,
+    moved,
+    ratio,
+    resampled,
+    spread,
+)
+from dllm_kernels.accumulation import score_samples
+from dllm_kernels.objective import Batch
+from dllm_kernels.objectives import RECIPES, dmpo, dmpo_objective, wdce_baseline, wdce_weights
+
+F64 = torch.float64
+KINDS = ("none", "neg", "mean", "unbias")
+CENTRED = ("mean", "unbias")  # which subtract 1 / G from each weight, or nearly so
+EXACT = "5 answers, exact"
+ANSWERS = 5
+SMALL = (2, 4)  # groups that decide
+SAME = 0.05  # squared change of the expectation, relative
+BLOCK = 64  # groups weighed in one call: memberships are dense
+SINGLE = dmpo_objective(baseline="none")
+
+
+def sizes_of(settings: Settings) -> dict[str, int]:
+    if settings.tiny:
+        return {"policies": 2, "prompts": 3, "pool": 8, "updates": 1, "largest_group": 4}
+    return {"policies": 32, "prompts": 32, "pool": 64, "updates": 10, "largest_group": 8}
+
+
+def multisets(group: int) -> tuple[Tensor, Tensor]:
+    """(answers `[M, G]`, log of the number of orders `[M]`) of all groups that differ by more than order."""
+    draws = torch.tensor(list(itertools.combinations_with_replacement(range(ANSWERS), group)))
+    counts = torch.nn.functional.one_hot(draws, ANSWERS).sum(1).double()
+    return draws, math.lgamma(group + 1) - torch.lgamma(counts + 1).sum(1)
+
+
+def exact_moments(logits: Tensor, rewards: Tensor, kind: str, group: int) -> tuple[Tensor, float]:
+    """(expectation, total variance) of the gradient in the logits over all groups of that size, on-policy."""
+    draws_MG, orders_M = multisets(group)
+    logp = logits.log_softmax(0)
+    probability_M = (logp[draws_MG].sum(1) + orders_M).exp()
+    # d loss / d logits = sum_i (d loss / d logp_i) (onehot(y_i) - p)
+    jacobian = torch.eye(ANSWERS, dtype=F64) - logp.exp()
+    found = []
+    for part_MG in draws_MG.split(BLOCK):
+        coefficient_MG = _coefficients(logp[part_MG.flatten()], rewards[part_MG.flatten()], kind, group).view(-1, group)
+        found.append(torch.einsum("mg,mga->ma", coefficient_MG, jacobian[part_MG]))
+    gradient_MA = torch.cat(found)
+    mean_A = (probability_M[:, None] * gradient_MA).sum(0)
+    return mean_A, float((probability_M[:, None] * (gradient_MA - mean_A).square()).sum())
+
+
+def _coefficients(elbo_B: Tensor, rewards_B: Tensor, kind: str, group: int) -> Tensor:
+    """`d loss / d logp_b` of consecutive groups, by the library's own loss."""
+    ids = torch.arange(len(elbo_B)) // group
+    baseline = wdce_baseline(kind, rewards_B, elbo_B, elbo_B, ids, current_elbo=elbo_B)
+    logp = elbo_B.clone().requires_grad_()
+    loss = dmpo(logp[:, None], wdce_weights(rewards_B, elbo_B, elbo_B, ids), baseline)
+    return torch.autograd.grad(loss, logp)[0]
+
+
+def exact_rows(sizes: dict[str, int]) -> list[Figures]:
+    generator = torch.Generator().manual_seed(0)
+    policies = [
+        (torch.randn(ANSWERS, generator=generator, dtype=F64), 0.1 * torch.rand(ANSWERS, generator=generator, dtype=F64))
+        for _ in range(sizes["policies"])
+    ]
+
+    def columns(kind: str, group: int) -> dict[str, Tensor]:
+        found = [exact_moments(*policy, kind, group) for policy in policies]
+        plain = [exact_moments(*policy, "none", group) for policy in policies]
+        return {
+            "variance": torch.tensor([variance for _, variance in found]),
+            "norm": torch.stack([mean.square().sum() for mean, _ in found]),
+            "change": torch.stack([(mean - other).square().sum() for (mean, _), (other, _) in zip(found, plain, strict=True)]),
+        }
+
+    return _rows(EXACT, sizes, columns)
+
+
+def _rows(where: str, sizes: dict[str, int], columns: Callable[[str, int], dict[str, Tensor]]) -> list[Figures]:
+    rows = []
+    for group in (g for g in (2, 4, 8) if g <= sizes["largest_group"]):
+        plain = columns("none", group)
+        for kind in KINDS[1:]:
+            found = columns(kind, group)
+            rows.append(
+                {
+                    "where": where,
+                    "group": group,
+                    "baseline": kind,
+                    "variance": ratio(found["variance"], plain["variance"]),
+                    "noise": _noise(found, plain),
+                    "change": ratio(found["change"], plain["norm"]),
+                }
+            )
+    return rows
+
+
+def _noise(found: dict[str, Tensor], plain: dict[str, Tensor]) -> Figures:
+    """Variance over the squared norm of the expectation, over the same without a baseline."""
+    weight_XU = resampled(len(plain["norm"]))
+
+    def relative(column: dict[str, Tensor]) -> Tensor:
+        top, bottom = (
+            torch.cat([c_U.double().sum()[None], weight_XU @ c_U.double()]) for c_U in (column["variance"], column["norm"])
+        )
+        # an expectation that cannot be told from 0 says nothing
+        return torch.where(bottom > 0, top / bottom, torch.nan)
+
+    found_X = relative(found) / relative(plain)
+    return spread(float(found_X[0]), found_X[1:])
+
+
+def model_rows(where: str, sizes: dict[str, int], subject: Subject, policy: nn.Module, reference: nn.Module) -> list[Figures]:
+    scored = [_scores(subject, pool, policy, reference) for pool in subject.groups(sizes["prompts"], sizes["pool"], model=policy)]
+
+    def columns(kind: str, group: int) -> dict[str, Tensor]:
+        found: dict[str, list[float]] = {"variance": [], "norm": [], "change": []}
+        for pool in scored:
+            ours_RB, plain_RB = (pool.weights(k, group) for k in (kind, "none"))
+            variance, norm = moments_of_sums(ours_RB, pool.gram_BB)
+            change = moments_of_sums(ours_RB - plain_RB, pool.gram_BB)[1]
+            for key, value in (("variance", variance), ("norm", norm), ("change", change)):
+                found[key].append(value)
+        return {key: torch.tensor(values, dtype=F64) for key, values in found.items()}
+
+    return _rows(where, sizes, columns)
+
+
+class _Pool:
+    """The completions of one prompt: what weights need, and inner products of each one's gradient of minus its mean log-prob."""
+
+    def __init__(self, rewards_B: Tensor, elbo_B: Tensor, ref_B: Tensor, current_B: Tensor, gradient_BP: Tensor) -> None:
+        self.rewards_B, self.elbo_B, self.ref_B, self.current_B = rewards_B, elbo_B, ref_B, current_B
+        self.gram_BB = (gradient_BP @ gradient_BP.t()).double()
+
+    def weights(self, kind: str, group: int) -> Tensor:
+        """float64 `[R, B]`: the coefficient of each completion in each of R groups. The gradient is linear in them."""
+        B = len(self.rewards_B) // group * group
+        ids = torch.arange(B) // group
+        arguments = self.rewards_B[:B], self.elbo_B[:B], self.ref_B[:B], ids
+        coefficient_B = wdce_weights(*arguments) - wdce_baseline(kind, *arguments, current_elbo=self.current_B[:B])
+        weight_RB = torch.zeros(B // group, len(self.rewards_B), dtype=F64)
+        return weight_RB.scatter_(0, ids[None], coefficient_B[None].double())
+
+
+def _scores(subject: Subject, pool: Group, policy: nn.Module, reference: nn.Module) -> _Pool:
+    recipe = RECIPES["dmpo"]
+    at_rollout, in_loss = (
+        subject.plan(pool.rollout, recipe.samples or 4, seed, recipe.law, **recipe.law_options) for seed in (1, 2)
+    )
+    together: dict[str, Any] = {"samples_per_pass": at_rollout.shape[0]}
+    elbo_B, ref_B = ((score_samples(model, at_rollout, **together) * at_rollout.share_K).sum(-1) for model in (policy, reference))
+    gradients, current = [], []
+    for b in range(len(pool.rewards_B)):
+        plan = in_loss.cut(sequences=slice(b, b + 1))
+        flat_P, report = gradient(policy, plan, SINGLE, Batch({"weights": torch.ones(1)}))
+        gradients.append(flat_P)
+        current.append((report.sample_elbo_BK * plan.share_K).sum(-1))
+    return _Pool(pool.rewards_B, elbo_B, ref_B, torch.cat(current), torch.stack(gradients))
+
+
+@functools.lru_cache(maxsize=1)  # for both claims
+def measure(settings: Settings) -> Figures:
+    sizes, subject = sizes_of(settings), load(settings)
+    rows = exact_rows(sizes)
+    rows += model_rows("model, at its reference", sizes, subject, subject.model, subject.model)
+    for updates, policy in moved(settings, (sizes["updates"],)):
+        rows += model_rows(f"model, {updates} updates on", sizes, subject, policy, subject.model)
+    return {"rows": rows}
+
+
+def lowers(kind: str) -> Callable[[Figures], str]:
+    def verdict(figures: Figures) -> str:
+        found = [r["variance"] for r in figures["rows"] if r["baseline"] == kind and r["group"] in SMALL]
+        return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
+
+    return verdict
+
+
+def expectation_verdict(figures: Figures) -> str:
+    rows = [r for r in figures["rows"] if r["baseline"] in CENTRED]
+    on_model = [r["change"] for r in rows if r["where"] != EXACT]
+    return decide(all(r["change"]["high"] < SAME for r in rows), all(x["low"] > SAME for x in on_model))
+
+
+def table_of(kinds: tuple[str, ...], *keys: str) -> Callable[[Figures], str]:
+    def table(figures: Figures) -> str:
+        return markdown(
+            ["where", "group", "baseline", *(COLUMNS[key] for key in keys)],
+            [
+                [r["where"], str(r["group"]), r["baseline"], *(cell(r[key]) for key in keys)]
+                for r in figures["rows"]
+                if r["baseline"] in kinds
+            ],
+        )
+
+    return table
+
+
+COLUMNS = {
+    "variance": "variance over that without",
+    "change": "change of the expectation, squared, relative",
+    "noise": "variance over squared expectation, over that without",
+}
+RULE = (
+    "confirmed if in groups of 2 and 4 the variance over that without a baseline lies below 1 with its interval, wherever "
+    "measured; refuted if above 1 everywhere"
+)
+
+
+def claim(name: str, says: str, kind: str) -> Claim:
+    return Claim(name, "DMPO", says, RULE, sizes_of, measure, lowers(kind), table_of((kind,), "variance", "noise"))
+
+
+CLAIMS = (
+    claim("dmpo-mean", 'the baseline "mean" lowers the gradient\'s variance at small batch', "mean"),
+    claim("dmpo-unbias", 'the baseline "unbias" lowers the gradient\'s variance at small batch', "unbias"),
+    claim("dmpo-neg", "the baseline \"neg\", the code's default, lowers the gradient's variance at small batch", "neg"),
+    Claim(
+        "dmpo-expectation",
+        "DMPO",
+        '"mean" and "unbias" leave the expectation of the gradient as it is',
+        "confirmed if the squared change of the expectation stays below 5 % of its square with its interval, wherever measured; "
+        "refuted if on the model it is above everywhere",
+        sizes_of,
+        measure,
+        expectation_verdict,
+        table_of(("mean", "unbias", "neg"), "change"),
+    ),
+)
