@@ -55,24 +55,36 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
 
 
 def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
-    """Reward of rollouts against forwards made: per algorithm the mean of its runs, smoothed, and their range."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axis = figure.subplots()
-    colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for (name, records), color in zip(runs.items(), colors, strict=False):
+    """Reward of rollouts against forwards made, a panel per algorithm: its runs' mean and range, the other algorithms in grey."""
+    curves = {}
+    for name, records in runs.items():
         rows = [[r for r in own if r["phase"] == "rl"] for own in records]
         common = min(map(len, rows))  # a run that a guard stopped has fewer
-        rows = [own[:common] for own in rows]
-        made = list(itertools.accumulate(_means([r["forwards"] for r in own] for own in rows)))
-        curves = [_running([r["reward"] for r in own]) for own in rows]
-        axis.plot(made, _means(curves), color=color, linewidth=1.8, label=name)
-        low, high = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
-        axis.fill_between(made, low, high, color=color, alpha=0.15, linewidth=0)
-    axis.set_xlabel("forwards (sequences through a model)", fontsize=9)
-    axis.set_title("reward of rollouts (training examples)", fontsize=11)
-    axis.grid(color="#e8eaed", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=9, frameon=False)
+        made = itertools.accumulate(_means([r["forwards"] for r in own[:common]] for own in rows))
+        curves[name] = list(made), [_running([r["reward"] for r in own[:common]], share=8) for own in rows]
+    columns = min(5, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.6 + 2.5 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axis, (name, (made, own)) in zip(axes, curves.items(), strict=False):
+        for other, (forwards, values) in curves.items():
+            if other != name:
+                axis.plot(forwards, _means(values), color=_GREY, linewidth=0.6, zorder=1)
+        low, high = ([pick(values) for values in zip(*own, strict=True)] for pick in (min, max))
+        axis.fill_between(made, low, high, color=_BLUE, alpha=0.2, linewidth=0)
+        axis.plot(made, _means(own), color=_BLUE, linewidth=1.8, zorder=3)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.grid(color="#e8eaed", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
+        axis.xaxis.set_major_formatter(lambda forwards, _: f"{forwards / 1000:g}k")
+    for axis in list(axes)[len(curves) :]:
+        axis.axis("off")
+    figure.suptitle(
+        "reward of rollouts (training examples; running mean over an eighth of the run, range of the seeds)", fontsize=10
+    )
+    figure.supxlabel("forwards (sequences through a model)", fontsize=9)
     figure.savefig(file, dpi=110)
 
 
@@ -80,9 +92,9 @@ def _means(rows: Iterable[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*rows, strict=True)]
 
 
-def _running(values: Sequence[float]) -> list[float]:
-    """Means over the last twentieth of all values."""
-    width = max(1, len(values) // 20)
+def _running(values: Sequence[float], share: int = 20) -> list[float]:
+    """Means over the last `1 / share` of all values."""
+    width = max(1, len(values) // share)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
 
 
