@@ -60,8 +60,8 @@ def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
     for name, records in runs.items():
         rows = [[r for r in own if r["phase"] == "rl"] for own in records]
         common = min(map(len, rows))  # a run that a guard stopped has fewer
-        made = itertools.accumulate(_means([r["forwards"] for r in own[:common]] for own in rows))
-        curves[name] = list(made), [_running([r["reward"] for r in own[:common]], share=8) for own in rows]
+        counted = list(itertools.accumulate(_means([r["forwards"] for r in own[:common]] for own in rows)))
+        curves[name] = counted, [_running([r["reward"] for r in own[:common]], share=8) for own in rows]
     columns = min(5, len(curves))
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.6 + 2.5 * lines), layout="constrained")
