@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks import gpu
-from benchmarks.measure import MIB, Memory, Timing, interleave, peak_memory
-from benchmarks.registry import Case, Contestant, Prepared, Row, Runner, Settings, Suite
+from benchmarks.measure import MIB, Memory, Timing, gflops_per_s, interleave, peak_memory
+from benchmarks.registry import DTYPES, Case, Contestant, Prepared, Row, Runner, Settings, Suite
 
 # a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another job
 PEER_SLACK = 100.0
@@ -41,8 +44,7 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         prepared = case.setup(case.sizes)
     except Exception as error:
         return [_row(case, Contestant("all", "ours"), status="failed", reason=f"set-up: {_describe(error)}")]
-    if settings.contestants:
-        prepared = replace(prepared, contestants=tuple(c for c in prepared.contestants if c.name in settings.contestants))
+    prepared = replace(prepared, contestants=tuple(filter(settings.runs, prepared.contestants)))
     rows = {contestant.name: _row(case, contestant) for contestant in prepared.contestants}
     runners: dict[str, Runner] = {}
     first_run_s: dict[str, float] = {}
@@ -62,15 +64,23 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
             row |= {"status": "failed", "reason": _describe(error)}
             continue
         row["note"] = contestant.note() if callable(contestant.note) else contestant.note
+        row["flops_by_formula"] = contestant.flops() if callable(contestant.flops) else contestant.flops
+        row |= _counted(runner)
         runners[contestant.name] = runner
         if excess := _excess(row["errors"], case, contestant):
             row |= {"status": "wrong", "reason": excess}
     on_gpu = settings.device == "cuda"
-    for name, timing in (gpu.interleave(runners) if on_gpu else interleave(runners, first_run_s)).items():
+    timed = gpu.interleave(runners) if on_gpu else interleave(runners, first_run_s)
+    for name, timing in timed.items():
         if isinstance(timing, Timing):
             rows[name]["time_ms"] = timing.as_json()
         else:
             rows[name] |= {"status": "failed", "reason": _describe(timing)}
+    for contestant in prepared.contestants:
+        if contestant.phases is not None and rows[contestant.name]["time_ms"]:
+            _add_phases(rows[contestant.name], contestant.phases())
+    if case.flops and all(c.role != "floor" for c in prepared.contestants):
+        rows["limit"] = _limit(case, settings)
     _add_ratios(rows, suite, case, prepared)
     if on_gpu:
         _finish_on_gpu(rows, runners, prepared)
@@ -80,6 +90,11 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         if contestant.role != "floor" and rows[contestant.name]["time_ms"]:
             _add_memory(rows[contestant.name], suite, case, contestant, settings)
     return list(rows.values())
+
+
+def _add_phases(row: Row, seconds: Mapping[str, float]) -> None:
+    row["phases_s"] = {name: round(value, 5) for name, value in seconds.items()}
+    row["note"] += "".join(f"{', ' if row['note'] else ''}{name} {value:.2g} s" for name, value in seconds.items())
 
 
 def _row(case: Case, contestant: Contestant, *, status: str = "ok", reason: str = "") -> Row:
@@ -92,13 +107,36 @@ def _row(case: Case, contestant: Contestant, *, status: str = "ok", reason: str 
         "reason": reason,
         "note": "",
         "time_ms": None,
+        "flops_counted": None,
+        "flops_by_formula": None,
         "gflops_per_s": None,
         "to_floor": None,
         "to_baseline": None,
         "memory_mib": None,
         "memory_method": "",
         "errors": {},
+        "phases_s": {},
     }
+
+
+def _counted(runner: Runner) -> dict[str, Any]:
+    """Operations of one call, by torch's counter with the library's formulas; kernels that torch does not see count as 0."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            runner()
+    except Exception as error:  # a peer whose kernels cannot run under a dispatch mode may still be timed
+        return {"flops_counted": None, "flops_reason": _describe(error)}
+    return {"flops_counted": int(counter.get_total_flops())}
+
+
+def _limit(case: Case, settings: Settings) -> Row:
+    """The least arithmetic of the case at the rate of a bare matrix product, which nobody goes below: computed."""
+    rate = gflops_per_s(DTYPES[case.dtype or settings.dtype], settings.device)
+    row = _row(case, Contestant("limit", "floor"))
+    milliseconds = round(case.flops / rate / 1e6, 5)
+    row["time_ms"] = {**dict.fromkeys(("median", "min", "q1", "q3"), milliseconds), "runs": 0}
+    row |= {"note": f"{case.flops / 1e9:.4g} GFLOP at {rate:.0f} GFLOP/s, computed", "flops_by_formula": case.flops}
+    return row
 
 
 def _describe(error: Exception) -> str:
@@ -106,7 +144,7 @@ def _describe(error: Exception) -> str:
 
 
 def _excess(errors: dict[str, float], case: Case, contestant: Contestant) -> str:
-    slack = 1.0 if contestant.role == "ours" else PEER_SLACK
+    slack = PEER_SLACK if contestant.role == "peer" else 1.0
     over = [
         f"{name} error {errors[name]:.1e} above {limit * slack:.0e}"
         for name, limit in case.tolerance.items()
@@ -120,15 +158,15 @@ def _add_ratios(rows: dict[str, Row], suite: Suite, case: Case, prepared: Prepar
         row: dict[str, Any] = rows.get(name) or {}
         return row["time_ms"]["median"] if row.get("time_ms") else None
 
-    floor = next((c.name for c in prepared.contestants if c.role == "floor"), "")
+    floor = next((name for name, row in rows.items() if row["role"] == "floor"), "")
     for name, row in rows.items():
         if (own := median(name)) is None:
             continue
-        if case.flops:
-            row["gflops_per_s"] = round(case.flops / own / 1e6, 1)
+        if operations := row["flops_counted"] or row["flops_by_formula"]:
+            row["gflops_per_s"] = round(operations / own / 1e6, 1)
         for key, other in (("to_floor", median(floor)), ("to_baseline", median(suite.baseline))):
             row[key] = round(own / other, 4) if other else None
-        if row["role"] == "floor":
+        if row["role"] == "floor" and prepared.output_bytes:
             row |= {"memory_mib": round(prepared.output_bytes / MIB, 2), "memory_method": "outputs, by arithmetic"}
 
 
@@ -143,6 +181,8 @@ def _finish_on_gpu(rows: dict[str, Row], runners: dict[str, Runner], prepared: P
                 row["memory_method"] = _describe(error)
             else:
                 row |= {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}
+        if row["time_ms"]:
+            row["kernels"] = gpu.kernels(runners[contestant.name])
         row["clocks"] = gpu.clocks() if contestant.role == "floor" else ""
 
 

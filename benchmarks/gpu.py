@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.metadata
-import importlib.util
 import subprocess
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +14,6 @@ from benchmarks.measure import MIB, ROUNDS, Memory, Timing
 from benchmarks.registry import Runner
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any card
-COPY_BYTES = 4 << 30
 
 
 @functools.cache
@@ -69,9 +66,25 @@ def peak_memory(runner: Runner) -> Memory:
     return Memory((peak - before) / MIB, "torch.cuda.max_memory_allocated")
 
 
+def kernels(runner: Runner, most: int = 4) -> list[str]:
+    """Names of the kernels that take most of a call's time, the slowest first: whether a peer took its fast path."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        runner()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] = spent.get(event.name, 0.0) + event.time_range.elapsed_us()
+    return [name[:80] for name in sorted(spent, key=lambda name: -spent[name])[:most]]
+
+
 def clocks() -> str:
     """Clocks, temperature and power of the card, as nvidia-smi says them; empty where there is none."""
-    query = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    return _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+
+
+def _nvidia_smi(query: str) -> str:
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(torch.cuda.current_device())],
@@ -85,34 +98,12 @@ def clocks() -> str:
     return done.stdout.strip()
 
 
-def copy_gbytes() -> float:
-    """GB/s of a large copy on the card, bytes read and written: the ceiling of the row kernels."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-
-    def copy() -> dict[str, torch.Tensor]:
-        target.copy_(source)
-        return {}
-
-    copy()
-    return 2 * COPY_BYTES / sorted(_one(copy) for _ in range(7))[3] / 1e9
-
-
 def environment() -> dict[str, Any]:
-    """The card, what it copies, its clocks, and the versions of everybody's kernels; plain values."""
-    names = ("triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    """The card, its driver, and its ceilings; plain values."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu_multiprocessors": properties.multi_processor_count,
         "gpu_memory_mib": properties.total_memory // MIB,
+        "driver": _nvidia_smi("driver_version"),
         "cuda": torch.version.cuda or torch.version.hip,
-        "copy_gbytes_per_s": round(copy_gbytes()),
-        "clocks": clocks(),
-        "versions": versions,
     }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within ten minutes on one card:
-#   benchmarks/gpu.sh [OUT]                    results under OUT, default benchmarks/results/gpu-<card>
+#   benchmarks/gpu.sh [OUT]                    tests, then every suite at full size, under OUT, default benchmarks/results/gpu-<card>
 #   benchmarks/gpu.sh --dry-run [OUT]          the same stages on the CPU at the smallest sizes: checks this script
 #   PYTHON=python3 benchmarks/gpu.sh           another interpreter; needs torch with CUDA, triton, pytest, hypothesis, rich
 # Peers' wheels (liger-kernel, trl, cut-cross-entropy, quack-kernels) are used where they are importable.
@@ -16,11 +16,12 @@ if [ "${1:-}" = "--dry-run" ]; then
 fi
 if [ "$dry" = 1 ]; then
   out=${1:-runs/gpu-dry-run}
-  device=cpu size=(--tiny --case forward) suite=(-k "reference and pitfall") accuracy=(--tiny)
+  device=cpu head=(--tiny --case forward) rest=(--tiny) suite=(-k "reference and pitfall") kind=float32
 else
   card=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || exit 2
   out=${1:-benchmarks/results/gpu-$card}
-  device=cuda size=(--minutes 3) suite=(-k cuda) accuracy=()
+  # no suite starts a case after its minutes; head has 150 cases, the models that matter most first
+  device=cuda head=(--full --minutes 1.8) rest=(--full --minutes 0.4) suite=(-k cuda) kind=bfloat16
 fi
 parallel=() # a GPU's machine has cores to compile on
 if [ "$dry" = 0 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
@@ -44,15 +45,18 @@ if [ "$device" = cuda ]; then
   trap 'kill "$clocks" 2>/dev/null' EXIT
 fi
 
-stage suite 210 env HYPOTHESIS_PROFILE=few "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_head.py tests/triton/test_cuda.py "${suite[@]}" "${parallel[@]}"
-stage accuracy 60 "$PYTHON" benchmarks/accuracy.py --device "$device" "${accuracy[@]}" --out "$out/accuracy.json"
-stage head 240 "$PYTHON" benchmarks/run.py --suite head --device "$device" --dtype bfloat16 "${size[@]}" --out "$out/head.json"
+run=("$PYTHON" benchmarks/run.py --device "$device")
+stage suite 180 env HYPOTHESIS_PROFILE=few "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_head.py tests/triton/test_cuda.py "${suite[@]}" "${parallel[@]}"
+stage accuracy 40 "${run[@]}" --suite accuracy "${rest[@]}" --out "$out/accuracy.json"
+stage head 150 "${run[@]}" --suite head --dtype "$kind" "${head[@]}" --out "$out/head.json"
+stage bench 160 "${run[@]}" --suite step --suite elbo --suite rollout --suite bgpo --suite entropy "${rest[@]}" --out "$out/bench.json"
 if [ "$device" = cuda ]; then
   # the candidates of the fused kernel and of chunks, by time: what DLLM_KERNELS_AUTOTUNE=1 would choose on this card
-  stage tuning 60 env DLLM_KERNELS_AUTOTUNE=1 DLLM_KERNELS_CACHE="$out/tuning.json" "$PYTHON" -c '
+  stage tuning 50 env DLLM_KERNELS_AUTOTUNE=1 DLLM_KERNELS_CACHE="$out/tuning.json" "$PYTHON" -c '
 from benchmarks.suites.head import HEADS
 from dllm_kernels.backends.triton import engine
 for head in HEADS.values():
     engine.warmup(head["H"], head["V"])'
+  (cd "$out" && tar czf plots.tar.gz ./*.png && rm -f ./*.png)
 fi
 exit "$bad"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +26,7 @@ SHORTEST_SAMPLE_S = 0.005  # faster work is repeated within one sample until it 
 WARM_S = 0.1  # a first run this long has warmed up what there is
 MEMORY_TIMEOUT_S = 900
 MIB = 1 << 20
+FLUSH_BYTES = 64 << 20  # twice the last-level cache of the processors that we measured on
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -40,10 +43,60 @@ class Timing:
         return {**{name: round(value * 1e3, 5) for name, value in values.items()}, "runs": len(self.runs)}
 
 
+@cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
+
+
+def flush_caches() -> None:
+    """Write more than the caches hold: what runs next reads its operands from memory, whoever ran before."""
+    _flush_buffer().add_(1)
+
+
+@cache
+def gflops_per_s(dtype: torch.dtype, device: str) -> float:
+    """The rate of a large matrix product by the vendor's library, best of several shapes and runs: the arithmetic's ceiling."""
+    best = 0.0
+    for n, k, m in ((512, 1024, 8192), (2048, 2048, 2048)):
+        a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(m, k, device=device).to(dtype).t()
+        out = torch.empty(n, m, dtype=dtype, device=device)
+        best = max(best, 2.0 * n * k * m / _quickest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) / 1e9)
+    return best
+
+
+@cache
+def gbytes_per_s(device: str) -> float:
+    """The rate of a large copy, bytes read and written: the memory's ceiling."""
+    source = torch.ones((4 << 30) if device == "cuda" else (512 << 20), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2.0 * source.nbytes / _quickest(lambda: target.copy_(source), device) / 1e9
+
+
+def cpu_clocks() -> str:
+    """What the kernel says of the cores' clocks, as `2596-2601 MHz`; empty where it says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return f"{min(clocks):.0f}-{max(clocks):.0f} MHz" if clocks else ""
+
+
+def _quickest(work: Callable[[], object], device: str) -> float:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
 def interleave(
     runners: Mapping[str, Runner], first_run_s: Mapping[str, float], rounds: int = ROUNDS
 ) -> dict[str, Timing | Exception]:
-    """Time the runners in turn, so that a noisy minute hits all of them; every round starts with another one.
+    """Time the runners in turn, so that a noisy minute hits all of them; every round starts with another one, from cold caches.
 
     Each has run once already, in `first_run_s` seconds. One that raises gets its exception instead of a timing.
     """
@@ -61,6 +114,7 @@ def interleave(
                     continue
                 try:
                     count = repeats.get(name, 1)
+                    flush_caches()
                     started = time.perf_counter()
                     for _ in range(count):
                         runners[name]()
@@ -86,9 +140,19 @@ class Memory:
 
 
 def start_memory_server(preload: Sequence[str]) -> None:
-    """Start the process that `peak_memory` forks from, with these modules imported; once, before the first of them."""
-    multiprocessing.set_forkserver_preload(["torch", "dllm_kernels", *preload])
+    """Start the process that `peak_memory` forks from, with these modules imported; once, before the first of them.
+
+    What is not imported there is imported again in every child, half a second each.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])  # the server gets no sys.path
+    multiprocessing.set_forkserver_preload(["torch", "dllm_kernels", "benchmarks.measure", *preload])
     forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
 
 
 def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> Memory:
@@ -125,6 +189,7 @@ def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> 
 
 def _child(pipe: Connection, suite_name: str, label: str, contestant: str, settings: Settings) -> None:
     try:
+        gc.freeze()  # else the collection below copies every page of the modules that the server shares
         # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live memory
         getattr(_libc(), "mallopt", lambda *_: 0)(M_MMAP_THRESHOLD, MIB)
         torch.set_num_threads(settings.threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ from benchmarks.registry import Row
 
 COLOURS = {
     "ours": "#1b7837",
-    "ours (reference)": "#7fbf7b",
+    "reference": "#7fbf7b",
     "ours (loop)": "#7fbf7b",
     "eager": "#b35806",
     "full graph": "#b35806",
+    "full logits": "#b35806",
+    "published": "#b35806",
+    "one pass per sample": "#542788",
     "torch linear_ce": "#542788",
     "floor": "#555555",
 }
@@ -37,7 +40,8 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     shapes: dict[str, list[Row]] = {}
     for row in rows:
         if row["time_ms"]:
-            key = ", ".join(f"{name}={row['sizes'][name]}" for name in row["sizes"] if name != "N")
+            key = ", ".join(f"{name}={row['sizes'][name]}" for name in row["sizes"] if name not in ("N", "M"))
+            key += f", {row['case'].split()[-1]}" * (len(row["case"].split()) > 2)
             shapes.setdefault(key, []).append(row)
     if not shapes:
         return
@@ -74,7 +78,7 @@ def _bars_of(axis: Any, rows: Sequence[Row], labels: Sequence[str], names: Seque
             continue
         drawn = axis.bar(*zip(*points, strict=True), width=width * 0.92, color=COLOURS[name], label=name)
         axis.bar_label(drawn, fmt=_short, fontsize=7, padding=1)
-    axis.set_xticks(range(len(labels)), [label.split()[0] for label in labels])
+    axis.set_xticks(range(len(labels)), [label.replace(" N=", "\nN=").split(",H=")[0] for label in labels], fontsize=8)
     axis.grid(axis="x", visible=False)
     axis.margins(y=0.12)
 
@@ -95,44 +99,77 @@ def _short(value: float) -> str:
 
 def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
     """Extra memory and seconds against the number of Monte-Carlo samples."""
+    curves_over_samples({"one update": rows}, path, title="BGPO, EuroBERT of 2 layers", samples="n_t")
+
+
+def curves_over_samples(families: Mapping[str, Sequence[Row]], path: Path, *, title: str, samples: str = "K") -> None:
+    """Extra memory and seconds of each family's contestants against the number of Monte-Carlo samples; a line of panels each."""
     pyplot = pyplot_module()
-    measured = [row for row in rows if row["time_ms"]]
+    measured = {family: [row for row in rows if row["time_ms"]] for family, rows in families.items()}
+    measured = {family: rows for family, rows in measured.items() if rows}
     if not measured:
         return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6))
-    ticks = sorted({row["sizes"]["K"] for row in measured})
-    for name in dict.fromkeys(row["contestant"] for row in measured):
-        mine = [row for row in measured if row["contestant"] == name]
-        style = {"color": COLOURS[name], "marker": "o", "markersize": 5, "label": f"{name} ({mine[0]['note']})"}
-        style["linestyle"] = "--" if name == "ours (loop)" else "-"
-        known = [row for row in mine if row["memory_mib"] is not None]
+    figure, axes = pyplot.subplots(len(measured), 2, figsize=(12, 0.6 + 4 * len(measured)), squeeze=False)
+    for (family, rows), (left, right) in zip(measured.items(), axes, strict=True):
+        for name in dict.fromkeys(row["contestant"] for row in rows):
+            _curves_of(name, [row for row in rows if row["contestant"] == name], left, right)
+        ticks = sorted({row["sizes"]["K"] for row in rows})
+        left.set_title(f"extra peak memory of {family}, MiB", loc="left", fontsize=10)
+        right.set_title(f"seconds of {family} (median, quartiles)", loc="left", fontsize=10)
+        for axis in (left, right):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [str(n) for n in ticks])
+            axis.minorticks_off()
+            _log_scale(axis)
+            axis.set_xlabel(f"Monte-Carlo samples {samples}")
+    axes[0][1].legend(frameon=False, loc="upper left", fontsize=8)  # where rising curves leave room
+    sizes = {key: value for key, value in next(iter(measured.values()))[0]["sizes"].items() if key != "K"}
+    figure.suptitle(f"{title}, {', '.join(f'{k}={v}' for k, v in sizes.items())}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curves_of(name: str, rows: Sequence[Row], left: Any, right: Any) -> None:
+    """One contestant's memory, the last figure written out, and time."""
+    colour, dashed = COLOURS.get(name, COLOURS["floor"]), name in ("ours (loop)", "limit")
+    style = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "--" if dashed else "-"}
+    samples = [row["sizes"]["K"] for row in rows]
+    known = [row for row in rows if row["memory_mib"] is not None and row["role"] != "floor"]
+    if known:
         left.plot([row["sizes"]["K"] for row in known], [row["memory_mib"] for row in known], **style)
-        if known:
-            last = known[-1]
-            offset = (6, -11) if name == "ours (loop)" else (6, 4)
-            left.annotate(
-                f"{last['memory_mib']:.0f}",
-                (last["sizes"]["K"], last["memory_mib"]),
-                xytext=offset,
-                textcoords="offset points",
-                color=COLOURS[name],
-                fontsize=9,
-            )
-        milliseconds = [[row["time_ms"][key] for row in mine] for key in ("median", "q1", "q3")]
-        medians, low, high = ([value / 1e3 for value in values] for values in milliseconds)
-        right.plot([row["sizes"]["K"] for row in mine], medians, **style)
-        right.fill_between([row["sizes"]["K"] for row in mine], low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
-    sizes = {key: value for key, value in measured[0]["sizes"].items() if key != "K"}
-    left.set_title("extra peak memory of one update, MiB", loc="left", fontsize=10)
-    right.set_title("seconds per update (median, quartiles)", loc="left", fontsize=10)
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-        axis.minorticks_off()
-        _log_scale(axis)
-        axis.set_xlabel("Monte-Carlo samples n_t")
-    left.legend(frameon=False, loc="upper left")
-    figure.suptitle(f"BGPO, EuroBERT of 2 layers, {', '.join(f'{k}={v}' for k, v in sizes.items())}", fontsize=11)
+        left.annotate(
+            f"{known[-1]['memory_mib']:.3g}",
+            (known[-1]["sizes"]["K"], known[-1]["memory_mib"]),
+            xytext=(6, -11) if dashed else (6, 4),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+        )
+    milliseconds = [[row["time_ms"][key] for row in rows] for key in ("median", "q1", "q3")]
+    medians, low, high = ([value / 1e3 for value in values] for values in milliseconds)
+    note = f" ({rows[0]['note']})" if rows[0]["note"] and rows[0]["role"] != "floor" else ""
+    right.plot(samples, medians, label=name + note, **style)
+    right.fill_between(samples, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def seconds_and_memory(rows: Sequence[Row], path: Path) -> None:
+    """Lying bars of every case and contestant that was measured."""
+    pyplot = pyplot_module()
+    measured = [row for row in rows if row["time_ms"] and row["role"] != "floor"]
+    if not measured:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 0.8 + 0.42 * len(measured)), sharey=True)
+    labels = [f"{row['case'].rpartition(' ')[0]}: {row['contestant']}" for row in measured]
+    colours = [COLOURS["ours" if row["role"] == "ours" else "published"] for row in measured]
+    for axis, values, title in (
+        (axes[0], [row["time_ms"]["median"] / 1e3 for row in measured], "seconds (median)"),
+        (axes[1], [row["memory_mib"] or 0.0 for row in measured], "extra peak memory, MiB"),
+    ):
+        axis.bar_label(axis.barh(labels, values, color=colours), fmt="%.3g", fontsize=8, padding=2)
+        axis.set_xscale("symlog", linthresh=1e-2)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -176,5 +213,28 @@ def squared_errors(rows: Sequence[Row], path: Path) -> None:
     axes[0][0].set_ylabel("mean squared error of the ELBO, nats²")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1 - 2.2 / (6.2 * len(models) + 2), 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def grouped(values: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
+    """Bars on a logarithmic axis: a group per key of `values`, a bar per name in it."""
+    pyplot = pyplot_module()
+    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    figure, axis = pyplot.subplots(figsize=(9, 4.2))
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        points = [
+            (x + (i - (len(names) - 1) / 2) * width, group[name]) for x, group in enumerate(values.values()) if name in group
+        ]
+        color = COLOURS.get(name, f"C{i}")
+        drawn = axis.bar(*zip(*points, strict=True), width=width * 0.92, color=color, label=name)
+        axis.bar_label(drawn, fmt="%.1e", fontsize=7, padding=1)
+    axis.set_xticks(range(len(values)), list(values))
+    axis.set_yscale("log")
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.grid(axis="x", visible=False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -14,13 +14,16 @@ from typing import Any, Literal
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE_MODULES = {name: f"benchmarks.suites.{name}" for name in ("head", "bgpo", "rollout", "variance")}
+SUITE_MODULES = {
+    name: f"benchmarks.suites.{name}" for name in ("head", "elbo", "bgpo", "entropy", "rollout", "step", "accuracy", "variance")
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Role = Literal["ours", "peer", "floor"]
+# "reference": the library's own PyTorch specification of every op, which its tests hold the other backends against
+Role = Literal["ours", "reference", "peer", "floor"]
 Result = dict[str, Tensor]
 Runner = Callable[[], Result]
 Row = dict[str, Any]  # one line of a result file: plain values, see `execution.measure_case`
@@ -33,9 +36,10 @@ class Settings:
     dtype: str = "float32"
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
+    full: bool = False  # the sizes of the published bounds, and every case; else what fits into three minutes in all
     threads: int = 1
     cases: tuple[str, ...] = ()  # only cases of these names; all where empty
-    contestants: tuple[str, ...] = ()  # only these; all where empty
+    peers: tuple[str, ...] | None = None  # of those beside ours and the floor only these; None for all
     models: Sequence[str] = ()  # checkpoint folders, for suites that score a trained model
     device: str = "cpu"
     minutes: float = 0.0  # after which no further case starts; 0 for no limit
@@ -44,6 +48,9 @@ class Settings:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    def runs(self, contestant: Contestant) -> bool:
+        return contestant.role in ("ours", "floor") or self.peers is None or contestant.name in self.peers
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -51,7 +58,8 @@ class Contestant:
 
     `make` builds its state and returns the function that is timed; that function returns its outputs, for `errors`. A
     contestant that cannot run says why in `absent` and is listed with that reason. `note` is printed beside the figures;
-    a function, where only the made contestant knows.
+    a function, where only the made contestant knows. `flops` is what a formula says of one call's operations, beside those
+    that are counted while it runs; 0 where there is none.
     """
 
     name: str
@@ -59,6 +67,8 @@ class Contestant:
     make: Callable[[], Runner] | None = None
     absent: str = ""
     note: str | Callable[[], str] = ""
+    flops: float | Callable[[], float] = 0.0
+    phases: Callable[[], Mapping[str, float]] | None = None  # seconds of a call's parts, asked after all timing
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,14 @@ class Case:
     sizes: Mapping[str, int]
     tiny: Mapping[str, int]  # the same work at a size that only warms up code, threads and library buffers
     setup: Callable[[Mapping[str, int]], Prepared]
-    flops: float  # of the matrix products; 0 where they are not counted
+    flops: float  # the least operations that the work takes: the row "limit" where no contestant is the floor; 0 for none
     tolerance: Mapping[str, float]  # largest error of ours; see `execution.PEER_SLACK` for the others
+    dtype: str = ""  # where it is not the run's
 
     @property
     def label(self) -> str:
-        return f"{self.name} {','.join(f'{key}={value}' for key, value in self.sizes.items())}"
+        sizes = ",".join(f"{key}={value}" for key, value in self.sizes.items())
+        return f"{self.name} {sizes} {self.dtype}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,38 @@ class Study:
     plot: Callable[[Sequence[Row], Path], None]
     required_shape: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
+
+
+def small_model(
+    *, V: int, H: int, layers: int, dtype: torch.dtype, device: str = "cpu", expand: int = 4, sharpen: float = 1.0
+) -> nn.Module:
+    """A random EuroBERT (LLaDA's architecture) in evaluation mode; its mask id is V - 1. `sharpen` scales the head."""
+    from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+    heads = max(1, H // 64)
+    config = EuroBertConfig(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=expand * H,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        mask_token_id=V - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = EuroBertForMaskedLM(config)
+    model.get_output_embeddings().weight.data.mul_(sharpen)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def multiplied_parameters(model: nn.Module) -> int:
+    """Parameters that every token is multiplied with: neither the embedding, which is looked up, nor the head."""
+    skipped = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}  # type: ignore[operator]
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in skipped)
 
 
 def load(name: str) -> Suite | Study:

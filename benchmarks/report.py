@@ -12,7 +12,7 @@ from benchmarks.registry import Row, Suite
 
 SMALLEST_CHANGE = 0.05  # of the median; two runs of the same code differ by as much
 SMALLEST_MEMORY_MIB = 4.0
-STYLES = {"ours": "bold green", "peer": "", "floor": "dim"}
+STYLES = {"ours": "bold green", "reference": "green", "peer": "", "floor": "dim"}
 
 
 def table(suite: Suite, rows: Sequence[Row]) -> Table:
@@ -20,7 +20,7 @@ def table(suite: Suite, rows: Sequence[Row]) -> Table:
     found.add_column("case", no_wrap=True)
     found.add_column("contestant", no_wrap=True)
     has_floor = any(row["role"] == "floor" for row in rows)
-    for name in ("ms", "quartiles", *(["x floor"] if has_floor else []), f"x {suite.baseline}", "extra MiB"):
+    for name in ("ms", "quartiles", *(["x floor"] if has_floor else []), f"x {suite.baseline}", "extra MiB", "GFLOP (formula)"):
         found.add_column(name, justify="right", no_wrap=True)
     for name in suite.error_columns:
         found.add_column(f"{name} err", justify="right", no_wrap=True)
@@ -31,17 +31,18 @@ def table(suite: Suite, rows: Sequence[Row]) -> Table:
             found.add_section()
         time = row["time_ms"]
         cells = [
-            "" if row["case"] == previous else row["case"].replace(" ", "\n", 1),
+            "" if row["case"] == previous else _broken(row),
             row["contestant"],
             _digits(time["median"]) if time else "-",
-            f"{_digits(time['q1'])} - {_digits(time['q3'])}" if time else "-",
+            f"{_digits(time['q1'])} - {_digits(time['q3'])}" if time and time["runs"] else "-",
             *([_ratio(row["to_floor"])] if has_floor else []),
             _ratio(row["to_baseline"]),
             "-" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}",
+            _operations(row),
             *(f"{row['errors'][name]:.1e}" if name in row["errors"] else "-" for name in suite.error_columns),
             row["note"] if row["status"] == "ok" else f"[red]{row['status'].upper()}[/]: {row['reason']}",
         ]
-        if row["status"] == "ok" and row["memory_mib"] is None:
+        if row["status"] == "ok" and row["memory_mib"] is None and row["role"] != "floor":
             cells[-1] = f"no memory figure: {row['memory_method']}"
         found.add_row(*cells, style=STYLES[row["role"]])
         previous = row["case"]
@@ -61,8 +62,9 @@ def arithmetic_table(suite: Suite, entries: Sequence[Mapping[str, Any]]) -> Tabl
 
 def header(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     commit = (environment["git_commit"] or "no commit")[:12]
+    machine = environment["cpu"] if settings["device"] == "cpu" else environment["gpu"]
     return (
-        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"{machine}, {environment['clocks']}, {environment['threads']} threads, torch {environment['torch']}, "
         f"dllm_kernels {environment['dllm_kernels']} ({commit}), head: {environment['head']}, "
         f"{settings['dtype']}, load {environment['load_average']}"
     )
@@ -72,6 +74,18 @@ def console() -> Console:
     """As wide as the terminal, or wide enough for a log file."""
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=180)
+
+
+def _broken(row: Row) -> str:
+    """The case's label on two lines: its name, its sizes."""
+    sizes = ",".join(f"{key}={value}" for key, value in row["sizes"].items())
+    return str(row["case"]).replace(f" {sizes}", f"\n{sizes}", 1)
+
+
+def _operations(row: Row) -> str:
+    """Counted, and by formula in brackets; "-" where nobody says."""
+    counted, formula = ("-" if not row[key] else f"{row[key] / 1e9:.4g}" for key in ("flops_counted", "flops_by_formula"))
+    return counted if formula == "-" else f"{counted} ({formula})"
 
 
 def _digits(milliseconds: float) -> str:
@@ -86,7 +100,7 @@ def compare(base: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str],
     """Sentences on what changed beyond the spread from one result file to another, and how many are for the worse."""
     lines = [
         f"environment differs: {key} was {base['environment'].get(key)}, is {new['environment'].get(key)}"
-        for key in ("cpu", "threads", "torch", "head")
+        for key in ("cpu", "gpu", "threads", "torch", "head")
         if base["environment"].get(key) != new["environment"].get(key)
     ]
     before = {_key(base, name, row): row for name, row in _rows(base)}
@@ -119,13 +133,13 @@ def _key(results: Mapping[str, Any], suite: str, row: Row) -> tuple[str, ...]:
 def _changes(old: Row, new: Row) -> Iterator[tuple[str, bool]]:
     if old["status"] != new["status"]:
         yield f"status {old['status']} -> {new['status']} {new['reason']}", new["status"] != "ok"
-    was, now = old["time_ms"], new["time_ms"]
-    if was and now:
+    was, now = old.get("time_ms"), new.get("time_ms")
+    if was and now and now["runs"]:  # not what is computed
         ratio = now["median"] / was["median"]
         apart = now["q1"] > was["q3"] or now["q3"] < was["q1"]
         if apart and abs(ratio - 1) > SMALLEST_CHANGE:
             yield f"time {_digits(was['median'])} -> {_digits(now['median'])} ms (x{ratio:.2f})", ratio > 1
-    if old["memory_mib"] is not None and new["memory_mib"] is not None:
+    if old.get("memory_mib") is not None and new.get("memory_mib") is not None:
         growth = new["memory_mib"] - old["memory_mib"]
         if abs(growth) > max(SMALLEST_MEMORY_MIB, SMALLEST_CHANGE * old["memory_mib"]):
             yield f"extra memory {old['memory_mib']:.1f} -> {new['memory_mib']:.1f} MiB", growth > 0

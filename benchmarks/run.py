@@ -1,12 +1,13 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   all suites; the rollouts alone take 10 minutes on 2 cores
+    python benchmarks/run.py                                   every suite, in under 3 minutes on 2 cores or on a GPU
     python benchmarks/run.py --list                            what there is
+    python benchmarks/run.py --full --out FILE.json            the sizes of the published bounds, and every case
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
-    python benchmarks/run.py --suite bgpo --out benchmarks/results/cpu-2024-11-21.json         a result to commit
+    python benchmarks/run.py --suite head --peers eager,liger  ours and the floor beside these alone; `none` for nobody
     python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
-    python benchmarks/run.py --suite head --device cuda --dtype bfloat16 --minutes 6           heads of models, on a GPU
-    python benchmarks/run.py --compare benchmarks/results/cpu-2024-11-21.json                  what changed since
+    python benchmarks/run.py --device cuda --dtype bfloat16    on a GPU (the default where there is one)
+    python benchmarks/run.py --compare BASE.json               what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
 runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong results, one of
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,16 @@ def parse_shape(text: str) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", action="append", help="a suite's name; may be given several times; default all")
+    parser.add_argument("--suite", action="append", help="a name; may be given several times; default all; elbo brings variance")
     parser.add_argument("--list", action="store_true", help="print suites, cases and contestants, and measure nothing")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shape", help="sizes instead of the default ones, like N=256,H=64,V=1000; needs one --suite")
     parser.add_argument("--case", action="append", help="a case's name, like forward; may be given several times; default all")
-    parser.add_argument("--only", help="only these contestants, like ours,floor,eager; default all")
+    parser.add_argument("--full", action="store_true", help="the sizes of the published bounds, and every case")
+    parser.add_argument("--peers", help="who runs beside ours and the floor: all (default), none, or names, like eager,liger")
     parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: for the suite `head`")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no further case after so many; default no limit")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
@@ -71,7 +74,11 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
 
     from benchmarks import execution, measure, registry, report
 
-    names = list(dict.fromkeys(arguments.suite or registry.SUITE_MODULES))
+    asked = arguments.suite or registry.SUITE_MODULES
+    # the variance of ELBO estimators is the other half of what they cost
+    names = list(dict.fromkeys(part for name in asked for part in (("elbo", "variance") if name == "elbo" else (name,))))
+    if arguments.shape is not None or arguments.case:  # of one of the two
+        names = list(dict.fromkeys(asked))
     suites = [registry.load(name) for name in names]
     settings = _settings(arguments, suites)
     base = _load_base(arguments.compare)
@@ -95,7 +102,8 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     except OSError as error:
         raise ValueError(f"--out must be a writable file, got {out}: {error.strerror}") from None
 
-    measure.start_memory_server([module for suite in suites for module in suite.preload])
+    modules = [registry.SUITE_MODULES[suite.name] for suite in suites]
+    measure.start_memory_server([*modules, *(module for suite in suites for module in suite.preload)])
     torch.set_num_threads(settings.threads)
     results: dict[str, Any] = {
         "schema": 1,
@@ -152,10 +160,11 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
                 f"--shape of {suites[0].name} takes {', '.join(allowed)}, got {arguments.shape!r}"
                 + f" without {', '.join(sorted(missing))}" * bool(missing)
             )
-    if arguments.device == "cuda" and [suite.name for suite in suites] != ["head"]:
-        raise ValueError("--device cuda is for --suite head")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch sees")
+    if arguments.full and arguments.tiny:
+        raise ValueError("--full and --tiny exclude each other")
     threads = arguments.threads or torch.get_num_threads()
     models = tuple(arguments.model or ())
     studies = [suite for suite in suites if isinstance(suite, Study)]
@@ -165,23 +174,23 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
         dtype=arguments.dtype,
         shape=shape,
         tiny=arguments.tiny,
+        full=arguments.full,
         threads=threads,
         models=models,
         cases=tuple(arguments.case or ()),
-        device=arguments.device,
+        device=device,
         minutes=arguments.minutes,
     )
     for study in studies:
         study.check(settings)
     timed = [suite for suite in suites if isinstance(suite, Suite)]
     _known("--case", settings.cases, {case.name for suite in timed for case in suite.cases(settings)})
-    if not arguments.only:
+    if arguments.peers in (None, "all"):
         return settings
-    only = tuple(name.strip() for name in arguments.only.split(","))
-    _known(
-        "--only", only, {c.name for suite in timed for case in suite.cases(settings) for c in case.setup(case.tiny).contestants}
-    )
-    return replace(settings, contestants=only)
+    peers = () if arguments.peers == "none" else tuple(name.strip() for name in arguments.peers.split(","))
+    contestants = [c for suite in timed for case in suite.cases(settings) for c in case.setup(case.tiny).contestants]
+    _known("--peers", peers, {"all", "none", *(c.name for c in contestants if c.role in ("reference", "peer"))})
+    return replace(settings, peers=peers)
 
 
 def _known(option: str, given: Sequence[str], known: Collection[str]) -> None:
@@ -202,21 +211,38 @@ def _load_base(path: Path | None) -> dict[str, Any] | None:
     return base
 
 
+PACKAGES = ("triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels")
+
+
 def _environment(settings: Any) -> dict[str, Any]:
     import torch
 
-    from benchmarks import gpu
+    from benchmarks import gpu, measure
     from dllm_kernels.backends import select
     from dllm_kernels.backends.reference import HeadProblem
     from trainer.environment import environment
 
     probe = torch.zeros(1, 1, dtype=settings.torch_dtype, device=settings.device)
+    versions = {name: metadata.version(name) if _installed(name) else "not installed" for name in PACKAGES}
+    on_gpu = settings.device == "cuda"
     return {
         **environment(),
-        **(gpu.environment() if settings.device == "cuda" else {}),
+        **(gpu.environment() if on_gpu else {}),
+        "versions": versions,
         "backend": select(HeadProblem(probe, probe, torch.zeros(1, dtype=torch.int64, device=settings.device))).NAME,
+        "clocks": gpu.clocks() if on_gpu else measure.cpu_clocks(),
+        "product_gflops_per_s": round(measure.gflops_per_s(settings.torch_dtype, settings.device)),
+        "copy_gbytes_per_s": round(measure.gbytes_per_s(settings.device), 1),
         "load_average": ", ".join(f"{load:.1f}" for load in os.getloadavg()),
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

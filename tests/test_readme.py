@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.testing import assert_close
 
-from benchmarks import demo_table
+from benchmarks import demo_table, readme
 from dllm_kernels import elbo_loss, headless
 from tests.tiny import eurobert
 
@@ -69,42 +70,50 @@ def test_the_demo_s_table_is_that_of_the_committed_runs_and_meets_its_bounds():
         assert sum(gains) / 3 >= 0.15
 
 
-def test_the_bgpo_figures_are_those_of_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu-xeon-2-cores.json").read_text())
-    rows = {(row["case"].split()[0], row["contestant"]): row for row in result["suites"]["bgpo"]["rows"]}
-    mib = {key: f"{row['memory_mib']:.0f}" for key, row in rows.items()}
-    assert f"from {mib['n_t=2', 'ours']} to {mib['n_t=32', 'ours']} MiB between n_t = 2 and 32" in README
-    assert f"from {mib['n_t=2', 'full graph']} to {mib['n_t=32', 'full graph']} MiB" in README
-    ratio = {n: rows[f"n_t={n}", "ours"]["to_baseline"] for n in (1, 32)}
-    assert f"Time at n_t = 32 is {ratio[32]:.2f} x the full graph's, at n_t = 1 {ratio[1]:.2f} x" in README
-    assert "Gradients agree to 2e-5" in README
-    assert max(row["errors"]["gradient"] for row in rows.values()) <= 2e-5
+RESULT = json.loads(readme.RESULT.read_text())
 
 
-def test_the_rollout_figures_are_those_of_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks" / "results" / "rollout-cpu.json").read_text())
-    rows = {(row["case"].split()[0], row["contestant"]): row for row in result["suites"]["rollout"]["rows"]}
-    faster = {case: 1 / rows[case, "ours"]["to_baseline"] for case in ("argmax", "drawn")}
-    memory = [rows["argmax", name]["memory_mib"] for name in ("ours", "published")]
-    prose = " ".join(README.split())
-    assert f"denoising step is {faster['argmax']:.1f} x faster than the published form" in prose
-    assert f"at {memory[0]:.0f} MiB of extra memory against {memory[1]:.0f}" in prose
-    assert f"at temperature 0.9 it is {faster['drawn']:.1f} x faster" in prose
-    assert rows["argmax", "ours"]["errors"]["tokens"] == 0
-    assert faster["argmax"] >= 10
-    assert memory[1] >= 20 * memory[0]
+@pytest.mark.parametrize(("document", "make"), [("README.md", readme.measured), ("docs/benchmarks.md", readme.every_row)])
+def test_measured_figures_are_those_of_the_committed_run(document, make):
+    assert readme.in_document((ROOT / document).read_text()) == make(RESULT)
 
 
-def test_the_head_figures_are_those_of_the_committed_benchmark():
-    result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
-    found = {}
-    for run in result["runs"]:
-        for row in run["suites"]["head"]["rows"]:
-            if row["contestant"] == "ours" and (row["sizes"]["N"], row["sizes"]["H"]) == (512, 1024):
-                found[row["case"].split()[0], run["settings"]["dtype"]] = row
-    prose = " ".join(README.split())
-    for plan, words in (("forward", " with entropy and top-1"), ("unit", ""), ("coef", ""), ("sample", "")):
-        row = found[plan, "float32"]
-        assert f"`{plan}`{words} {row['to_floor']:.2f} and {row['to_baseline']:.2f}" in prose
-    for plan, words in (("forward", " of eager"), ("coef", "")):
-        assert f"`{plan}` {found[plan, 'bfloat16']['to_baseline']:.2f}{words}" in prose
+def test_the_figure_was_drawn_from_the_committed_run():
+    assert Image.open(readme.FIGURE).text["Source"] == readme.digest(readme.RESULT)
+
+
+def test_the_figure_and_the_tables_follow_the_result(tmp_path):
+    other = json.loads(json.dumps(RESULT))
+    row = next(pair.ours for pair in readme.pairs(other))
+    row["time_ms"]["median"] *= 2
+    assert readme.measured(other) != readme.measured(RESULT)
+    readme.draw(other, tmp_path / "figure.png", "another")
+    assert Image.open(tmp_path / "figure.png").text["Source"] == "another"
+    row["status"] = "wrong"
+    with pytest.raises(ValueError, match="must hold one case"):
+        list(readme.pairs(other))
+
+
+def ratios(suite, name, beside, sizes=""):
+    """(their time over ours, their extra memory over ours) of a line of the README's table."""
+    (pair,) = (p for p in readme.pairs(RESULT) if p.line[:4] == (suite, name, sizes, beside))
+    return readme.ratio(pair, "time_ms"), pair.other["memory_mib"] / max(pair.ours["memory_mib"], 0.1)
+
+
+def test_the_bounds_that_the_committed_run_keeps():
+    assert all(row["status"] in ("ok", "absent") for entry in RESULT["suites"].values() for row in entry["rows"])
+    step = ratios("step", "gdpo_bound", "published")
+    assert step[0] >= 2
+    assert step[1] >= 8
+    for name in ("argmax", "drawn"):
+        faster, less = ratios("rollout", name, "published")
+        assert faster >= 10
+        assert less >= 20
+    for name in ("score", "train"):
+        assert ratios("elbo", name, "full logits", "K=16")[1] >= 20
+        memory = {
+            row["sizes"]["K"]: row["memory_mib"]
+            for row in RESULT["suites"]["elbo"]["rows"]
+            if row["contestant"] == "ours" and row["case"].startswith(f"{name} ") and row["memory_mib"] is not None
+        }
+        assert max(memory.values()) <= 1.05 * memory[4] + 1.0, "flat in K: within 5 % and a MiB"

@@ -1,7 +1,9 @@
 """The LM head alone: scoring with each plan, and sampling, against eager PyTorch, PyTorch's own fused loss and the floor.
 
 The floor is the bare matrix products of the plan, outputs preallocated and touched, each by the fastest of the layouts that
-the vendor libraries offer here; its memory is the outputs alone, by arithmetic.
+the vendor libraries offer here; its memory is the outputs alone, by arithmetic. With a size M, the N rows are the masked ones of
+M positions: everybody is given all hidden states and the rows to take, and "all positions" is who makes logits of all M first,
+as the published trainers do.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import plots
-from benchmarks.registry import Case, Contestant, Prepared, Result, Row, Runner, Settings, Suite, relative_error
+from benchmarks.registry import DTYPES, Case, Contestant, Prepared, Result, Row, Runner, Settings, Suite, relative_error
 from benchmarks.suites import head_peers
-from dllm_kernels import noise, sample_tokens, score_tokens
+from dllm_kernels import explain, noise, sample_tokens, score_tokens
 from dllm_kernels.backends import select
 from dllm_kernels.backends.reference import HeadProblem
 
@@ -34,7 +36,18 @@ PLANS: dict[str, tuple[tuple[str, ...], bool]] = {
     "recompute": (("logits", "logits", "dhidden", "dweight"), True),
     "sample": (("logits",), False),
 }
-SHAPES = ({"N": 256, "H": 512, "V": 16384}, {"N": 1024, "H": 64, "V": 16})
+USUAL = {"N": 256, "M": 512, "H": 512, "V": 16384}  # in every run; half of the positions are masked
+LLADA = {"N": 512, "H": 1024, "V": 126464}  # LLaDA's vocabulary: what the bounds are stated for
+PLANS_OF_BOUNDS = ("forward", "unit", "coef", "sample")
+# what --full measures on a CPU: sizes, dtype, plans
+FULL: tuple[tuple[dict[str, int], str, tuple[str, ...]], ...] = (
+    (LLADA, "float32", PLANS_OF_BOUNDS),
+    (LLADA, "bfloat16", PLANS_OF_BOUNDS),
+    ({**LLADA, "M": 1024}, "float32", ("coef",)),  # half of the positions masked
+    ({"N": 64, "H": 128, "V": 64}, "float32", PLANS_OF_BOUNDS),
+    ({"N": 2048, "H": 128, "V": 64}, "float32", PLANS_OF_BOUNDS),
+)
+LARGE = 1 << 26  # logits, beyond which the slowest contestants are left out: the smaller sizes have them
 HEADS: dict[str, dict[str, int]] = {  # models on GPUs; `cap`: the softcap of their logits
     "LLaDA": {"H": 4096, "V": 126464},
     "Dream": {"H": 3584, "V": 152064},
@@ -43,6 +56,7 @@ HEADS: dict[str, dict[str, int]] = {  # models on GPUs; `cap`: the softcap of th
     "Gemma": {"H": 2304, "V": 262144, "cap": 30},
 }
 GPU_SHAPES = tuple({"N": N, **head} for N in (4096, 1024, 256, 16384, 65536) for head in HEADS.values())
+GPU_USUAL = tuple({"N": 4096, **head} for head in HEADS.values())
 SAMPLE_ROWS = 32  # a block of 32, as LLaDA decodes
 TINY = {"N": 16, "H": 16, "V": 64}
 SLAB = 2048  # vocabulary rows of the floor's blocked layout
@@ -51,18 +65,27 @@ CHECKED = 1 << 27  # logits in float64 that the oracle may hold: beyond, it judg
 
 @dataclass(frozen=True)
 class _Inputs:
-    hidden_NH: Tensor
+    hidden_MH: Tensor
     weight_VH: Tensor
     target_N: Tensor
     coef_N: Tensor
     key_N: Tensor
     softcap: float | None = None
+    rows: Tensor | None = None  # of hidden_MH, in order; None: all of them
 
     def final(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    @functools.cached_property
+    def hidden_NH(self) -> Tensor:
+        return self.chosen(self.hidden_MH)
+
+    def chosen(self, hidden_MH: Tensor) -> Tensor:
+        """The rows that are scored; a copy, where not all are."""
+        return hidden_MH if self.rows is None else hidden_MH[self.rows]
+
     def leaves(self, head_trains: bool) -> tuple[Tensor, Tensor]:
-        return self.hidden_NH.detach().requires_grad_(True), self.weight_VH.detach().requires_grad_(head_trains)
+        return self.hidden_MH.detach().requires_grad_(True), self.weight_VH.detach().requires_grad_(head_trains)
 
 
 def _inputs(sizes: Mapping[str, int], dtype: torch.dtype, device: str) -> _Inputs:
@@ -70,37 +93,55 @@ def _inputs(sizes: Mapping[str, int], dtype: torch.dtype, device: str) -> _Input
     generator = torch.Generator(device).manual_seed(0)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     on: dict[str, Any] = {"generator": generator, "device": device}
+    M = sizes.get("M", N)
     return _Inputs(
-        hidden_NH=torch.randn(N, H, **on).to(dtype),
+        hidden_MH=torch.randn(M, H, **on).to(dtype),
         weight_VH=torch.randn(V, H, **on).mul_(2.5 / H**0.5).to(dtype),  # logits of deviation 2.5
         target_N=torch.randint(V, (N,), **on),
         coef_N=torch.randn(N, **on),
         key_N=noise.row_bits(0, noise.Stream.TOKEN, zero, zero, torch.arange(N, device=device)),
         softcap=float(sizes["cap"]) if "cap" in sizes else None,
+        rows=None if M == N else torch.randperm(M, **on)[:N].sort().values,
     )
 
 
+def _shapes(settings: Settings) -> list[tuple[dict[str, int], str, tuple[str, ...]]]:
+    """Sizes, dtype and plans of a run."""
+    everything, own = tuple(PLANS), settings.dtype
+    if settings.tiny:
+        return [({**TINY, "M": 24}, own, everything)]
+    if settings.shape:
+        return [(dict(settings.shape), own, everything)]
+    if settings.device == "cuda":
+        return [(dict(shape), own, everything) for shape in (GPU_SHAPES if settings.full else GPU_USUAL)]
+    usual = [(dict(USUAL), own, everything)]
+    if settings.full:
+        return usual + [(dict(sizes), dtype, plans) for sizes, dtype, plans in FULL]
+    return usual + ([(dict(USUAL), "bfloat16", ("forward", "coef"))] if own == "float32" else [])
+
+
 def cases(settings: Settings) -> list[Case]:
-    usual = GPU_SHAPES if settings.device == "cuda" else SHAPES
-    shapes = [TINY] if settings.tiny else [settings.shape] if settings.shape else usual
     found = []
-    for shape in shapes:
-        for plan, (products, _) in PLANS.items():
+    for shape, dtype, plans in _shapes(settings):
+        for plan in plans:
             sizes = dict(shape)
-            if plan == "sample" and not settings.shape and settings.device == "cpu":
-                sizes["N"] = min(sizes["N"], SAMPLE_ROWS)
+            if plan == "sample":  # rows of a block: all of them are undecided
+                sizes.pop("M", None)
+                if shape == USUAL:
+                    sizes["N"] = SAMPLE_ROWS
             found.append(
                 Case(
                     name=plan,
                     sizes=sizes,
-                    tiny=TINY,
-                    setup=functools.partial(_setup, plan=plan, dtype=settings.torch_dtype, device=settings.device),
-                    flops=2.0 * len(products) * sizes["N"] * sizes["H"] * sizes["V"],
+                    tiny={**TINY, "M": 24} if "M" in sizes else TINY,
+                    setup=functools.partial(_setup, plan=plan, dtype=DTYPES[dtype], device=settings.device),
+                    flops=0.0,  # the floor is measured
                     tolerance={
-                        "logp": 1e-3 if settings.dtype != "float32" else 1e-4,
-                        "entropy": 1e-3 if settings.dtype != "float32" else 1e-4,
-                        "gradient": 2e-2 if settings.dtype != "float32" else 1e-5,
+                        "logp": 1e-3 if dtype != "float32" else 1e-4,
+                        "entropy": 1e-3 if dtype != "float32" else 1e-4,
+                        "gradient": 2e-2 if dtype != "float32" else 1e-5,
                     },
+                    dtype="" if dtype == settings.dtype else dtype,
                 )
             )
     return found
@@ -112,17 +153,29 @@ def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype, device: s
     active = select(HeadProblem(x.hidden_NH, x.weight_VH, x.target_N)).NAME
     floor = _Floor(x, PLANS[plan][0])
     makers: list[Contestant] = [
-        Contestant("ours", "ours", functools.partial(_ours, x, plan), note=f"backend {active}"),
-        _second_backend(x, plan, active),
+        Contestant("ours", "ours", functools.partial(_ours, x, plan), note=f"backend {active}", flops=_formula(x, plan)),
+        _reference(x, plan, active),
         Contestant("eager", "peer", functools.partial(_eager, x, plan)),
+        _everywhere(x, plan),
         *([Contestant("torch.compile", "peer", functools.partial(_eager, x, plan, compiled=True))] if device == "cuda" else []),
-        *head_peers.contestants(plan, lambda: x.leaves(head_trains), x.target_N, x.coef_N, x.softcap),
-        Contestant("floor", "floor", floor.make, note=lambda: floor.note),
+        *head_peers.contestants(plan, lambda: x.leaves(head_trains), x.chosen, x.target_N, x.coef_N, x.softcap),
+        Contestant("floor", "floor", floor.make, note=lambda: floor.note, flops=floor.flops),
     ]
     outputs = x.target_N.numel() * 4
     if plan not in ("forward", "sample"):
-        outputs += x.hidden_NH.nbytes + (x.weight_VH.nbytes if head_trains else 0)
-    return Prepared(tuple(makers), _Oracle(x), outputs)
+        outputs += x.hidden_MH.nbytes + (x.weight_VH.nbytes if head_trains else 0)
+    return Prepared(tuple(makers), Oracle(x), outputs)
+
+
+def _formula(x: _Inputs, plan: str) -> float:
+    """What `explain` says of the operations."""
+    V, H = x.weight_VH.shape
+    if plan == "sample":
+        return 2.0 * len(x.target_N) * H * V
+    trains = PLANS[plan][1]
+    kind = {"rows": len(x.target_N), "hidden_size": H, "vocabulary": V, "dtype": x.weight_VH.dtype, "trainable_head": trains}
+    how = {"wants_gradient": plan != "forward", "coef_known": plan == "coef"}
+    return float(explain(**kind, **how, plan=plan if plan in ("unit", "keep", "recompute") else None).flops)
 
 
 @contextmanager
@@ -146,20 +199,20 @@ def _ours(x: _Inputs, plan: str, backend: str | None = None) -> Runner:
         hidden.grad = weight.grad = None
         with _backend(backend):
             if plan == "sample":
-                drawn = sample_tokens(x.hidden_NH, x.weight_VH, x.key_N, softcap=x.softcap)
+                drawn = sample_tokens(x.hidden_MH, x.weight_VH, x.key_N, softcap=x.softcap)
                 return {"token": drawn.token, "logp": drawn.logp, "entropy": drawn.entropy}
             if plan == "forward":
                 want = ("logp", "entropy", "top_logp", "top_id")
-                found = score_tokens(x.hidden_NH, x.weight_VH, x.target_N, want=want, softcap=x.softcap)
+                found = score_tokens(hidden.detach(), x.weight_VH, x.target_N, rows=x.rows, want=want, softcap=x.softcap)
                 assert found.logp is not None
                 assert found.entropy is not None
                 return {"logp": found.logp, "entropy": found.entropy}
             if plan == "coef":
-                scores = score_tokens(hidden, weight, x.target_N, coef=x.coef_N, softcap=x.softcap)
+                scores = score_tokens(hidden, weight, x.target_N, rows=x.rows, coef=x.coef_N, softcap=x.softcap)
                 assert scores.weighted_sum is not None
                 scores.weighted_sum.backward()
             else:
-                scores = score_tokens(hidden, weight, x.target_N, plan=plan, softcap=x.softcap)
+                scores = score_tokens(hidden, weight, x.target_N, rows=x.rows, plan=plan, softcap=x.softcap)
                 assert scores.logp is not None
                 scores.logp.backward(x.coef_N)
         return _with_gradients(scores.logp, hidden, weight)
@@ -167,10 +220,21 @@ def _ours(x: _Inputs, plan: str, backend: str | None = None) -> Runner:
     return run
 
 
-def _second_backend(x: _Inputs, plan: str, active: str) -> Contestant:
+def _reference(x: _Inputs, plan: str, active: str) -> Contestant:
+    name = "reference"
     if active == "reference":
-        return Contestant("ours (reference)", "ours", absent="the active backend is the reference already")
-    return Contestant("ours (reference)", "ours", functools.partial(_ours, x, plan, "reference"))
+        return Contestant(name, "reference", absent="the active backend is the reference already")
+    if len(x.target_N) * len(x.weight_VH) > LARGE:
+        return Contestant(name, "reference", absent="left out at this size; the smaller one has it")
+    make = functools.partial(_ours, x, plan, "reference")
+    return Contestant(name, "reference", make, note="our PyTorch specification", flops=_formula(x, plan))
+
+
+def _everywhere(x: _Inputs, plan: str) -> Contestant:
+    name = "all positions"
+    if x.rows is None:
+        return Contestant(name, "peer", absent="all rows are scored")
+    return Contestant(name, "peer", functools.partial(_eager, x, plan, everywhere=True), note=f"eager on {len(x.hidden_MH)} rows")
 
 
 def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) -> Tensor:
@@ -183,7 +247,7 @@ def _compiled() -> Callable[[Tensor, Tensor, float | None], Tensor]:
     return torch.compile(_log_softmax, dynamic=True)  # one compilation for all shapes: a dozen seconds each otherwise
 
 
-def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
+def _eager(x: _Inputs, plan: str, *, compiled: bool = False, everywhere: bool = False) -> Runner:
     """What a trainer writes without a library: logits, an fp32 log-softmax, a gather, autograd."""
     hidden, weight = x.leaves(PLANS[plan][1])
     generator = torch.Generator(x.hidden_NH.device)
@@ -194,7 +258,7 @@ def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
         hidden.grad = weight.grad = None
         if plan == "sample":
             # github ML-GSAI/LLaDA, generate.py: Gumbel-max in float64
-            logits = x.final(F.linear(x.hidden_NH, x.weight_VH).float())
+            logits = x.final(F.linear(x.hidden_MH, x.weight_VH).float())
             uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator, device=logits.device)
             token = (logits.double().exp() / -torch.log(uniform)).argmax(-1)
             logps = logits.log_softmax(-1)
@@ -204,7 +268,8 @@ def _eager(x: _Inputs, plan: str, *, compiled: bool = False) -> Runner:
                 "entropy": -(logps.exp() * logps).sum(-1),
             }
         with torch.set_grad_enabled(plan != "forward"):
-            logps = log_softmax(hidden, weight, x.softcap)
+            logps = log_softmax(hidden if everywhere else x.chosen(hidden), weight, x.softcap)
+            logps = x.chosen(logps) if everywhere else logps
             logp = logps.gather(1, x.target_N[:, None])[:, 0]
         if plan == "forward":
             logps.max(-1)
@@ -230,6 +295,7 @@ class _Floor:
 
     def __init__(self, x: _Inputs, products: Sequence[str]) -> None:
         self.x, self.products, self.note = x, products, ""
+        self.flops = 2.0 * len(products) * len(x.target_N) * x.weight_VH.numel()
 
     def make(self) -> Runner:
         x, V, N = self.x, len(self.x.weight_VH), len(self.x.target_N)
@@ -276,18 +342,29 @@ def _quickest(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-class _Oracle:
+class Oracle:
     """Errors against float64 on the same inputs; the weight is upcast in vocabulary slabs."""
 
     def __init__(self, x: _Inputs) -> None:
         rows = max(1, min(len(x.target_N), CHECKED // len(x.weight_VH)))
         self.rows, self.whole = rows, rows == len(x.target_N)
-        self.x = replace(x, hidden_NH=x.hidden_NH[:rows], target_N=x.target_N[:rows], coef_N=x.coef_N[:rows])
+        self.x = replace(x, hidden_MH=x.hidden_NH[:rows], rows=None, target_N=x.target_N[:rows], coef_N=x.coef_N[:rows])
+        self.places = x.rows  # of the rows among all positions
+
+    def _own(self, name: str, value: Tensor) -> Tensor:
+        """The rows that are judged: vectors have one entry per row, gradients one per position."""
+        if name == "dweight":
+            return value
+        return (value[self.places] if name == "dhidden" and self.places is not None else value)[: self.rows]
 
     @functools.cached_property
     def logp_NV(self) -> Tensor:
         hidden_NH = self.x.hidden_NH.double()
         return self.x.final(torch.cat([hidden_NH @ w.double().t() for w in self.x.weight_VH.split(SLAB)], 1)).log_softmax(-1)
+
+    @property
+    def true_logp_N(self) -> Tensor:
+        return self.logp_NV.gather(1, self.x.target_N[:, None])[:, 0]
 
     @functools.cached_property
     def operand_NV(self) -> Tensor:
@@ -311,7 +388,7 @@ class _Oracle:
     def __call__(self, result: Result) -> dict[str, float]:
         if not result:
             return {}
-        result = {name: value if name == "dweight" else value[: self.rows] for name, value in result.items()}
+        result = {name: self._own(name, value) for name, value in result.items()}
         chosen_N1 = result.get("token", self.x.target_N)[:, None]
         true_logp_N = self.logp_NV.gather(1, chosen_N1)[:, 0]
         found = {"logp": float((result["logp"].double() - true_logp_N).abs().max())}
@@ -338,7 +415,8 @@ def summary(rows: Sequence[Row]) -> str:
     by_shape: dict[str, list[Row]] = {}
     for row in rows:
         if row["contestant"] == "ours" and row["to_baseline"] and row["to_floor"]:
-            by_shape.setdefault(f"H={row['sizes']['H']}, V={row['sizes']['V']}", []).append(row)
+            shape = " ".join(row["case"].split()[1:]) if row["case"].split()[0] != "sample" else "sample"
+            by_shape.setdefault(shape, []).append(row)
     if not by_shape:
         return "ours did not run beside eager and the floor"
     return (
@@ -358,7 +436,7 @@ SUITE = Suite(
     cases=cases,
     baseline="eager",
     error_columns=("logp", "entropy", "gradient"),
-    shape_keys=("N", "H", "V", "cap"),
+    shape_keys=("N", "M", "H", "V", "cap"),
     required_shape=("N", "H", "V"),
     summary=summary,
     plot=plots.bars,

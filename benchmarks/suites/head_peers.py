@@ -18,11 +18,15 @@ TORCH_CHUNK = 64  # rows; the default of F.linear_cross_entropy is 8 at H = 512,
 VOCAB_CHUNK = 4096  # Liger's own default, and a good one for TRL
 
 Leaves = Callable[[], tuple[Tensor, Tensor]]
+Chosen = Callable[[Tensor], Tensor]
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, target -> logp
 Loader = Callable[[int, float | None], tuple[LogProb | None, str]]  # rows, softcap -> the function and a note
 
 
-def contestants(plan: str, leaves: Leaves, target_N: Tensor, coef_N: Tensor, softcap: float | None = None) -> list[Contestant]:
+def contestants(
+    plan: str, leaves: Leaves, chosen: Chosen, target_N: Tensor, coef_N: Tensor, softcap: float | None = None
+) -> list[Contestant]:
+    """`leaves` makes hidden states of all positions and the weight; `chosen` picks the rows, which is part of their work."""
     peers: list[tuple[str, Loader]] = [("torch linear_ce", _torch), ("Liger chunked", _liger), ("TRL chunked", _trl)]
     if target_N.is_cuda:
         peers += [("Liger FLCE", _liger_flce), ("CCE", _cce), ("QuACK", _quack)]
@@ -41,18 +45,18 @@ def contestants(plan: str, leaves: Leaves, target_N: Tensor, coef_N: Tensor, sof
         if logp is None:
             found.append(Contestant(name, "peer", absent=note))
         else:
-            make = functools.partial(_runner, logp, plan, leaves, target_N, coef_N)
+            make = functools.partial(_runner, logp, plan, leaves, chosen, target_N, coef_N)
             found.append(Contestant(name, "peer", make, note=note))
     return found
 
 
-def _runner(logp: LogProb, plan: str, leaves: Leaves, target_N: Tensor, coef_N: Tensor) -> Runner:
+def _runner(logp: LogProb, plan: str, leaves: Leaves, chosen: Chosen, target_N: Tensor, coef_N: Tensor) -> Runner:
     hidden, weight = leaves()
 
     def run() -> Result:
         hidden.grad = weight.grad = None
         with torch.set_grad_enabled(plan != "forward"):
-            logp_N = logp(hidden, weight, target_N)
+            logp_N = logp(chosen(hidden), weight, target_N)
         if plan != "forward":
             logp_N.backward(coef_N)
         found = {"logp": logp_N.detach(), "dhidden": hidden.grad, "dweight": weight.grad}

@@ -38,7 +38,10 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
     results = json.loads(out.read_text())
     assert results["schema"] == 1
     assert results["command"].startswith("python benchmarks/run.py --tiny")
-    assert {"cpu", "threads", "python", "torch", "dllm_kernels", "git_commit", "head", "backend"} <= results["environment"].keys()
+    environment = results["environment"]
+    assert {"cpu", "threads", "python", "torch", "dllm_kernels", "git_commit", "head", "backend"} <= environment.keys()
+    assert {"clocks", "transformers", "product_gflops_per_s", "copy_gbytes_per_s", "load_average"} <= environment.keys()
+    assert environment["versions"].keys() >= {"triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels"}
     assert results["environment"]["threads"] == 1
     assert results["suites"].keys() == registry.SUITE_MODULES.keys()
     for name, suite in results["suites"].items():
@@ -49,41 +52,86 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
             if row["status"] == "absent":
                 assert row["reason"]
                 continue
+            if name == "accuracy":  # errors, not times
+                assert row["errors"].keys() <= {"logp", "elbo256", "entropy", "gradient"}
+                assert row["role"] == "peer" or max(row["errors"].values()) < 5e-3
+                continue
             if name == "variance":  # statistics, not times
                 assert all(f["low"] <= f["value"] <= f["high"] for f in row["figures"].values())
                 assert row["figures"].keys() == {"bias", "variance", "mse"}
                 continue
+            if row["contestant"] == "limit":  # computed
+                assert row["time_ms"]["runs"] == 0
+                assert row["flops_by_formula"] > 0
+                assert row["to_floor"] == 1.0
+                continue
             assert row["time_ms"]["runs"] >= 7
+            assert row["flops_counted"] is not None, row["flops_reason"]
+            if row["role"] in ("ours", "reference") and name == "head":
+                assert row["flops_counted"] == row["flops_by_formula"] > 0
             assert row["time_ms"]["min"] <= row["time_ms"]["q1"] <= row["time_ms"]["median"] <= row["time_ms"]["q3"]
             assert row["memory_mib"] is not None, row["memory_method"]
             assert row["to_baseline"] is None or row["to_baseline"] >= 0
-            assert (row["to_baseline"] is None) == row["case"].startswith("greedy "), "only that case has no baseline"
+            assert row["to_baseline"] is not None
+            assert row["to_floor"] is not None or name in ("entropy", "rollout"), "the physical limit"
             assert row["errors"] or row["role"] == "floor"
     names = {row["case"].split()[0] for row in results["suites"]["head"]["rows"]}
     assert names == {"forward", "unit", "coef", "keep", "recompute", "sample"}
-    assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} == {"ours", "ours (loop)", "full graph"}
+    assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} >= {"ours", "ours (loop)", "full graph", "limit"}
     assert results["suites"]["bgpo"]["arithmetic"]
-    assert {row["case"].split()[0] for row in results["suites"]["rollout"]["rows"]} == {"argmax", "drawn", "old_scores", "greedy"}
+    assert {row["case"].split()[0] for row in results["suites"]["rollout"]["rows"]} == {
+        "argmax",
+        "drawn",
+        "completion",
+        "old_scores",
+    }
     for row in results["suites"]["rollout"]["rows"]:
         assert row["errors"].get("tokens", 0.0) == 0.0, "the same tokens"
     assert {row["model"] for row in results["suites"]["variance"]["rows"]} >= {"random"}
 
 
+def test_peers_choose_who_runs_beside_ours_and_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_memory(monkeypatch)
+    case = head.SUITE.cases(TINY)[0]
+    for peers, expected in (((), {"ours", "floor"}), (("eager",), {"ours", "floor", "eager"})):
+        rows = execution.measure_case(head.SUITE, case, replace(TINY, peers=peers))
+        assert {row["contestant"] for row in rows} == expected
+
+
+def test_operations_are_counted_beside_the_formula_and_a_counter_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_memory(monkeypatch)
+    N, V, H = 16, 64, 16
+    for name, products in (("forward", 1), ("unit", 2), ("coef", 3), ("keep", 3), ("recompute", 4), ("sample", 1)):
+        case = next(case for case in head.SUITE.cases(TINY) if case.name == name)
+        (row,) = (r for r in execution.measure_case(head.SUITE, case, replace(TINY, peers=())) if r["contestant"] == "ours")
+        assert row["flops_counted"] == row["flops_by_formula"] == 2 * products * N * V * H
+
+    def raises() -> registry.Result:
+        raise RuntimeError("no dispatch mode")
+
+    assert execution._counted(raises) == {"flops_counted": None, "flops_reason": "RuntimeError: no dispatch mode"}
+
+
 def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("head", "bgpo", "recompute N=256", "n_t=32", "full graph", "does not sample", "quadrature 3 (GDPO)"):
+    for expected in ("head", "bgpo", "recompute N=256", "n_t=16", "full graph", "does not sample", "quadrature 3 (GDPO)"):
         assert expected in printed
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--suite", "heads"], "--suite must be one of head, bgpo, rollout, variance, got 'heads'"),
+        (
+            ["--suite", "heads"],
+            "--suite must be one of head, elbo, bgpo, entropy, rollout, step, accuracy, variance, got 'heads'",
+        ),
+        (["--full", "--tiny"], "--full and --tiny exclude each other"),
+        (["--suite", "head", "--peers", "ligre"], "--peers must name one of"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--shape", "N=1"], "--shape needs exactly one --suite"),
-        (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, H, V, cap"),
+        (["--suite", "head", "--shape", "N=1,Q=2"], "--shape of head takes N, M, H, V, cap"),
         (["--suite", "bgpo", "--shape", "V=zero"], "--shape must be like"),
         (["--suite", "variance", "--model", "/nowhere"], "--model must be the folder of a checkpoint, got /nowhere"),
         (["--suite", "variance", "--shape", "M=100"], "M a multiple of 16 from 32"),
