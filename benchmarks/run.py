@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -119,7 +120,9 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
     bad = 0
     for suite in suites:
+        began = time.monotonic()
         entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
+        entry["seconds"] = round(time.monotonic() - began, 1)
         results["suites"][suite.name], rows = entry, entry["rows"]
         out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
         suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
@@ -127,7 +130,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         console.print(suite.table(rows) if isinstance(suite, registry.Study) else report.table(suite, rows))
         if entry.get("arithmetic"):
             console.print(report.arithmetic_table(suite, entry["arithmetic"]))
-        console.print(f"{suite.name}: {entry['summary']}")
+        console.print(f"{suite.name}: {entry['summary']}; measured in {entry['seconds']:.0f} s")
         bad += sum(row["status"] == "wrong" or (row["status"] == "failed" and row["role"] == "ours") for row in rows)
     seconds = (datetime.now().astimezone() - started).total_seconds()
     console.print(f"\n{out} and {len(suites)} plots beside it, after {seconds:.0f} s", soft_wrap=True)
