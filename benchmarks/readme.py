@@ -1,6 +1,7 @@
-"""The README's table and figure of measurements, and every row in docs/benchmarks.md, from the committed result file.
+"""The README's table and figure of measurements, and every row in docs/benchmarks.md, from the committed result files.
 
     python benchmarks/run.py --full --threads 2 --out benchmarks/results/cpu.json
+    python benchmarks/run.py --full --threads 2 --suite accuracy --out benchmarks/results/cpu-accuracy.json
     python benchmarks/readme.py
 
 Nothing is chosen by its outcome: `LINES` names cases and who stands beside ours, before they are run.
@@ -22,6 +23,7 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not i
 from benchmarks.registry import Row  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
+ACCURACY = RESULT.with_name("cpu-accuracy.json")  # times nothing, so it may run beside other work
 FIGURE = ROOT / "benchmarks" / "results" / "cpu-readme.png"
 BEGIN, END = "<!-- measured: benchmarks/readme.py -->", "<!-- end of measured -->"
 HEAD = ("forward", "unit", "coef", "sample")
@@ -58,6 +60,13 @@ class Pair(NamedTuple):
     line: Line
     ours: Row
     other: Row
+
+
+def load() -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(RESULT.read_text())
+    accuracy = json.loads(ACCURACY.read_text())
+    result["suites"]["accuracy"] = accuracy["suites"]["accuracy"]
+    return {**result, "command": f"{result['command']}`, `{accuracy['command']}"}
 
 
 def pairs(result: Mapping[str, Any]) -> Iterator[Pair]:
@@ -217,7 +226,7 @@ def in_document(text: str) -> str:
 
 
 def main() -> None:
-    result = json.loads(RESULT.read_text())
+    result = load()
     for name, make in (("README.md", measured), ("docs/benchmarks.md", every_row)):
         text = (ROOT / name).read_text()
         (ROOT / name).write_text(text.replace(f"{BEGIN}\n{in_document(text)}\n{END}", f"{BEGIN}\n{make(result)}\n{END}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import algorithms_table, estimators_table, head_table
+from benchmarks import algorithms_table, comparison_table, estimators_table, head_table
 from dllm_kernels.objectives import RECIPES
 from tests.test_engine_all_algorithms import gradient_moments
 
@@ -122,3 +122,35 @@ def test_dmpo_s_variances_are_those_that_are_measured():
         assert f"{found[kind, 4]} against {found['none', 4]}" in prose
     assert f"against {found['none', 2]} without a baseline" in prose
     assert f"with it {found['neg', 2]} and {found['neg', 4]}" in prose
+
+
+# --- comparison.md ----------------------------------------------------------------------------------------------------
+
+COMPARISON = comparison_table.DOCUMENT.read_text()
+OF_THE_MISSION = {"gdpo", "dmpo", "bgpo", "egspo", "egspo_sa", "rspo"}
+
+
+@pytest.mark.parametrize("task", comparison_table.TASKS)
+def test_the_comparison_is_that_of_the_committed_runs(task):
+    result = comparison_table.result_of(task)
+    assert comparison_table.in_document(COMPARISON, task) == comparison_table.block(result)
+    names = {row["algorithm"] for row in result["algorithms"]}
+    assert names == (set(RECIPES) if task == "sudoku" else OF_THE_MISSION)
+    for row in result["algorithms"]:
+        assert len(row["forwards"]) >= 3
+        made = sum(row["forwards"]) / len(row["forwards"])
+        assert abs(made / result["budget"] - 1) <= 0.03, "equal forwards, to the 3 % that the page says"
+        assert row["improves"], "the page says that all do"
+    assert (comparison_table.RESULTS / f"compare-{task}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_order_that_the_comparison_tells_is_that_of_the_runs():
+    def order(task):
+        rows = comparison_table.result_of(task)["algorithms"]
+        return [row["algorithm"] for row in sorted(rows, key=lambda row: -sum(row["rollout"]["rl"]))]
+
+    sudoku, countdown = order("sudoku"), order("countdown")
+    assert set(sudoku[:4]) == {"d2", "trace_rl", "egspo", "egspo_sa"}
+    assert set(sudoku[4:9]) == {"bgpo", "espo", "diffu_grpo", "dmpo", "rspo"}
+    assert set(sudoku[-5:]) == {"wd1", "unigrpo", "vrpo", "spg", "gdpo"}
+    assert [name for name in sudoku if name in OF_THE_MISSION][-1] == countdown[0] == "gdpo"

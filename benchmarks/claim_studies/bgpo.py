@@ -158,13 +158,17 @@ def bound_table(figures: Figures) -> str:
 def memory(_: Settings) -> Figures:
     algorithms = json.loads((RESULTS / "memory-of-algorithms.json").read_text())["rows"]
     ours = next(row for row in algorithms if row["algorithm"] == "bgpo")
-    rows = json.loads((RESULTS / "cpu-xeon-2-cores.json").read_text())["suites"]["bgpo"]["rows"]
+    rows = json.loads((RESULTS / "cpu.json").read_text())["suites"]["bgpo"]["rows"]
     by_samples = {
-        who: {str(row["sizes"]["K"]): row["memory_mib"] for row in rows if row["contestant"] == who}
+        who: {
+            str(row["sizes"]["K"]): row["memory_mib"]
+            for row in rows
+            if row["contestant"] == who and row["case"].startswith("n_t=")
+        }
         for who in ("ours", "full graph")
     }
     return {
-        "sources": ["memory-of-algorithms.json", "cpu-xeon-2-cores.json"],
+        "sources": ["memory-of-algorithms.json", "cpu.json"],
         "growth from 2 to 64": {
             who: {"baseline": ours[f"{key}, baseline MiB"], "growth": ours[f"{key}, growth MiB"]}
             for who, key in (("ours", "engine"), ("full graph", "full graph"))

@@ -25,7 +25,7 @@ from benchmarks.suites import bgpo, head  # noqa: E402
 TINY = registry.Settings(tiny=True, threads=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # of the group's files, tests of which may take turns
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("bench") / "new" / "result.json"
     command = [sys.executable, "benchmarks/run.py", "--tiny", "--threads", "1", "--out", str(out)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dllm_kernels import accumulate, generate, headless, make_mask_plan, noise
@@ -55,8 +56,9 @@ def test_a_checkpoint_loads_as_it_was_built(case: Case) -> None:
     form = vars(case.loaded.model).get("_dllm_attention_form")
     if form is not None:
         case.built._dllm_attention_form = form
-    with torch.no_grad():
-        assert torch.equal(case.built(input_ids=IDS, **case.loaded.call_kwargs(REAL)).logits, case.logits())
+    with torch.no_grad():  # not bit for bit: on some processors the vendor's products hang on where a weight lies in memory
+        built = case.built(input_ids=IDS, **case.loaded.call_kwargs(REAL)).logits
+    assert_close(built, case.logits(), rtol=0, atol=1e-12)
     assert not case.loaded.model.training
     assert case.loaded.tokenizer.mask_token_id == case.loaded.facts.mask_id == MASK
     assert case.loaded.facts.family == PUBLISHED[case.kind].family
