@@ -1,8 +1,9 @@
 """The README's table and figure of measurements, and every row in docs/benchmarks.md, from the committed result files.
 
-    python benchmarks/run.py --full --threads 2 --out benchmarks/results/cpu.json
-    python benchmarks/run.py --full --threads 2 --suite accuracy --out benchmarks/results/cpu-accuracy.json
-    python benchmarks/readme.py
+    python benchmarks/run.py --out benchmarks/results/default-cpu.json                    the default run
+    python benchmarks/run.py --full --threads 2 --out benchmarks/results/cpu.json         an hour; or suite by suite, like
+    python benchmarks/run.py --full --threads 2 --suite step --out benchmarks/results/cpu-step.json
+    python benchmarks/readme.py                                                           of all these
 
 Nothing is chosen by its outcome: `LINES` names cases and who stands beside ours, before they are run.
 """
@@ -23,7 +24,6 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not i
 from benchmarks.registry import Row  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
-ACCURACY = RESULT.with_name("cpu-accuracy.json")  # times nothing, so it may run beside other work
 FIGURE = ROOT / "benchmarks" / "results" / "cpu-readme.png"
 BEGIN, END = "<!-- measured: benchmarks/readme.py -->", "<!-- end of measured -->"
 HEAD = ("forward", "unit", "coef", "sample")
@@ -49,9 +49,8 @@ LINES = (
     Line("bgpo", "n_t=32", "", "full graph", "BGPO update, n_t = 32"),
     Line("bgpo", "gdpo/n_t=16", "", "full graph", "GDPO update, 16 samples"),
     Line("entropy", "rows", "", "published", "entropies of a rollout's steps"),
-    Line("rollout", "argmax", "", "published", "denoising step, temperature 0"),
-    Line("rollout", "drawn", "", "published", "denoising step, temperature 0.9"),
-    Line("rollout", "completion", "", "published", "a completion"),
+    Line("rollout", "argmax", "", "published", "denoising step, temperature 0, V = 8192"),
+    Line("rollout", "completion", "", "published", "a completion, V = 8192"),
     Line("step", "gdpo_bound", "", "published", "RL step, GDPO, K = 8"),
 )
 
@@ -62,11 +61,21 @@ class Pair(NamedTuple):
     other: Row
 
 
+def sources() -> list[Path]:
+    """The default run, the full one, and full ones of single suites: a later one's suite goes over an earlier one's."""
+    return [RESULT.with_name("default-cpu.json"), RESULT, *sorted(RESULT.parent.glob("cpu-*.json"))]
+
+
 def load() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(RESULT.read_text())
-    accuracy = json.loads(ACCURACY.read_text())
-    result["suites"]["accuracy"] = accuracy["suites"]["accuracy"]
-    return {**result, "command": f"{result['command']}`, `{accuracy['command']}"}
+    """The suites of all files, each with its `figure`; what they ran on is that of the full run."""
+    results = {file: json.loads(file.read_text()) for file in sources()}
+    suites = {
+        name: {**entry, "figure": f"{file.stem}-{name}.png", "command": result["command"]}
+        for file, result in results.items()
+        for name, entry in result["suites"].items()
+    }
+    used = dict.fromkeys(entry["command"] for entry in suites.values())
+    return {**results[RESULT], "suites": suites, "command": "`, `".join(used)}
 
 
 def pairs(result: Mapping[str, Any]) -> Iterator[Pair]:
@@ -144,7 +153,7 @@ def every_row(result: Mapping[str, Any]) -> str:
         rows = entry["rows"]
         if "time_ms" not in rows[0] or name == "variance":
             continue
-        parts.append(f"## {name}\n\n{entry['summary']}.\n\n![{name}](../benchmarks/results/cpu-{name}.png)\n\n{_rows(rows)}")
+        parts.append(f"## {name}\n\n{entry['summary']}.\n\n![{name}](../benchmarks/results/{entry['figure']})\n\n{_rows(rows)}")
     accuracy = result["suites"].get("accuracy")
     if accuracy:
         parts.append(f"## accuracy\n\n{accuracy['summary']}.\n\n{_accuracy(accuracy['rows'])}")
@@ -213,8 +222,9 @@ def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
     pyplot.close(figure)
 
 
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def digest() -> str:
+    """Of all result files, one after the other."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources())).hexdigest()
 
 
 def in_document(text: str) -> str:
@@ -230,7 +240,7 @@ def main() -> None:
     for name, make in (("README.md", measured), ("docs/benchmarks.md", every_row)):
         text = (ROOT / name).read_text()
         (ROOT / name).write_text(text.replace(f"{BEGIN}\n{in_document(text)}\n{END}", f"{BEGIN}\n{make(result)}\n{END}"))
-    draw(result, FIGURE, digest(RESULT))
+    draw(result, FIGURE, digest())
 
 
 if __name__ == "__main__":

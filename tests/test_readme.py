@@ -79,7 +79,7 @@ def test_measured_figures_are_those_of_the_committed_run(document, make):
 
 
 def test_the_figure_was_drawn_from_the_committed_run():
-    assert Image.open(readme.FIGURE).text["Source"] == readme.digest(readme.RESULT)
+    assert Image.open(readme.FIGURE).text["Source"] == readme.digest()
 
 
 def test_the_figure_and_the_tables_follow_the_result(tmp_path):
@@ -105,10 +105,6 @@ def test_the_bounds_that_the_committed_run_keeps():
     step = ratios("step", "gdpo_bound", "published")
     assert step[0] >= 2
     assert step[1] >= 8
-    for name in ("argmax", "drawn"):
-        faster, less = ratios("rollout", name, "published")
-        assert faster >= 10
-        assert less >= 20
     for name in ("score", "train"):
         assert ratios("elbo", name, "full logits", "K=16")[1] >= 20
         memory = {
@@ -117,3 +113,15 @@ def test_the_bounds_that_the_committed_run_keeps():
             if row["contestant"] == "ours" and row["case"].startswith(f"{name} ") and row["memory_mib"] is not None
         }
         assert max(memory.values()) <= 1.05 * memory[4] + 1.0, "flat in K: within 5 % and a MiB"
+
+
+def test_the_rollout_s_figures_at_full_size_are_those_of_the_committed_run():
+    result = json.loads((ROOT / "benchmarks" / "results" / "rollout-cpu.json").read_text())
+    rows = {row["contestant"]: row for row in result["suites"]["rollout"]["rows"] if row["case"].startswith("argmax ")}
+    ours, published = rows["ours"], rows["published"]
+    prose = " ".join(README.split())
+    assert f"{1 / ours['to_baseline']:.1f} x faster than the published form" in prose
+    assert f"with {ours['memory_mib']:.0f} MiB of extra memory against {published['memory_mib']:.0f}" in prose
+    assert ours["errors"]["tokens"] == 0
+    assert ours["to_baseline"] <= 0.1
+    assert published["memory_mib"] >= 20 * ours["memory_mib"]
