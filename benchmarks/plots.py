@@ -97,11 +97,6 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def curves_over_n_t(rows: Sequence[Row], path: Path) -> None:
-    """Extra memory and seconds against the number of Monte-Carlo samples."""
-    curves_over_samples({"one update": rows}, path, title="BGPO, EuroBERT of 2 layers", samples="n_t")
-
-
 def curves_over_samples(families: Mapping[str, Sequence[Row]], path: Path, *, title: str, samples: str = "K") -> None:
     """Extra memory and seconds of each family's contestants against the number of Monte-Carlo samples; a line of panels each."""
     pyplot = pyplot_module()
