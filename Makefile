@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/dllm-train demo $(ARGS)
+	$(BIN)/dllm-kernels demo $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

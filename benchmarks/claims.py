@@ -5,8 +5,8 @@
     python benchmarks/claims.py run --tiny --out /tmp/claims.json                             checks the experiments in seconds
     python benchmarks/claims.py write benchmarks/results/claims-cpu.json                      puts the tables into docs/claims.md
 
-Needs the demo's SFT model, which `dllm-train sft` makes in a minute or two, or another `--checkpoint`. What is claimed, measured
-and why it decides stands in `claim_studies/`. Exit codes: 0 done; 2 bad arguments.
+Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What is claimed,
+measured and why it decides stands in `claim_studies/`. Exit codes: 0 done; 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     writes = commands.add_parser("write", help="put the tables of a result file into docs/claims.md")
     writes.add_argument("result", type=Path)
     arguments = parser.parse_args(argv)
-    from trainer.errors import UserError
+    from dllm_trainer.errors import UserError
 
     try:
         if arguments.command == "write":
@@ -78,8 +78,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     import torch
-
-    from trainer.environment import environment
+    from dllm_trainer.records.environment import environment
 
     torch.set_num_threads(1)  # before the environment is told, and one at a time: the machine may be shared
     names = arguments.claim or list(CLAIMS)

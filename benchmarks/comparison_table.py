@@ -1,7 +1,7 @@
-"""The tables of docs/comparison.md from comparisons that `dllm-train compare` made.
+"""The tables of docs/comparison.md from comparisons that `dllm-kernels compare` made.
 
-    dllm-train sft --out runs/sft
-    dllm-train compare --checkpoint runs/sft/checkpoint_sft --jobs 2 --out runs/compare-sudoku rl.updates=60
+    dllm-kernels sft --out runs/sft
+    dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --jobs 2 --out runs/compare-sudoku rl.updates=60
     python benchmarks/comparison_table.py collect runs/compare-sudoku --command "..." --out benchmarks/results/compare-sudoku.json
     python benchmarks/comparison_table.py write        puts the tables of the committed files into docs/comparison.md
 
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
 
-from trainer.compare import table, verdict  # noqa: E402
+from dllm_trainer.commands.compare import table, verdict  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "comparison.md"
@@ -39,7 +39,8 @@ def block(result: dict[str, Any]) -> str:
     greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in rows]
     stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
     lines = [
-        f"```\n{result['command']}\n```",
+        # what the runs were made with, under the command's name of today
+        f"```\n{result['command'].replace('dllm-train ', 'dllm-kernels ')}\n```",
         f"{result['budget']:,} forwards a run, {len(rows[0]['forwards'])} seeds, {result['jobs']} runs at once; "
         f"{result['environment']['cpu']}, one thread each.",
         table(result),

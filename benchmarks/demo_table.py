@@ -1,6 +1,6 @@
 """The demo over several seeds: one result file from finished runs, and the README's table from that file.
 
-for s in 0 1 2; do dllm-train demo --out runs/seed$s seed=$s; done
+for s in 0 1 2; do dllm-kernels demo --out runs/seed$s seed=$s; done
 python benchmarks/demo_table.py collect runs/seed0 runs/seed1 runs/seed2 --out benchmarks/results/demo-cpu.json
 python benchmarks/demo_table.py write benchmarks/results/demo-cpu.json        puts the table into README.md
 """
@@ -51,7 +51,7 @@ def collect(folders: list[Path]) -> dict[str, Any]:
                 "config": (folder / "config.yaml").read_text(),
             }
         )
-    return {"command": "dllm-train demo seed=N", "runs": runs}
+    return {"command": "dllm-kernels demo seed=N", "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:

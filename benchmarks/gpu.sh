@@ -46,7 +46,7 @@ if [ "$device" = cuda ]; then
 fi
 
 run=("$PYTHON" benchmarks/run.py --device "$device")
-stage suite 180 env HYPOTHESIS_PROFILE=few "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_head.py tests/triton/test_cuda.py "${suite[@]}" "${parallel[@]}"
+stage suite 180 env HYPOTHESIS_PROFILE=few "$PYTHON" -m pytest -q -p no:cacheprovider tests/head/test_head.py tests/backends/triton/test_cuda.py "${suite[@]}" "${parallel[@]}"
 stage accuracy 40 "${run[@]}" --suite accuracy "${rest[@]}" --out "$out/accuracy.json"
 stage head 150 "${run[@]}" --suite head --dtype "$kind" "${head[@]}" --out "$out/head.json"
 stage bench 160 "${run[@]}" --suite step --suite elbo --suite rollout --suite bgpo --suite entropy "${rest[@]}" --out "$out/bench.json"

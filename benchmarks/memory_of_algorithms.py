@@ -2,8 +2,8 @@
 
 python benchmarks/memory_of_algorithms.py --out benchmarks/results/memory-of-algorithms.json        about 4 minutes, Linux
 
-A fresh process per point, the probe of tests/test_memory.py; the PNG lies beside the JSON. Growth is that of the peak resident
-set over a warmed-up baseline at 2 samples, float32, V = 4096, 4 sequences of 32 tokens, off-policy.
+A fresh process per point, the probe of tests/accumulation/test_memory.py; the PNG lies beside the JSON. Growth is that of
+the peak resident set over a warmed-up baseline at 2 samples, float32, V = 4096, 4 sequences of 32 tokens, off-policy.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ WAYS = {"engine": "off-policy", "full graph": "full graph"}
 
 
 def main() -> None:
+    from dllm_trainer.records.environment import environment
+
     from benchmarks.plots import pyplot_module
+    from tests.accumulation.test_memory import peaks
     from tests.algorithms import RECIPES
-    from tests.test_memory import peaks
-    from trainer.environment import environment
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)

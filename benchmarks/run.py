@@ -219,11 +219,11 @@ PACKAGES = ("triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels
 
 def _environment(settings: Any) -> dict[str, Any]:
     import torch
+    from dllm_trainer.records.environment import environment
 
     from benchmarks import gpu, measure
     from dllm_kernels.backends import select
-    from dllm_kernels.backends.reference import HeadProblem
-    from trainer.environment import environment
+    from dllm_kernels.backends.contract import HeadProblem
 
     probe = torch.zeros(1, 1, dtype=settings.torch_dtype, device=settings.device)
     versions = {name: metadata.version(name) if _installed(name) else "not installed" for name in PACKAGES}

@@ -1,16 +1,17 @@
 """Fused scoring, sampling and mask noise for reinforcement learning of masked diffusion language models."""
 
 from dllm_kernels import objectives
-from dllm_kernels.accumulation import accumulate
-from dllm_kernels.costs import explain
-from dllm_kernels.elbo import bgpo_loss, elbo_loss
-from dllm_kernels.estimation import estimate_elbo
-from dllm_kernels.generation import generate
-from dllm_kernels.heads import headless
-from dllm_kernels.masks import MaskPlan, make_mask_plan
-from dllm_kernels.rollouts import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
-from dllm_kernels.sampling import sample_tokens
-from dllm_kernels.scoring import head_backward, score_tokens
+from dllm_kernels.accumulation.estimation import estimate_elbo
+from dllm_kernels.accumulation.loop import accumulate
+from dllm_kernels.head.explain import explain
+from dllm_kernels.head.sampling import sample_tokens
+from dllm_kernels.head.scoring import head_backward, score_tokens
+from dllm_kernels.losses import bgpo_loss, elbo_loss
+from dllm_kernels.masks.make import make_mask_plan
+from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.model.headless import headless
+from dllm_kernels.rollouts.generation import generate
+from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.version import __version__
 
 __all__ = [

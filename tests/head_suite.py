@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dllm_kernels import head_backward, score_tokens
-from dllm_kernels.backends import cpu, reference
+from dllm_kernels.backends import contract, cpu
 from dllm_kernels.backends import select as select_backend
-from dllm_kernels.scoring import Rows
+from dllm_kernels.rows import Rows
 from tests import oracle
 from tests.tiny import relative_error
 
@@ -452,8 +452,8 @@ def test_the_bits_of_a_row_do_not_depend_on_the_chunk_size(backend, plan, monkey
     case = make_case(torch.float32, backend.device, shape=(700,), H=24, V=67, rows=None, trainable_head=plan != "unit")
     case.coef, case.entropy_coef = case.coef.float(), case.entropy_coef.float()
     large, large_grads = case.run(plan)
-    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 1)
-    monkeypatch.setattr(reference, "GPU_WORKSPACE_BYTES", 1)
+    monkeypatch.setitem(contract.WORKSPACE_BYTES, "cpu", 1)
+    monkeypatch.setattr(contract, "GPU_WORKSPACE_BYTES", 1)
     small, small_grads = case.run(plan)
     assert torch.equal(large, small)
     assert torch.equal(large_grads["hidden"], small_grads["hidden"])
@@ -473,9 +473,9 @@ def test_the_same_call_gives_the_same_bits(backend, plan):
 @pytest.mark.parametrize("rows", [0, 1, 300])
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
 def test_overwriting_a_buffer_ignores_what_it_held(backend, dtype, rows, monkeypatch):
-    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 1)  # several chunks: only the first may overwrite
+    monkeypatch.setitem(contract.WORKSPACE_BYTES, "cpu", 1)  # several chunks: only the first may overwrite
     case = make_case(dtype, backend.device, shape=(600,), rows=rows)
-    problem = reference.HeadProblem(case.hidden, case.weight, case.target, case.rows)
+    problem = contract.HeadProblem(case.hidden, case.weight, case.target, case.rows)
     module, statistics = select_backend(problem), problem.statistics_dtype
     coef = case.coef.to(statistics)
     operand = module.run(problem, ("operand",))["operand"]

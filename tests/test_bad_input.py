@@ -8,7 +8,7 @@ import torch
 from dllm_kernels import bgpo_loss, elbo_loss, generate, head_backward, headless, sample_tokens, score_tokens
 from dllm_kernels.noise import Stream, row_bits
 from dllm_kernels.objectives import group_advantages
-from dllm_kernels.scoring import Rows
+from dllm_kernels.rows import Rows
 from tests.tiny import eurobert
 
 H, V, L = 8, 11, 6

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import algorithms_table, comparison_table, estimators_table, head_table
 from dllm_kernels.objectives import RECIPES
-from tests.test_engine_all_algorithms import gradient_moments
+from tests.accumulation.test_all_algorithms import gradient_moments
 
 ROOT = Path(__file__).parent.parent
 README = " ".join((ROOT / "README.md").read_text().split())

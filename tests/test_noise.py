@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels import noise
-from dllm_kernels.accumulation import adapters_off, score_samples
+from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests import oracle
@@ -141,7 +141,7 @@ def run_with_triton(code, tmp_path, **environment):
 
 
 def test_noise_in_triton_has_the_same_bits_and_the_published_vectors(tmp_path):
-    done = run_with_triton(["-m", "tests.triton_noise"], tmp_path, TRITON_INTERPRET="1")
+    done = run_with_triton(["-m", "tests.backends.triton_noise"], tmp_path, TRITON_INTERPRET="1")
     assert done.stdout == "equal bits\n", done.stderr
 
 
@@ -385,11 +385,21 @@ def public_functions():
     return {
         name: code
         for name, code in found.items()
-        if "._" not in name and (name.split(".")[1] in NOISY_MODULES or name.split(".")[-1] in dk.__all__)
+        if "._" not in name and (name.startswith(NOISY_MODULES) or name.split(".")[-1] in dk.__all__)
     }
 
 
-NOISY_MODULES = ("noise", "laws", "draws", "traces", "masks", "plan_report", "estimation", "accumulation", "generation")
+NOISY_MODULES = tuple(
+    f"dllm_kernels.{name}."
+    for name in (
+        "noise",
+        "masks",
+        "accumulation.estimation",
+        "accumulation.loop",
+        "accumulation.scores",
+        "rollouts.generation",
+    )
+)
 # what reads or writes a global random state
 OF_TORCH = "manual_seed seed set_rng_state random rand randn randint randperm rand_like randn_like randint_like normal poisson"
 OF_TENSORS = "uniform_ normal_ random_ exponential_ bernoulli_ geometric_ cauchy_ log_normal_ multinomial dropout alpha_dropout"

@@ -164,4 +164,4 @@ def test_the_command_line_without_its_extra_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None\nfrom trainer.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.strip() == "dllm-train: typer is missing; pip install 'dllm-kernels[train]' brings it"
+    assert done.stderr.strip() == "dllm-kernels: typer is missing; pip install 'dllm-kernels[train]' brings it"

@@ -16,7 +16,7 @@ PITFALLS = {
     "running maximum initialised to 0": ["head_suite.test_pitfall_running_max_starts_at_minus_infinity"],
     "0 * -inf = NaN in the entropy": [
         "head_suite.test_pitfall_minus_infinity_logits_add_exactly_0_to_entropy_and_gradients",
-        "head_relations.test_any_bias_of_minus_infinity_is_as_good_as_a_suppressed_id",
+        "head.head_relations.test_any_bias_of_minus_infinity_is_as_good_as_a_suppressed_id",
     ],
     "p - 1 in bf16 loses the true class's gradient": ["head_suite.test_pitfall_the_true_class_gradient_survives_p_near_1"],
     "a common offset of 2^24 destroys the loss": ["head_suite.test_pitfall_a_common_offset_of_2_to_24_costs_no_digits"],
@@ -26,23 +26,25 @@ PITFALLS = {
     "non-uniform upstream gradients ignored": ["head_suite.test_pitfall_upstream_gradients_that_differ_by_row_are_used"],
     "saved gradient changed in place, second backward wrong": [
         "head_suite.test_pitfall_a_second_backward_gives_the_same_gradient",
-        "test_autograd.test_an_upstream_gradient_of_one_does_not_expose_what_is_saved",
+        "head.test_autograd.test_an_upstream_gradient_of_one_does_not_expose_what_is_saved",
     ],
     "gradients differ from PyTorch's (filtering)": [
         "head_suite.test_every_plan_equals_plain_autograd_in_float64",
         "head_suite.test_error_is_that_of_fp32_statistics_and_no_more_than_eager_pytorch",
-        "head_relations.test_pitfall_small_probabilities_are_not_filtered_out_of_the_gradient",
+        "head.head_relations.test_pitfall_small_probabilities_are_not_filtered_out_of_the_gradient",
     ],
-    "softcap not applied by a patcher": ["test_heads.test_scores_over_headless_hidden_states_equal_the_model_s_own_logits"],
+    "softcap not applied by a patcher": [
+        "model.test_headless.test_scores_over_headless_hidden_states_equal_the_model_s_own_logits"
+    ],
     "gradient norm 100 x by normalisation": [
-        "head_relations.test_the_gradients_of_a_batch_are_the_sums_of_those_of_its_parts",
-        "test_accumulation.test_two_calls_with_the_step_s_denominator_equal_one",
+        "head.head_relations.test_the_gradients_of_a_batch_are_the_sums_of_those_of_its_parts",
+        "accumulation.test_accumulation.test_two_calls_with_the_step_s_denominator_equal_one",
     ],
     "crash with a frozen head": ["head_suite.test_pitfall_a_frozen_head_works_and_gets_no_gradient"],
-    "loss terms not weighted by 1 / p_mask": ["test_elbo.test_it_equals_llada_s_pre_training_loss"],
+    "loss terms not weighted by 1 / p_mask": ["test_losses.test_it_equals_llada_s_pre_training_loss"],
     "a frozen head pays for dW": [
-        "head_relations.test_pitfall_a_frozen_head_pays_for_no_weight_gradient",
-        "test_ops.test_a_counter_sees_the_products_that_a_plan_executes",
+        "head.head_relations.test_pitfall_a_frozen_head_pays_for_no_weight_gradient",
+        "head.test_ops.test_a_counter_sees_the_products_that_a_plan_executes",
     ],
     "entropy from an averaged log-likelihood": ["head_suite.test_all_statistics_equal_the_oracle_in_float64"],
     "32-bit offsets": ["head_suite.test_pitfall_row_offsets_beyond_2_to_31"],
@@ -53,5 +55,5 @@ PITFALLS = {
 @pytest.mark.parametrize("bug", PITFALLS)
 def test_each_known_bug_has_its_test(bug):
     for name in PITFALLS[bug]:
-        module, test = name.split(".")
+        module, _, test = name.rpartition(".")
         assert callable(getattr(importlib.import_module(f"tests.{module}"), test, None)), name

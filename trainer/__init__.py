@@ -1,1 +1,5 @@
-"""The thin trainer of dllm-kernels: loops, data, files and the `dllm-train` command; no numerics of its own."""
+"""The thin trainer of dllm-kernels: loops, data, files and the `dllm-kernels` command; no numerics of its own."""
+
+from .names import share as _share
+
+_share(__name__)

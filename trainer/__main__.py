@@ -1,4 +1,4 @@
-"""`python -m trainer`, the same as `dllm-train`."""
+"""`python -m trainer`, the same as `dllm-kernels`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 def main() -> None:
     """The command line; without the packages of the `train` extra one sentence says what to install."""
     try:
-        from trainer import cli
+        from . import cli
     except ModuleNotFoundError as error:
-        print(f"dllm-train: {error.name} is missing; pip install 'dllm-kernels[train]' brings it", file=sys.stderr)
+        print(f"dllm-kernels: {error.name} is missing; pip install 'dllm-kernels[train]' brings it", file=sys.stderr)
         sys.exit(2)
     cli.main()
 

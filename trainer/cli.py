@@ -1,4 +1,4 @@
-"""`dllm-train`: see `dllm-train --help`. Mistakes are told in one sentence (exit status 2); Ctrl-C exits with 130."""
+"""`dllm-kernels`: see `dllm-kernels --help`. Mistakes are told in one sentence (exit status 2); Ctrl-C exits with 130."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from trainer.config import RunConfig, load_config, shipped_configs
-from trainer.errors import Stopped, UserError, first_line
+from .config import RunConfig, load_config, shipped_configs
+from .errors import Stopped, UserError, first_line
 
 if TYPE_CHECKING:
-    from trainer.distributed import Ranks
-    from trainer.setup import Setup
+    from .distributed import Ranks
+    from .train.setup import Setup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -44,10 +44,10 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"dllm-train: {error}", file=sys.stderr)
+        print(f"dllm-kernels: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        print("dllm-train: stopped", file=sys.stderr)
+        print("dllm-kernels: stopped", file=sys.stderr)
         raise typer.Exit(130) from error
 
 
@@ -85,7 +85,7 @@ def rl(
     out: Out = None,
     config: ConfigFile = None,
     algorithm: Annotated[
-        str | None, typer.Option("--algorithm", help="One of `dllm-train algorithms`; the same as rl.algorithm=NAME.")
+        str | None, typer.Option("--algorithm", help="One of `dllm-kernels algorithms`; the same as rl.algorithm=NAME.")
     ] = None,
     resume: Resume = None,
 ) -> None:
@@ -111,8 +111,8 @@ def rl(
 def evaluate_checkpoint(checkpoint: Checkpoint, overrides: Overrides = None, config: ConfigFile = None) -> None:
     """Accuracy of a checkpoint on its task's test sets, greedily and at the rollout's temperature, as JSON."""
     with _sentences(), _ranks() as ranks:
-        from trainer.environment import environment
-        from trainer.evaluation import decodings, evaluate
+        from .records.environment import environment
+        from .train.evaluation import decodings, evaluate
 
         setup = _setup(checkpoint, overrides, config, ranks)
         sets = {
@@ -135,7 +135,7 @@ def generate(
 ) -> None:
     """Complete prompts, greedily unless rollout.temperature is given; on a terminal the text is shown as it is unmasked."""
     with _sentences(), _ranks() as ranks:
-        from trainer.writing import read_prompts, write_completions
+        from .commands.generate import read_prompts, write_completions
 
         prompts = [*(prompt or ()), *(read_prompts(file) if file is not None else ())]
         if not prompts:
@@ -148,7 +148,7 @@ def generate(
 def plan(overrides: Overrides = None, config: ConfigFile = None, ranks: Annotated[int, typer.Option(min=1)] = 1) -> None:
     """Parameters and predicted peak memory, term by term, with and without our kernels; refuses what will not fit."""
     with _sentences():
-        from trainer.memory_plan import describe_plan
+        from .commands.memory_plan import describe_plan
 
         print(describe_plan(_configure(overrides, config, None), ranks=ranks))
 
@@ -157,8 +157,8 @@ def plan(overrides: Overrides = None, config: ConfigFile = None, ranks: Annotate
 def plot(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Draw a run's curves again, into its curves.png."""
     with _sentences():
-        from trainer.plots import draw_curves
-        from trainer.run_dir import RunDir
+        from .records.plots import draw_curves
+        from .records.run_dir import RunDir
 
         folder = RunDir.reopen(run)
         names = ("eval_before.json", "eval_after.json")
@@ -179,7 +179,7 @@ def compare(
 ) -> None:
     """Several algorithms from one checkpoint over several seeds: one table and one plot of their rewards."""
     with _sentences():
-        from trainer.compare import compare_algorithms
+        from .commands.compare import compare_algorithms
 
         keys = ["sft.steps=0", f"model.checkpoint={json.dumps(checkpoint)}"]
 
@@ -228,7 +228,7 @@ def algorithms() -> None:
 @app.command("env")
 def show_environment() -> None:
     """Versions, machine, and which code runs the LM head and why."""
-    from trainer.environment import environment
+    from .records.environment import environment
 
     for name, value in environment().items():
         print(f"{name:<15} {value if value is not None else 'none'}")
@@ -247,7 +247,7 @@ def _configure(overrides: list[str] | None, file: Path | None, out: Path | None,
 
 @contextmanager
 def _ranks() -> Iterator[Ranks]:
-    from trainer import distributed
+    from . import distributed
 
     ranks = distributed.start()
     with distributed.one_fails_all_stop(ranks):
@@ -255,8 +255,8 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ranks: Ranks) -> Setup:
-    from trainer.run import prepare
-    from trainer.tasks import make_task
+    from .tasks import make_task
+    from .train.run import prepare
 
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint)
@@ -274,8 +274,8 @@ def _run(
     beside: str | None = None,
 ) -> None:
     """A new run, or one that goes on. `first` comes before the overrides, `last` after them."""
-    from trainer.run import is_finished
-    from trainer.run_dir import RunDir
+    from .records.run_dir import RunDir
+    from .train.run import is_finished
 
     if resume not in (None, "auto"):
         if overrides or out or config:
@@ -302,9 +302,9 @@ def _run(
 
 
 def _execute(folder: Any, config: RunConfig, ranks: Ranks, *, new: bool) -> None:
-    from trainer.run import Run
+    from .train.run import Run
 
-    go_on = f"go on with: dllm-train demo --resume {folder.path}"
+    go_on = f"go on with: dllm-kernels demo --resume {folder.path}"
     try:
         run = Run(folder, config, console, ranks)
         run.execute()

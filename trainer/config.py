@@ -16,14 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from trainer.errors import ConfigError
-from trainer.sections import Count, Positive, Section, Share, Text
-from trainer.tasks import MODULES
-from trainer.tasks.config import AnyTaskConfig
+from .errors import ConfigError
+from .sections import Count, Positive, Section, Share, Text
+from .tasks import MODULES
+from .tasks.config import AnyTaskConfig
 
 if TYPE_CHECKING:
     from dllm_kernels.objectives import Recipe
-    from dllm_kernels.samplers import Sampler
+    from dllm_kernels.rollouts.samplers import Sampler
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
@@ -138,7 +138,7 @@ class RlConfig(OptimizerConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RlConfig:
-        from dllm_kernels import laws
+        from dllm_kernels.masks import laws
 
         recipes = _recipes()
         if self.algorithm not in recipes:
@@ -191,13 +191,13 @@ class RolloutConfig(Section):
     def _check(self) -> RolloutConfig:
         sampler = self.resolved()
         if self.length is not None:
-            from dllm_kernels.samplers import check_steps
+            from dllm_kernels.rollouts.samplers import check_steps
 
             check_steps(sampler, self.length, self.steps, self.block_length)
         return self
 
     def resolved(self) -> Sampler:
-        from dllm_kernels.samplers import resolve
+        from dllm_kernels.rollouts.samplers import resolve
 
         return resolve(self.sampler, self.sampler_options())
 
@@ -252,7 +252,7 @@ class RunConfig(Section):
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of the configs that come with the trainer; `demo` is what every other one is laid over."""
-    folder = Path(str(files("trainer"))) / "configs"
+    folder = Path(str(files(__package__))) / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 

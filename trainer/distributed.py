@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dllm_kernels.model.sharding import find_shards, is_sharded
 from dllm_kernels.objectives import group_advantages
-from dllm_kernels.sharding import find_shards, is_sharded
-from trainer.errors import UserError, first_line
+
+from .errors import UserError, first_line
 
 
 class OtherRankError(UserError, RuntimeError):
@@ -127,7 +128,7 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
         code = 2 if isinstance(error, UserError) else error.code if isinstance(error, SystemExit) else 1
         if isinstance(error, UserError):
             if ranks.is_first or not isinstance(error, OtherRankError):
-                print(f"dllm-train: {error}", file=sys.stderr, flush=True)
+                print(f"dllm-kernels: {error}", file=sys.stderr, flush=True)
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
-from trainer.errors import UserError, first_line
+from .errors import UserError, first_line
 
 GROUP = "dllm_kernels.adapters"
 TOPOLOGIES = ("bidirectional", "block_causal")
@@ -27,7 +27,7 @@ class Facts:
 
     `attention_mask` is what its forward takes: "none" (never pass one), "int" `[B, S]`, or four dimensions as "bool" (True: may
     be seen), as "float" (added to the scores) or as "bias" (the same, by the name attention_bias). The loaded model makes four
-    dimensions out of `[B, S]` itself, see `trainer.compat`.
+    dimensions out of `[B, S]` itself, see `models.compat`.
     """
 
     family: str
@@ -196,7 +196,7 @@ def _installed() -> Iterator[Family]:
         except Exception as error:  # whatever a foreign package raises on import
             raise UserError(f"entry point {point.name} of {GROUP} cannot be loaded ({first_line(error)})") from error
         if not isinstance(row, Family):
-            raise UserError(f"entry point {point.name} of {GROUP} must be a trainer.facts.Family, got {type(row).__name__}")
+            raise UserError(f"entry point {point.name} of {GROUP} must be a dllm_trainer.facts.Family, got {type(row).__name__}")
         yield row
 
 

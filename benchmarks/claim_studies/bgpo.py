@@ -40,8 +40,8 @@ from benchmarks.claim_studies.common import (
     spread,
 )
 from dllm_kernels import MaskPlan
-from dllm_kernels.accumulation import score_samples
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import BGPO, bgpo, group_advantages
 
 SNAPSHOTS = (0, 1, 4, 16, 40)  # updates

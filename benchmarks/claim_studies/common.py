@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dllm_trainer.config import load_config
+from dllm_trainer.distributed import Ranks
+from dllm_trainer.tasks import Example, make_task
+from dllm_trainer.train.optimization import make_optimizer
+from dllm_trainer.train.rl import rl_updates
+from dllm_trainer.train.run import prepare
+from dllm_trainer.train.setup import Setup
 from torch import Tensor, nn
 
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
-from dllm_kernels.accumulation import Report
-from dllm_kernels.objective import Batch, Objective
-from trainer.config import load_config
-from trainer.distributed import Ranks
-from trainer.rl import rl_updates
-from trainer.run import prepare
-from trainer.setup import Setup
-from trainer.tasks import Example, make_task
-from trainer.training import make_optimizer
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.accumulation.report import Report
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 RESAMPLES = 2000
@@ -179,9 +179,8 @@ def load(settings: Settings, *overrides: str) -> Subject:
 
 @functools.lru_cache(maxsize=1)
 def _task_of(text: str, seed: int) -> Any:
+    from dllm_trainer.tasks.config import AnyTaskConfig
     from pydantic import TypeAdapter
-
-    from trainer.tasks.config import AnyTaskConfig
 
     task = make_task(TypeAdapter(AnyTaskConfig).validate_json(text), seed=seed)
     return replace(task, rewards={**task.rewards, "whim": _whim})

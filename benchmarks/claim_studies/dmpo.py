@@ -41,8 +41,8 @@ from benchmarks.claim_studies.common import (
     resampled,
     spread,
 )
-from dllm_kernels.accumulation import score_samples
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import RECIPES, dmpo, dmpo_objective, wdce_baseline, wdce_weights
 
 F64 = torch.float64

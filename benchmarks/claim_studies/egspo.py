@@ -38,7 +38,7 @@ from benchmarks.claim_studies.common import (
     spread,
 )
 from dllm_kernels import select_steps, step_entropy, trajectory_rows
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives import egspo_objective, egspo_sa_objective, group_advantages, stepwise_returns
 
 BUDGETS = (2, 4, 8)

@@ -20,6 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dllm_trainer.errors import GuardError
+from dllm_trainer.train.evaluation import evaluate
+from dllm_trainer.train.optimization import make_optimizer
+from dllm_trainer.train.rl import rl_updates
 from torch import Tensor, nn
 
 from benchmarks.claim_studies.common import (
@@ -37,13 +41,9 @@ from benchmarks.claim_studies.common import (
     moved,
     ratio,
 )
-from dllm_kernels.accumulation import score_samples
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import BGPO, espo, gdpo, group_advantages, rspo
-from trainer.errors import GuardError
-from trainer.evaluation import evaluate
-from trainer.rl import rl_updates
-from trainer.training import make_optimizer
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of ELBO, old and reference ELBO, advantages, lengths
 OBJECTIVES: dict[str, Loss] = {

@@ -42,7 +42,7 @@ from benchmarks.registry import (
 from benchmarks.suites import step_published
 from benchmarks.suites.step_inputs import Lesson
 from dllm_kernels import MaskPlan, accumulate, bgpo_loss, headless, make_mask_plan
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import BGPO, FACTORIES, RECIPES, Batch, Objective
 
 SAMPLES = (1, 4, 16)
@@ -387,5 +387,5 @@ SUITE = Suite(
     plot=plot,
     arithmetic=arithmetic,
     arithmetic_title="head tensors per sequence in the paper's setting (LLaDA-8B, bf16; its micro-batch is not published)",
-    preload=("transformers.models.eurobert.modeling_eurobert", "trainer.algorithms"),
+    preload=("transformers.models.eurobert.modeling_eurobert", "dllm_trainer.train.algorithms"),
 )

@@ -2,7 +2,7 @@
 
     score   per-sequence ELBOs without a gradient
     train   minus their mean, with gradients into the whole model
-    law X   `score` under each law of `dllm_kernels.laws`, at small sizes
+    law X   `score` under each law of `dllm_kernels.masks.laws`, at small sizes
 
 Three ways to the same numbers, under the same masks and weights:
 
@@ -49,8 +49,8 @@ from benchmarks.registry import (
     small_model,
 )
 from dllm_kernels import MaskPlan, accumulate, estimate_elbo, make_mask_plan
-from dllm_kernels.laws import LAWS
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.laws import LAWS
 
 SAMPLES = (1, 4, 16)
 SAMPLES_IN_FULL = (1, 4, 16, 64, 256)

@@ -25,7 +25,7 @@ from benchmarks.registry import DTYPES, Case, Contestant, Prepared, Result, Row,
 from benchmarks.suites import head_peers
 from dllm_kernels import explain, noise, sample_tokens, score_tokens
 from dllm_kernels.backends import select
-from dllm_kernels.backends.reference import HeadProblem
+from dllm_kernels.backends.contract import HeadProblem
 
 # plan: matrix products (each 2 N H V FLOPs) by output, whether the head trains
 PLANS: dict[str, tuple[tuple[str, ...], bool]] = {

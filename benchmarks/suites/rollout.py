@@ -42,7 +42,7 @@ from benchmarks.registry import (
 )
 from benchmarks.suites import step_published
 from dllm_kernels import Rollout, generate, noise, select_steps, step_entropy, trajectory_logp, trajectory_rows
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.noise import Stream
 
 # P: prompt and what is decided already; R: the block

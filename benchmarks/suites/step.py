@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from dllm_trainer.train.algorithms import Scores
 
 from benchmarks import plots
 from benchmarks.registry import Case, Contestant, Prepared, Result, Row, Runner, Settings, Suite, relative_error
@@ -50,8 +51,7 @@ from benchmarks.suites.step_inputs import (
 from benchmarks.suites.step_published import WRITTEN, complete, published_step
 from dllm_kernels import Rollout, accumulate, generate
 from dllm_kernels.objectives import RECIPES
-from dllm_kernels.samplers import commits_per_step
-from trainer.algorithms import Scores
+from dllm_kernels.rollouts.samplers import commits_per_step
 
 # B sequences in groups of G; prompts of P, completions of L tokens in blocks of R and T denoising steps; K samples or states
 SIZES = {"B": 4, "G": 2, "P": 16, "L": 32, "R": 16, "T": 8, "K": 4, "H": 64, "V": 4096, "layers": 2}
@@ -250,5 +250,5 @@ SUITE = Suite(
     shape_keys=tuple(SIZES),
     summary=summary,
     plot=plot,
-    preload=("transformers.models.eurobert.modeling_eurobert", "trainer.algorithms", "trainer.config"),
+    preload=("transformers.models.eurobert.modeling_eurobert", "dllm_trainer.train.algorithms", "dllm_trainer.config"),
 )

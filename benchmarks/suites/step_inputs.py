@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from dllm_trainer.config import RlConfig, load_config
+from dllm_trainer.train.algorithms import Scores, make_objective, make_trajectory, signal
 from torch import Tensor, nn
 
 from benchmarks.registry import Result, multiplied_parameters, small_model
 from dllm_kernels import Rollout, make_mask_plan
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, group_advantages, stepwise_returns, wdce_baseline, wdce_weights
-from trainer.algorithms import Scores, make_objective, make_trajectory, signal
-from trainer.config import RlConfig, load_config
 
 SEED = 5
 TEMPERATURE = 0.9  # d1's

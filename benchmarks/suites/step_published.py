@@ -15,15 +15,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from dllm_trainer.train.algorithms import Scores
 from torch import Tensor, nn
 
 from benchmarks.registry import Result, Runner
 from benchmarks.suites.step_inputs import TEMPERATURE, Clock, Inputs, Lesson, make_lesson
 from dllm_kernels import Rollout, noise
-from dllm_kernels.masks import MaskPlan
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
-from dllm_kernels.samplers import commits_per_step
-from trainer.algorithms import Scores
+from dllm_kernels.rollouts.samplers import commits_per_step
 
 NOISE_ROWS = 32  # at once: our noise in PyTorch takes a dozen int64 tensors of its size
 

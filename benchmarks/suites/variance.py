@@ -7,7 +7,7 @@ count follows (`moments.py`) what share of one pass's variance comes from its le
 here and in longer completions made of several of these as parts that do not see each other.
 
     random      the demo's architecture, not trained
-    trained     a checkpoint of `dllm-train`: runs/demo/checkpoint if there, or --model FOLDER (several make several cases)
+    trained     a checkpoint of `dllm-kernels`: runs/demo/checkpoint if there, or --model FOLDER (several make several cases)
 
 Sizes: B sequences, R replicates of every estimate, M samples of the reference (a multiple of the 16 counts).
 """
@@ -169,7 +169,7 @@ def sizes_of(settings: Settings) -> dict[str, int]:
 
 
 def check(settings: Settings) -> None:
-    from trainer.config import load_config
+    from dllm_trainer.config import load_config
 
     sizes, puzzles = sizes_of(settings), load_config().task.test_puzzles
     if not 2 <= sizes["B"] <= puzzles:
@@ -189,11 +189,11 @@ def models(settings: Settings) -> list[tuple[str, Path | None]]:
 
 def load(name: str, folder: Path | None, sequences: int) -> Scored:
     """The model, and its completions of that many unseen puzzles with the demo's sampler."""
-    from trainer.config import load_config
-    from trainer.distributed import Ranks
-    from trainer.errors import UserError
-    from trainer.run import prepare
-    from trainer.tasks import make_task
+    from dllm_trainer.config import load_config
+    from dllm_trainer.distributed import Ranks
+    from dllm_trainer.errors import UserError
+    from dllm_trainer.tasks import make_task
+    from dllm_trainer.train.run import prepare
 
     config = load_config(overrides=[] if folder is None else [f"model.checkpoint={json.dumps(str(folder))}"])
     task = make_task(config.task, seed=config.seed)
@@ -217,7 +217,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     against: list[dict[str, Any]] = []
     for name, folder in cases:
         if folder is not None and not (folder / "config.json").is_file():
-            reason = f"no {folder.relative_to(ROOT)}: train it with `dllm-train demo`, or give --model FOLDER"
+            reason = f"no {folder.relative_to(ROOT)}: train it with `dllm-kernels demo`, or give --model FOLDER"
             rows.append(_row(name, sizes, "all", status="absent", reason=reason))
             continue
         scored = load(name, folder, sizes["B"])

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from dllm_kernels.backends import cpu, reference
-from dllm_kernels.backends.reference import HeadProblem
+from dllm_kernels.backends.contract import HeadProblem
 
 _NAMES = ("reference", "cpu", "triton")
 
@@ -21,7 +21,7 @@ def _triton() -> ModuleType | None:
     """Imported when it is first wanted; None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("dllm_kernels.backends.triton.engine")
+    return importlib.import_module("dllm_kernels.backends.triton.head")
 
 
 def select(problem: HeadProblem) -> ModuleType:

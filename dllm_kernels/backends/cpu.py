@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dllm_kernels.backends import reference
-from dllm_kernels.backends.reference import STATISTICS, WORKSPACE_BYTES, HeadProblem
+from dllm_kernels.backends import contract, reference
+from dllm_kernels.backends.contract import STATISTICS, WORKSPACE_BYTES, HeadProblem
 
 __all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
@@ -83,7 +83,7 @@ def _operands(problem: HeadProblem, index_N: Tensor | None) -> tuple[object, ...
 
 
 def check(problem: HeadProblem, *, targets: bool) -> None:
-    """`reference.check`, which also says what is wrong; the usual case, nothing, is found in one C++ call."""
+    """`contract.check`, which also says what is wrong; the usual case, nothing, is found in one C++ call."""
     p = problem
     target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
     if _C is None or not _C.values_fit(
@@ -94,7 +94,7 @@ def check(problem: HeadProblem, *, targets: bool) -> None:
         p.weight_VH.shape[0],
         _address(p.excluded_V),
     ):
-        reference.check(p, targets=targets)
+        contract.check(p, targets=targets)
 
 
 def run(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.objectives import bgpo as _bgpo
 from dllm_kernels.objectives import coupled_grpo as _coupled_grpo
 from dllm_kernels.objectives import d2 as _d2

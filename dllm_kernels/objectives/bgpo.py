@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.elbo import bgpo_terms
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.losses import bgpo_terms
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 
 

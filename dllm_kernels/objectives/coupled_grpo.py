@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import check_ratio_options, mean_token_loss, old_and_reference, shares_K11, token_terms

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.objective import Objective
+from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import check_mask, check_policy
 from dllm_kernels.objectives.tokens import mean_token_loss, token_objective

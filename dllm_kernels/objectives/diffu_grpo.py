@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dllm_kernels.objective import Objective
+from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.tokens import mean_token_loss, token_objective
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
 

@@ -13,7 +13,7 @@ Status = Literal["verified against the paper", "verified against the code", "unv
 class Recipe:
     """One algorithm: where it was published, how surely it is that, and what it wants of the data."""
 
-    name: str  # of the function and of `dllm-train rl --algorithm`
+    name: str  # of the function and of `dllm-kernels rl --algorithm`
     title: str
     arxiv: str  # number
     status: Status  # notes says what was read, and what was not

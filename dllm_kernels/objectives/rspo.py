@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import sequence_scores

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.masks import MaskPlan
+from dllm_kernels.masks.plan import MaskPlan
 
 SCORES = (torch.float32, torch.float64)  # no importance ratio survives scores of 16 bit
 

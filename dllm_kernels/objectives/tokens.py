@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.surrogates import (
     check_clip,
     check_mask,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_kernels.masks import MaskPlan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import check_policy, check_values, clipped_ratio_term, k3
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference

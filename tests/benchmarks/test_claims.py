@@ -22,7 +22,7 @@ from benchmarks import claims  # noqa: E402
 from benchmarks.claim_studies import bgpo, common, dmpo, egspo, gdpo, rspo  # noqa: E402
 from benchmarks.claim_studies.common import CONFIRMED, REFUTED, UNDECIDED, Settings, decide, gradient  # noqa: E402
 from dllm_kernels import trajectory_rows  # noqa: E402
-from dllm_kernels.objective import Batch  # noqa: E402
+from dllm_kernels.accumulation.objective import Batch  # noqa: E402
 from dllm_kernels.objectives import (  # noqa: E402
     dmpo_objective,
     espo_objective,

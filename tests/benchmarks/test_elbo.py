@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the instal
 
 from benchmarks import execution, measure, registry  # noqa: E402
 from benchmarks.suites import elbo  # noqa: E402
-from dllm_kernels.laws import LAWS  # noqa: E402
+from dllm_kernels.masks.laws import LAWS  # noqa: E402
 
 TINY = registry.Settings(tiny=True, threads=1)
 SMALL = registry.Settings(threads=1, shape={"B": 2, "S": 32, "L": 28, "H": 16, "V": 20000})

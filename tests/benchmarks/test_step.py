@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the folder bench
 
 from benchmarks import execution, measure, registry  # noqa: E402
 from benchmarks.suites import step, step_inputs, step_published  # noqa: E402
-from dllm_kernels.objective import Batch  # noqa: E402
+from dllm_kernels.accumulation.objective import Batch  # noqa: E402
 from dllm_kernels.objectives import RECIPES  # noqa: E402
 
 TINY = registry.Settings(tiny=True, full=True, threads=1)  # every algorithm

@@ -158,6 +158,6 @@ def test_without_a_checkpoint_the_trained_model_is_listed_as_absent(monkeypatch:
     entry = variance.measure(registry.Settings(tiny=True, threads=1))
     (row,) = (row for row in entry["rows"] if row["model"] != "random")
     assert (row["status"], row["role"]) == ("absent", "ours")
-    assert row["reason"] == "no runs/demo/checkpoint: train it with `dllm-train demo`, or give --model FOLDER"
+    assert row["reason"] == "no runs/demo/checkpoint: train it with `dllm-kernels demo`, or give --model FOLDER"
     assert any(row["status"] == "ok" for row in entry["rows"])
     json.dumps(entry)

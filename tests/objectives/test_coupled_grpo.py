@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.coupled_grpo import RECIPE, coupled_grpo, coupled_grpo_objective, coupled_scores
 from tests.objectives import loops
 from tests.objectives.loops import F64, ragged

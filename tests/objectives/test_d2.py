@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.d2 import RECIPE, d2, d2_objective
 from dllm_kernels.objectives.diffu_grpo import diffu_grpo
 from tests.objectives import loops

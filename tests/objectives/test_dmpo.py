@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.dmpo import RECIPE, dmpo, dmpo_objective, effective_sample_size, wdce_baseline, wdce_weights
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import COMPLETIONS, GROUPS, plan_of

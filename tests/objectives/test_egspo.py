@@ -7,16 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives import group_advantages
-from dllm_kernels.objectives.egspo import (
-    RECIPE,
-    RECIPE_SA,
-    egspo,
-    egspo_objective,
-    egspo_sa_objective,
-    stepwise_returns,
-)
+from dllm_kernels.objectives.egspo import RECIPE, RECIPE_SA, egspo, egspo_objective, egspo_sa_objective, stepwise_returns
 from tests.objectives import loops
 from tests.objectives.loops import F64
 from tests.plans import plan_of

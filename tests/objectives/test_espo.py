@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.espo import RECIPE, espo, espo_objective
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import plan_of, scores

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dllm_kernels import objectives
-from dllm_kernels.masks import LAWS
+from dllm_kernels.masks.laws import LAWS
 from dllm_kernels.objectives.advantages import KINDS
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import plan_of

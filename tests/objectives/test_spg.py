@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.spg import NEGATIVES, RECIPE, spg, spg_objective
 from tests.objectives import loops
 from tests.objectives.loops import F64, ragged

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_kernels import make_mask_plan
-from dllm_kernels.objective import Batch, Objective
+from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.objectives import surrogates
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.objective import Batch
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.wd1 import RECIPE, wd1, wd1_objective, wd1_weights
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import COMPLETIONS, GROUPS, plan_of

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_kernels import denoising, generate, ops, trajectory_rows
-from dllm_kernels.backends import reference
+from dllm_kernels import generate, trajectory_rows
+from dllm_kernels.backends import contract
+from dllm_kernels.head import ops
+from dllm_kernels.rollouts import denoising
 from tests import oracle
+from tests.rollouts.test_layouts import causal, equal
 from tests.rollouts.compare import IDS, MASK, RAGGED, V
-from tests.rollouts.test_canvas import causal, equal
 from tests.rollouts.test_samplers import RECIPES, each_recipe
 from tests.tiny import eurobert
 
@@ -56,7 +58,7 @@ def test_no_logits_of_the_whole_text_exist(backend, recipe, monkeypatch):
         generate(model, prompts, **options, **recipe)
     weights = {(16, vocabulary), (vocabulary, 16)}
     wide = [size for size in made.sizes if vocabulary in size and size not in weights]
-    assert max((math.prod(size) // vocabulary for size in wide), default=0) <= reference.ROW_BLOCK
+    assert max((math.prod(size) // vocabulary for size in wide), default=0) <= contract.ROW_BLOCK
     assert any(size[1:] == (260, 16) for size in made.sizes), "the model was watched"
     assert any(size[-1:] == (vocabulary,) for size in wide) or backend.name == "cpu", "the head was watched"
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels import generate, samplers
+from dllm_kernels import generate
+from dllm_kernels.rollouts import samplers
 from tests.rollouts import published
 from tests.rollouts.compare import IDS, MASK, RAGGED, V, both
 from tests.tiny import eurobert

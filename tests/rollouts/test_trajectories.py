@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_kernels import Rollout, generate, select_steps, step_entropy, trajectory_logp, trajectory_rows
-from dllm_kernels.accumulation import score_samples
+from dllm_kernels.accumulation.scores import score_samples
 from tests.rollouts.compare import IDS, MASK, RAGGED, left_padded
 from tests.rollouts.test_samplers import RECIPES, each_recipe
 

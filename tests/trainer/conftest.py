@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from dllm_trainer.config import RunConfig, load_config
+from dllm_trainer.records.run_dir import RunDir
+from dllm_trainer.train.run import Run
 from rich.console import Console
-
-from trainer.config import RunConfig, load_config
-from trainer.run import Run
-from trainer.run_dir import RunDir
 
 # reward=rules: an almost untrained model solves nothing, and groups without a signal teach nothing
 TINY = [

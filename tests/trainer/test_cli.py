@@ -1,4 +1,4 @@
-"""`dllm-train` as a user meets it: one sentence for mistakes, Ctrl-C that loses nothing."""
+"""`dllm-kernels` as a user meets it: one sentence for mistakes, Ctrl-C that loses nothing."""
 
 import json
 import os
@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from dllm_trainer import cli
+from dllm_trainer.cli import app
+from dllm_trainer.config import RunConfig, load_config, shipped_configs
+from dllm_trainer.records.checkpoints import latest
+from dllm_trainer.records.run_dir import RunDir
 from typer.testing import CliRunner, Result
 
-import trainer.cli
 from dllm_kernels.version import __version__
 from tests.trainer.conftest import TINY, lines
-from trainer.checkpoints import latest
-from trainer.cli import app
-from trainer.config import RunConfig, load_config, shipped_configs
-from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_rl_after_sft_alone_makes_the_default_number_of_updates(tmp_path: Path, 
     started: list[RunConfig] = []
     (tmp_path / "config.yaml").write_text(load_config(overrides=["rl.updates=0"]).to_yaml())
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr(trainer.cli, "_execute", lambda folder, config, *_, **__: started.append(config))
+    monkeypatch.setattr(cli, "_execute", lambda folder, config, *_, **__: started.append(config))
     for more in ([], ["rl.updates=7"]):
         assert call("rl", "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "rl", *more).exit_code == 0
     assert [config.rl.updates for config in started] == [load_config().rl.updates, 7]
@@ -122,7 +122,7 @@ def damaged(finished: Path, tmp_path: Path, name: str, damage: str) -> tuple[Pat
 
 def assert_told(result: Result, what: str) -> None:
     assert result.exit_code == 2, (result.output, result.exception)
-    (sentence,) = (line for line in result.output.splitlines() if line.startswith("dllm-train: "))
+    (sentence,) = (line for line in result.output.splitlines() if line.startswith("dllm-kernels: "))
     assert re.search(what, sentence), sentence
     assert "go on with" not in sentence
 
@@ -216,7 +216,7 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tmp_path: Path) -
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "go on with: dllm-train demo --resume runs/demo" in output
+    assert "go on with: dllm-kernels demo --resume runs/demo" in output
     run = RunDir.reopen(tmp_path / "runs" / "demo")
     saved = latest(run.path / "checkpoints")
     assert saved is not None

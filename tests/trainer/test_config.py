@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
+from dllm_trainer.config import RunConfig, allowed_keys, load_config, shipped_configs
+from dllm_trainer.errors import ConfigError
 from omegaconf import OmegaConf
-
-from trainer.config import RunConfig, allowed_keys, load_config, shipped_configs
-from trainer.errors import ConfigError
 
 
 def test_the_demo_s_config_says_what_is_trained_and_how_and_leaves_what_other_models_need() -> None:

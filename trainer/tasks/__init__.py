@@ -1,6 +1,6 @@
 """Tasks: examples, and rewards that are pure functions of texts. `make_task` makes the one that a config describes.
 
-Importing this package loads neither torch nor a data set: `dllm-train --help` reads the configs through it.
+Importing this package loads neither torch nor a data set: `dllm-kernels --help` reads the configs through it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.tasks.config import AnyTaskConfig
+    from .config import AnyTaskConfig
 
 # kind of a task's config -> the module whose `make(config, seed=...)` makes it
 MODULES = {
-    "sudoku": "trainer.tasks.sudoku",
-    "countdown": "trainer.tasks.countdown",
-    "gsm8k": "trainer.tasks.gsm8k",
-    "math": "trainer.tasks.math",
-    "file": "trainer.tasks.files",
-    "pairs": "trainer.tasks.pairs",
+    "sudoku": ".sudoku",
+    "countdown": ".countdown",
+    "gsm8k": ".gsm8k",
+    "math": ".math",
+    "file": ".files",
+    "pairs": ".pairs",
 }
 
 
@@ -54,9 +54,9 @@ def make_task(config: AnyTaskConfig, *, seed: int) -> Task:
 
     Raises UserError naming the key or the file and line that is wrong.
     """
-    from trainer.tasks.rewards import checked  # which imports this module
+    from .rewards import checked  # which imports this module
 
-    made: Task = importlib.import_module(MODULES[config.kind]).make(config, seed=seed)
+    made: Task = importlib.import_module(MODULES[config.kind], __name__).make(config, seed=seed)
     return replace(
         made,
         rewards={name: checked(reward, name) for name, reward in made.rewards.items()},

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.sections import Positive, Section, Share, Text
+from ..sections import Positive, Section, Share, Text
 
 Rows = Annotated[int, Field(ge=1)] | None  # None: all of them
 

@@ -12,11 +12,12 @@ import torch
 
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
-from trainer.errors import ConfigError, UserError
-from trainer.prompts import TAGS, final_answer
-from trainer.tasks import Example, Task, arithmetic, d1_compat
-from trainer.tasks.config import CountdownConfig
-from trainer.tasks.files import first_rows, text_of
+
+from ..errors import ConfigError, UserError
+from . import Example, Task, arithmetic, d1_compat
+from .config import CountdownConfig
+from .files import first_rows, text_of
+from .tags import TAGS, final_answer
 
 _CHUNK = 2048
 _FRUITLESS = 16  # chunks without a new problem, after which there is none

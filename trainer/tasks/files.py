@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError, first_line
-from trainer.tasks import Example, Task
-from trainer.tasks.config import FileConfig
-from trainer.tasks.rewards import choose, exact_match
+from ..errors import UserError, first_line
+from . import Example, Task
+from .config import FileConfig
+from .rewards import choose, exact_match
 
 Row = Mapping[str, Any]
 

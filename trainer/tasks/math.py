@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from trainer.errors import UserError
-from trainer.prompts import TAGS, final_answer, tagged
-from trainer.tasks import Example, Task, d1_compat
-from trainer.tasks.config import MathConfig
-from trainer.tasks.files import first_rows, text_of
+from ..errors import UserError
+from . import Example, Task, d1_compat
+from .config import MathConfig
+from .files import first_rows, text_of
+from .tags import TAGS, final_answer, tagged
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
 _LONGEST = 1000  # characters of an answer that is normalised; a longer one is compared as it is

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.errors import UserError
-from trainer.tasks import Example, Task
-from trainer.tasks.config import PairsConfig
-from trainer.tasks.files import distinct, first_rows, id_of, text_of
-from trainer.tasks.rewards import exact_match
+from ..errors import UserError
+from . import Example, Task
+from .config import PairsConfig
+from .files import distinct, first_rows, id_of, text_of
+from .rewards import exact_match
 
 
 def make(config: PairsConfig, *, seed: int) -> Task:

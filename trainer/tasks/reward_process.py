@@ -1,4 +1,4 @@
-"""The process in which a reward `module:function` runs: `python -m trainer.tasks.reward_process SPEC FILE_DESCRIPTOR`."""
+"""The process in which a reward `module:function` runs: `python -m dllm_trainer.tasks.reward_process SPEC FILE_DESCRIPTOR`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from trainer.errors import first_line
+from ..errors import first_line
 
 
 def main(spec: str, descriptor: int) -> None:

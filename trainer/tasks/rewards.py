@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from trainer.errors import UserError, first_line
-from trainer.tasks import Example, Reward
+from ..errors import UserError, first_line
+from . import Example, Reward
 
 _IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 
@@ -82,7 +82,7 @@ class _Process:
     def _start(self) -> None:
         ours, theirs = Pipe()
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        command = [sys.executable, "-m", "trainer.tasks.reward_process", self._spec, str(theirs.fileno())]
+        command = [sys.executable, "-m", f"{__package__}.reward_process", self._spec, str(theirs.fileno())]
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, env={**os.environ, "PYTHONPATH": path}
         )

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
-from trainer.errors import ConfigError
+
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.tasks.config import SudokuConfig
+    from .config import SudokuConfig
 
 CELLS = 16
 _ROWS = torch.arange(CELLS).view(4, 4)

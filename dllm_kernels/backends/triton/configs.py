@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_kernels.backends import reference
+from dllm_kernels.backends import contract
 
-ROW_BLOCK = reference.ROW_BLOCK
+ROW_BLOCK = contract.ROW_BLOCK
 MOST_ROWS = 1024  # of a chunk: enough to fill a chip in the products that follow
 SEGMENT = 512  # vocabulary columns per part: enough programs for the chip even at 32 rows
 
@@ -73,7 +73,7 @@ def row_stride(vocabulary: int) -> int:
 
 def chunk_rows(vocabulary: int, bytes_per_logit: int, device_type: str) -> int:
     """Rows of a whole chunk, from the workspace budget and V alone: a multiple of ROW_BLOCK."""
-    budget = reference.WORKSPACE_BYTES.get(device_type, reference.GPU_WORKSPACE_BYTES)
+    budget = contract.WORKSPACE_BYTES.get(device_type, contract.GPU_WORKSPACE_BYTES)
     fit = budget // (row_stride(vocabulary) * bytes_per_logit) // ROW_BLOCK * ROW_BLOCK
     if torch.are_deterministic_algorithms_enabled():
         fit = ROW_BLOCK

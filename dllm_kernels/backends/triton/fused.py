@@ -14,17 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dllm_kernels.backends.reference import HeadProblem
-from dllm_kernels.backends.triton.arithmetic import (
-    draw,
-    exp_far,
-    far,
-    finish,
-    finite_or_zero,
-    reduce_parts,
-    tanh,
-    top_of,
-)
+from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 from dllm_kernels.backends.triton.configs import CONFIGS, Config
 from dllm_kernels.backends.triton.rows import interpreted, scalars
 

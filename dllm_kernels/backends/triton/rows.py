@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels.backends.reference import HeadProblem
+from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 
 

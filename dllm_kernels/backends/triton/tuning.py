@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_kernels.backends.reference import HeadProblem
+from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.backends.triton import fused, products, rows
 from dllm_kernels.backends.triton.configs import Config, config_for
 

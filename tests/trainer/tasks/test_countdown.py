@@ -5,13 +5,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from dllm_trainer.errors import ConfigError, UserError
+from dllm_trainer.tasks import Example, Task, arithmetic, countdown, make_task
+from dllm_trainer.tasks.config import CountdownConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.conftest import global_random_states
-from trainer.errors import ConfigError, UserError
-from trainer.tasks import Example, Task, arithmetic, countdown, make_task
-from trainer.tasks.config import CountdownConfig
 
 D1 = Path("/work/shared/data/countdown_cd3_test.jsonl")
 SMALL = {"train_problems": 300, "test_problems": 40}

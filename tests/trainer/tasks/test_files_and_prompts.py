@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from dllm_trainer.errors import UserError
+from dllm_trainer.models import codec
+from dllm_trainer.models.tokenizer import make_tokenizer
+from dllm_trainer.tasks import Example, files, make_task
+from dllm_trainer.tasks.config import AnyTaskConfig, CountdownConfig, FileConfig, PairsConfig, SudokuConfig
+from dllm_trainer.tasks.pairs import split
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
-
-from trainer import prompts
-from trainer.errors import UserError
-from trainer.tasks import Example, files, make_task
-from trainer.tasks.config import AnyTaskConfig, CountdownConfig, FileConfig, PairsConfig, SudokuConfig
-from trainer.tasks.pairs import split
-from trainer.tokenizer import make_tokenizer
 
 GOOD = {"prompt": "1", "answer": "2"}
 TEMPLATE = (
@@ -181,13 +180,8 @@ def test_the_kind_chooses_the_section_and_sudoku_needs_none() -> None:
 
 def test_prompts_without_a_chat_template_are_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [Example("0", "1203=", "4"), Example("1", "0=", "1")]
-    encoded = prompts.encode(tokenizer, examples)
+    encoded = codec.encode(tokenizer, examples)
     assert encoded == [[1, 2, 0, 3, 5], [0, 5]]
-    ids, mask = prompts.left_padded(encoded, pad_id=8)
-    assert ids.tolist() == [[1, 2, 0, 3, 5], [8, 8, 8, 0, 5]]
-    assert mask is not None
-    assert mask.tolist() == [[True] * 5, [False] * 3 + [True] * 2]
-    assert prompts.left_padded(encoded[:1], pad_id=8)[1] is None
 
 
 def test_with_a_chat_template_prompt_and_answer_join_to_the_whole_chat(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -207,35 +201,35 @@ def test_with_a_chat_template_prompt_and_answer_join_to_the_whole_chat(tokenizer
 
     example, shot = Example("0", "2+2", "4"), Example("s", "1+1", "2")
     recorder: Any = Recorder()
-    prompts.encode(recorder, [example], system="Be brief.", shots=[shot])
-    prompts.encode_answers(recorder, [example], length=3)
+    codec.encode(recorder, [example], system="Be brief.", shots=[shot])
+    codec.encode_answers(recorder, [example], length=3)
     assert written[0] == "<user>Be brief.\n\n1+1</user>\n<assistant>2</assistant>\n<user>2+2</user>\n<assistant>"
     assert written[1] == "4</assistant>"
 
 
 def test_plain_few_shot_prompts_have_the_examples_before_them(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"the prompt of example 0 has what the tokenizer does not know: '\\n'"):
-        prompts.encode(tokenizer, [Example("0", "12=")], system="0", shots=[Example("s", "1=", "2")])
+        codec.encode(tokenizer, [Example("0", "12=")], system="0", shots=[Example("s", "1=", "2")])
 
 
 def test_answers_are_filled_with_eos_and_never_cut(tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
     examples = [Example("0", "", "12"), Example("1", "", "1234")]
-    assert prompts.encode_answers(tokenizer, examples, length=4) == [[1, 2, eos, eos], [1, 2, 3, 4]]
-    assert prompts.encode_answers(tokenizer, examples[:1], length=3, eos_id=0) == [[1, 2, 0]]
+    assert codec.encode_answers(tokenizer, examples, length=4) == [[1, 2, eos, eos], [1, 2, 3, 4]]
+    assert codec.encode_answers(tokenizer, examples[:1], length=3, eos_id=0) == [[1, 2, 0]]
     with pytest.raises(UserError, match="the answer of example 1 has 4 tokens, more than the completion's 3"):
-        prompts.encode_answers(tokenizer, examples, length=3)
+        codec.encode_answers(tokenizer, examples, length=3)
     with pytest.raises(UserError, match="the prompt of example 1 has 4 tokens, more than 3; nothing is ever cut"):
-        prompts.encode(tokenizer, [Example("1", "1234")], longest=3)
+        codec.encode(tokenizer, [Example("1", "1234")], longest=3)
     with pytest.raises(UserError, match="example 2 has no answer to be shown"):
-        prompts.encode_answers(tokenizer, [Example("2", "1")], length=3)
+        codec.encode_answers(tokenizer, [Example("2", "1")], length=3)
     with pytest.raises(UserError, match="the answer of example 3 has what the tokenizer does not know: 'x'"):
-        prompts.encode_answers(tokenizer, [Example("3", "1", "1x")], length=3)
+        codec.encode_answers(tokenizer, [Example("3", "1", "1x")], length=3)
 
 
 def test_completions_are_read_up_to_the_first_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     eos, pad, unknown = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
     completions = torch.tensor([[1, 2, eos, 3], [1, pad, 2, 3], [eos, 1, 1, 1], [1, unknown, 3, 4]])
-    assert prompts.decode(tokenizer, completions) == ["12", "123", "", "134"]
-    answers = prompts.encode_answers(tokenizer, [Example("0", "", "12")], length=4)
-    assert prompts.decode(tokenizer, torch.tensor(answers)) == ["12"]
+    assert codec.decode(tokenizer, completions) == ["12", "123", "", "134"]
+    answers = codec.encode_answers(tokenizer, [Example("0", "", "12")], length=4)
+    assert codec.decode(tokenizer, torch.tensor(answers)) == ["12"]

@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from trainer.errors import UserError
-from trainer.prompts import final_answer, tagged
-from trainer.tasks import Example, arithmetic, d1_compat, gsm8k, make_task, math, shaping
-from trainer.tasks.config import Gsm8kConfig, MathConfig
+from dllm_trainer.errors import UserError
+from dllm_trainer.tasks import Example, arithmetic, d1_compat, gsm8k, make_task, math, shaping
+from dllm_trainer.tasks.config import Gsm8kConfig, MathConfig
+from dllm_trainer.tasks.tags import final_answer, tagged
 
 DATA = Path("/work/shared/data")
 GSM8K = Example("0", "", "", {"answer": "1,000"})

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from trainer.errors import UserError
-from trainer.tasks import Example, Task, countdown, make_task
-from trainer.tasks.config import CountdownConfig
-from trainer.tasks.rewards import checked, choose, exact_match, load_reward
+from dllm_trainer.errors import UserError
+from dllm_trainer.tasks import Example, Task, countdown, make_task
+from dllm_trainer.tasks.config import CountdownConfig
+from dllm_trainer.tasks.rewards import checked, choose, exact_match, load_reward
 
 EXAMPLES = [Example("a", "", "", {"answer": "1"}), Example("b", "", "", {"answer": "2"})]
 

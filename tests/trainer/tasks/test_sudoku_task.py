@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from trainer.errors import UserError
-from trainer.tasks import Task, make_task
-from trainer.tasks import sudoku_grids as sudoku
-from trainer.tasks.config import SudokuConfig
-from trainer.tasks.sudoku import cells
-from trainer.tokenizer import make_tokenizer
+from dllm_trainer.errors import UserError
+from dllm_trainer.models.tokenizer import make_tokenizer
+from dllm_trainer.tasks import Task, make_task
+from dllm_trainer.tasks import sudoku_grids as sudoku
+from dllm_trainer.tasks.config import SudokuConfig
+from dllm_trainer.tasks.sudoku import cells
 
 SMALL = {"train_puzzles": 300, "test_puzzles": 60}
 

@@ -1,0 +1,1 @@
+"""Exact gradients and scores, one micro-batch at a time."""

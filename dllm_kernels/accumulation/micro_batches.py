@@ -1,0 +1,137 @@
+"""The micro-batches of a mask plan, and what of them goes through the model: no row without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.model.headless import Body
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run on."""
+
+    ids: Tensor  # [pairs, S]
+    model_kwargs: dict[str, Tensor]
+    index_N: Tensor  # flat into [pairs, S]
+    target_N: Tensor
+
+    def hidden(self, body: Body) -> Tensor:
+        return body(self.ids, **self.model_kwargs)
+
+
+@dataclass(frozen=True)
+class Cut:
+    samples: slice
+    sequences: slice
+    plan: MaskPlan
+    batch: Batch
+    model_kwargs: dict[str, Tensor]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.samples.start, self.sequences.start
+
+    def select(self, keep_N: Tensor | None) -> Selection:
+        """The rows where `keep_N`, and the pairs (sample, sequence) with such a row; None: everything, empty pairs too."""
+        K, B, S = self.plan.shape
+        ids = self.plan.noisy_ids.view(K * B, S)
+        expanded = {
+            name: tensor[None].expand(K, *tensor.shape).reshape(K * B, *tensor.shape[1:])
+            for name, tensor in self.model_kwargs.items()
+        }
+        rows = self.plan.rows
+        if keep_N is None:
+            return Selection(ids, expanded, rows.index, rows.target)
+        pair_N = (rows.sample * B + rows.sequence)[keep_N]
+        present = torch.zeros(K * B, dtype=torch.bool, device=ids.device).index_fill_(0, pair_N, True)
+        pairs = present.nonzero()[:, 0]
+        index_N, target_N = rows.index[keep_N], rows.target[keep_N]
+        if len(pairs) < K * B:
+            place = present.cumsum(0) - 1
+            index_N = index_N - (pair_N - place[pair_N]) * S  # a shifted row stays in its sequence
+            ids, expanded = ids[pairs], {name: tensor[pairs] for name, tensor in expanded.items()}
+        return Selection(ids, expanded, index_N, target_N)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The cuts of a plan: samples outermost, so that one sample of every sequence is done before the next."""
+
+    plan: MaskPlan
+    batch: Batch
+    model_kwargs: dict[str, Tensor]
+    samples_per_pass: int
+    sequences_per_pass: int
+
+    def __iter__(self) -> Iterator[Cut]:
+        K, B, _ = self.plan.shape
+        for k in range(0, K, self.samples_per_pass):
+            for b in range(0, B, self.sequences_per_pass):
+                samples = slice(k, min(k + self.samples_per_pass, K))
+                sequences = slice(b, min(b + self.sequences_per_pass, B))
+                yield Cut(
+                    samples,
+                    sequences,
+                    self.plan.cut(samples=samples, sequences=sequences),
+                    self.batch.cut(samples=samples, sequences=sequences),
+                    {name: tensor[sequences] for name, tensor in self.model_kwargs.items()},
+                )
+
+    def of(self, sequences: slice | Tensor) -> Cuts:
+        """The cuts of some sequences."""
+        return Cuts(
+            self.plan.cut(sequences=sequences),
+            self.batch.cut(sequences=sequences),
+            {name: tensor[sequences] for name, tensor in self.model_kwargs.items()},
+            self.samples_per_pass,
+            self.sequences_per_pass,
+        )
+
+
+def in_step(cuts: Cuts, body: Body, runs: Callable[[Cut], bool], *, backward: bool = False, last: bool = False) -> Iterator[Cut]:
+    """The cuts, for a loop that calls the model once (and backward once) for each of which `runs` is true.
+
+    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who has less to do
+    idles along at the end. last: gradients that were kept whole so far are reduced by the last of these backwards.
+    """
+    shards = body.shards
+    if shards is None:
+        yield from cuts
+        return
+    running = {cut.key for cut in cuts if runs(cut)}
+    left = shards.most(len(running))
+    idle = left - len(running)
+    for cut in cuts:
+        if cut.key in running:
+            left -= 1
+            shards.before_call(backward=backward, reduce=last and left == 0)
+        yield cut
+    for left in reversed(range(idle)):
+        shards.before_call(backward=backward, reduce=last and left == 0)
+        body.idle(cuts.plan.shape[2], cuts.model_kwargs, backward=backward)
+
+
+def make_cuts(
+    plan: MaskPlan,
+    batch: Batch,
+    model_kwargs: dict[str, Tensor] | None,
+    samples_per_pass: int,
+    sequences_per_pass: int | None,
+) -> Cuts:
+    """Raises ValueError or TypeError naming the argument."""
+    model_kwargs = model_kwargs or {}
+    for name, tensor in model_kwargs.items():
+        checks.require_tensor(name, tensor)
+        checks.shape(name, tensor, [plan.shape[1], *([None] * (tensor.dim() - 1))])
+        checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
+    checks.count("samples_per_pass", samples_per_pass)
+    sequences_per_pass = plan.shape[1] if sequences_per_pass is None else checks.count("sequences_per_pass", sequences_per_pass)
+    return Cuts(plan, batch, model_kwargs, samples_per_pass, max(1, sequences_per_pass))

@@ -1,0 +1,96 @@
+"""What an objective declares, so that the engine can give its exact gradient at constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.masks.plan import MaskPlan
+
+Coupling = Literal["none", "token", "sample", "sequence", "batch"]
+Denominator = Literal["tokens", "sequences", "groups", "pairs", "steps"]  # steps: (sequence, state) with a scored token
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The small tensors that travel with a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo sample."""
+
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sample: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def check(self, plan: MaskPlan) -> None:
+        """Raises ValueError naming the entry that is not finite, or not of the plan's B, or B and K, or on its device."""
+        K, B, _ = plan.shape
+        for entries, sizes in ((self.per_sequence, (B,)), (self.per_sample, (B, K))):
+            for name, tensor in entries.items():
+                checks.require_tensor(name, tensor)
+                if tuple(tensor.shape[: len(sizes)]) != sizes:
+                    raise ValueError(f"{name} must have leading sizes {list(sizes)}, got shape {list(tensor.shape)}")
+                checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
+                checks.finite(name, tensor)
+
+    def cut(self, *, samples: slice = slice(None), sequences: slice | Tensor = slice(None)) -> Batch:
+        return Batch(
+            {name: tensor[sequences] for name, tensor in self.per_sequence.items()},
+            {name: tensor[sequences, samples] for name, tensor in self.per_sample.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of the row log-probs of a mask plan.
+
+    `contributions(logp_N, plan, batch)` returns the *sum* of the contributions of the plan's cut; the engine divides it
+    once by the denominator of the whole optimizer step, so the loss does not depend on how the batch is cut. `coupling`
+    names the smallest unit on which coefficients of the log-probs depend: `none` (data only), `token`, `sample` (one
+    Monte-Carlo sample of one sequence), `sequence` (its K samples), `batch`. `on_policy_coupling` is the coupling when no
+    old scores are given, that is when the old policy is the current one.
+
+    `scale` names the entry that multiplies all that a sequence (or, `[B, K]`, a sample of it) contributes: where it is 0,
+    neither value nor gradient is left and the model need not run.
+
+    A `batch` objective may be given as `reduce(logp_N, plan)`, numbers `[B]` that are linear in logp and add up over cuts along
+    the samples, and `couple(numbers_B, lengths_B, entries)`, its contributions as a function of them. The engine then
+    holds no more than these numbers between its two passes, and can couple several ranks.
+    """
+
+    name: str
+    contributions: Callable[[Tensor, MaskPlan, Batch], Tensor]
+    coupling: Coupling
+    on_policy_coupling: Coupling
+    denominator: Denominator
+    old_scores: str | None  # the entry of Batch that makes it off-policy
+    per_sequence: tuple[str, ...] = ()  # entries [B] that Batch must hold, old scores apart
+    per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch.per_sample must hold, old scores apart
+    per_token: tuple[str, ...] = ()  # entries [B, K, S] that Batch.per_sample must hold, old scores apart
+    scale: str | None = None
+    reduce: Callable[[Tensor, MaskPlan], Tensor] | None = None
+    couple: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor] | None = None
+
+    def is_on_policy(self, batch: Batch) -> bool:
+        return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
+
+    def check(self, batch: Batch, plan: MaskPlan) -> None:
+        """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train on-policy."""
+        batch.check(plan)
+        K, B, S = plan.shape
+        sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
+        sizes["per_sample"] = {name: [B, K] for name in self.per_sample} | {name: [B, K, S] for name in self.per_token}
+        optional = {self.old_scores}
+        if self.denominator == "groups" and "group_ids" not in self.per_sequence:  # to count them by
+            sizes["per_sequence"]["group_ids"] = [B]
+            optional.add("group_ids")
+        for where, entries in (("per_sequence", batch.per_sequence), ("per_sample", batch.per_sample)):
+            known = sizes[where]
+            if missing := set(known) - optional - set(entries):
+                raise ValueError(f"batch.{where} must hold {min(missing)!r} for {self.name}, got {sorted(entries)}")
+            for name, tensor in entries.items():
+                if name not in known:
+                    raise ValueError(f"batch.{where} holds {name!r}, but {self.name} takes {list(known)} there")
+                if tensor.dim() != len(known[name]):
+                    raise ValueError(f"{name} must have {len(known[name])} dimension(s), got shape {list(tensor.shape)}")
+                checks.shape(name, tensor, known[name])

@@ -1,0 +1,231 @@
+"""The model without its head, an objective, and the passes over both: what `accumulate` runs, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dllm_kernels.accumulation import ranks
+from dllm_kernels.accumulation.micro_batches import Cut, Cuts, in_step
+from dllm_kernels.accumulation.objective import Objective
+from dllm_kernels.accumulation.report import Meter
+from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.model.headless import Body
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class Engine:
+    """The model without its head, an objective, and the passes over both."""
+
+    def __init__(
+        self,
+        body: Body,
+        objective: Objective,
+        denominator: float,
+        options: dict[str, Any],
+        head_plan: str | None,
+        keep_zeros: bool,
+    ) -> None:
+        self.body, self.objective, self.denominator = body, objective, denominator
+        self.options, self.head_plan, self.keep_zeros = options, head_plan, keep_zeros
+        self.meter = Meter(body)
+        self.last = False  # whether the next pass with gradients is the last
+        self.dtype = statistics_dtype(body.parameter)
+
+    # --- one pass, or two ---------------------------------------------------------------------------------------------
+
+    def once(self, cuts: Cuts, coupling: str) -> tuple[Tensor, Tensor]:
+        """(loss, per-sample ELBOs `[B, K]`) of cuts whose coefficients need no pass of their own."""
+        elbo_BK = self._elbos(cuts)
+        loss = elbo_BK.new_zeros(())
+        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it couples
+        whole_loss = coupling == "none" and self.objective.coupling in ("sequence", "batch")
+        logps: dict[tuple[int, int], Tensor] = {}
+
+        def runs(cut: Cut) -> bool:
+            if coupling == "none":
+                return self._any_row(cut, lambda: self._data_coefficients(cut) != 0)
+            return self._any_row(cut, lambda: self._weighed(cut))
+
+        for cut in self._learning(cuts, runs):
+            if len(cut.plan.rows) == 0:
+                if not whole_loss:
+                    loss = loss + self._contributions(elbo_BK.new_zeros(0), cut).detach()
+                continue
+            if coupling == "none":
+                logp_N, ran_N = self._learn(cut, self._data_coefficients(cut))
+                if whole_loss:
+                    logps[cut.key] = logp_N
+                else:
+                    loss = loss + self._contributions(logp_N, cut).detach()
+            else:
+                cut_loss, logp_N, ran_N = self._learn_late(cut)
+                loss = loss + cut_loss
+            elbo_BK[cut.sequences, cut.samples] = _elbo(cut, logp_N, ran_N)
+        if whole_loss and len(elbo_BK):
+            with torch.no_grad():
+                loss = self._whole(_dense(cuts, logps, self.dtype)[cuts.plan.scored], cuts)
+        return loss, elbo_BK
+
+    def twice(self, cuts: Cuts) -> tuple[Tensor, Tensor]:
+        """The same where coefficients depend on all rows of the cuts: their log-probs lie between the passes."""
+        elbo_BK = self._elbos(cuts)
+        logps = {}
+        for cut in in_step(cuts, self.body, _has_rows):
+            if len(cut.plan.rows):
+                logps[cut.key] = logp_N = self._score(cut)
+                elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+        dense_KBS = _dense(cuts, logps, self.dtype)
+        loss, gradient_N = elbo_BK.new_zeros(()), elbo_BK.new_zeros(0)
+        if len(elbo_BK):
+            with torch.enable_grad():
+                leaf_N = dense_KBS[cuts.plan.scored].requires_grad_(True)
+                loss = self._whole(leaf_N, cuts)
+                (gradient_N,) = torch.autograd.grad(loss, leaf_N)
+        gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(cuts.plan.scored, gradient_N)
+
+        def coefficients(cut: Cut) -> Tensor:
+            return gradient_KBS[cut.samples, cut.sequences][cut.plan.scored]
+
+        for cut in self._learning(cuts, lambda cut: self._any_row(cut, lambda: coefficients(cut) != 0)):
+            if cut.key in logps:
+                self._learn(cut, coefficients(cut))
+        return loss.detach(), elbo_BK
+
+    def by_numbers(self, cuts: Cuts, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """The same where one number per sequence says it all: no more than these lie between the passes, or go over ranks."""
+        elbo_BK, reduce = self._elbos(cuts), self.objective.reduce
+        assert reduce is not None
+        numbers_B = torch.zeros(len(elbo_BK), dtype=torch.float64, device=elbo_BK.device)
+        for cut in in_step(cuts, self.body, _has_rows):
+            if len(cut.plan.rows):
+                logp_N = self._score(cut)
+                elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+                numbers_B[cut.sequences] += reduce(logp_N.double(), cut.plan)
+        loss, gradient_B = ranks.couple(self.objective, numbers_B, cuts.plan, cuts.batch, group)
+        gradient_B = gradient_B / self.denominator
+
+        def coefficients(cut: Cut) -> Tensor:
+            with torch.enable_grad():
+                leaf_N = numbers_B.new_zeros(len(cut.plan.rows)).requires_grad_(True)
+                weighted = (reduce(leaf_N, cut.plan) * gradient_B[cut.sequences]).sum()
+                return torch.autograd.grad(weighted, leaf_N)[0]
+
+        for cut in self._learning(cuts, lambda cut: self._any_row(cut, lambda: coefficients(cut) != 0)):
+            if len(cut.plan.rows):
+                self._learn(cut, coefficients(cut))
+        return (loss / self.denominator).to(self.dtype), elbo_BK
+
+    # --- ranks in step ------------------------------------------------------------------------------------------------
+
+    def _learning(self, cuts: Cuts, runs: Callable[[Cut], bool]) -> Iterator[Cut]:
+        """The cuts of a pass with gradients; `runs` tells beforehand which of them call the model."""
+        yield from in_step(cuts, self.body, runs, backward=True, last=self.last)
+
+    def _any_row(self, cut: Cut, chosen_N: Callable[[], Tensor]) -> bool:
+        """Whether any of a cut's rows is to run; `chosen_N` is True where one has a coefficient."""
+        if not _has_rows(cut) or self.keep_zeros:
+            return _has_rows(cut)
+        return bool(chosen_N().any())
+
+    # --- one cut ------------------------------------------------------------------------------------------------------
+
+    def _score(self, cut: Cut) -> Tensor:
+        """Log-probs of a cut's rows without a gradient."""
+        rows = cut.plan.rows
+        with torch.no_grad():
+            chosen = cut.select(None if self.keep_zeros else torch.ones_like(rows.index, dtype=torch.bool))
+            hidden = chosen.hidden(self.body)
+            scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, **self.options)
+        self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)
+        assert scores.logp is not None
+        return scores.logp
+
+    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran, None for all)."""
+        keep_N = None if self.keep_zeros else coef_N != 0
+        if keep_N is not None and not bool(keep_N.any()):
+            return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
+        chosen = cut.select(keep_N)
+        hidden = chosen.hidden(self.body)
+        coef_N = (coef_N if keep_N is None else coef_N[keep_N]).to(statistics_dtype(hidden))
+        scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, coef=coef_N, **self.options)
+        assert scores.weighted_sum is not None
+        assert scores.logp is not None
+        scores.weighted_sum.backward()
+        self.meter.ran(chosen.ids.numel(), len(coef_N), "coef", backward=True)
+        return _spread(scores.logp, keep_N), keep_N
+
+    def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
+        keep_N = None if self.keep_zeros else self._weighed(cut)
+        if keep_N is not None and not bool(keep_N.any()):
+            logp_N = torch.zeros(len(keep_N), dtype=self.dtype, device=keep_N.device)
+            return self._contributions(logp_N, cut).detach(), logp_N, keep_N
+        chosen = cut.select(keep_N)
+        hidden = chosen.hidden(self.body)
+        head = {"rows": chosen.index_N, "plan": self.head_plan, **self.options}
+        scores = score_tokens(hidden, self.body.weight, chosen.target_N, **head)
+        assert scores.logp is not None
+        logp_N = _spread(scores.logp, keep_N)
+        loss = self._contributions(logp_N, cut)
+        loss.backward()
+        self.meter.ran(chosen.ids.numel(), len(chosen.index_N), scores.plan, backward=True)
+        return loss.detach(), logp_N.detach(), keep_N
+
+    def _weighed(self, cut: Cut) -> Tensor:
+        """bool `[N]`: the rows of samples with a weight; sequences without one were left out before."""
+        rows, scale = cut.plan.rows, self.objective.scale
+        if scale is None or scale not in cut.batch.per_sample:
+            return torch.ones_like(rows.index, dtype=torch.bool)
+        return cut.batch.per_sample[scale][rows.sequence, rows.sample] != 0
+
+    def _data_coefficients(self, cut: Cut) -> Tensor:
+        """`d loss / d logp` where it does not depend on logp: the gradient at any point, taken at 0."""
+        with torch.enable_grad():
+            zeros = torch.zeros(len(cut.plan.rows), dtype=torch.float64, device=cut.plan.input_ids_BS.device)
+            logp_N = zeros.requires_grad_(True)
+            return torch.autograd.grad(self._contributions(logp_N, cut), logp_N)[0]
+
+    def _contributions(self, logp_N: Tensor, cut: Cut) -> Tensor:
+        return self.objective.contributions(logp_N, cut.plan, cut.batch) / self.denominator
+
+    def _whole(self, logp_N: Tensor, cuts: Cuts) -> Tensor:
+        return self.objective.contributions(logp_N, cuts.plan, cuts.batch) / self.denominator
+
+    def _elbos(self, cuts: Cuts) -> Tensor:
+        K, B, _ = cuts.plan.shape
+        return torch.zeros(B, K, dtype=self.dtype, device=cuts.plan.input_ids_BS.device)
+
+
+def _has_rows(cut: Cut) -> bool:
+    return len(cut.plan.rows) > 0
+
+
+def _spread(logp_N: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Log-probs of the rows that ran at their places among all, 0 elsewhere; differentiable."""
+    if keep_N is None or len(logp_N) == len(keep_N):
+        return logp_N
+    return logp_N.new_zeros(len(keep_N)).masked_scatter(keep_N, logp_N)
+
+
+def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor | None) -> Tensor:
+    """Per-sample ELBOs `[B, K]` of a cut; NaN where not all rows ran."""
+    logp_N = logp_N.detach()
+    return cut.plan.elbo(logp_N if ran_N is None else torch.where(ran_N, logp_N, torch.nan))
+
+
+def _dense(cuts: Cuts, logps: dict[tuple[int, int], Tensor], dtype: torch.dtype) -> Tensor:
+    """Log-probs of all cuts as `[K, B, S]`, 0 where nothing is scored."""
+    dense_KBS = torch.zeros(cuts.plan.shape, dtype=dtype, device=cuts.plan.input_ids_BS.device)
+    for cut in cuts:
+        if cut.key in logps:
+            dense_KBS[cut.samples, cut.sequences].masked_scatter_(cut.plan.scored, logps[cut.key])
+    return dense_KBS

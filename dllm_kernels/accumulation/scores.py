@@ -1,0 +1,80 @@
+"""Scores of mask plans without gradients: of the policy, the old policy and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dllm_kernels.accumulation.micro_batches import in_step, make_cuts
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.accumulation.passes import statistics_dtype
+from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.model.headless import dropout_names, headless
+
+
+def score_samples(
+    model: nn.Module,
+    plan: MaskPlan,
+    *,
+    samples_per_pass: int = 1,
+    sequences_per_pass: int | None = None,
+    suppress: tuple[int, ...] = (),
+    model_kwargs: dict[str, Tensor] | None = None,
+    after_cut: Callable[[MaskPlan], None] | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy.
+
+    With `per_token`, log-probs `[B, K, S]` instead, unweighted, at the tokens that are scored and 0 elsewhere: what the
+    objectives with a ratio per token take as "old_logp" and "ref_logp". Memory is that of one cut and the result; a
+    sample without a scored token costs no forward. `after_cut` is called with each cut's plan.
+    """
+    K, B, S = plan.shape
+    refuse_dropout(model)
+    cuts = make_cuts(plan, Batch(), model_kwargs, samples_per_pass, sequences_per_pass)
+    with torch.no_grad(), headless(model) as body:
+        options = {**body.options, "suppress": suppress}
+        sizes = (B, K, S) if per_token else (B, K)
+        found = torch.zeros(sizes, dtype=statistics_dtype(body.parameter), device=plan.input_ids_BS.device)
+        for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
+            if len(cut.plan.rows):
+                selected = cut.select(torch.ones_like(cut.plan.rows.index, dtype=torch.bool))
+                target_N, index_N = selected.target_N, selected.index_N
+                logp_N = score_tokens(selected.hidden(body), body.weight, target_N, rows=index_N, **options).logp
+                assert logp_N is not None
+                if per_token:
+                    dense_KBS = found.new_zeros(cut.plan.shape).masked_scatter_(cut.plan.scored, logp_N)
+                    found[cut.sequences, cut.samples] = dense_KBS.transpose(0, 1)
+                else:
+                    found[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+            if after_cut is not None:
+                after_cut(cut.plan)
+    return found
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the context, a model with LoRA adapters is its own frozen reference: no second copy of the weights.
+
+    It is peft's `disable_adapter()`, which any module may offer. Raises ValueError where the model has none.
+
+    Example: `with adapters_off(model): reference = score_samples(model, plan)`
+    """
+    disable = getattr(model, "disable_adapter", None)
+    if not callable(disable):
+        raise ValueError(
+            f"model must have adapters to switch off (disable_adapter(), as peft's), {type(model).__name__} has none"
+        )
+    with disable():
+        yield
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    if active := dropout_names(model):
+        raise ValueError(
+            f"model must be deterministic where two passes have to agree, but dropout is active: {', '.join(active[:3])}"
+        )

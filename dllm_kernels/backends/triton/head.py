@@ -1,0 +1,293 @@
+"""The LM head on GPUs: vendor products and Triton row kernels over chunks of logits; fused kernels where no chunk is needed.
+
+The contract is that of `backends.reference`. float64 goes there. With TRITON_INTERPRET=1 in the environment from the start
+all of it runs on CPU tensors, in NumPy: for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.backends import reference
+from dllm_kernels.backends.contract import STATISTICS, HeadProblem, check
+from dllm_kernels.backends.triton import fused, products, rows
+from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
+from dllm_kernels.backends.triton.tuning import choose
+
+__all__ = ["NAME", "check", "from_operands", "run", "sample", "warmup", "why_unavailable", "workspace_bytes"]
+
+NAME = "triton"
+FEW_ROWS = 64  # up to here a draw is bound by reading the weight, and no logits need to be kept
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """A sentence for the user, None where this backend takes tensors of the device."""
+    if device.type == "cuda" or (device.type == "cpu" and rows.interpreted()):
+        return None
+    return f"the tensors are on {device}; it takes CUDA tensors, or CPU tensors where TRITON_INTERPRET=1"
+
+
+class _Chunk:
+    """Buffers of one walk: fp32 logits, whose memory then holds the operand; gathered rows; the entropy's own operand."""
+
+    def __init__(self, problem: HeadProblem, *, second: bool) -> None:
+        p = problem
+        self.problem, self.dtype = p, p.hidden_MH.dtype
+        vocabulary, width = p.weight_VH.shape
+        device, item = p.hidden_MH.device, p.hidden_MH.element_size()
+        whole = chunk_rows(vocabulary, 4 + item * second, device.type)
+        self.spans = spans(p.rows, whole)
+        size = max((padded for *_, padded in self.spans), default=0)
+        columns = row_stride(vocabulary)
+        self._logits = torch.empty(size, columns, dtype=torch.float32, device=device)
+        self._second = torch.zeros(size, columns, dtype=self.dtype, device=device) if second else None
+        self._hidden = torch.zeros(size, width, dtype=self.dtype, device=device)
+
+    def load(self, start: int, count: int, padded: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits, their memory as an operand, hidden states and the second operand, for rows of which `count` are real."""
+        p, vocabulary = self.problem, len(self.problem.weight_VH)
+        span = slice(start, start + count)
+        self._hidden[:count] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
+        logits_CV = self._logits[:padded, :vocabulary]
+        products.logits_(logits_CV, self._hidden[:padded], p.weight_VH)
+        operand_CV = self._logits[:padded].view(self.dtype)[:, :vocabulary]
+        second_CV = None if self._second is None else self._second[:padded, :vocabulary]
+        return logits_CV, operand_CV, self._hidden[:padded], second_CV
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors'; nothing is recorded for autograd."""
+
+    @functools.wraps(function)
+    def guarded(problem: HeadProblem, *more: Any, **named: Any) -> Any:
+        device = problem.hidden_MH.device
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(problem, *more, **named)
+
+    return guarded
+
+
+def _row_temperature(problem: HeadProblem, span: slice) -> Tensor | None:
+    return problem.temperature[span] if isinstance(problem.temperature, Tensor) else None
+
+
+def _contiguous(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if vector is None else vector.to(dtype).contiguous()
+
+
+def _plain(problem: HeadProblem) -> HeadProblem:
+    """The same problem with vectors that a kernel can index."""
+    p = problem
+    temperature = p.temperature.contiguous() if isinstance(p.temperature, Tensor) else p.temperature
+    index_N = _contiguous(p.index_N, torch.int64)
+    return HeadProblem(p.hidden_MH, p.weight_VH, p.target_N.contiguous(), index_N, p.bias_V, p.softcap, temperature, p.excluded_V)
+
+
+@_on_its_device
+def run(
+    problem: HeadProblem,
+    outputs: Collection[str],
+    *,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    overwrite: bool = False,
+) -> dict[str, Tensor]:
+    """`reference.run`. Statistics alone come from the fused kernel where the inputs have 16 bits, all else from chunks."""
+    if problem.hidden_MH.dtype not in _TYPES:
+        return reference.run(
+            problem,
+            outputs,
+            coef_N=coef_N,
+            entropy_coef_N=entropy_coef_N,
+            dweight_VH=dweight_VH,
+            dbias_V=dbias_V,
+            overwrite=overwrite,
+        )
+    p = _plain(problem)
+    total, (vocabulary, width) = p.rows, p.weight_VH.shape
+    device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
+    result: dict[str, Tensor] = {}
+    for name in outputs:
+        if name in STATISTICS:
+            result[name] = torch.empty(total, dtype=torch.int64 if name == "top_id" else torch.float32, device=device)
+        elif name in ("operand", "entropy_operand"):
+            result[name] = torch.empty(vocabulary, total, dtype=dtype, device=device).t()
+        else:
+            result[name] = torch.empty(total, width, dtype=dtype, device=device)
+    combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
+    second = "entropy_unit" in outputs or "entropy_operand" in outputs
+    gradient = combined or second or "unit" in outputs or "operand" in outputs
+    if total == 0:
+        if overwrite:
+            reference._zero(dweight_VH, dbias_V)
+        return result
+    stats = {name: result[name] for name in STATISTICS if name in result}
+    for name in ("logp", "lse"):
+        stats.setdefault(name, torch.empty(total, device=device))
+    config = None if gradient or dtype == torch.float32 else choose(p, draw=False)
+    if config is not None:
+        fused.fused(p, stats, config)
+        return result
+
+    coef_N = _contiguous(coef_N, torch.float32) if combined else None
+    entropy_coef_N = _contiguous(entropy_coef_N, torch.float32) if combined else None
+    chunk, options = _Chunk(p, second=second), rows.scalars(p)
+    for start, count, padded in chunk.spans:
+        span = slice(start, start + count)
+        logits_CV, operand_CV, hidden_CH, second_CV = chunk.load(start, count, padded)
+        rows.row_statistics(
+            logits_CV,
+            options,
+            _row_temperature(p, span),
+            {name: vector[span] for name, vector in stats.items()},
+            target_N=p.target_N[span],
+            operand=operand_CV if gradient else None,
+            entropy_operand=second_CV,
+            coef_N=None if coef_N is None else coef_N[span],
+            entropy_coef_N=None if entropy_coef_N is None else entropy_coef_N[span],
+        )
+        for name, source_CV in (("operand", operand_CV), ("entropy_operand", second_CV)):
+            if name in result and source_CV is not None:
+                result[name][span] = source_CV[:count]
+        for name, source_CV in (("unit", operand_CV), ("dhidden", operand_CV), ("entropy_unit", second_CV)):
+            if name in result and source_CV is not None:
+                result[name][span] = products.vectors(source_CV, p.weight_VH)[:count]
+        products.add_head_gradient(operand_CV[:count], hidden_CH[:count], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+    return result
+
+
+@_on_its_device
+def from_operands(
+    problem: HeadProblem,
+    operands: list[tuple[Tensor, Tensor]],
+    *,
+    dhidden: bool,
+    dweight_VH: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor | None:
+    """`reference.from_operands`, for operands that `run` of this backend stored: one pass over a chunk of them, two products."""
+    p = problem
+    if p.hidden_MH.dtype not in _TYPES:
+        return reference.from_operands(p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, overwrite=overwrite)
+    total, (vocabulary, width) = p.rows, p.weight_VH.shape
+    device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
+    out_NH = torch.empty(total, width, dtype=dtype, device=device) if dhidden else None
+    if total == 0 and overwrite:
+        reference._zero(dweight_VH, dbias_V)
+    stored = [(operand_NV.t(), coef_N.float().contiguous()) for operand_NV, coef_N in operands]
+    stored = [(operand_VN if operand_VN.stride(1) == 1 else operand_VN.contiguous(), coef) for operand_VN, coef in stored]
+    cuts = spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
+    size = max((padded for *_, padded in cuts), default=0)
+    scaled_VC = torch.zeros(vocabulary, size, dtype=dtype, device=device)
+    for start, count, padded in cuts:
+        span = slice(start, start + count)
+        rows.combine([(operand_VN[:, span], coef_N[span]) for operand_VN, coef_N in stored], scaled_VC[:, :count])
+        if out_NH is not None:
+            out_NH[span] = products.vectors(scaled_VC[:, :padded].t(), p.weight_VH)[:count]
+        hidden_CH = None
+        if dweight_VH is not None:
+            hidden_CH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
+        products.add_head_gradient(scaled_VC[:, :count].t(), hidden_CH, dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+    return out_NH
+
+
+@_on_its_device
+def sample(
+    problem: HeadProblem,
+    key_N: Tensor,
+    *,
+    step: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> dict[str, Tensor]:
+    """`reference.sample`: the largest logit, or a draw of few rows, by the fused kernel; of many rows by chunks.
+
+    `top_k` and `top_p` sort all logits of a row: they go the reference's way.
+    """
+    filtered = temperature > 0 and (top_k is not None or top_p is not None)
+    if problem.hidden_MH.dtype not in _TYPES or filtered:
+        return reference.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
+    p, total, device = _plain(problem), problem.rows, problem.hidden_MH.device
+    result = {"token": torch.empty(total, dtype=torch.int64, device=device)}
+    result |= {name: torch.empty(total, device=device) for name in ("logp", "entropy", "lse")}
+    if total == 0:
+        return result
+    key_N, drawn = key_N.contiguous(), temperature > 0
+    config = None
+    if p.hidden_MH.dtype != torch.float32 and (not drawn or total <= FEW_ROWS):
+        config = choose(p, draw=drawn)
+    if config is not None:
+        fused.fused(p, result, config, key_N=key_N, step=step, temperature=temperature)
+        return result
+    chunk, options = _Chunk(p, second=False), rows.scalars(p)
+    for start, count, padded in chunk.spans:
+        span = slice(start, start + count)
+        logits_CV, *_ = chunk.load(start, count, padded)
+        stats = {name: vector[span] for name, vector in result.items()}
+        rows.row_statistics(
+            logits_CV, options, _row_temperature(p, span), stats, key_N=key_N[span], step=step, noise_temperature=temperature
+        )
+    return result
+
+
+def workspace_bytes(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    dhidden: bool = True,
+    dweight: bool = False,
+) -> int:
+    """Memory that `run` takes beside its results: one chunk of logits, gathered rows, one product's fp32 result; or parts."""
+    if dtype not in _TYPES:
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient)
+    if rows == 0:
+        return 0
+    if not gradient and dtype != torch.float32:
+        return fused.largest_parts(rows, vocabulary, hidden_size, dtype.itemsize)
+    chunk = chunk_rows(vocabulary, 4, "cuda")
+    size = chunk if rows >= chunk else ROW_BLOCK
+    item: Any = dtype.itemsize
+    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden)))
+
+
+def warmup(
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    device: torch.device | str = "cuda",
+    softcap: float | None = None,
+    suppress: bool = True,
+    bias: bool = False,
+) -> None:
+    """Compile every kernel that a head of this shape and these options meets, so that no later call pays for it."""
+    device = torch.device(device)
+    hidden_MH = torch.zeros(2, hidden_size, dtype=dtype, device=device)
+    weight_VH = torch.zeros(vocabulary, hidden_size, dtype=dtype, device=device)
+    target_N = torch.zeros(2, dtype=torch.int64, device=device)
+    excluded_V = torch.zeros(vocabulary, dtype=torch.bool, device=device) if suppress else None
+    bias_V = torch.zeros(vocabulary, device=device) if bias else None
+    one_N = torch.ones(2, device=device)
+    for index_N in (None, torch.arange(2, device=device)):
+        p = HeadProblem(hidden_MH, weight_VH, target_N, index_N, bias_V, softcap, 1.0, excluded_V)
+        for outputs in (("logp", "lse"), ("logp", "entropy", "lse"), STATISTICS):
+            run(p, outputs)
+            run(p, (*outputs, "unit"))
+        run(p, ("lse", "dhidden"), coef_N=one_N)
+        run(p, ("lse", "logp", "dhidden"), coef_N=one_N, entropy_coef_N=one_N)
+        for temperature in (0.0, 1.0):
+            sample(p, target_N, step=0, temperature=temperature)

@@ -1,0 +1,1 @@
+"""The LM head: scoring, sampling, their plans, autograd and ops."""

@@ -1,0 +1,210 @@
+"""`explain`: which plan a head call takes, why, and what it costs in matrix products and memory, before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import backends, checks
+from dllm_kernels.backends.contract import STATISTICS
+from dllm_kernels.backends.triton import roofline
+from dllm_kernels.head import plans
+from dllm_kernels.head.options import Options, autocast_operands, check_arguments
+
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `explain` returns; `str()` of it is a paragraph. Bytes are what a call needs beside its arguments."""
+
+    plan: str
+    why: str
+    backend: str
+    rows: int
+    hidden_size: int
+    vocabulary: int
+    dtype: torch.dtype
+    forward_gemms: int  # of 2 N H V operations each
+    backward_gemms: int
+    flops: int  # of both, matrix products alone
+    passes: int  # over the logits
+    traffic_bytes: int  # what the products must read and write at least, once each
+    workspace_bytes: int  # what a call works in; the C++ engine keeps it for the next one
+    stored_bytes: int  # held between forward and backward
+    gradient_bytes: int
+    output_bytes: int
+    peak_bytes: int  # the most that lives at one time, gradients and outputs included
+    phases: tuple[roofline.Phase, ...]  # of the call on a GPU
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations per byte that has to move."""
+        return self.flops / max(self.traffic_bytes, 1)
+
+    def seconds(self, gflops: float, gbytes: float | None = None) -> float:
+        """The roofline: no implementation is faster on a machine of `gflops` GFLOP/s and, where given, `gbytes` GB/s."""
+        checks.number("gflops", gflops, above=0)
+        compute = self.flops / gflops / 1e9
+        if gbytes is None:
+            return compute
+        return max(compute, self.traffic_bytes / checks.number("gbytes", gbytes, above=0) / 1e9)
+
+    def on(self, device: str) -> roofline.Bound:
+        """The roofline of the Triton backend's phases on an "A100", "H100", "H200" or "MI300": a prediction, in seconds.
+
+        Example:
+            >>> cost = explain(rows=1024, hidden_size=4096, vocabulary=126464, dtype=torch.bfloat16, wants_gradient=False)
+            >>> f"{1e3 * cost.on('H200').seconds:.2f} ms"
+            '1.07 ms'
+        """
+        if self.dtype == torch.float64:
+            raise ValueError("a roofline is for float32, bfloat16 and float16, got torch.float64")
+        return roofline.bound(self.phases, device, self.dtype.itemsize)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            f"plan {self.plan!r} on the backend {self.backend!r}: {self.why}.\n"
+            f"N={self.rows} rows, H={self.hidden_size}, V={self.vocabulary}, {name}: "
+            f"{self.forward_gemms} matrix products of 2NHV operations in forward, {self.backward_gemms} in backward, "
+            f"{self.flops / 1e9:.4g} GFLOP in {self.passes} pass{'es' if self.passes > 1 else ''} over the logits; "
+            f"{self.intensity:.3g} operations per byte that has to move.\n"
+            f"Memory beside the arguments: peak {self.peak_bytes / _MB:.4g} MB; workspace {self.workspace_bytes / _MB:.4g} MB, "
+            f"stored for backward {self.stored_bytes / _MB:.4g} MB, gradients {self.gradient_bytes / _MB:.4g} MB, "
+            f"outputs {self.output_bytes / _MB:.4g} MB. "
+            f"Full logits in fp32 would take {4 * self.rows * self.vocabulary / _MB:.4g} MB each time they are copied."
+        )
+
+
+def explain(
+    hidden: Tensor | None = None,
+    weight: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    rows: Tensor | int | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+    coef: Tensor | None = None,
+    entropy_coef: Tensor | None = None,
+    want: Sequence[str] = ("logp",),
+    plan: str | None = None,
+    hidden_size: int | None = None,
+    vocabulary: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    trainable_head: bool = False,
+    coef_known: bool = False,
+    wants_gradient: bool = True,
+    device: str | torch.device = "cpu",
+) -> Cost:
+    """Which plan `score_tokens` takes, why, and what it costs. Nothing runs and no value is read.
+
+    Two forms. With the arguments of `score_tokens`, which may live on the meta device and then take no memory; or with
+    numbers: `rows` (N), `hidden_size`, `vocabulary`, `dtype`, and what wants a gradient: `wants_gradient`,
+    `trainable_head`, `coef_known`. `want` and `plan` belong to both; `device` is where it will run, for numbers and meta
+    tensors. The peak counts forward and backward with an upstream gradient of 1, and a `.grad` that is empty before.
+
+    Raises ValueError or TypeError as `score_tokens` does, and for a plan that cannot run.
+
+    Example:
+        >>> cost = explain(rows=4096, hidden_size=4096, vocabulary=126464, dtype=torch.bfloat16)
+        >>> cost.plan, cost.forward_gemms, cost.backward_gemms
+        ('unit', 2, 0)
+        >>> hidden = torch.empty(2, 512, 1024, device="meta", requires_grad=True)
+        >>> weight, target = torch.empty(50000, 1024, device="meta"), torch.zeros(1024, dtype=torch.int64, device="meta")
+        >>> cost = explain(hidden, weight, target, coef=torch.empty(1024, device="meta"))
+        >>> print(str(cost).split(" on ")[0])
+        plan 'coef'
+    """
+    for name in want:
+        checks.choice("want", name, STATISTICS)
+    if hidden is None and weight is None and target is None:
+        if isinstance(rows, Tensor):
+            raise TypeError("rows must be an int where no tensors are given, got a Tensor")
+        N = checks.count("rows", rows, 0)
+        M, H, V = N, checks.count("hidden_size", hidden_size), checks.count("vocabulary", vocabulary)
+        checks.choice("dtype", dtype, checks.FLOATS)
+        need_hidden, need_weight, need_bias = wants_gradient, wants_gradient and trainable_head, False
+        indexed = False
+    elif hidden is None or weight is None or target is None:
+        raise TypeError("explain takes hidden, weight and target together, or none of them and numbers instead")
+    else:
+        checks.dtype("target", target, [torch.int64])
+        hidden, weight = autocast_operands(hidden, weight)
+        if isinstance(rows, int):
+            raise TypeError("rows must be a torch.Tensor where hidden is one, got int")
+        check_arguments(hidden, weight, rows, target.numel(), bias, Options(softcap, temperature, suppress, valid_vocab))
+        (V, H), N, dtype = weight.shape, target.numel(), hidden.dtype
+        M, indexed = hidden.numel() // H, rows is not None
+        coef_known = coef is not None or entropy_coef is not None
+        recorded = torch.is_grad_enabled()
+        need_hidden, need_weight = recorded and hidden.requires_grad, recorded and weight.requires_grad
+        need_bias = recorded and bias is not None and bias.requires_grad
+        if not hidden.is_meta:
+            device = hidden.device
+
+    chosen = plans.choose(
+        plan,
+        wants_gradient=plans.recorded(want, coef_known) and (need_hidden or need_weight or need_bias),
+        head_trains=plans.recorded(want, coef_known) and (need_weight or need_bias),
+        coef_known=coef_known,
+        operand_bytes=N * V * dtype.itemsize,
+    )
+    if chosen == "forward":
+        need_hidden = need_weight = need_bias = False
+    backend = backends.for_device(torch.device(device))
+    vectors = plans.late_vectors(want)
+    forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_hidden, need_dweight=need_weight, vectors=vectors)
+
+    item, statistic = dtype.itemsize, max(4, dtype.itemsize)
+
+    def workspace(gradient: bool) -> int:
+        return backend.workspace_bytes(N, H, V, dtype, gradient=gradient, dhidden=need_hidden, dweight=need_weight)
+
+    outputs = N * sum(8 if name == "top_id" else statistic for name in {*want, "lse", *(("logp",) if coef_known else ())})
+    compact, scattered = need_hidden * N * H * item, need_hidden * M * H * item
+    head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
+    casting = head if item != statistic else 0
+    gradients = scattered + head + need_bias * V * item
+    rest = casting + (scattered if indexed else 0)
+    # a workspace counts to the end: the C++ engine keeps it from call to call, because fresh pages are expensive
+    if chosen == "forward":
+        space, stored = workspace(False), 0
+        peak = outputs + space
+    elif chosen == "unit":
+        space, stored = workspace(True), vectors * compact
+        peak = outputs + stored + space + scattered
+    elif chosen == "coef":
+        space, stored = workspace(need_hidden or need_weight or need_bias), compact + head
+        peak = outputs + compact + head_buffer + space + rest
+    else:
+        space, stored = workspace(True), vectors * N * V * item if chosen == "keep" else 0
+        peak = outputs + stored + compact + head_buffer + space + rest
+    reads = forward_gemms + backward_gemms
+    traffic = reads * (N * H + V * H) * item + (outputs + gradients)
+    return Cost(
+        plan=chosen,
+        why=plans.why(chosen, forced=plan is not None),
+        backend=backend.NAME,
+        rows=N,
+        hidden_size=H,
+        vocabulary=V,
+        dtype=dtype,
+        forward_gemms=forward_gemms,
+        backward_gemms=backward_gemms,
+        flops=2 * (forward_gemms + backward_gemms) * N * H * V,
+        passes=2 if chosen == "recompute" else 1,
+        traffic_bytes=traffic,
+        workspace_bytes=space,
+        stored_bytes=stored,
+        gradient_bytes=gradients,
+        output_bytes=outputs,
+        peak_bytes=peak,
+        phases=roofline.phases(chosen, N, H, V, item, dhidden=need_hidden, dweight=need_weight, vectors=vectors),
+    )

@@ -1,0 +1,310 @@
+"""What a head call does once it is checked: from tensors to tensors, without autograd.
+
+The eager autograd function and the custom ops of `ops.py` are two shells around `forward` and `backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import backends, checks
+from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.head import plans
+from dllm_kernels.head.options import check_finite, check_temperature, device_type
+
+_ROWS_AT_ONCE = 1024  # of stored 16-bit vectors, multiplied in fp32
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Result(NamedTuple):
+    """What `forward` computes.
+
+    stored: what `backward` gets back. With the plan "coef" the finished gradients of hidden, weight and bias, which its
+    upstream scalar multiplies; with "unit" and "keep" the vectors or operands of logp and of entropy; None where not wanted.
+    """
+
+    vectors: dict[str, Tensor]
+    weighted_sum: Tensor | None = None
+    stored: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+
+
+def _check_values(
+    backend: ModuleType,
+    problem: HeadProblem,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    *,
+    targets: bool = True,
+) -> None:
+    """Every check that has to read values, before anything runs."""
+    backend.check(problem, targets=targets)
+    check_temperature(problem.temperature)
+    if coef_N is not None:
+        checks.finite("coef", coef_N)
+    if entropy_coef_N is not None:
+        checks.finite("entropy_coef", entropy_coef_N)
+
+
+def forward(
+    problem: HeadProblem,
+    outputs: Sequence[str],
+    plan: str,
+    needs: Needs,
+    coef_N: Tensor | None = None,
+    entropy_coef_N: Tensor | None = None,
+    *,
+    wide: bool = False,
+) -> Result:
+    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef".
+
+    wide: leave the weight's gradient as it was added up, in fp32 where the weight has 16 bits.
+    """
+    kind = device_type(problem.hidden_MH)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return forward(problem, outputs, plan, needs, coef_N, entropy_coef_N, wide=wide)
+    backend = backends.select(problem)
+    _check_values(backend, problem, coef_N, entropy_coef_N)
+    if plan != "coef":
+        kept = {"unit": "unit", "keep": "operand"}.get(plan)
+        wanted = {*outputs}
+        if kept is not None:
+            wanted |= {prefix + kept for prefix, name in (("", "logp"), ("entropy_", "entropy")) if name in outputs}
+        vectors = backend.run(problem, wanted)
+        check_finite(vectors["lse"], problem)
+        if kept is None:
+            return Result(vectors)
+        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), None))
+
+    dtype = problem.statistics_dtype
+    if coef_N is None:
+        coef_N = torch.zeros(problem.rows, dtype=dtype, device=problem.hidden_MH.device)
+    elif coef_N.dtype != dtype:
+        coef_N = coef_N.to(dtype)
+    wanted = {*outputs, "logp"}
+    if needs.hidden:
+        wanted.add("dhidden")
+    if entropy_coef_N is not None:
+        wanted.add("entropy")
+        entropy_coef_N = entropy_coef_N.to(dtype)
+    dweight_VH, dbias_V = _buffers(problem, needs)
+    vectors = backend.run(
+        problem,
+        wanted,
+        coef_N=coef_N,
+        entropy_coef_N=entropy_coef_N,
+        dweight_VH=dweight_VH,
+        dbias_V=dbias_V,
+        overwrite=True,
+    )
+    check_finite(vectors["lse"], problem)
+    weighted_sum = torch.dot(coef_N, vectors["logp"])
+    if entropy_coef_N is not None:
+        weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
+    dweight_VH = dweight_VH if wide else _cast(dweight_VH, problem.weight_VH)
+    stored = (vectors.pop("dhidden", None), dweight_VH, _cast(dbias_V, problem.bias_V))
+    return Result(vectors, weighted_sum, stored)
+
+
+def backward(
+    plan: str,
+    problem: HeadProblem | None,
+    index_N: Tensor | None,
+    shape: Sequence[int],
+    stored: Sequence[Tensor | None],
+    needs: Needs,
+    dsum: Tensor | None,
+    dlogp_N: Tensor | None,
+    dentropy_N: Tensor | None,
+    *,
+    wide: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias from what `forward` stored and what arrives upstream, which is not nothing.
+
+    `wide` is as in `forward`, `shape` is hidden's, `index_N` the rows; the problem itself is needed for "keep" and
+    "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
+    """
+    arrived = dsum if dsum is not None else dlogp_N if dlogp_N is not None else dentropy_N
+    assert arrived is not None
+    kind = device_type(arrived)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return backward(plan, problem, index_N, shape, stored, needs, dsum, dlogp_N, dentropy_N, wide=wide)
+    if dsum is not None:
+        # out of place, so that a second backward finds what the first one found; by 1, no copy
+        factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
+        dhidden_NH, dweight, dbias = [g if g is None or factor is None else g * factor for g in stored]
+        return None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape), dweight, dbias
+    if problem is None:
+        return _sum_of_scaled_rows(_pairs(stored, dlogp_N, dentropy_N), index_N, shape), None, None
+
+    dweight_VH, dbias_V = _buffers(problem, needs)
+    if plan == "keep":
+        dhidden_NH = backends.select(problem).from_operands(
+            problem,
+            _pairs(stored, dlogp_N, dentropy_N),
+            dhidden=needs.hidden,
+            dweight_VH=dweight_VH,
+            dbias_V=dbias_V,
+            overwrite=True,
+        )
+    else:
+        dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V)
+    dhidden = None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape)
+    return dhidden, dweight_VH if wide else _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.bias_V)
+
+
+def add_gradient(
+    problem: HeadProblem,
+    shape: Sequence[int],
+    coef_N: Tensor,
+    entropy_coef_N: Tensor | None,
+    dweight_VH: Tensor | None,
+    dbias_V: Tensor | None,
+) -> Tensor:
+    """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers."""
+    kind = device_type(problem.hidden_MH)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return add_gradient(problem, shape, coef_N, entropy_coef_N, dweight_VH, dbias_V)
+    backend = backends.select(problem)
+    _check_values(backend, problem, coef_N, entropy_coef_N)
+    result = backend.run(
+        problem,
+        ("dhidden", "lse"),
+        coef_N=coef_N.to(problem.statistics_dtype),
+        entropy_coef_N=None if entropy_coef_N is None else entropy_coef_N.to(problem.statistics_dtype),
+        dweight_VH=dweight_VH,
+        dbias_V=dbias_V,
+    )
+    check_finite(result["lse"], problem)
+    return _scatter(result["dhidden"], problem.index_N, shape)
+
+
+def sample(
+    problem: HeadProblem, key_N: Tensor, step: int, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> dict[str, Tensor]:
+    """Check values and draw; results as of `backends.reference.sample`."""
+    kind = device_type(problem.hidden_MH)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return sample(problem, key_N, step, temperature, top_k, top_p)
+    backend = backends.select(problem)
+    _check_values(backend, problem, targets=False)
+    result = backend.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_finite(result["lse"], problem)
+    return result
+
+
+def sample_drawn(
+    problem: HeadProblem,
+    key_N: Tensor,
+    step: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    *,
+    top_p_first: bool,
+) -> dict[str, Tensor]:
+    """As `sample`, with the statistics of the distribution drawn from, which need all logits of a row: PyTorch, by chunks."""
+    _check_values(backends.reference, problem, targets=False)
+    with torch.autocast(device_type(problem.hidden_MH), enabled=False):
+        result = backends.reference.sample(
+            problem,
+            key_N,
+            step=step,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            top_p_first=top_p_first,
+            drawn=True,
+        )
+    check_finite(result["lse"], problem)
+    return result
+
+
+def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    return [(s, c) for s, c in zip(stored[:2], (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
+
+
+def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """Uninitialised gradient buffers of weight and bias."""
+    like, dtype = problem.weight_VH, problem.statistics_dtype
+    return (
+        torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None,
+        torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None,
+    )
+
+
+def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if gradient is None or like is None or gradient.dtype == like.dtype:
+        return gradient
+    return gradient.to(like.dtype)
+
+
+def _scatter(compact_NH: Tensor, index_N: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """The selected rows' values among all rows of `shape`, zero elsewhere."""
+    if index_N is None:
+        return compact_NH if len(shape) == 2 else compact_NH.view(shape)
+    whole = compact_NH.new_zeros(shape)
+    whole.view(-1, shape[-1]).index_copy_(0, index_N, compact_NH)
+    return whole
+
+
+def _sum_of_scaled_rows(pairs: list[tuple[Tensor, Tensor]], index_N: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """`sum coef_N * vectors_NH` in the vectors' dtype from products in the coefficients', at most a few rows at a time."""
+    vectors_NH, coef_N = pairs[0]
+    if index_N is None and len(pairs) == 1 and vectors_NH.dtype == coef_N.dtype:
+        scaled_NH = vectors_NH * coef_N.unsqueeze(1)
+        return scaled_NH if len(shape) == 2 else scaled_NH.view(shape)
+    whole = vectors_NH.new_empty(shape) if index_N is None else vectors_NH.new_zeros(shape)
+    whole_MH = whole.view(-1, shape[-1])
+    for start in range(0, len(coef_N), _ROWS_AT_ONCE):
+        span = slice(start, start + _ROWS_AT_ONCE)
+        sum_NH = vectors_NH[span] * coef_N[span, None]
+        for more_NH, more_N in pairs[1:]:
+            sum_NH += more_NH[span] * more_N[span, None]
+        if index_N is None:
+            whole_MH[span] = sum_NH
+        else:
+            whole_MH.index_copy_(0, index_N[span], sum_NH.to(whole.dtype))
+    return whole
+
+
+def _recompute(
+    problem: HeadProblem,
+    coef_N: Tensor | None,
+    entropy_coef_N: Tensor | None,
+    needs: Needs,
+    dweight_VH: Tensor | None,
+    dbias_V: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients from a second pass over the rows whose coefficients are not 0, and the flat indices of these rows."""
+    keep_N = plans.live_rows(coef_N, entropy_coef_N)
+    if coef_N is None:
+        coef_N = torch.zeros(problem.rows, dtype=problem.statistics_dtype, device=problem.target_N.device)
+    if keep_N is not None:
+        problem, coef_N = problem.select(keep_N), coef_N[keep_N]
+        entropy_coef_N = None if entropy_coef_N is None else entropy_coef_N[keep_N]
+    result = backends.select(problem).run(
+        problem,
+        ("dhidden",) if needs.hidden else (),
+        coef_N=coef_N,
+        entropy_coef_N=entropy_coef_N,
+        dweight_VH=dweight_VH,
+        dbias_V=dbias_V,
+        overwrite=True,
+    )
+    return result.get("dhidden"), problem.index_N

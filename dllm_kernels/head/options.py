@@ -1,0 +1,170 @@
+"""From the arguments of `score_tokens` and `sample_tokens` to a checked `HeadProblem`.
+
+`check_arguments` looks at types, shapes, dtypes and Python numbers only, so it works while `torch.compile` traces; what has
+to read values (`backend.check`, `check_finite`) runs inside the op.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.backends.contract import HeadProblem
+
+
+class Options(NamedTuple):
+    """What turns raw logits into final ones, beside the bias."""
+
+    softcap: float | None
+    temperature: float | Tensor
+    suppress: Sequence[int]
+    valid_vocab: int | None
+
+
+def check_arguments(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, bias: Tensor | None, options: Options
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, for what cannot be a problem of `count` rows."""
+    softcap, temperature, suppress, valid_vocab = options
+    checks.dtype("hidden", hidden, checks.FLOATS)
+    checks.dtype("weight", weight, checks.FLOATS)
+    if type(weight) is not Tensor or type(hidden) is not Tensor:
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if type(tensor).__name__ == "DTensor":
+                raise TypeError(
+                    f"{name} must be a plain tensor, got a DTensor: "
+                    f"gather it first, once per optimizer step, with {name}.full_tensor()"
+                )
+    weight_shape, hidden_shape = weight.shape, hidden.shape
+    if len(weight_shape) != 2:
+        checks.shape("weight", weight, [None, None])
+    vocabulary, hidden_size = weight_shape
+    if len(hidden_shape) < 1 or hidden_shape[-1] != hidden_size:
+        raise ValueError(
+            f"hidden must have shape [..., {hidden_size}] to match weight {list(weight_shape)}, got {list(hidden_shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if vocabulary == 0 or hidden_size == 0:
+        raise ValueError(f"weight must have at least one row and one column, got {list(weight_shape)}")
+    if rows is None:
+        available = hidden.numel() // hidden_size
+        if count != available:
+            raise ValueError(f"rows may be left out only for all {available} rows of hidden, got {count} targets or keys")
+    else:
+        checks.dtype("rows", rows, [torch.int64])
+        checks.shape("rows", rows, [count])
+    if bias is not None:
+        checks.dtype("bias", bias, checks.FLOATS)
+        checks.shape("bias", bias, [vocabulary])
+    if softcap is not None:
+        checks.number("softcap", softcap, above=0)
+    if isinstance(temperature, Tensor):
+        checks.shape("temperature", temperature, [count])
+    elif not (type(temperature) is float and 0 < temperature < float("inf")):  # checks.number, but for what is common
+        checks.number("temperature", temperature, above=0)
+    if not (hidden.is_cpu and weight.is_cpu and rows is bias is None and not isinstance(temperature, Tensor)):
+        for name, value in (("weight", weight), ("rows", rows), ("bias", bias), ("temperature", temperature)):
+            if isinstance(value, Tensor):
+                checks.same_device(name, value, "hidden", hidden)
+    if suppress or valid_vocab is not None or type(suppress) is not tuple:
+        _check_excluded(suppress, valid_vocab, vocabulary)
+
+
+def _check_excluded(suppress: Sequence[int], valid_vocab: int | None, vocabulary: int) -> None:
+    limit = vocabulary
+    if valid_vocab is not None:
+        limit = checks.count("valid_vocab", valid_vocab)
+        if limit > vocabulary:
+            raise ValueError(f"valid_vocab must be in 1..{vocabulary}, got {valid_vocab}")
+    if not isinstance(suppress, (tuple, list)):
+        raise TypeError(f"suppress must be a tuple or list of ids, got {type(suppress).__name__}")
+    for token in suppress:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"suppress must hold ints, got {type(token).__name__}")
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"suppress must hold ids in 0..{vocabulary - 1}, got {token}")
+    if len(suppress) >= limit and len({token for token in suppress if token < limit}) == limit:
+        raise ValueError("suppress and valid_vocab must leave at least one id, got all of them excluded")
+
+
+def make_problem(
+    hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, bias: Tensor | None, options: Options
+) -> HeadProblem:
+    """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
+    softcap, temperature, suppress, valid_vocab = options
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    else:
+        temperature = float(temperature)
+    excluded_V = None
+    if suppress or valid_vocab is not None:
+        excluded_V = _excluded(tuple(suppress), valid_vocab, weight.shape[0], hidden.device)
+    return HeadProblem(
+        flat(hidden),
+        weight,
+        target_N,
+        rows,
+        None if bias is None else bias.detach(),
+        None if softcap is None else float(softcap),
+        temperature,
+        excluded_V,
+    )
+
+
+def flat(hidden: Tensor) -> Tensor:
+    """`[..., H]` as `[M, H]`."""
+    return hidden if hidden.dim() == 2 else hidden.detach().reshape(-1, hidden.shape[-1])
+
+
+@functools.lru_cache(maxsize=16)
+def _excluded(suppress: tuple[int, ...], valid_vocab: int | None, vocabulary: int, device: torch.device) -> Tensor | None:
+    """bool `[V]`, True where the probability is 0; one tensor per set of ids, which nobody may write to."""
+    limit = vocabulary if valid_vocab is None else valid_vocab
+    if not suppress and limit == vocabulary:
+        return None
+    with torch.inference_mode(False):  # a later call outside inference mode gets the same tensor
+        excluded_V = torch.arange(vocabulary, device=device) >= limit
+        if suppress:
+            excluded_V[torch.tensor(suppress, device=device)] = True
+    return excluded_V
+
+
+def device_type(tensor: Tensor) -> str:
+    """`tensor.device.type`, of which the CPU's is asked for most and costs least this way."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError for a per-row temperature that is not finite and above 0; reads values, see `checks.may_read`."""
+    if isinstance(temperature, Tensor):
+        checks.finite("temperature", temperature)
+        if checks.may_read(temperature) and not bool((temperature > 0).all()):
+            raise ValueError("temperature must be above 0 at every row")
+
+
+def check_finite(lse_N: Tensor, problem: HeadProblem) -> None:
+    """Raise ValueError naming the first row whose logits are not finite; reads values, see `checks.may_read`."""
+    if checks.may_read(lse_N) and (row := checks.first_not_finite(lse_N)) is not None:
+        place = row if problem.index_N is None else int(problem.index_N[row])
+        raise ValueError(
+            f"hidden, weight, bias must give finite logits (or -inf), got logsumexp {float(lse_N[row])} at row {place} of hidden"
+        )
+
+
+def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under torch.autocast, hidden and weight in its dtype as for `F.linear`; the casts carry their gradients back."""
+    kind = device_type(hidden)
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    low = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
+    return (
+        hidden.to(dtype) if hidden.dtype in low else hidden,
+        weight.to(dtype) if isinstance(weight, Tensor) and weight.dtype in low else weight,
+    )

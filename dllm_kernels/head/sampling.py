@@ -1,0 +1,142 @@
+"""Hidden states x LM head -> the next tokens, their confidence and entropy, without a `[N, V]` tensor that outlives a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.head import forward_backward, ops
+from dllm_kernels.head.options import Options, autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.scoring import score_tokens
+
+DRAWN = ("drawn_logp", "drawn_entropy", "margin")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample_tokens` returns, `[N]` each; floats are fp32 (fp64 for fp64 inputs)."""
+
+    token: Tensor  # int64
+    logp: Tensor  # of the token, at temperature 1, nats
+    confidence: Tensor  # its probability at temperature 1
+    entropy: Tensor  # of the row's distribution at temperature 1, nats
+    # of the distribution that the token was drawn from, where asked for: restricted, and at the sampling temperature
+    drawn_logp: Tensor | None = None
+    drawn_entropy: Tensor | None = None
+    margin: Tensor | None = None  # probability of its likeliest id less that of the next
+
+
+@torch.no_grad()
+def sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    *,
+    step: int = 0,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    top_p_first: bool = False,
+    want: Sequence[str] = (),
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_temperature: float = 1.0,
+    suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+) -> Samples:
+    """Draw one token per selected row: `argmax_v z_v / temperature + g_v`, with g Gumbel noise of `(key, token, step)`.
+
+    Args:
+        hidden: `[..., H]`. weight: `[V, H]`. rows, bias, softcap, suppress, valid_vocab: as in `score_tokens`.
+        key: int64 `[N]`, row keys from `noise.row_bits(seed, Stream.TOKEN, sequence, sample, position)`.
+        step: denoising step; draws of different steps are independent.
+        temperature: >= 0; 0 takes the largest logit, ties go to the smallest id.
+        top_k: at least 1, draws among the k largest logits only. top_p: in (0, 1], draws among the most probable ids only, at
+            `temperature` and after top_k, as few as reach that probability. The same noise, an exact but slower route: all
+            logits of a chunk of rows at once, sorted. At temperature 0 they change no token. top_p_first: the nucleus is
+            that of all ids (Dream's order), top_k applies after it.
+        want: any of "drawn_logp", "drawn_entropy", "margin": of the distribution drawn from, with top_k and top_p, at
+            `temperature` (at temperature 0: at 1). "margin" takes the slower route too; the other two are free at
+            temperatures 0 and 1, and one more pass of the head at another.
+        logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
+
+    Not differentiable. Raises ValueError or TypeError naming the argument.
+
+    Example:
+        >>> from dllm_kernels.noise import Stream, row_bits, sequence_ids
+        >>> key = row_bits(0, Stream.TOKEN, sequence_ids(["a"]), torch.tensor(0), torch.arange(4))
+        >>> sample_tokens(torch.randn(4, 8), torch.randn(11, 8), key).token.shape
+        torch.Size([4])
+    """
+    checks.number("temperature", temperature, least=0)
+    checks.count("step", step, 0)
+    checks.dtype("key", key, [torch.int64])
+    checks.shape("key", key, [None])
+    checks.require_tensor("hidden", hidden)
+    checks.same_device("key", key, "hidden", hidden)
+    checks.number("logit_temperature", logit_temperature, above=0)
+    if top_k is not None:
+        checks.count("top_k", top_k)
+    if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    for name in want:
+        checks.choice("want", name, DRAWN)
+    hidden, weight = autocast_operands(hidden, weight)
+    options = Options(softcap, logit_temperature, suppress, valid_vocab)
+    check_arguments(hidden, weight, rows, key.numel(), bias, options)
+    whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from
+    if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and not whole):
+        problem = make_problem(hidden, weight, key, rows, bias, options)
+        result = forward_backward.sample_drawn(problem, key, step, float(temperature), top_k, top_p, top_p_first=top_p_first)
+        return Samples(
+            result["token"],
+            result["logp"],
+            result["logp"].exp(),
+            result["entropy"],
+            **{name: result[name] for name in want},
+        )
+    if whole:
+        top_p = None
+    if ops.observed(hidden, weight, bias, key):
+        token, logp, entropy = ops.sample(
+            hidden,
+            weight,
+            key,
+            rows,
+            bias,
+            float(logit_temperature),
+            softcap,
+            list(suppress),
+            valid_vocab,
+            step,
+            float(temperature),
+            top_k,
+            top_p,
+        )
+    else:
+        problem = make_problem(hidden, weight, key, rows, bias, options)
+        result = forward_backward.sample(problem, key, step, float(temperature), top_k, top_p)
+        token, logp, entropy = result["token"], result["logp"], result["entropy"]
+    drawn = {}
+    if want and temperature in (0, 1):
+        drawn = {"drawn_logp": logp, "drawn_entropy": entropy}
+    elif want:
+        scores = score_tokens(
+            hidden,
+            weight,
+            token,
+            rows=rows,
+            bias=bias,
+            softcap=softcap,
+            temperature=logit_temperature * temperature,
+            suppress=suppress,
+            valid_vocab=valid_vocab,
+            want=("logp", "entropy"),
+        )
+        drawn = {"drawn_logp": scores.logp, "drawn_entropy": scores.entropy}
+    return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})

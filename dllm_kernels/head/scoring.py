@@ -1,0 +1,202 @@
+"""Hidden states x LM head -> log-probabilities, entropy and gradients, without a `[N, V]` tensor that outlives a chunk.
+
+For one scalar coefficient per row the gradient is a vector that the scalar multiplies,
+`d logp / d h = W_y - sum_v p_v W_v`, so the order of work depends on who knows the coefficient, and when:
+
+    forward    nothing wants a gradient
+    unit       head frozen, coefficients arrive in backward: stores that vector, backward has no GEMM
+    coef       coefficients known beforehand: all gradients in the forward pass
+    keep       head trainable, late coefficients: stores the 16-bit gradient operand [N, V]
+    recompute  head trainable, late coefficients: stores nothing, repeats the logits in backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks
+from dllm_kernels.backends.contract import STATISTICS
+from dllm_kernels.head import forward_backward, ops, plans
+from dllm_kernels.head.autograd import Score
+from dllm_kernels.head.options import Options, autocast_operands, check_arguments, make_problem
+from dllm_kernels.rows import Rows
+
+WANTED = STATISTICS
+_FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `Scores`
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score_tokens` returns: fp32 `[N]` vectors (fp64 for fp64 inputs), None where not asked for."""
+
+    plan: str
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    top_logp: Tensor | None = None
+    top_id: Tensor | None = None
+    weighted_sum: Tensor | None = None
+
+
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+    coef: Tensor | None = None,
+    entropy_coef: Tensor | None = None,
+    want: Sequence[str] = ("logp",),
+    plan: str | None = None,
+) -> Scores:
+    """Log-probability of a target token at each selected row, and what else one pass can tell.
+
+    `z = softcap * tanh((h W^T + b) / softcap) / temperature`, suppressed ids and ids >= valid_vocab at -inf,
+    `logp = z_y - logsumexp(z)`, `entropy = -sum_v p_v log p_v` in nats.
+
+    Args:
+        hidden: `[..., H]`, float32, bfloat16, float16 or float64.
+        weight: `[V, H]` in hidden's dtype; may be strided or tied.
+        target: int64 `[N]`, ids below V that are neither suppressed nor beyond `valid_vocab`.
+        rows: int64 `[N]`, unique flat indices into `hidden.reshape(-1, H)`; None means all rows in order.
+        bias: `[V]`. softcap: > 0. temperature: > 0, a number or `[N]` (no gradient flows to it).
+        suppress: ids that get probability 0 (the mask id). valid_vocab: ids from here on get probability 0.
+        coef, entropy_coef: `[N]` finite coefficients known beforehand, detached. Then `weighted_sum = sum coef * logp +
+            sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
+        want: any of "logp", "entropy", "lse", "top_logp", "top_id".
+        plan: forces one of "forward", "unit", "coef", "keep", "recompute"; None chooses from static facts.
+
+    Without coefficients, `logp` and `entropy` are differentiable in hidden, weight and bias; `lse` and `top_*` never are.
+    Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
+    `hidden` is reported on the CPU always, on a GPU under DLLM_KERNELS_VALIDATE=1. Double backward is not supported.
+
+    Under torch.autocast hidden and weight are cast as for `F.linear`, at every call. torch.compile and FlopCounterMode see
+    one custom op with one more for its backward (`dllm_kernels.head.ops`), with the same bits and the same checks of values.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8)
+        >>> scores = score_tokens(hidden, weight, torch.tensor([3, 7]), rows=torch.tensor([1, 8]), want=("logp", "entropy"))
+        >>> scores.plan, tuple(scores.logp.shape)
+        ('unit', (2,))
+        >>> scores.logp.sum().backward()
+    """
+    for name in want:
+        if name not in WANTED:
+            checks.choice("want", name, WANTED)
+    checks.dtype("target", target, [torch.int64])
+    checks.shape("target", target, [None if rows is None else rows.numel()])
+    checks.require_tensor("hidden", hidden)
+    hidden, weight = autocast_operands(hidden, weight)
+    options = Options(softcap, temperature, suppress, valid_vocab)
+    check_arguments(hidden, weight, rows, target.numel(), bias, options)
+    checks.same_device("target", target, "hidden", hidden)
+    coef = _coefficient("coef", coef, target, hidden)
+    entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
+
+    known = coef is not None or entropy_coef is not None
+    recorded = torch.is_grad_enabled() and plans.recorded(want, known)
+    head_trains = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    wants_gradient = head_trains or (recorded and hidden.requires_grad)
+    chosen = plans.choose(
+        plan,
+        wants_gradient=wants_gradient,
+        head_trains=head_trains,
+        coef_known=known,
+        operand_bytes=target.numel() * weight.shape[0] * hidden.dtype.itemsize,
+    )
+    outputs = tuple([name for name in WANTED if name in want or name == "lse"])
+    values: dict[str, Tensor]
+    weighted_sum = None
+    if ops.observed(hidden, weight, bias, target):
+        weighted_sum, values = ops.run_score(
+            hidden, weight, target, rows, bias, options, coef, entropy_coef, outputs, chosen, wants_gradient
+        )
+    else:
+        problem = make_problem(hidden, weight, target, rows, bias, options)
+        if wants_gradient or known:
+            if wants_gradient and (hidden.is_inference() or weight.is_inference()):
+                raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
+            weighted_sum, *vectors = Score.apply(hidden, weight, bias, problem, options, outputs, chosen, coef, entropy_coef)
+            values = dict(zip(outputs, vectors))
+        else:
+            values = forward_backward.forward(problem, outputs, chosen, forward_backward.Needs(False, False, False)).vectors
+    logp, entropy, lse, top_logp, top_id = [values[name] if name in want else None for name in _FIELDS]
+    return Scores(chosen, logp, entropy, lse, top_logp, top_id, weighted_sum)
+
+
+def head_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    coef: Tensor,
+    *,
+    entropy_coef: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+    dweight_out: Tensor | None = None,
+    dbias_out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of `sum coef * logp + sum entropy_coef * entropy` for callers that run their own loop.
+
+    Returns dH in hidden's shape and dtype (zero outside `rows`), and adds dW `[V, H]` and db `[V]` to the caller's
+    buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given. `rows` is a `Rows`, for instance
+    `plan.rows`; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those of `score_tokens`.
+    Nothing is differentiable.
+
+    Example:
+        >>> hidden, weight = torch.randn(4, 8), torch.randn(11, 8)
+        >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+        >>> rows = Rows(index=torch.tensor([2]), target=torch.tensor([5]), sequence=zero, sample=zero, weight=one)
+        >>> dweight = torch.zeros(11, 8)
+        >>> head_backward(hidden, weight, rows, one, dweight_out=dweight).shape
+        torch.Size([4, 8])
+    """
+    if not isinstance(rows, Rows):
+        raise TypeError(f"rows must be a dllm_kernels.Rows, got {type(rows).__name__}")
+    checks.require_tensor("coef", coef)
+    target, index = rows.target, rows.index
+    checks.dtype("target", target, [torch.int64])
+    checks.shape("target", target, [index.numel()])
+    checks.require_tensor("hidden", hidden)
+    like = hidden
+    hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
+    options = Options(softcap, temperature, suppress, valid_vocab)
+    check_arguments(hidden, weight, index, target.numel(), bias, options)
+    checks.same_device("target", target, "hidden", hidden)
+    known = _coefficient("coef", coef, target, hidden)
+    entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
+    assert known is not None
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    for name, buffer, shape in (("dweight_out", dweight_out, weight.shape), ("dbias_out", dbias_out, weight.shape[:1])):
+        if buffer is not None:
+            checks.dtype(name, buffer, [dtype])
+            checks.shape(name, buffer, shape)
+            checks.same_device(name, buffer, "hidden", hidden)
+    if ops.observed(hidden, weight, bias, target):
+        dhidden = ops.run_add_gradient(hidden, weight, target, index, bias, options, known, entropy_coef, dweight_out, dbias_out)
+    else:
+        problem = make_problem(hidden, weight, target, index, bias, options)
+        with torch.no_grad():
+            dhidden = forward_backward.add_gradient(problem, hidden.shape, known, entropy_coef, dweight_out, dbias_out)
+    return dhidden.to(like.dtype)
+
+
+def _coefficient(name: str, coef: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | None:
+    if coef is None:
+        return None
+    checks.dtype(name, coef, checks.FLOATS)
+    checks.shape(name, coef, [target.numel()])
+    checks.same_device(name, coef, "hidden", hidden)
+    return coef.detach() if coef.requires_grad else coef

@@ -1,0 +1,1 @@
+"""Mask plans: laws, noise draws, given states, and files."""

@@ -1,0 +1,151 @@
+"""`make_mask_plan`: from ids, a law and a seed to a checked `MaskPlan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks, noise
+from dllm_kernels.masks import given_states, laws
+from dllm_kernels.masks.plan import MaskPlan, check_tensors, noise_stride
+
+
+def make_mask_plan(
+    input_ids_BS: Tensor,
+    completion_mask_BS: Tensor,
+    *,
+    law: str,
+    samples: int | None,
+    seed: int,
+    sequence_ids: Tensor,
+    mask_id: int,
+    shift: int = 0,
+    prompt_noise: float | None = None,
+    iteration: int = 0,
+    attention_mask_BS: Tensor | None = None,
+    eos_id: int | None = None,
+    **options: Any,
+) -> MaskPlan:
+    """Plan `samples` masks of each sequence's completion.
+
+    Args:
+        input_ids_BS: clean ids, int `[B, S]`.
+        completion_mask_BS: bool `[B, S]`, the tokens that may be hidden and are scored; never the prompt or padding.
+        law: see below. samples: K; None where the given trace or the segments say it.
+        seed: 32-bit key word; equal seeds and sequence ids give equal masks anywhere.
+        sequence_ids: int64 `[B]` from `noise.sequence_ids`, distinct.
+        mask_id: the id written at hidden positions; it must not occur among the completion's tokens.
+        shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
+        prompt_noise: probability with which each prompt token is hidden, never scored. None: the law's own, 0.15 for
+            `full` and `block`, else 0.
+        iteration: inner iteration; the samples of different iterations are independent.
+        attention_mask_BS: bool or int `[B, S]`, False at padding. Without it every token before the completion is prompt.
+        eos_id: None scores the whole completion, its EOS tail included. Given: what follows a completion's first EOS is
+            never scored and stays visible, or, for `full`, `block`, `trace` and `segments`, is hidden as published.
+        options: of the law, any other is an error.
+
+    Laws (L scored tokens, n of them hidden in a sample; the score of a sequence is the mean over its K samples unless
+    said otherwise; `unbiased` is for `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`):
+
+        bernoulli   each token with probability t ~ U(t_min, 1], or with the `t` given; weight 1/t, unbiased but for t_min.
+                    weight="L/count": biased, L / (L + 1) times the ELBO. (LLaDA, arXiv 2502.09992, eq. 3)
+        exact       n ~ U{1..L}, stratified over the samples or pairing="independent"; L/n; unbiased. (LLaDA eq. 6, BGPO)
+        exact_zero  n ~ U{0..L}, same; (L+1)/n, 0 for n = 0; unbiased. (ESPO, arXiv 2512.03759)
+        antithetic  pairs: such a mask, then its complement with weight (L+1)/(L-n); unbiased. weight="dmpo": Bernoulli with
+                    t ~ U(t_min = 0.1, 1] and L/count; biased. K even. (ESPO; DMPO, arXiv 2510.08233)
+        coupled     all tokens, then pairs of Bernoulli(t) and its complement, t ~ U(t_low = 0.2, t_high = 0.8) or given, of
+                    weights 1/t, 1/(1-t); half the first plus the mean half-sum of a pair: no ELBO, DiffuCoder's score
+                    summed over tokens. K odd. (arXiv 2506.20639)
+        quadrature  Gauss-Legendre `nodes` (1..5) t with weights w on [0, 1], K / nodes masks of int(t L) tokens at each
+                    (counts="round": rounded half up); w/t, or weight="wL/count"; summed over nodes; biased, nodes without
+                    a token contribute 0. Sample k belongs to node k mod nodes. (GDPO, arXiv 2510.08554)
+        full        all tokens; 1; no ELBO. (d1, arXiv 2504.12216; wd1, arXiv 2507.08838)
+        block       one block of `block_length` = 32 tokens, from a random order of the blocks: n ~ U{1..its size} of it, all
+                    later tokens, earlier ones as the prompt; all hidden tokens are scored; 1 / their number; no ELBO.
+                    (SPG, arXiv 2510.09541)
+        trace       the states of a rollout: `step_map_BS` (int64, the step that committed each token, -1 outside). Sample s
+                    hides the tokens of steps >= s, scores those of step s; 1; the score is the sum. `steps_BJ` (int64, -1
+                    none) picks steps; `shrink` merges that many consecutive steps. (TraceRL, arXiv 2509.06949; EGSPO)
+        segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own last + 1): step
+                    s is in part s N // T; each is scored in its first state. (d2, arXiv 2509.21474)
+
+    Raises ValueError or TypeError naming the argument.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> completion = torch.tensor([[False, True, True, True]])
+        >>> plan = make_mask_plan(ids, completion, law="exact", samples=3, seed=0, sequence_ids=torch.tensor([1]), mask_id=9)
+        >>> sorted(plan.counts[:, 0].tolist())
+        [1, 2, 3]
+    """
+    rule, options = laws.resolve(law, options)
+    checks.count("shift", shift, 0)
+    checks.count("iteration", iteration, 0)
+    checks.count("mask_id", mask_id, 0)
+    noise.check_seed(seed)
+    prompt_noise = rule.prompt_noise if prompt_noise is None else checks.number("prompt_noise", prompt_noise, least=0)
+    if prompt_noise > 1.0:
+        raise ValueError(f"prompt_noise must be in [0, 1], got {prompt_noise}")
+    check_tensors(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS)
+    if checks.may_read(input_ids_BS):
+        _check_values(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS, mask_id, shift)
+    given = completion_mask_BS
+    tail_BS = None
+    if eos_id is not None:
+        eos_BS = given & (input_ids_BS == checks.count("eos_id", eos_id, 0))
+        tail_BS = given & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
+        completion_mask_BS = given & ~tail_BS
+    prompt_BS = None
+    if prompt_noise > 0.0:
+        prompt_BS = (given.cumsum(-1) == 0) & given.any(-1, keepdim=True)
+        if attention_mask_BS is not None:
+            prompt_BS = prompt_BS & (attention_mask_BS != 0)
+    state_BS = state_BK = None
+    if rule.level == "steps":
+        state_BS, state_BK = given_states.states(law, options, given, samples)
+        options = {name: value for name, value in options.items() if name not in given_states.TENSORS}
+        samples = state_BK.shape[1]
+    samples = checks.count("samples", samples)
+    laws.check_samples(rule, options, samples)
+    if samples > (stride := noise_stride(rule, samples)) or (iteration + 1) * stride > 1 << 32:
+        raise ValueError(f"samples and iteration must number at most 2^32 noise samples, got {samples} and {iteration}")
+    return MaskPlan(
+        input_ids_BS=input_ids_BS,
+        completion_mask_BS=completion_mask_BS,
+        sequence_ids_B=sequence_ids,
+        sample_K=torch.arange(samples, device=input_ids_BS.device),
+        law=law,
+        options=options,
+        samples=samples,
+        seed=seed,
+        mask_id=mask_id,
+        shift=shift,
+        iteration=iteration,
+        prompt_noise=prompt_noise,
+        prompt_mask_BS=prompt_BS,
+        tail_mask_BS=tail_BS if rule.tail == "hidden" else None,
+        state_BS=state_BS,
+        state_BK=state_BK,
+    )
+
+
+def _check_values(
+    input_ids_BS: Tensor,
+    completion_mask_BS: Tensor,
+    sequence_ids: Tensor,
+    attention_mask_BS: Tensor | None,
+    mask_id: int,
+    shift: int,
+) -> None:
+    if bool(completion_mask_BS[:, :shift].any()):
+        raise ValueError(
+            f"completion_mask_BS must be False at the first {shift} position(s) when shift={shift}, which no row predicts"
+        )
+    if attention_mask_BS is not None and bool((completion_mask_BS & (attention_mask_BS == 0)).any()):
+        raise ValueError("completion_mask_BS must be False at padding, where attention_mask_BS is")
+    if bool(((input_ids_BS == mask_id) & completion_mask_BS).any()):
+        raise ValueError(f"input_ids_BS must not hold mask_id={mask_id} where completion_mask_BS is True")
+    if len(torch.unique(sequence_ids)) != len(sequence_ids):
+        raise ValueError("sequence_ids must be distinct: equal ids would share their noise")

@@ -1,0 +1,243 @@
+"""`headless(model)`: final hidden states and the LM head of any Hugging Face model, without its logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dllm_kernels import checks
+from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
+
+
+class _Tap:
+    """Stands in for the head's forward: keeps its input, and hands on one column, too small to matter.
+
+    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column alone.
+    """
+
+    def __init__(self, shards: Shards | None, head: WholeHead) -> None:
+        self.hidden: Tensor | None = None
+        self.column: Any = None
+        self.active = True
+        self.shards, self.head = shards, head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden[..., :1].clone()  # not a view: OLMo-style code, LLaDA's too, may scale its logits in place
+
+    def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """A forward hook of FSDP's root: the hidden states are its output, by whose gradient FSDP knows that backward begins."""
+        if self.hidden is None:
+            return None
+        self.column = getattr(output, "logits", None)
+        return self.hidden, self.column
+
+
+class _LinearTap(TorchFunctionMode):
+    """The same for a model whose head is its input embedding itself, used by `F.linear` (LLaDA's `weight_tying`)."""
+
+    def __init__(self, weight: Tensor, tap: _Tap) -> None:
+        super().__init__()
+        self.weight, self.tap = weight, tap
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) > 1 and args[1] is self.weight:
+            return self.tap(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Body:
+    """A model without its head. Call it for hidden states; `weight`, `bias` and `options` are the head's.
+
+    `options` holds what `score_tokens` and `sample_tokens` need to reproduce the model's logits: bias, softcap,
+    temperature. Made by `headless`.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
+        self.model = model
+        self.head = head
+        self.parameter: Tensor = tap.head.parameters["weight"]  # type: ignore[assignment]  # a DTensor where it is sharded
+        self._tap = tap
+        embed = getattr(model, "get_input_embeddings", None)
+        try:
+            embedding = embed() if callable(embed) else None
+        except NotImplementedError:  # transformers found none (MDLM's own code names it vocab_embed)
+            embedding = None
+        self._embedding: Tensor | None = getattr(embedding, "weight", None)
+        # the input embedding may have more rows than the head
+        self.vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them
+        self.temperature = float(getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0))
+
+    @property
+    def shards(self) -> Shards | None:
+        """None for a model of plain tensors."""
+        return self._tap.shards
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V, H]`, the parameter itself; of a sharded one a whole copy, in the dtype of the hidden states last computed.
+
+        What it gets of gradients goes to the sharded parameter, summed over ranks, when the outermost `headless` ends.
+        """
+        weight = self._tap.head.get("weight")
+        assert weight is not None
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[V]` or None; treated as the weight."""
+        return self._tap.head.get("bias")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its head.
+
+        Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids' shape too.
+        """
+        if not self._tap.active:
+            raise ValueError("body must be called inside its headless context, which has ended")
+        checks.dtype("input_ids", input_ids, (torch.int64, torch.int32))
+        if input_ids.dim() == 0 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must have shape [..., S] and hold at least one id, got {list(input_ids.shape)}")
+        if self._embedding is not None:
+            checks.same_device("input_ids", input_ids, "the input embedding", self._embedding)
+        checks.in_range("input_ids", input_ids, 0, self.vocabulary)
+        flat = input_ids.reshape(-1, input_ids.shape[-1])
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair
+            kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
+        self._tap.hidden = self._tap.column = None
+        own_embedding = isinstance(self.head, nn.Embedding)
+        with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
+            if self.shards is not None:  # of views that are changed in place after the forward: these are not
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            output = self.model(input_ids=flat, **kwargs)
+        hidden, self._tap.hidden = self._tap.hidden, None
+        column, self._tap.column = self._tap.column, None
+        if hidden is None:
+            raise ValueError(
+                f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
+            )
+        self._check_logits(hidden, getattr(output, "logits", None) if column is None else column)
+        if torch.is_autocast_enabled(hidden.device.type):  # where the head's own product would cast its operands to one dtype
+            hidden = hidden.to(self.parameter.dtype)
+        self._tap.head.get("weight", hidden.dtype)  # here, where all ranks that share a model come by
+        return hidden.view(*input_ids.shape, hidden.shape[-1])
+
+    def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
+        """One call for the sake of the ranks that share the model and have more to do; it adds exactly 0 to every gradient."""
+        device = self.parameter.device
+        ones = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in model_kwargs.items()}
+        with torch.set_grad_enabled(backward):
+            hidden = self(torch.zeros(1, length, dtype=torch.int64, device=device), **ones)
+            if hidden.requires_grad:
+                hidden.backward(torch.zeros_like(hidden))
+
+    def _check_logits(self, hidden: Tensor, column: Tensor | None) -> None:
+        """What the model made of the one column that the tap returned must be what `options` say."""
+        if not isinstance(column, Tensor) or column.shape != (*hidden.shape[:-1], 1) or not checks.may_read(column):
+            return
+        want = hidden.detach()[..., :1].float()
+        if self.softcap is not None:
+            want = self.softcap * torch.tanh(want / self.softcap)
+        if not torch.allclose(column.detach().float(), want / self.temperature, rtol=2e-2, atol=1e-3, equal_nan=True):
+            raise ValueError(f"model must not change its logits beyond softcap and scale: {type(self.model).__name__} does")
+
+
+@contextmanager
+def headless(model: nn.Module) -> Iterator[Body]:
+    """Within the context, the model's output embedding does nothing and logits are never built.
+
+    Args:
+        model: any module with Hugging Face's `get_output_embeddings()`; tied heads and softcapped logits included.
+
+    Yields a `Body`. The model is restored on exit, after an exception too. Its modules, parameters, state dict and hooks
+    stay in place meanwhile (only the head's forward is replaced), so training and saving work as usual.
+
+    Raises TypeError when `model` is no module, ValueError when it has no output embedding.
+
+    Example:
+        >>> import torch
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> config = EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        ...                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+        >>> model = EuroBertForMaskedLM(config)
+        >>> with headless(model) as body:
+        ...     hidden = body(torch.tensor([[1, 2, 3]]))
+        >>> hidden.shape, body.weight.shape
+        (torch.Size([1, 3, 8]), torch.Size([11, 8]))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    getter = getattr(model, "get_output_embeddings", None)
+    head: Any = getter() if callable(getter) else None
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(
+            f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
+            + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
+        )
+    previous = head.__dict__.get("forward")  # accelerate and others patch instances too
+    outer = previous if isinstance(previous, _Tap) else None
+    if outer is not None:
+        tap = _Tap(outer.shards, outer.head)
+    else:
+        shards = find_shards(model)
+        tap = _Tap(shards, WholeHead(head.weight, getattr(head, "bias", None)))
+        tap.head.get("bias")
+    checks.shape("model's output embedding weight", head.weight, [None, None])
+    if isinstance(head, nn.Embedding):  # its forward is the input's lookup, and must stay
+        if tap.shards is not None:
+            raise ValueError(
+                f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
+            )
+        try:
+            yield Body(model, head, tap)
+        finally:
+            tap.active = False
+        return
+    hooks = [
+        module.register_forward_hook(tap.hand_out, prepend=True) for module in (tap.shards.modules[:1] if tap.shards else ())
+    ]
+    head.forward = tap
+    try:
+        yield Body(model, head, tap)
+    finally:
+        if previous is None:
+            del head.forward
+        else:
+            head.forward = previous
+        for hook in hooks:
+            hook.remove()
+        tap.active = False
+        if tap.shards is not None:
+            tap.shards.reshard()
+    if outer is None and tap.shards is not None:  # not after an error, at which the other ranks may be elsewhere
+        tap.head.reduce(tap.shards)
+
+
+def dropout_names(model: nn.Module) -> list[str]:
+    """What makes two forward passes of a training model differ: active dropout modules and dropout rates of the config."""
+    if not model.training:
+        return []
+    active = [
+        name for name, m in model.named_modules() if m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0) > 0
+    ]
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return active + [
+        f"config.{key}" for key, value in settings.items() if "dropout" in key and isinstance(value, float) and value > 0
+    ]

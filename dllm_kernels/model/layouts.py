@@ -1,0 +1,222 @@
+"""Where the tokens of a rollout lie, and how the model is called on them: padded, packed into one row, or with a cache.
+
+Each form has `ids` (all tokens), `column_BL` (where a completion's tokens lie), `write`, `hidden` (one call of the model) and
+`rows` (where a completion token's prediction lies in what `hidden` returned).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.model.headless import Body
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Ids and what is real among them, bool, or None where everything is. Ragged prompts are padded on the right."""
+
+    ids_BP: Tensor
+    keep_BP: Tensor | None
+    ragged: bool
+
+    @property
+    def lengths_B(self) -> Tensor:
+        if self.keep_BP is None:
+            return torch.full((len(self.ids_BP),), self.ids_BP.shape[1], device=self.ids_BP.device)
+        return self.keep_BP.sum(-1)
+
+    def part(self, span: Tensor) -> Prompts:
+        return Prompts(self.ids_BP[span], None if self.keep_BP is None else self.keep_BP[span], self.ragged)
+
+    def first_columns(self) -> Tensor:
+        """Where completions begin, `[B]`: after each prompt where they are ragged, else in one column."""
+        if self.ragged and self.keep_BP is not None:
+            return self.lengths_B
+        return torch.full((len(self.ids_BP),), self.ids_BP.shape[1], device=self.ids_BP.device)
+
+
+def collect(prompts: Sequence[Tensor], width: int | None) -> Prompts:
+    """Ragged prompts, one-dimensional, as one tensor of `width` columns or as many as the longest has."""
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths) if width is None else width
+    ids_BP = torch.stack([torch.nn.functional.pad(prompt, (0, width - len(prompt))) for prompt in prompts])
+    if all(length == width for length in lengths):
+        return Prompts(ids_BP, None, True)
+    keep_BP = torch.arange(width, device=ids_BP.device) < torch.tensor(lengths, device=ids_BP.device)[:, None]
+    return Prompts(ids_BP, keep_BP, True)
+
+
+class Padded:
+    """One row per sequence. With `guidance`, a second half of rows whose prompts are hidden."""
+
+    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int, *, guidance: float = 0.0) -> None:
+        self.body, self.shift, self.guidance, self.mask_id = body, shift, guidance, mask_id
+        (B, P), device = prompts.ids_BP.shape, prompts.ids_BP.device
+        self.ids = torch.cat([prompts.ids_BP, prompts.ids_BP.new_full((B, length), mask_id)], dim=1)
+        first_B = prompts.first_columns()
+        self.column_BL = first_B[:, None] + torch.arange(length, device=device)
+        place_W = torch.arange(P + length, device=device)
+        self.completion_BW = (place_W >= first_B[:, None]) & (place_W < first_B[:, None] + length)
+        self.keep_BW: Tensor | None = None
+        if prompts.keep_BP is not None:
+            self.keep_BW = torch.nn.functional.pad(prompts.keep_BP, (0, length)) | self.completion_BW
+            self.ids = torch.where(self.completion_BW, mask_id, self.ids)
+
+    def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
+        self.ids[who_A1, self.column_BL[who_A1, place_AR]] = token_AR
+
+    def hidden(self, who_A: Tensor | None) -> Tensor:
+        ids = self.ids if who_A is None else self.ids[who_A]
+        kwargs = {}
+        if self.keep_BW is not None:
+            kwargs["attention_mask"] = (self.keep_BW if who_A is None else self.keep_BW[who_A]).long()
+        if self.guidance:
+            completion = self.completion_BW if who_A is None else self.completion_BW[who_A]
+            ids = torch.cat([ids, torch.where(completion, ids, self.mask_id)])
+            kwargs = {name: torch.cat([mask, mask]) for name, mask in kwargs.items()}
+        return self.body(ids, **kwargs)
+
+    def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
+        """Flat rows `[A, R]` of a `hidden(who_A)`, or of a `hidden(None)` where `whole`."""
+        row_A = who_A if whole else torch.arange(len(who_A), device=who_A.device)
+        return row_A[:, None] * self.ids.shape[1] + self.column_BL[who_A].gather(1, place_AR) - self.shift
+
+    def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
+        """Hidden states `[N, H]` of these rows: `h + guidance (h - h without prompt)`, whose logits the linear head makes."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        chosen_NH = flat.index_select(0, row_N)
+        if not self.guidance:
+            return chosen_NH
+        without_NH = flat.index_select(0, row_N + len(flat) // 2).float()
+        return (chosen_NH.float() + self.guidance * (chosen_NH.float() - without_NH)).to(flat.dtype)
+
+
+class Packed:
+    """All sequences in one row, without padding; positions restart, attention stays within a sequence.
+
+    flash-attn's variable-length kernel finds the sequences by their positions; other kernels get a mask of pairs, which is
+    as exact and no faster.
+    """
+
+    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int) -> None:
+        self.body, self.shift = body, shift
+        canvas = Padded(body, prompts, length, mask_id, shift)
+        B, W = canvas.ids.shape
+        keep_BW = torch.ones(B, W, dtype=torch.bool, device=canvas.ids.device) if canvas.keep_BW is None else canvas.keep_BW
+        self.ids = canvas.ids[keep_BW]
+        width_B = keep_BW.sum(-1)
+        self.sequence_M = torch.arange(B, device=width_B.device).repeat_interleave(width_B)
+        self.start_B = width_B.cumsum(0) - width_B
+        self.position_M = torch.arange(len(self.ids), device=width_B.device) - self.start_B[self.sequence_M]
+        rank_BW = keep_BW.cumsum(-1) - 1
+        self.column_BL = self.start_B[:, None] + rank_BW.gather(1, canvas.column_BL)
+        self.width_B = width_B
+        implementation = str(getattr(getattr(body.model, "config", None), "_attn_implementation", ""))
+        self._flash = implementation.startswith("flash")
+
+    def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
+        self.ids[self.column_BL[who_A1, place_AR]] = token_AR
+
+    def hidden(self, who_A: Tensor | None) -> Tensor:
+        ids, position, sequence = self.ids, self.position_M, self.sequence_M
+        if who_A is not None:
+            keep = torch.isin(sequence, who_A)
+            ids, position, sequence = ids[keep], position[keep], sequence[keep]
+        kwargs: dict[str, Any] = {"position_ids": position[None]}
+        if not self._flash:
+            kwargs["attention_mask"] = _additive(sequence[:, None] == sequence, self.body)[None, None]
+        return self.body(ids[None], **kwargs)
+
+    def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
+        columns_AR = self.column_BL[who_A].gather(1, place_AR) - self.shift
+        if whole:
+            return columns_AR
+        width_A = self.width_B[who_A]
+        return columns_AR - self.start_B[who_A][:, None] + (width_A.cumsum(0) - width_A)[:, None]
+
+    def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
+        return hidden[0].index_select(0, row_N)
+
+
+class Cached:
+    """Block-causal models with the keys and values of finished blocks kept; blocks count from the start of the prompt.
+
+    All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so that those of other lengths begin
+    their completions in the same block of the grid. The first step of a block sends the block before it along, whose keys
+    and values are then final: one call of the model a step.
+    """
+
+    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, block_length: int) -> None:
+        from transformers import DynamicCache
+
+        self.body, self.block_length = body, block_length
+        canvas = Padded(body, prompts, length, mask_id, 0)
+        B, W = canvas.ids.shape
+        device = canvas.ids.device
+        lengths_B = prompts.lengths_B
+        blocks_B = lengths_B // block_length
+        self.prompt_blocks = int(blocks_B.max())
+        ends_B = lengths_B % block_length + length
+        columns = (self.prompt_blocks + -(-int(ends_B.max()) // block_length)) * block_length
+        keep_BW = torch.ones(B, W, dtype=torch.bool, device=device) if canvas.keep_BW is None else canvas.keep_BW
+        offset_B = (self.prompt_blocks - blocks_B) * block_length
+        grid_BW = offset_B[:, None] + keep_BW.cumsum(-1) - 1
+        row_BW = torch.arange(B, device=device)[:, None].expand(B, W)
+        self.ids = canvas.ids.new_zeros(B, columns)
+        self.keep_BC = torch.zeros(B, columns, dtype=torch.bool, device=device)
+        self.ids[row_BW[keep_BW], grid_BW[keep_BW]] = canvas.ids[keep_BW]
+        self.keep_BC[row_BW[keep_BW], grid_BW[keep_BW]] = True
+        self.column_BL = grid_BW.gather(1, canvas.column_BL)
+        self.position_BC = (torch.arange(columns, device=device) - offset_B[:, None]).clamp(min=0)
+        self.cache = DynamicCache()
+        self.cached = 0  # columns
+        self.block = 0  # of the completion, see `enter`
+        self._window = 0
+
+    def enter(self, block: int) -> None:
+        self.block = block
+
+    def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
+        self.ids[who_A1, self.column_BL[who_A1, place_AR]] = token_AR
+
+    def hidden(self, who_A: Tensor | None) -> Tensor:
+        first, last = self.cached, (self.prompt_blocks + self.block + 1) * self.block_length
+        column_C = torch.arange(last, device=self.ids.device)
+        query_Q = column_C[first:]
+        sees_QC = column_C // self.block_length <= (query_Q // self.block_length)[:, None]
+        # padding looks at itself, so that its softmax has something to divide by
+        sees_BQC = sees_QC & self.keep_BC[:, None, :last] | (query_Q[:, None] == column_C)
+        self._window = first
+        hidden = self.body(
+            self.ids[:, first:last],
+            attention_mask=_additive(sees_BQC, self.body)[:, None],
+            position_ids=self.position_BC[:, first:last],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cached = last - self.block_length
+        self.cache.crop(-self.block_length)  # the block is not final yet
+        return hidden
+
+    def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
+        width = (self.prompt_blocks + self.block + 1) * self.block_length - self._window
+        return who_A[:, None] * width + self.column_BL[who_A].gather(1, place_AR) - self._window
+
+    def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, row_N)
+
+
+def _additive(sees: Tensor, body: Body) -> Tensor:
+    """0 where a query sees a key, the least number of the dtype elsewhere: what every attention kernel of transformers takes."""
+    dtype = next(body.model.parameters()).dtype
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def takes_cache(body: Body) -> bool:
+    return "past_key_values" in inspect.signature(body.model.forward).parameters

@@ -1,0 +1,1 @@
+"""Generation, samplers, and the trajectories that rollouts leave behind."""

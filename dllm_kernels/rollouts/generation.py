@@ -1,0 +1,308 @@
+"""`generate`: rollouts of a masked diffusion model without logits; the head sees only rows that may be committed in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_kernels import checks, noise
+from dllm_kernels.model.headless import Body, dropout_names, headless
+from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, collect, takes_cache
+from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
+from dllm_kernels.rollouts.samplers import check_steps, resolve
+from dllm_kernels.rollouts.trajectories import Rollout
+
+__all__ = ["Rollout", "generate"]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt_ids: Tensor | Sequence[Tensor],
+    *,
+    length: int,
+    mask_id: int,
+    sampler: str = "llada",
+    steps: int | None = None,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    sequence_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    suppress: Sequence[int] = (),
+    suppress_mask: bool = True,
+    commit_last: Sequence[int] = (),
+    guidance: float = 0.0,
+    shift: int = 0,
+    eos_id: int | None = None,
+    micro_batch: int | None = None,
+    deterministic: bool = False,
+    width: int | None = None,
+    packed: bool = False,
+    cache: bool = False,
+    greedy: bool = False,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Rollout:
+    """Completions of a batch of prompts: one call of the model per denoising step, the head on candidate rows alone.
+
+    Args:
+        model: a Hugging Face masked language model in eval mode.
+        prompt_ids: int64 `[B, P]`, all of one length or left-padded with attention_mask `[B, P]`; or a sequence of int64 `[P_b]`,
+            which are padded on the right, so that positions are those of the prompt alone. They hold no mask_id.
+        length: L, tokens to generate. mask_id: written at undecided places; never drawn unless suppress_mask=False (parity
+            with LLaDA's own code).
+        sampler, steps, block_length, options: see below; an option of another sampler is an error.
+        temperature: 0 greedy, else Gumbel-max. top_k, top_p: as in `sample_tokens`.
+        seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required where noise is drawn.
+        suppress: more ids with probability 0. commit_last: ids (EOS, EoT) that are trusted last, whatever their confidence.
+        guidance: classifier-free, `z + guidance (z - z without prompt)`; two rows per sequence in the one call.
+        shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
+        eos_id: given, a sequence is finished with the block that decides its first EOS, and the rest is filled with it.
+        micro_batch: sequences per model call. Finished sequences leave the batch; with `deterministic` they stay, and the last
+            micro-batch is filled up, so that every call has the same shape. width: columns of ragged prompts, for the same end.
+        packed: ragged prompts in one row without padding (flash-attn's variable-length kernel where the model uses it).
+        cache: keys and values of finished blocks are kept, for block-causal models that take `past_key_values`; sampler "sdar".
+        greedy: also keep `greedy_BTL`, the likeliest completion as seen before each step (EGSPO-SA), from the same passes: the
+            head then runs on all masked rows too.
+        on_step: called with the step's number and the completions so far `[B, L]`, after each step of a micro-batch.
+
+    Samplers (a block is `block_length` consecutive tokens; it is decided before the next one begins):
+
+        llada          blocks, which must divide the length; `steps` in all, a multiple of the blocks, remainders to the
+                       earliest steps of a block. remasking="low_confidence" (probability of the token drawn, at temperature 1)
+                       or "random".
+        dream          no blocks; `steps` along t from 1 to eps=1e-3. alg="origin" (each token with probability 1 - s/t),
+                       "maskgit_plus", "topk_margin", "entropy", all of the distribution that is drawn from; alg_temp > 0 draws
+                       the order instead of sorting it. Use shift=1 for Dream's own models.
+        fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more, at least one.
+        sdar           blocks count from the start of the prompt, so the first and the last may be partial; `steps` per block.
+                       remasking="low_confidence_dynamic" (all above threshold=0.9, at least what the schedule says),
+                       "low_confidence_static" or "sequential"; probabilities of the distribution that is drawn from.
+        entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less the largest, within
+                       bound=0.1 nats, at least one.
+
+    Noise depends on (seed, sequence id, step, position) alone. With `llada` and `dream` (but "origin") and without eos_id
+    nothing is read back from a GPU; the others read the number of undecided tokens before each step, eos_id after each
+    block. A sequence whose hidden states are not finite is marked in `failed_B`; the others are unharmed (packed without
+    flash-attn, one row is one sequence to the attention, and all of it is marked).
+
+    Raises ValueError or TypeError naming the argument.
+
+    Example:
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> rollout.completion_BL.shape, sorted(rollout.commit_step_BL[0].tolist())
+        (torch.Size([1, 4]), [0, 0, 1, 1])
+    """
+    prompts = _check_prompts(prompt_ids, attention_mask, mask_id, width)
+    B = len(prompts.ids_BP)
+    checks.count("length", length)
+    resolved = resolve(sampler, options)
+    steps, block_length = check_steps(resolved, length, steps, block_length)
+    checks.count("shift", shift, 0)
+    checks.number("temperature", temperature, least=0)
+    checks.number("guidance", guidance, least=0)
+    noise.check_seed(seed)
+    if shift and checks.may_read(prompts.ids_BP) and (shortest := int(prompts.lengths_B.min())) < shift:
+        raise ValueError(f"prompt_ids must have at least {shift} token(s) when shift={shift}, got {shortest}")
+    sequence_ids = _check_sequence_ids(sequence_ids, prompts.ids_BP, drawn=temperature > 0 or resolved.stochastic)
+    if active := dropout_names(model):
+        raise ValueError(
+            f"model must be deterministic in a rollout, but dropout is active: {', '.join(active[:3])}; call model.eval()"
+        )
+    if commit_last and resolved.rank in ("random", "position"):
+        kind = next(resolved.options[name] for name in ("remasking", "alg") if name in resolved.options)
+        raise ValueError(f"commit_last must be empty with {kind!r} order, which looks at no token, got {list(commit_last)}")
+    if eos_id is not None and resolved.blocks is None:
+        raise ValueError(f"eos_id must be None for sampler={sampler!r}, which finishes no block before the end, got {eos_id}")
+    if packed and (guidance or cache or deterministic):
+        raise ValueError("packed must be False with guidance, cache or deterministic, whose rows are padded")
+    if packed and not prompts.ragged:
+        raise ValueError("packed takes ragged prompts: give prompt_ids as a sequence of int64 [P_b]")
+    if cache and (resolved.blocks != "sequence" or shift or guidance or greedy):
+        raise ValueError(
+            "cache takes sampler='sdar', whose blocks are those of the prompt, with shift=0, guidance=0, greedy=False"
+        )
+    micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
+
+    with headless(model) as body:
+        _check_model(
+            body, prompts.ids_BP.shape[1] + length, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache
+        )
+        rounds = -(-B // micro_batch)
+        idle, uneven = 0, False
+        if body.shards is not None:  # ranks that share the model call it equally often
+            idle = body.shards.most(rounds) - rounds
+            uneven = bool(body.shards.most(idle))
+        decoding = Decoding(
+            sampler=resolved,
+            length=length,
+            steps=steps,
+            block_length=block_length,
+            mask_id=mask_id,
+            seed=seed,
+            temperature=float(temperature),
+            top_k=top_k,
+            top_p=top_p,
+            suppress=(*suppress, mask_id) if suppress_mask else tuple(suppress),
+            commit_last=tuple(commit_last),
+            eos_id=eos_id,
+            deterministic=deterministic,
+            greedy=greedy,
+            uneven=uneven,
+        )
+        parts = []
+        for b in range(0, (rounds + idle) * micro_batch, micro_batch):
+            span = torch.arange(min(b, B), min(b + micro_batch, B), device=sequence_ids.device)
+            if deterministic and 0 < len(span) < micro_batch:  # to the same shape, by sequences that are thrown away
+                span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
+            part = prompts.part(span)
+            canvas: Padded | Packed | Cached
+            if cache:
+                canvas = Cached(body, part, length, mask_id, block_length)
+            elif packed:
+                canvas = Packed(body, part, length, mask_id, shift)
+            else:
+                canvas = Padded(body, part, length, mask_id, shift, guidance=guidance)
+            denoiser = Denoiser(canvas, sequence_ids[span], part.lengths_B, decoding)
+            denoiser.run(on_step)
+            parts.append(denoiser)
+    settings = {
+        "sampler": sampler,
+        "length": length,
+        "steps": steps,
+        "block_length": block_length,
+        "temperature": temperature,
+        **resolved.options,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "suppress": list(suppress),
+        "suppress_mask": suppress_mask,
+        "commit_last": list(commit_last),
+        "guidance": guidance,
+        "shift": shift,
+        "eos_id": eos_id,
+    }
+    return _assemble(parts, prompts, sequence_ids, mask_id, settings)
+
+
+def _check_prompts(
+    prompt_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, mask_id: int, width: int | None
+) -> Prompts:
+    checks.count("mask_id", mask_id, 0)
+    if isinstance(prompt_ids, Tensor):
+        checks.dtype("prompt_ids", prompt_ids, [torch.int64])
+        checks.shape("prompt_ids", prompt_ids, [None, None])
+        if width is not None:
+            raise ValueError(f"width must be None where prompt_ids is a tensor, which has its own, got {width}")
+        if attention_mask is not None:
+            checks.shape("attention_mask", attention_mask, list(prompt_ids.shape))
+            checks.same_device("attention_mask", attention_mask, "prompt_ids", prompt_ids)
+        prompts = Prompts(prompt_ids, None if attention_mask is None else attention_mask != 0, False)
+    else:
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None where prompt_ids is a sequence of prompts, which are padded here")
+        if not isinstance(prompt_ids, (list, tuple)):
+            raise TypeError(f"prompt_ids must be a torch.Tensor or a list or tuple of them, got {type(prompt_ids).__name__}")
+        for b, prompt in enumerate(prompt_ids):
+            checks.dtype(f"prompt_ids[{b}]", prompt, [torch.int64])
+            checks.shape(f"prompt_ids[{b}]", prompt, [None])
+            checks.same_device(f"prompt_ids[{b}]", prompt, "prompt_ids[0]", prompt_ids[0])
+        longest = max((len(prompt) for prompt in prompt_ids), default=0)
+        if width is not None and checks.count("width", width) < longest:
+            raise ValueError(f"width must be at least the longest prompt's {longest} tokens, got {width}")
+        if prompt_ids:
+            prompts = collect(prompt_ids, width)
+    if len(prompt_ids) == 0:
+        raise ValueError("prompt_ids must hold at least one sequence, got an empty batch")
+    if checks.may_read(prompts.ids_BP):
+        held_BP = prompts.ids_BP == mask_id
+        if bool((held_BP if prompts.keep_BP is None else held_BP & prompts.keep_BP).any()):
+            raise ValueError(f"prompt_ids must not hold mask_id={mask_id}")
+    return prompts
+
+
+def _check_sequence_ids(sequence_ids: Tensor | None, ids_BP: Tensor, *, drawn: bool) -> Tensor:
+    B = len(ids_BP)
+    if sequence_ids is None:
+        if drawn:
+            raise ValueError(
+                "sequence_ids must be given where noise is drawn (temperature > 0, or the order of tokens by chance)"
+            )
+        return torch.arange(B, device=ids_BP.device)
+    checks.dtype("sequence_ids", sequence_ids, [torch.int64])
+    checks.shape("sequence_ids", sequence_ids, [B])
+    checks.same_device("sequence_ids", sequence_ids, "prompt_ids", ids_BP)
+    if checks.may_read(sequence_ids) and len(torch.unique(sequence_ids)) != B:
+        raise ValueError("sequence_ids must be distinct: equal ids would share their noise")
+    return sequence_ids
+
+
+def _check_model(
+    body: Body, columns: int, mask_id: int, guidance: float, *, eos_id: int | None, commit_last: Sequence[int], cache: bool
+) -> None:
+    for name, token in (("mask_id", mask_id), ("eos_id", eos_id), *(("commit_last", token) for token in commit_last)):
+        if token is not None and not 0 <= token < len(body.parameter):
+            raise ValueError(f"{name} must be in 0..{len(body.parameter) - 1}, got {token}")
+    config: Any = getattr(body.model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("max_position_embeddings", "max_sequence_length"):
+        context = getattr(config, name, None)
+        if isinstance(context, int) and columns > context:
+            raise ValueError(f"prompt_ids and length must fit the model's context of {context} tokens, got {columns}")
+    if guidance and body.softcap is not None:
+        raise ValueError(f"guidance must be 0 for a model whose logits are capped (softcap={body.softcap}), got {guidance}")
+    if cache and not takes_cache(body):
+        raise ValueError(f"cache must be False for {type(body.model).__name__}, which takes no past_key_values")
+
+
+def _assemble(parts: list[Denoiser], prompts: Prompts, sequence_ids: Tensor, mask_id: int, settings: dict[str, Any]) -> Rollout:
+    """One rollout of all micro-batches, in the layout in which the prompts came."""
+    B = len(prompts.ids_BP)
+    most = max(part.masked_entropy_BT.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[:B]
+
+    completion_BL = joined("completion_BL")
+    place_BL = prompts.first_columns()[:, None] + torch.arange(completion_BL.shape[1], device=completion_BL.device)
+    ids_BS = torch.nn.functional.pad(prompts.ids_BP, (0, completion_BL.shape[1])).scatter(1, place_BL, completion_BL)
+    mask_BS = torch.zeros_like(ids_BS, dtype=torch.bool).scatter(1, place_BL, True)
+    keep_BS = None
+    if prompts.keep_BP is not None:
+        keep_BS = torch.nn.functional.pad(prompts.keep_BP, (0, completion_BL.shape[1])) | mask_BS
+    entropy_BT = torch.cat([_padded(part.masked_entropy_BT, most, torch.nan) for part in parts])[:B]
+    greedy_BTL = None
+    if all(part.greedy_BTL is not None for part in parts):
+        greedy_BTL = torch.cat([_padded(part.greedy_BTL, most, mask_id) for part in parts if part.greedy_BTL is not None])[:B]
+    return Rollout(
+        ids_BS=ids_BS,
+        completion_mask_BS=mask_BS,
+        commit_step_BL=joined("commit_step_BL"),
+        commit_logp_BL=joined("commit_logp_BL"),
+        commit_entropy_BL=joined("commit_entropy_BL"),
+        masked_entropy_BT=entropy_BT,
+        steps_B=joined("steps_B"),
+        failed_B=joined("failed_B"),
+        sequence_ids_B=sequence_ids,
+        mask_id=mask_id,
+        attention_mask_BS=keep_BS,
+        greedy_BTL=greedy_BTL,
+        settings=settings,
+    )
+
+
+def _padded(values: Tensor, steps: int, fill: float) -> Tensor:
+    """`[B, T, ...]` with more steps."""
+    more = values.new_full((len(values), steps - values.shape[1], *values.shape[2:]), fill)
+    return torch.cat([values, more], dim=1)

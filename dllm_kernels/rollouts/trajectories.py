@@ -1,0 +1,239 @@
+"""Rollouts and their trajectories: what was committed when, how sure the policy was, and the states between.
+
+A state is not stored: the ids of the end and the step map say what every state showed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import checks, noise
+from dllm_kernels.masks.make import make_mask_plan
+from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.noise import Stream
+
+SELECTIONS = ("entropy", "uniform", "random")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B completions of L tokens and their history; small tensors, all detached.
+
+    Steps are numbered from 0 for each sequence, by the model calls that it took part in. T is the largest number of them.
+    """
+
+    ids_BS: (
+        Tensor  # int64: prompt and completion, in the layout of the prompts that came: left-padded, or ragged and right-padded
+    )
+    completion_mask_BS: Tensor  # bool: the L tokens of each completion
+    commit_step_BL: Tensor  # int32: the step that committed each token; -1 where none did (failed, or filled up after EOS)
+    commit_logp_BL: Tensor  # its log-probability then, at temperature 1, nats
+    commit_entropy_BL: Tensor  # entropy of its row then, at temperature 1, nats
+    masked_entropy_BT: Tensor  # mean entropy of the masked tokens that a step could have committed; NaN where there was no step
+    steps_B: Tensor  # int64: model calls of each sequence
+    failed_B: Tensor  # bool: not-a-number met in its hidden states; its completion is mask ids
+    sequence_ids_B: Tensor
+    mask_id: int
+    attention_mask_BS: Tensor | None = None  # bool, False at padding; None where there is none
+    greedy_BTL: Tensor | None = None  # int32, on request: the likeliest completion as seen before each step, decided tokens kept
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def completion_BL(self) -> Tensor:
+        B, L = self.commit_step_BL.shape
+        return self.ids_BS[self.completion_mask_BS].view(B, L)
+
+    @property
+    def confidence_BL(self) -> Tensor:
+        """Probability of each token when it was committed, at temperature 1."""
+        return self.commit_logp_BL.exp()
+
+    @property
+    def step_map_BS(self) -> Tensor:
+        """int64: the step of each completion token, -1 elsewhere. What was filled up counts to the last step."""
+        steps_BL = torch.where(self.commit_step_BL < 0, self.steps_B[:, None] - 1, self.commit_step_BL.long())
+        return torch.full_like(self.ids_BS, -1).masked_scatter(self.completion_mask_BS, steps_BL)
+
+    def state_at(self, step: int | Tensor) -> Tensor:
+        """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw when it decided it."""
+        if isinstance(step, Tensor):
+            checks.dtype("step", step, [torch.int64])
+            checks.shape("step", step, [len(self.ids_BS)])
+            step = step[:, None]
+        else:
+            checks.count("step", step, 0)
+        return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
+
+    def kept(self, index_N: Tensor) -> Rollout:
+        """The rollouts of these indices."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts: dict[str, Any] = {name: value[index_N] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
+
+
+def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: int | None = None) -> Tensor:
+    """`H_k = mean over the tokens that step k revealed of -sum_v p_v log p_v`, fp32 `[T, B]`, in nats (EGSPO, arXiv 2603.12554).
+
+    The entropies are those of the untempered distribution before the step, as a rollout keeps them: T x B floats where the
+    published code keeps the probability rows of the vocabulary.
+
+    Args:
+        commit_entropy_BL: float `[B, L]`, `Rollout.commit_entropy_BL`. commit_step_BL: int32 or int64 `[B, L]`; -1 for a token
+            that no step revealed. steps: T; None takes the last step + 1, which reads it back from a GPU.
+
+    NaN where a step revealed nothing of a sequence. Raises ValueError or TypeError naming the argument.
+
+    Example:
+        >>> step_entropy(torch.tensor([[1.0, 3.0, 0.5]]), torch.tensor([[0, 0, 1]]))
+        tensor([[2.0000],
+                [0.5000]])
+    """
+    checks.dtype("commit_entropy_BL", commit_entropy_BL, [torch.float32, torch.float64])
+    checks.shape("commit_entropy_BL", commit_entropy_BL, [None, None])
+    checks.dtype("commit_step_BL", commit_step_BL, [torch.int32, torch.int64])
+    checks.shape("commit_step_BL", commit_step_BL, list(commit_entropy_BL.shape))
+    checks.same_device("commit_step_BL", commit_step_BL, "commit_entropy_BL", commit_entropy_BL)
+    if steps is None:
+        steps = max(1, int(commit_step_BL.max()) + 1) if commit_step_BL.numel() else 1
+    checks.count("steps", steps)
+    checks.in_range("commit_step_BL", commit_step_BL, -1, steps)
+    index_BL = commit_step_BL.long() + 1  # column 0 takes what no step revealed
+    total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1)
+    count_BT = torch.zeros_like(total_BT)
+    revealed_BL = index_BL > 0
+    total_BT.scatter_add_(1, index_BL, torch.where(revealed_BL, commit_entropy_BL, 0.0))
+    count_BT.scatter_add_(1, index_BL, revealed_BL.to(count_BT.dtype))
+    return (total_BT / count_BT)[:, 1:].t().float()
+
+
+def select_steps(
+    entropy_TB: Tensor, k: int, how: str = "entropy", *, seed: int = 0, sequence_ids: Tensor | None = None
+) -> Tensor:
+    """Each sequence's own k steps to train on, int64 `[B, k]` (EGSPO, arXiv 2603.12554; its code, lines 675-715).
+
+    Args:
+        entropy_TB: `[T, B]` from `step_entropy`, NaN where there is no step.
+        how: "entropy": the k largest, in descending order, of equal ones the earlier; "uniform": spread evenly; "random":
+            uniformly drawn, keyed by seed and sequence_ids `[B]`. The last two hold the last step, and ascend.
+
+    -1 where a sequence has fewer than k steps. Raises ValueError or TypeError naming the argument.
+
+    Example:
+        >>> select_steps(torch.tensor([[0.1], [0.9], [0.5]]), 2)
+        tensor([[1, 2]])
+    """
+    checks.dtype("entropy_TB", entropy_TB, [torch.float32, torch.float64])
+    checks.shape("entropy_TB", entropy_TB, [None, None])
+    checks.count("k", k)
+    checks.choice("how", how, SELECTIONS)
+    entropy_BT = entropy_TB.detach().t()
+    B, T = entropy_BT.shape
+    there_BT = ~entropy_BT.isnan()
+    if how == "entropy":
+        value_BT = torch.where(there_BT, entropy_BT, -torch.inf)
+        order_BT = value_BT.argsort(dim=-1, descending=True, stable=True)
+        chosen_BK = torch.where(there_BT.gather(1, order_BT), order_BT, -1)[:, :k]
+        return torch.nn.functional.pad(chosen_BK, (0, max(0, k - T)), value=-1)
+    count_B1 = there_BT.sum(-1, keepdim=True)
+    if how == "uniform":
+        slot_K = torch.arange(1, k + 1, device=entropy_TB.device)
+        few_BK = torch.where(slot_K <= count_B1, slot_K - 1, -1)
+        rank_BK = torch.where(count_B1 >= k, slot_K * count_B1 // k - 1, few_BK)
+    else:
+        if sequence_ids is None:
+            raise ValueError("sequence_ids must be given with how='random', whose draws are keyed by them, got None")
+        checks.shape("sequence_ids", sequence_ids, [B])
+        steps_T = torch.arange(T, device=entropy_TB.device)
+        bits_BT = noise.row_bits(seed, Stream.LEVEL, sequence_ids[:, None], torch.zeros_like(steps_T), steps_T)
+        rank_BT = torch.where(there_BT, there_BT.cumsum(-1) - 1, -1)
+        drawn_BT = noise.smallest(bits_BT[None], (there_BT & (rank_BT < count_B1 - 1)), (count_B1.t() - 1).clamp(0, k - 1))[0]
+        drawn_BT = drawn_BT | (there_BT & (rank_BT == count_B1 - 1))
+        places_BT = torch.where(drawn_BT, steps_T, T).sort(dim=-1).values
+        places_BT = torch.nn.functional.pad(places_BT, (0, max(0, k - T)), value=T)[:, :k]
+        return torch.where(places_BT < T, places_BT, -1)
+    order_BT = torch.where(there_BT, 0, 1).argsort(dim=-1, stable=True)  # the steps there are, ascending
+    return torch.where(rank_BK < 0, -1, order_BT.gather(1, rank_BK.clamp(min=0)))
+
+
+def trajectory_rows(
+    rollout: Rollout,
+    steps_BJ: Tensor | None = None,
+    *,
+    shrink: int = 1,
+    segments: int | None = None,
+    shift: int | None = None,
+    eos_id: int | None = None,
+) -> MaskPlan:
+    """The states of a rollout and the tokens decided in them, as a `MaskPlan` whose samples are the states.
+
+    Args:
+        steps_BJ: int64 `[B, J]` from `select_steps`, -1 for none: those steps only (EGSPO). None: all.
+        shrink: how many consecutive steps make one state (TraceRL). segments: into how many equal parts the steps are cut
+            instead (d2; law "segments"); each is scored in its first state.
+        shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: what follows the first EOS is
+            not scored; None takes that of the rollout's early stop.
+
+    Sequences that failed cannot be scored: take them out first (`rollout.kept`). Raises ValueError or TypeError naming the
+    argument.
+
+    Example:
+        >>> from dllm_kernels import generate
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> chosen = select_steps(step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL), 1)
+        >>> trajectory_rows(rollout, chosen).counts
+        tensor([[2]])
+    """
+    if not isinstance(rollout, Rollout):
+        raise TypeError(f"rollout must be a Rollout, got {type(rollout).__name__}")
+    if checks.may_read(rollout.failed_B) and bool(rollout.failed_B.any()):
+        raise ValueError(
+            f"rollout must not hold failed sequences, got {rollout.failed_B.nonzero()[:, 0].tolist()}; take them out"
+        )
+    if segments is not None and (steps_BJ is not None or shrink != 1):
+        raise ValueError("segments must be None where steps_BJ or shrink is given: it cuts all steps")
+    if steps_BJ is not None:
+        checks.dtype("steps_BJ", steps_BJ, [torch.int64])
+        checks.in_range("steps_BJ", steps_BJ, -1, rollout.masked_entropy_BT.shape[1])
+    options: dict[str, Any] = {"step_map_BS": rollout.step_map_BS}
+    options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
+    return make_mask_plan(
+        rollout.ids_BS,
+        rollout.completion_mask_BS,
+        law="trace" if segments is None else "segments",
+        samples=None,
+        seed=rollout.settings.get("seed", 0),
+        sequence_ids=rollout.sequence_ids_B,
+        mask_id=rollout.mask_id,
+        shift=rollout.settings.get("shift", 0) if shift is None else shift,
+        eos_id=rollout.settings.get("eos_id") if eos_id is None else eos_id,
+        **options,
+    )
+
+
+def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
+    """Log-probs `[B, K]` of what each state of `trajectory_rows(rollout, steps_BJ)` decided, as the rollout saw them.
+
+    The scores of the policy that generated, without a second pass over the model: `old_sample_elbo` of EGSPO. Exact where
+    states are single steps; with `shrink` above 1 or segments the rollout saw later states, and a ValueError says so.
+
+    Example:
+        >>> from dllm_kernels import generate
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> trajectory_logp(rollout, trajectory_rows(rollout)).shape
+        torch.Size([1, 2])
+    """
+    if plan.law != "trace" or plan.options["shrink"] != 1:
+        raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")
+    filled_BS = torch.zeros_like(rollout.ids_BS, dtype=rollout.commit_logp_BL.dtype)
+    logp_BS = filled_BS.masked_scatter(rollout.completion_mask_BS, rollout.commit_logp_BL)
+    return torch.where(plan.scored, logp_BS, 0.0).sum(-1).t()

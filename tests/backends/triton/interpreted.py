@@ -1,0 +1,109 @@
+"""Run by test_kernels.py in a process of its own with TRITON_INTERPRET=1: what the head suite does not ask of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dllm_kernels import noise
+from dllm_kernels.backends import reference
+from dllm_kernels.backends.contract import STATISTICS, HeadProblem
+from dllm_kernels.backends.triton import fused, head
+from dllm_kernels.backends.triton.configs import CONFIGS
+
+
+def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, options: bool, seed: int = 0) -> HeadProblem:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows + 3, width, generator=g).to(dtype)
+    weight = (torch.randn(vocabulary, width, generator=g) * 2.5 / width**0.5).to(dtype)
+    target = torch.randint(vocabulary, (rows,), generator=g)
+    if not options:
+        return HeadProblem(hidden[:rows], weight, target)
+    excluded = torch.rand(vocabulary, generator=g) < 0.2
+    excluded[target] = False
+    bias, temperature = torch.randn(vocabulary, generator=g), torch.rand(rows, generator=g) + 0.5
+    return HeadProblem(hidden, weight, target, torch.randperm(rows + 3, generator=g)[:rows], bias, 3.0, temperature, excluded)
+
+
+def exactly(p: HeadProblem) -> HeadProblem:
+    cast = {name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in vars(p).items()}
+    return HeadProblem(**cast)
+
+
+def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descriptors() -> None:
+    for (rows, width, vocabulary), dtype, options in (
+        ((1, 1, 1), torch.bfloat16, False),
+        ((70, 40, 193), torch.bfloat16, True),
+        ((5, 33, 300), torch.float16, True),
+        ((3, 64, 130), torch.float16, False),
+    ):
+        p = problem(rows, width, vocabulary, dtype, options=options)
+        want = reference.run(exactly(p), STATISTICS)
+        found = []
+        for descriptors in (False, True):
+            got = {n: torch.full((rows,), -7, dtype=torch.int64 if n == "top_id" else torch.float32) for n in STATISTICS}
+            fused.fused(head._plain(p), got, replace(CONFIGS["interpreter"][0], descriptors=descriptors))
+            found.append(got)
+            for name in STATISTICS:
+                torch.testing.assert_close(got[name].to(want[name].dtype), want[name], rtol=2e-5, atol=2e-5)
+        assert all(torch.equal(found[0][name], found[1][name]) for name in STATISTICS)
+
+
+def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
+    zero = torch.zeros((), dtype=torch.int64)
+    for dtype, options, temperature in ((torch.bfloat16, True, 1.0), (torch.float16, False, 0.3), (torch.float32, True, 2.5)):
+        p = problem(40, 16, 200, dtype, options=options)
+        key = noise.row_bits(3, noise.Stream.TOKEN, zero, zero, torch.arange(40))
+        want = reference.sample(exactly(p), key, step=4, temperature=temperature)
+        for few in (64, 0):  # the fused kernel, and a chunk of logits
+            head.FEW_ROWS = few
+            got = head.sample(p, key, step=4, temperature=temperature)
+            assert torch.equal(got["token"], want["token"]), (dtype, few)
+            for name in ("logp", "entropy", "lse"):
+                torch.testing.assert_close(got[name].double(), want[name], rtol=2e-5, atol=2e-5)
+        head.FEW_ROWS = 64
+        got = head.sample(p, key, step=4, temperature=0.0)
+        want = reference.sample(exactly(p), key, step=4, temperature=0.0)
+        assert torch.equal(got["token"], want["token"])
+        torch.testing.assert_close(got["logp"].double(), want["logp"], rtol=2e-5, atol=2e-5)
+
+
+def equal_logits_go_to_the_smallest_id_and_a_row_without_ids_ends() -> None:
+    zeros = HeadProblem(torch.zeros(5, 4).half(), torch.zeros(300, 4).half(), torch.zeros(5, dtype=torch.int64))
+    key = torch.arange(5)
+    assert head.sample(zeros, key, step=0, temperature=0.0)["token"].tolist() == [0] * 5
+    nothing = replace_excluded(zeros, torch.ones(300, dtype=torch.bool))
+    for temperature in (0.0, 1.0):
+        assert not head.sample(nothing, key, step=0, temperature=temperature)["lse"].isfinite().any()
+
+
+def replace_excluded(p: HeadProblem, excluded: torch.Tensor) -> HeadProblem:
+    return HeadProblem(**{**vars(p), "excluded_V": excluded})
+
+
+def many_rows_are_launched_in_parts_with_the_same_bits() -> None:
+    p = problem(150, 16, 200, torch.bfloat16, options=True)
+    want = head.run(p, STATISTICS)
+    fused.PARTS_BYTES = 1  # one block of rows per launch
+    got = head.run(p, STATISTICS)
+    assert all(torch.equal(got[name], want[name]) for name in STATISTICS)
+
+
+def everything_compiles_ahead() -> None:
+    head.warmup(16, 70, torch.float32, device="cpu")
+
+
+CHECKS = (
+    fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descriptors,
+    draws_are_those_of_the_unscreened_reference_fused_and_by_rows,
+    equal_logits_go_to_the_smallest_id_and_a_row_without_ids_ends,
+    many_rows_are_launched_in_parts_with_the_same_bits,
+    everything_compiles_ahead,
+)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for check in CHECKS:
+        check()
+        print(check.__name__, flush=True)

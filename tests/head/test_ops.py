@@ -1,0 +1,274 @@
+"""The head as `torch.library` ops: opcheck, torch.compile, FLOP counts, and what else looks at a call from outside."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dllm_kernels import head_backward, sample_tokens, score_tokens
+from dllm_kernels.head import ops, plans
+from dllm_kernels.noise import Stream, row_bits
+from tests.head_suite import PLANS, as_rows, make_case
+
+GEMM = 2 * 11 * 6 * 13  # FLOPs of one product at make_case's sizes
+BOTH = ("logp", "entropy")
+
+
+def loss_of(plan, coef, entropy_coef):
+    """`score_tokens` through a plan, as a function of tensors alone."""
+
+    def loss(hidden, weight, bias, target, rows):
+        common = {"rows": rows, "bias": bias, "softcap": 4.0, "suppress": (2,), "plan": plan, "want": BOTH}
+        if plan == "coef":
+            return score_tokens(hidden, weight, target, coef=coef, entropy_coef=entropy_coef, **common).weighted_sum
+        scores = score_tokens(hidden, weight, target, **common)
+        return (scores.logp * coef).sum() + (scores.entropy * entropy_coef).sum()
+
+    return loss
+
+
+def prepared(plan, dtype=torch.float32, backend="cpu"):
+    case = make_case(dtype, bias=True, softcap=4.0, suppress=(2,), trainable_head=plan != "unit")
+    case.coef, case.entropy_coef = case.coef.to(torch.float32), case.entropy_coef.to(torch.float32)
+    return case
+
+
+def value_and_gradients(function, case):
+    fresh = case.fresh()
+    value = function(fresh.hidden, fresh.weight, fresh.options["bias"], fresh.target, fresh.rows)
+    value.backward()
+    return {"value": value.detach()} | fresh.grads
+
+
+# --- torch.library ----------------------------------------------------------------------------------------------------
+
+
+def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="logp,lse,entropy,top_id", rows=True):
+    case = make_case(dtype, bias=True, trainable_head=trainable_head, rows=11 if rows else None).fresh()
+    coef = case.coef.to(torch.float32) if plan == "coef" else None
+    grad = plan != "forward"
+    if not grad:
+        case.hidden.requires_grad_(False)
+        case.weight.requires_grad_(False)
+        case.options["bias"].requires_grad_(False)
+    needs = (grad, grad and trainable_head, grad and trainable_head)
+    return (
+        case.hidden,
+        case.weight,
+        case.target,
+        case.rows,
+        case.options["bias"],
+        coef,
+        None,
+        None,
+        0.7,
+        3.0,
+        [],
+        None,
+        outputs,
+        plan,
+        *needs,
+    )
+
+
+@pytest.mark.parametrize("plan", ["forward", *PLANS])
+def test_opcheck_of_score(backend, plan):
+    torch.library.opcheck(ops.score, score_arguments(plan, trainable_head=plan not in ("forward", "unit")))
+
+
+@pytest.mark.parametrize("outputs", ["lse,entropy", "logp,lse"])
+def test_opcheck_of_score_with_other_outputs_and_a_per_row_temperature(backend, outputs):
+    arguments = list(score_arguments("keep", torch.bfloat16, outputs=outputs, rows=False))
+    arguments[7] = torch.rand(21) + 0.5
+    torch.library.opcheck(ops.score, tuple(arguments))
+
+
+def test_opcheck_of_the_other_ops(backend):
+    case = make_case(torch.float32)
+    key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
+    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, None, 1.0, None, [3], 12, 4, 1.0))
+    dweight, dbias = torch.zeros(13, 6), torch.zeros(13)
+    arguments = (case.hidden, case.weight, case.target, case.rows, None, case.coef.float(), None, None, 1.0, None, [], None)
+    torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias))
+    torch.library.opcheck(ops.add_gradient, (*arguments, None, None))
+
+
+def test_an_op_checks_values_too(backend):
+    arguments = list(score_arguments("keep"))
+    arguments[2] = torch.full((11,), 13)
+    with pytest.raises(ValueError, match="target must hold ids in"):
+        ops.score(*arguments)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_call_gives_the_bits_of_an_eager_one(backend, plan, dtype):
+    torch._dynamo.reset()
+    case = prepared(plan, dtype)
+    function = loss_of(plan, case.coef, case.entropy_coef)
+    got = value_and_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), case)
+    for name, want in value_and_gradients(function, case).items():
+        assert torch.equal(got[name], want), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_inductor_gives_the_bits_of_an_eager_call(backend, plan):
+    torch._dynamo.reset()
+    case = prepared(plan)
+
+    def vectors(hidden, weight, bias, target, rows):
+        more = {"coef": case.coef} if plan == "coef" else {}
+        scores = score_tokens(hidden, weight, target, rows=rows, bias=bias, plan=plan, want=BOTH, **more)
+        return scores.weighted_sum if plan == "coef" else torch.cat([scores.logp, scores.entropy])
+
+    def run(function):
+        fresh = case.fresh()
+        out = function(fresh.hidden, fresh.weight, fresh.options["bias"], fresh.target, fresh.rows)
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+        return {"value": out.detach()} | fresh.grads
+
+    got = run(torch.compile(vectors, fullgraph=True))
+    for name, want in run(vectors).items():
+        assert torch.equal(got[name], want), name
+
+
+def test_compiled_scoring_without_a_gradient_and_sampling_give_the_same_bits(backend):
+    torch._dynamo.reset()
+    case = make_case(torch.float32)
+    key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
+
+    def function(hidden, weight, target, rows, key):
+        scores = score_tokens(hidden, weight, target, rows=rows, want=("logp", "entropy", "lse", "top_logp", "top_id"))
+        drawn = sample_tokens(hidden, weight, key, rows=rows, suppress=[3], valid_vocab=12)
+        return scores.logp, scores.entropy, scores.lse, scores.top_logp, scores.top_id, drawn.token, drawn.confidence
+
+    with torch.no_grad():
+        arguments = (case.hidden, case.weight, case.target, case.rows, key)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for got, want in zip(compiled(*arguments), function(*arguments), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_compiled_call_reports_bad_values(backend):
+    torch._dynamo.reset()
+    case = make_case(torch.float32)
+    function = torch.compile(
+        lambda target: score_tokens(case.hidden, case.weight, target, rows=case.rows).logp, fullgraph=True, backend="aot_eager"
+    )
+    function(case.target)
+    with pytest.raises(ValueError, match="target must hold ids in"):
+        function(torch.full((11,), 13))
+
+
+def test_shapes_may_vary_under_compile(backend):
+    torch._dynamo.reset()
+    case = make_case(torch.float32, shape=(40,), rows=None)
+
+    def function(hidden, target):
+        return score_tokens(hidden, case.weight, target).logp
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 9, 40):
+        assert torch.equal(compiled(case.hidden[:n], case.target[:n]), function(case.hidden[:n], case.target[:n]))
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def counted(case, plan, want=BOTH, zero=0):
+    """FLOPs that a counter sees in forward and in backward; `zero` rows get no coefficient."""
+    more = {"coef": case.coef} if plan == "coef" else {}
+    with FlopCounterMode(display=False) as forward:
+        scores = case.score(plan, want=want, **more)
+    if plan == "forward":
+        return forward.get_total_flops(), 0
+    coef = torch.ones(11)
+    coef[:zero] = 0.0
+    with FlopCounterMode(display=False) as backward:
+        if plan == "coef":
+            scores.weighted_sum.backward()
+        else:
+            torch.autograd.backward([getattr(scores, name) for name in want], [coef] * len(want))
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("plan", "want", "trainable", "formula"),
+    [
+        ("forward", BOTH, False, (1, 0)),
+        ("unit", ("logp",), False, (2, 0)),
+        ("unit", BOTH, False, (3, 0)),
+        ("coef", BOTH, False, (2, 0)),
+        ("coef", BOTH, True, (3, 0)),
+        ("keep", BOTH, True, (1, 2)),
+        ("keep", ("logp",), False, (1, 1)),
+        ("recompute", BOTH, True, (1, 3)),
+        ("recompute", ("entropy",), False, (1, 2)),
+    ],
+)
+def test_a_counter_sees_the_products_that_a_plan_executes(backend, plan, want, trainable, formula):
+    case = make_case(torch.float32, trainable_head=trainable)
+    case = case if plan == "forward" else case.fresh()
+    case.coef = case.coef.float()
+    assert counted(case, plan, want) == tuple(GEMM * products for products in formula)
+
+
+def test_rows_without_a_coefficient_are_neither_recomputed_nor_counted(backend):
+    case = make_case(torch.float32).fresh()
+    assert counted(case, "recompute", ("logp",), zero=4) == (GEMM, 3 * GEMM * 7 // 11)
+
+
+def test_a_counter_over_backward_alone_sees_it_too(backend):
+    case = make_case(torch.float32).fresh()
+    logp = case.score("keep", want=("logp",)).logp
+    with FlopCounterMode(display=False) as counter:
+        logp.sum().backward()
+    assert counter.get_total_flops() == 2 * GEMM
+
+
+def test_sampling_and_head_backward_are_counted(backend):
+    case = make_case(torch.float32)
+    key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
+    with FlopCounterMode(display=False) as counter:
+        sample_tokens(case.hidden, case.weight, key, rows=case.rows)
+    assert counter.get_total_flops() == GEMM
+    for dweight, products in ((None, 2), (torch.zeros(13, 6), 3)):
+        with FlopCounterMode(display=False) as counter:
+            head_backward(case.hidden, case.weight, as_rows(case), case.coef, dweight_out=dweight)
+        assert counter.get_total_flops() == products * GEMM
+
+
+def test_a_counted_call_gives_the_bits_of_a_plain_one(backend):
+    for plan in PLANS:
+        case = prepared(plan)
+        function = loss_of(plan, case.coef, case.entropy_coef)
+        with FlopCounterMode(display=False):
+            got = value_and_gradients(function, case)
+        for name, want in value_and_gradients(function, case).items():
+            assert torch.equal(got[name], want), (plan, name)
+
+
+def test_fake_and_meta_tensors_give_shapes_without_work(backend):
+    case = make_case(torch.bfloat16)
+    meta = [tensor.to("meta") for tensor in (case.hidden, case.weight, case.target)]
+    scores = score_tokens(*meta, rows=case.rows.to("meta"), want=BOTH)
+    assert scores.logp.shape == (11,)
+    assert scores.logp.dtype == torch.float32
+    assert scores.logp.is_meta
+
+
+def test_products_are_those_of_the_design():
+    """DESIGN.md's table, in units of 2 N H V."""
+    assert plans.gemms("forward", need_dhidden=False, need_dweight=False) == (1, 0)
+    for vectors, need_dweight in itertools.product((1, 2), (False, True)):
+        assert sum(plans.gemms("coef", need_dhidden=True, need_dweight=need_dweight, vectors=vectors)) == 2 + need_dweight
+        assert sum(plans.gemms("keep", need_dhidden=True, need_dweight=need_dweight, vectors=vectors)) == 2 + need_dweight
+        assert sum(plans.gemms("recompute", need_dhidden=True, need_dweight=need_dweight, vectors=vectors)) == 3 + need_dweight
+    assert sum(plans.gemms("unit", need_dhidden=True, need_dweight=False, vectors=2)) == 3

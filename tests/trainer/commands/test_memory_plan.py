@@ -1,0 +1,104 @@
+"""`dllm-kernels plan`: what it predicts is what a fresh process then holds; what cannot fit is refused before it is loaded."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dllm_trainer.commands import memory_plan
+from dllm_trainer.commands.memory_plan import describe_plan
+from dllm_trainer.errors import UserError
+from dllm_trainer.models.tokenizer import make_tokenizer
+from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+from tests.trainer.conftest import tiny_config
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+SHORT = ["sft.steps=2", "rl.updates=2", "evaluation.probe_every_sft=0", "evaluation.probe_every_rl=0", "tensorboard=false"]
+
+
+def call(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def term(text: str, name: str) -> float:
+    found = re.search(rf"^{name} +([\d,.]+) MiB", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found[1].replace(",", ""))
+
+
+def predicted_and_measured(out: Path, *keys: str) -> tuple[float, float]:
+    predicted = term(call("plan", *keys), "predicted peak")
+    call("demo", "--out", str(out), *keys)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return predicted, max(record["peak_memory_mb"] for record in records)
+
+
+def checkpoint(folder: Path) -> str:
+    tokenizer = make_tokenizer("0123456789=")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 32000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 256, "bos_token_id": None}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "eos")}
+    EuroBertForMaskedLM(EuroBertConfig(**sizes, **heads, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@linux
+@pytest.mark.slow
+def test_the_demos_peak_is_predicted_within_15_percent(tmp_path: Path) -> None:
+    predicted, measured = predicted_and_measured(tmp_path / "run", *SHORT)
+    print(f"demo: predicted {predicted:.0f} MiB, measured {measured:.0f} MiB")
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@linux
+@pytest.mark.slow
+def test_a_mid_size_runs_peak_is_predicted_within_15_percent(tmp_path: Path) -> None:
+    keys = [f"model.checkpoint={checkpoint(tmp_path / 'model')}", "task.train_puzzles=500", "task.test_puzzles=32", *SHORT]
+    keys += ["rl.prompts=4", "rl.group=4", "rl.samples=2", "rl.reward=rules"]
+    predicted, measured = predicted_and_measured(tmp_path / "run", *keys)
+    print(f"mid-size: predicted {predicted:.0f} MiB, measured {measured:.0f} MiB")
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_terms_are_those_of_the_parameters(tmp_path: Path) -> None:
+    text = describe_plan(tiny_config(tmp_path, "model.hidden_size=256", "model.intermediate_size=512"))
+    parameters = int(re.match(r"([\d,]+) parameters", text)[1].replace(",", ""))  # type: ignore[index]
+    weights = 4 * parameters / 2**20
+    assert term(text, "weights") == pytest.approx(weights, abs=0.1)
+    assert term(text, "gradients") == pytest.approx(weights, abs=0.1)
+    assert term(text, "optimiser") == pytest.approx(2 * weights, abs=0.1)
+    assert "reference policy" not in text
+    with_reference = describe_plan(tiny_config(tmp_path, "model.hidden_size=256", "rl.algorithm=rspo"))
+    assert term(with_reference, "reference policy") == term(with_reference, "weights")
+    assert not list(tmp_path.iterdir()), "nothing is written, nothing loaded"
+
+
+def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.hidden_size=512", "model.intermediate_size=1024", "sft.batch=16")
+    one, four = (describe_plan(config, ranks=ranks) for ranks in (1, 4))
+    for name in ("weights", "gradients", "optimiser"):
+        assert term(four, name) == pytest.approx(term(one, name) / 4, abs=0.1)
+    assert term(four, "gathered layers") > term(four, "weights")
+
+
+def test_activations_are_counted_and_checkpointing_takes_less(tmp_path: Path) -> None:
+    sizes = ("model.layers=4", "model.hidden_size=64", "sft.batch=64", "rl.updates=0")
+    plain, checkpointed = (
+        describe_plan(tiny_config(tmp_path, *sizes, f"model.gradient_checkpointing={on}")) for on in ("false", "true")
+    )
+    assert term(checkpointed, "activations and head") < 0.6 * term(plain, "activations and head")
+
+
+def test_what_cannot_fit_is_refused_with_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "_capacity", lambda device: 8 << 30)
+    config = tiny_config(tmp_path, "model.hidden_size=8192", "model.layers=4", "model.intermediate_size=16384", "rl.updates=0")
+    with pytest.raises(UserError, match=r"needs [\d,.]+ MiB on each of 1 rank\(s\) and the .* has 8,192.0 MiB; most of it"):
+        describe_plan(config)
+    assert torch.get_default_dtype() == torch.float32

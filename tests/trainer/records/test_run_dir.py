@@ -1,0 +1,75 @@
+"""A run's folder: claimed once, never overwritten, whole at every moment."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dllm_trainer.errors import UserError
+from dllm_trainer.records.run_dir import RunDir, State
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def test_a_taken_name_is_left_alone(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "runs" / "demo")
+    first.write_text("config.yaml", "mine")
+    second = RunDir.create(tmp_path / "runs" / "demo")
+    second.write_text("config.yaml", "other")
+    third = RunDir.create(tmp_path / "runs" / "demo")
+    assert [run.path.name for run in (first, second, third)] == ["demo", "demo-2", "demo-3"]
+    assert (first.path / "config.yaml").read_text() == "mine"
+
+
+def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert RunDir.create(tmp_path / "empty").path == tmp_path / "empty"
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        RunDir.create(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_unwritable_folder_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"out: cannot write to .*file/demo \(its parent is not a folder\); name a writable"):
+        RunDir.create(tmp_path / "file" / "demo")
+
+
+def test_resuming_what_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        RunDir.reopen(tmp_path / "nothing")
+
+
+def test_metrics_are_readable_after_every_step_and_rewind_to_the_saved_state(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    for phase, step in [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2), ("rl", 3)]:
+        run.log({"phase": phase, "step": step, "loss": 0.5})
+        assert run.metrics()[-1] == {"phase": phase, "step": step, "loss": 0.5}
+    run.close()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "rl", "st')  # the power failed here
+    assert len(run.metrics()) == 5
+    run.rewind(State("rl", 2))
+    assert [(r["phase"], r["step"]) for r in run.metrics()] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
+    assert list(run.path.glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "run")
+    for phase, step in [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]:
+        first.log({"phase": phase, "step": step, "loss": 0.5})
+    first.close()
+    again = RunDir(first.path)
+    again.rewind(State("rl", 1))
+    again.log({"phase": "rl", "step": 2, "loss": 0.25})
+    again.close()
+    shown = EventAccumulator(str(first.path)).Reload()
+    assert [event.step for event in shown.Scalars("sft/loss")] == [1, 2, 3]
+    assert [(event.step, event.value) for event in shown.Scalars("rl/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.write_json("eval.json", {"correct": 0.5})
+    with pytest.raises(TypeError):
+        run.write_json("eval.json", {"correct": object()})
+    assert json.loads((run.path / "eval.json").read_text()) == {"correct": 0.5}

@@ -1,0 +1,412 @@
+"""`dllm-kernels rl --algorithm NAME`: each trains on the demo's task, on its own masks or its rollouts' states."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dllm_trainer.cli import app
+from dllm_trainer.config import load_config
+from dllm_trainer.distributed import Ranks
+from dllm_trainer.errors import ConfigError, GuardError
+from dllm_trainer.records.run_dir import RunDir
+from dllm_trainer.tasks import make_task
+from dllm_trainer.train import algorithms, guards, rl
+from dllm_trainer.train.guards import on_policy_gap
+from dllm_trainer.train.optimization import make_optimizer
+from dllm_trainer.train.rl import rl_updates
+from dllm_trainer.train.run import Run, prepare
+from dllm_trainer.train.setup import Setup
+from rich.console import Console
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from dllm_kernels.accumulation.scores import score_samples
+from dllm_kernels.objectives import RECIPES, effective_sample_size, wd1_weights
+from tests.plans import plan_of
+from tests.tiny import eurobert
+from tests.trainer.conftest import TINY
+
+KEYS = [key for key in TINY if not key.startswith(("rl.samples", "rl.updates"))]
+TRACED = [name for name, recipe in RECIPES.items() if recipe.needs_trajectory]
+UNTRACED = [name for name in RECIPES if name not in TRACED]
+F64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sft") / "run"
+    config = load_config(overrides=[*KEYS, "sft.steps=3", "rl.updates=0", "task.test_puzzles=2", f"out={json.dumps(str(out))}"])
+    Run(RunDir.create(out), config, Console(quiet=True)).execute()
+    return out / "checkpoint_sft"
+
+
+def setup_of(checkpoint: Path, *keys: str) -> Setup:
+    """What a run from this checkpoint works with, and the frozen policy that it began with."""
+    config = load_config(overrides=[*KEYS, f"model.checkpoint={json.dumps(str(checkpoint))}", *keys])
+    task = make_task(config.task, seed=config.seed)
+    setup = prepare(config, task, Ranks())
+    if RECIPES[config.rl.algorithm].needs_reference:
+        setup.reference = prepare(config, task, Ranks()).model.requires_grad_(False)
+    return setup
+
+
+def train(setup: Setup) -> list[dict[str, float]]:
+    return list(rl_updates(setup, make_optimizer(setup.trained, setup.config.rl)))
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_algorithm_trains(name: str, inner: int, checkpoint: Path) -> None:
+    setup = setup_of(checkpoint, "rl.updates=2", "rl.prompts=2", f"rl.inner_iterations={inner}", f"rl.algorithm={name}")
+    config = setup.config.rl
+    assert config.law == RECIPES[name].law
+    assert name in TRACED or config.samples == RECIPES[name].samples
+    before = [parameter.detach().clone() for parameter in setup.model.parameters()]
+    records = train(setup)
+    assert len(records) == 2
+    learnt = [record for record in records if "loss" in record]
+    assert learnt, "no update had a signal"
+    assert all(math.isfinite(record["loss"]) and 0 < record["grad_norm"] < 1e4 for record in learnt)
+    assert all(("ess" in record) == (name == "dmpo") and 0 < record.get("ess", 1.0) <= 1 for record in learnt)
+    assert 0 <= records[0]["on_policy_gap"] < 1e-5, "a model with neither cache nor dropout, in fp32"
+    assert any(not torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
+    if setup.reference is not None:
+        assert all(torch.equal(a, b) for a, b in zip(before, setup.reference.parameters(), strict=True)), "the reference moved"
+
+
+def test_the_command_trains_the_algorithm_that_it_names(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [
+        "rl",
+        "--checkpoint",
+        checkpoint,
+        "--algorithm",
+        "gdpo",
+        "--out",
+        tmp_path / "run",
+        "rl.updates=1",
+        "rl.samples=6",
+    ]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.rl.algorithm, config.rl.law, config.rl.samples, config.rl.advantage) == ("gdpo", "quadrature", 6, "mean")
+
+
+def test_a_recipe_s_defaults_give_way_to_keys_and_only_come_where_an_algorithm_is_chosen() -> None:
+    assert (load_config().rl.algorithm, load_config().rl.samples, load_config(overrides=["rl.samples=3"]).rl.samples) == (
+        "bgpo",
+        16,
+        3,
+    )
+    chosen = load_config(overrides=["rl.advantage=std", "rl.algorithm=espo", "rl.samples=2"])
+    assert (chosen.rl.law, chosen.rl.samples, chosen.rl.advantage) == ("antithetic", 2, "std")
+    again = load_config(base=chosen.to_yaml(), overrides=["rl.updates=1"])
+    assert again.rl.samples == 2, "a run's own config is taken as it is"
+    assert load_config(overrides=["rl.algorithm=wd1", "rl.law=exact"]).rl.law_options() == {}
+    assert load_config(overrides=["rl.law=bernoulli"]).rl.law_options() == {"t_min": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rl.algorithm=gdop"], r"rl: algorithm gdop is unknown: the nearest is gdpo; there are bgpo, "),
+        (["rl.algorithm=gdpo", "rl.samples=4"], r"rl: samples must be a multiple of nodes=3 for law='quadrature', got 4"),
+        (["rl.law=blocks"], r"rl\.law must be 'exact'"),
+        (["rl.algorithm=d2", "rl.law=exact"], r"rl: law must be segments for algorithm d2, got exact"),
+    ],
+)
+def test_a_mistake_names_the_key(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(overrides=overrides)
+
+
+def test_the_list_shows_every_algorithm() -> None:
+    result = CliRunner().invoke(app, ["algorithms"])
+    assert result.exit_code == 0
+    for name, recipe in RECIPES.items():
+        (row,) = [line for line in result.output.splitlines() if f" {name} " in line]
+        assert recipe.arxiv in row
+        assert recipe.law in row
+        assert ("trajectory" in row) == recipe.needs_trajectory or "trajec" in result.output
+
+
+# --- what is made of rewards -------------------------------------------------------------------------------------------
+
+
+REWARDS, GROUPS = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.0, 1.0, 1.0, 0.0]), torch.tensor([3, 3, 5, 5, 9, 9, 9, 9])
+
+
+def signal_of(name: str) -> algorithms.Signal:
+    config = load_config(overrides=[f"rl.algorithm={name}"]).rl
+    return algorithms.signal(config, algorithms.make_objective(config, 2.0), REWARDS, GROUPS, 16)
+
+
+def test_groups_of_equal_rewards_are_dropped_where_nothing_else_is_learnt() -> None:
+    for name in ("bgpo", "gdpo", "wd1", "spg"):
+        assert signal_of(name).kept_N.tolist() == [0, 1, 4, 5, 6, 7], name
+    for name in ("diffu_grpo", "espo", "rspo", "dmpo"):  # a KL, a regression, weights of ELBOs
+        assert len(signal_of(name).kept_N) == 8, name
+    assert [signal_of(name).denominator for name in ("bgpo", "spg", "wd1", "dmpo")] == [8, 128, 3, 3]
+    torch.testing.assert_close(signal_of("wd1").entries["weights"][:2], wd1_weights(torch.tensor([0.5, -0.5]), GROUPS[:2]))
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_group() -> None:
+    found = signal_of("vrpo")
+    assert found.kept_N.tolist() == [0, 5, 1, 4]
+    assert found.entries["chosen"].tolist() == [True, True, False, False]
+    assert found.entries["group_ids"].tolist() == [0, 1, 0, 1]
+    assert found.denominator == 2
+
+
+def test_dmpo_s_weights_are_of_the_policy_and_the_reference_and_sum_to_1_in_a_group() -> None:
+    config = load_config(overrides=["rl.algorithm=dmpo"]).rl
+    model, reference = eurobert(vocab=100), eurobert(vocab=100, seed=1)
+    plan, groups = plan_of([5, 4, 6, 7], samples=2), torch.tensor([1, 1, 2, 2])
+    objective = algorithms.make_objective(config, 2.0)
+    rewards = torch.tensor([0.1, 0.0, 0.0, 0.1])
+    scores = algorithms.Scores(model, reference, {})
+    update = algorithms.Update(
+        config, objective, Ranks(), rewards, groups, slice(0, 4), torch.arange(4), {}, trajectory=None, step_rewards_BJ=None
+    )
+    (batch,) = update.batches([plan], lambda: plan, scores)
+    weights = batch.per_sequence["weights"]
+    torch.testing.assert_close(weights.view(2, 2).sum(1), torch.ones(2, dtype=F64))
+    assert scores.passes == 2
+    delta = (score_samples(reference, plan) - score_samples(model, plan)).mean(1) + rewards / 0.04
+    torch.testing.assert_close(weights.view(2, 2), delta.view(2, 2).softmax(1))
+    assert (effective_sample_size(weights, groups) >= 0.5).all()
+
+
+# --- trajectories ------------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """What training made of each rollout: the trajectories, the entries of each optimizer step, the scoring passes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trajectories: list[algorithms.Trajectory] = []
+        self.batches: list[list[algorithms.Batch]] = []
+        self.old: list[str] = []
+        self.fresh: list[Tensor] = []
+        self.updates: list[algorithms.Update] = []
+        make, batches, old = rl.make_trajectory, algorithms.Update.batches, algorithms.Scores.old
+
+        def spy_make(*arguments: Any) -> Any:
+            made = make(*arguments)
+            self.trajectories.append(made)
+            return made
+
+        def spy_batches(update: algorithms.Update, plans: Any, rollout_plan: Any, scores: algorithms.Scores) -> Any:
+            made = batches(update, plans, rollout_plan, scores)
+            self.batches.append(made)
+            self.updates.append(update)
+            if update.objective.old_scores in (
+                "old_sample_elbo",
+                "old_logp",
+            ):  # before the first step: the policy as it rolled out
+                self.fresh.append(scores._scores(scores.model, plans[0], update.objective.old_scores.removeprefix("old_")))
+            return made
+
+        def spy_old(scores: algorithms.Scores, plan: Any, name: str) -> Tensor:
+            self.old.append(name)
+            return old(scores, plan, name)
+
+        monkeypatch.setattr(rl, "make_trajectory", spy_make)
+        monkeypatch.setattr(algorithms.Update, "batches", spy_batches)
+        monkeypatch.setattr(algorithms.Scores, "old", spy_old)
+
+
+@pytest.mark.parametrize("selection", ["entropy", "uniform"])
+def test_egspo_trains_at_the_steps_of_highest_entropy_and_at_no_other(
+    selection: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    keys = ["rollout.steps=8", "rl.selected_steps=3", f"rl.step_selection={selection}"]
+    train(setup_of(checkpoint, "rl.algorithm=egspo", "rl.updates=1", *keys))
+    (trajectory,) = spy.trajectories
+    rollout, plan = trajectory.rollout, trajectory.plan
+    assert plan.counts.shape == (3, len(rollout.ids_BS))
+    for b in range(len(rollout.ids_BS)):
+        entropy, steps = rollout.commit_entropy_BL[b].tolist(), rollout.commit_step_BL[b].tolist()
+        means = {k: sum(e for e, s in zip(entropy, steps, strict=True) if s == k) / steps.count(k) for k in set(steps)}
+        assert len(means) == 8
+        ranked = sorted(means, key=lambda k: -means[k])[:3]
+        assert trajectory.steps_BJ is not None
+        chosen = trajectory.steps_BJ[b].tolist()
+        assert chosen == (ranked if selection == "entropy" else [1, 4, 7])
+        for j, step in enumerate(chosen):
+            assert torch.equal(plan.noisy_ids[j][b], rollout.state_at(step)[b])
+            assert torch.equal(plan.scored[j][b], rollout.step_map_BS[b] == step)
+
+
+@pytest.mark.parametrize("name", ["egspo", "egspo_sa", "trace_rl"])
+def test_old_scores_of_later_iterations_come_from_the_rollout_without_a_pass(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    train(setup_of(checkpoint, f"rl.algorithm={name}", "rl.updates=2", "rl.inner_iterations=2", "rl.shrink=1"))
+    assert len(spy.batches) == 2
+    assert spy.old == [], "the old policy was scored again"
+    for batches, fresh in zip(spy.batches, spy.fresh, strict=True):
+        assert len(batches) == 2
+        for batch in batches:
+            known = batch.per_sample.get("old_sample_elbo", batch.per_sample.get("old_logp"))
+            assert known is not None
+            assert known.abs().sum() > 1
+            torch.testing.assert_close(known, fresh, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [["rl.algorithm=trace_rl", "rl.shrink=2"], ["rl.algorithm=d2", "rl.segments=2"]])
+def test_states_of_several_steps_are_scored_once_an_iteration_since_the_rollout_saw_later_ones(
+    keys: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    train(setup_of(checkpoint, *keys, "rl.updates=1", "rl.inner_iterations=2"))
+    assert len(spy.old) == 2
+    (trajectory,) = spy.trajectories
+    assert len(trajectory.plan.counts) == 2  # four steps in twos, or in two segments
+    assert (trajectory.plan.counts.sum(0) == 16).all(), "every token of a rollout is scored in one of its states"
+    (batches,) = spy.batches
+    known = batches[0].per_sample.get("old_sample_elbo", batches[0].per_sample.get("old_logp"))
+    assert known is not None
+    torch.testing.assert_close(known, spy.fresh[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [[], ["rollout.sampler=fast_dllm", "rollout.threshold=0.4", "rollout.steps=null"]])
+def test_step_rewards_are_those_of_the_greedy_completion_of_each_chosen_state(
+    keys: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a threshold, rollouts differ in their number of steps, and some choices are of none."""
+    spy = Spy(monkeypatch)
+    setup = setup_of(
+        checkpoint, "rl.algorithm=egspo_sa", "rl.updates=1", "rl.selected_steps=12", "rl.lr=1e-12", "rollout.steps=16", *keys
+    )
+    with torch.no_grad():
+        setup.model.lm_head.weight.mul_(30.0)  # a policy that is surer of some tokens than of others
+    records = train(setup)
+    (trajectory,), (update,), (batches,) = spy.trajectories, spy.updates, spy.batches
+    rollout, steps_BJ, got_BJ = trajectory.rollout, trajectory.steps_BJ, update.step_rewards_BJ
+    assert steps_BJ is not None
+    assert got_BJ is not None
+    reward, found = setup.task.rewards["rules"], torch.zeros(steps_BJ.shape)
+    group_examples = {text: e for e in setup.task.train for text in [e.prompt]}
+    for b, chosen in enumerate(steps_BJ.tolist()):
+        prompt_ids = rollout.ids_BS[b][~rollout.completion_mask_BS[b]]
+        example = group_examples["".join("01234="[i] for i in prompt_ids.tolist())]
+        for j, step in enumerate(chosen):
+            if step < 0:
+                continue
+            state = rollout.state_at(step)[b : b + 1]
+            logits = setup.model(state).logits[0].detach()
+            logits[:, setup.facts.mask_id] = -math.inf
+            best = torch.where(state[0] == setup.facts.mask_id, logits.argmax(-1), state[0])
+            (text,) = setup.codec.texts(best[rollout.completion_mask_BS[b]][None])
+            (found[b, j],) = reward([example], [text])
+    torch.testing.assert_close(got_BJ, found)
+    assert got_BJ.std() > 0
+    missing = (steps_BJ < 0).sum(-1)
+    assert bool(keys) == (int(missing.max()) > int(missing.min()))
+    final = update.rewards
+    returns = torch.where(steps_BJ < 0, final[:, None], (1.5 * final[:, None] - 0.5 * found) / 1.5)
+    grouped = returns.view(-1, 4, returns.shape[1])
+    centred = (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
+    torch.testing.assert_close(batches[0].per_sample["step_advantages"], centred, atol=1e-6, rtol=1e-5)
+    assert math.isfinite(records[0]["loss"])
+
+
+def test_trajectories_train_as_a_whole_run_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [
+        "rl",
+        "--checkpoint",
+        checkpoint,
+        "--algorithm",
+        "egspo",
+        "--out",
+        tmp_path / "run",
+        "rl.updates=2",
+        "rl.samples=4",
+    ]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in records)
+    assert "egspo" in (tmp_path / "run" / "report.md").read_text()
+
+
+# --- the on-policy gap -------------------------------------------------------------------------------------------------
+
+
+def rolled_out(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The rollouts of one update, before anything is learnt from them."""
+    kept: list[Any] = []
+
+    class Enough(Exception):  # noqa: N818 - nothing went wrong
+        pass
+
+    def keep(_: Setup, sampled: Any) -> float:
+        kept.append(sampled)
+        raise Enough
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "on_policy_gap", keep)
+        with pytest.raises(Enough):
+            train(setup)
+    return kept[0]
+
+
+def test_the_gap_of_a_healthy_model_is_rounding_and_noise_in_scoring_stops_the_run(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_of(checkpoint, "rl.updates=1")
+    sampled = rolled_out(setup, monkeypatch)
+    assert on_policy_gap(setup, sampled) < 2e-6
+    weight = setup.model.lm_head.weight
+    with torch.no_grad():
+        weight += 0.005 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        small = on_policy_gap(setup, sampled)
+        assert 1e-4 < small < 0.05, "far above rounding, below the bound"
+        weight += 1.0 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(GuardError, match=r"scoring differs from the rollout by .* nats a token.*rl\.gap_bound=0\.05"):
+        on_policy_gap(setup, sampled)
+
+
+def test_a_body_that_answers_differently_when_it_is_scored_stops_the_run_before_it_learns(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a cache that the rollout had and scoring has not."""
+    setup = setup_of(checkpoint, "rl.updates=1")
+    before = [parameter.detach().clone() for parameter in setup.model.parameters()]
+    score = guards.score_samples
+
+    def noisy(model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        def scale(_: nn.Module, __: Any, output: Any) -> Any:
+            output.last_hidden_state.mul_(3.0)
+            return output
+
+        with model.model.register_forward_hook(scale):  # type: ignore[operator, union-attr]
+            return score(model, *arguments, **options)
+
+    monkeypatch.setattr(guards, "score_samples", noisy)
+    with pytest.raises(GuardError, match="though both are the same policy"):
+        train(setup)
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
+
+
+def test_the_gap_looks_at_states_of_all_stages_and_as_often_as_it_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden: list[float] = []
+    score = guards.score_samples
+
+    def spy(model: nn.Module, plan: Any, **options: Any) -> Tensor:
+        hidden.extend((plan.noisy_ids[0] == plan.mask_id).sum(-1).tolist())
+        return score(model, plan, **options)
+
+    monkeypatch.setattr(guards, "score_samples", spy)
+    records = train(setup_of(checkpoint, "rl.updates=3", "rl.gap_every=2", "rollout.steps=8"))
+    assert ["on_policy_gap" in record for record in records] == [True, False, True]
+    assert set(hidden) == {4, 6, 8, 10, 12, 14, 16}, "every step but the last, which hides two"
+    assert "on_policy_gap" not in train(setup_of(checkpoint, "rl.updates=1", "rl.gap_every=0"))[0]

@@ -1,0 +1,82 @@
+"""Who does what; what needs several processes is in tests/model/test_sharded.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from dllm_trainer import distributed
+from dllm_trainer.distributed import Ranks, advantages, blocks, clip_gradients, shard, start
+from dllm_trainer.errors import UserError
+
+from tests.tiny import eurobert
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 16])
+def test_shares_are_even_contiguous_and_together_everything(count, size):
+    shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
+    assert [thing for share in shares for thing in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    ranks = start()
+    assert (ranks.rank, ranks.size, ranks.group, ranks.is_first) == (0, 1, None, True)
+    values = torch.arange(3)
+    assert ranks.gather(values) == (values, slice(0, 3))
+    assert ranks.tell("x") == ["x"]
+    assert ranks.total(2) == 2.0
+    ranks.wait()
+
+
+def test_alone_nothing_is_sharded_and_errors_are_what_they_are():
+    model = eurobert()
+    assert shard(model, Ranks()) is model
+    assert type(model).__name__ == "EuroBertForMaskedLM"
+    with pytest.raises(KeyError), Ranks().together():
+        raise KeyError("x")
+    with pytest.raises(KeyError), distributed.one_fails_all_stop(Ranks()):
+        raise KeyError("x")
+
+
+def test_advantages_alone_are_those_of_the_groups():
+    rewards, ids = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1, 1, 2])
+    assert advantages(rewards, ids, kind="mean", ranks=Ranks()).tolist() == [0.5, -0.5, 0.0]
+
+
+def test_clipping_returns_the_norm_before():
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight.grad = torch.full((2, 2), 2.0)
+    assert clip_gradients(model, 1.0) == pytest.approx(4.0)
+    assert float(model.weight.grad.norm()) == pytest.approx(1.0)
+
+
+def test_blocks_are_the_layers_and_not_what_lists_inside_them_hold():
+    model = eurobert(layers=3)
+    assert blocks(model) == list(model.model.layers)
+    for layer in model.model.layers:
+        layer.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    assert blocks(model) == list(model.model.layers)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(UserError, match="Linear has no list of layers"):
+        blocks(torch.nn.Linear(2, 2))
+
+
+def torchrun(mode):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*command, "-m", "tests.trainer.train.torchrun_job", mode], capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_starts_the_ranks_and_ends_them_all_when_one_fails():
+    done = torchrun("go")
+    assert (done.returncode, done.stdout.strip()) == (0, "2 3.0"), done.stderr[-2000:]
+    failed = torchrun("fail")
+    assert failed.returncode != 0
+    assert "dllm-kernels: the loss became nan" in failed.stderr
+    assert failed.stdout == ""

@@ -1,0 +1,1 @@
+"""The larger commands: compare, plan, generate."""

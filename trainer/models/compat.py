@@ -1,0 +1,260 @@
+"""What published modelling code needs to run under current transformers and to be called alike.
+
+Every patch touches the loaded class, its module or the loaded model, and only where its symptom would show.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers.utils
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ..facts import Facts
+
+FORM = "_dllm_attention_form"
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def removed_names() -> Iterator[None]:
+    """While remote code is imported: "cannot import name 'LossKwargs' from 'transformers.utils'" (SDAR)."""
+    if hasattr(transformers.utils, "LossKwargs"):
+        yield
+        return
+    transformers.utils.LossKwargs = transformers.utils.TransformersKwargs
+    try:
+        yield
+    finally:
+        del transformers.utils.LossKwargs
+
+
+def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
+    """Make remote code's `cls` load and save under current transformers."""
+    package = cls.__module__.rpartition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{package}."):
+            _patch_rope(module)
+    # "'LLaDAConfig' object has no attribute 'use_cache'" in LLaDA's forward: no default since transformers 5
+    if not hasattr(config, "use_cache"):
+        config.use_cache = False
+    # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ does not end in post_init()
+    if not hasattr(cls, "all_tied_weights_keys") and not _calls_post_init(cls):
+        cls.all_tied_weights_keys = {}
+    # "tie_weights() got an unexpected keyword argument 'missing_keys'"
+    if not _accepts(cls.tie_weights, "missing_keys"):
+        cls.tie_weights = _without_keywords(cls.tie_weights)
+    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to what
+    if isinstance(keys := cls._tied_weights_keys, (list, tuple)):
+        cls._tied_weights_keys = None
+        with _weightless():
+            model = cls(config)
+        embedding = model.get_input_embeddings()
+        path = next(name for name, module in model.named_modules() if module is embedding)
+        cls._tied_weights_keys = dict.fromkeys(keys, f"{path}.weight")
+
+
+def _calls_post_init(cls: type) -> bool:
+    return "post_init" in cls.__init__.__code__.co_names  # type: ignore[misc]
+
+
+def _accepts(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _without_keywords(method: Any) -> Any:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self)
+
+    return call
+
+
+def _patch_rope(module: Any) -> None:
+    """`KeyError: 'default'` in the rotary embedding of code that was written for transformers 4 (Dream, SDAR, LLaDA2)."""
+    if hasattr(module, "ROPE_INIT_FUNCTIONS") and "default" not in ROPE_INIT_FUNCTIONS:
+        module.ROPE_INIT_FUNCTIONS = {**ROPE_INIT_FUNCTIONS, "default": _default_rope}
+
+
+def _default_rope(config: Any, device: Any = None, **kwargs: Any) -> tuple[Tensor, float]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = int(head_dim * getattr(config, "partial_rotary_factor", 1.0))
+    exponent = torch.arange(0, size, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / size
+    return 1.0 / config.rope_theta**exponent, 1.0
+
+
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Give remote code the buffers that its checkpoint does not hold.
+
+    Symptom: none, but wrong logits. transformers 5 builds the model without memory and leaves such buffers uninitialised; the
+    rotary frequencies of Dream, SDAR and LLaDA2 are whatever lay there. What a second, weightless instance computes is right.
+    """
+    with _weightless():
+        fresh = type(model)(model.config)
+    for path, source in fresh.named_modules():
+        target = model.get_submodule(path)
+        for name in source._non_persistent_buffers_set:
+            value = source._buffers[name]
+            target._buffers[name] = None if value is None else value.to(model.device)
+        for name, value in vars(source).items():  # such as original_inv_freq
+            if isinstance(value, Tensor) and getattr(vars(target).get(name), "is_meta", False):
+                setattr(target, name, value.to(model.device))
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Within the context, new modules have parameters without memory and real buffers."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def declare_ties(model: PreTrainedModel) -> None:
+    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained shared tensors"."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(parameter, name)) != name:
+            model._tied_weights_keys = {**(model._tied_weights_keys or {}), name: first}
+
+
+# --- calling ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What a model's forward wants instead of a `[B, S]` mask."""
+
+    kind: str  # Facts.attention_mask
+    block_length: int | None  # None: everyone sees everyone
+
+    @property
+    def keyword(self) -> str:
+        return "attention_bias" if self.kind == "bias" else "attention_mask"
+
+    def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`[B, 1, S, S]`, or `[B, 1, 1, S]` where everyone sees everyone; None where nothing has to be said.
+
+        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype changes. Blocks
+        count from a sequence's first token that is no padding, as in training without padding.
+        """
+        if mask_BS is not None and mask_BS.dim() == 4:
+            if self.kind == "none":
+                raise ValueError("attention_mask must be None for a model that takes none, got a mask of pairs")
+            return self._as_kind(mask_BS if mask_BS.dtype == torch.bool else mask_BS == 0, dtype)
+        if self.kind == "none":
+            return None
+        if self.block_length is None and mask_BS is None:
+            return None
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
+        seen = real_BS[:, None, None, :]
+        if self.block_length is not None:
+            block_BS = (real_BS.cumsum(1) - 1).clamp(min=0) // self.block_length
+            seen = seen & (block_BS[:, None, None, :] <= block_BS[:, None, :, None])
+        return self._as_kind(seen, dtype)
+
+    def _as_kind(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.kind == "bool":
+            return seen
+        return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
+    """Let `model(input_ids=, attention_mask=[B, S])` give each family the mask that its own forward takes.
+
+    The class's forward is wrapped, rather than hooked, since peft calls the forward of the model that it wraps.
+    """
+    if facts.attention_mask == "int" and facts.topology == "bidirectional":
+        return
+    if facts.attention_mask == "int":  # two dimensions cannot say what a block sees
+        raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
+    block_length = facts.block_length if facts.topology == "block_causal" else None
+    setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
+    cls = type(model)
+    if not hasattr(cls.forward, FORM):
+        cls.forward = _with_form(cls.forward)  # type: ignore[method-assign]
+
+
+def _with_form(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        form = self.__dict__.get(FORM)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if form is not None and ids is not None:
+            mask = form(kwargs.pop("attention_mask", None), ids, self.dtype)
+            if mask is not None:
+                kwargs[form.keyword] = mask
+        return forward(self, *args, **kwargs)
+
+    setattr(call, FORM, True)
+    return call
+
+
+def adapt_head(model: PreTrainedModel, facts: Facts) -> None:
+    """Let `get_output_embeddings()` find a head that only the table knows; its class's own answer comes first."""
+    if model.get_output_embeddings() is None and facts.head is not None:
+        path = facts.head
+        model.get_submodule(path)  # AttributeError where there is none
+        type(model).get_output_embeddings = lambda self: self.get_submodule(path)  # type: ignore[method-assign]
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The transformer blocks and their path: of the outermost module lists, the one with most parameters."""
+    best: tuple[str, nn.ModuleList] | None = None
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
+            taken.append(path)
+            if best is None or _size(module) > _size(best[1]):
+                best = path, module
+    if best is None:
+        raise ValueError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
+    return best
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def checkpoint_blocks(model: nn.Module) -> int:
+    """Recompute each transformer block in backward instead of keeping its activations; returns the number of blocks.
+
+    From outside, for every model alike: LLaDA's class has no checkpointing, and transformers' own works in training mode only.
+    """
+    _, blocks = find_blocks(model)
+    for block in blocks:
+        if not isinstance(block.forward, functools.partial):
+            # a partial of a bound method follows a deep copy of the model, which a closure would not
+            block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+    return len(blocks)
+
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

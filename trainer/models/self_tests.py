@@ -1,0 +1,143 @@
+"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and learns nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import headless, noise, score_tokens
+from dllm_kernels.noise import Stream
+
+from ..errors import UserError
+from .loading import Loaded, find_head
+
+LEAST_GAP = 0.1  # nats per token; the wrong alignment of a trained model is off by several
+LEAST_ERRORS = 4.0  # standard errors
+SEEN = 0.1  # of what exchanging the nearest tokens does; less is rounding, as of experts that group other tokens
+
+
+@dataclass(frozen=True)
+class ShiftVerdict:
+    """Log-probabilities per masked token of clean text, in nats, under both alignments."""
+
+    likelier: int | None  # shift 0 or 1; None: undecided, as for an untrained model
+    same_logp: float  # position i from row i
+    shifted_logp: float  # position i from row i - 1
+    standard_error: float  # of their difference
+    tokens: int
+
+    def __str__(self) -> str:
+        name = {None: "undecided", 0: "position i is predicted by row i", 1: "position i is predicted by row i - 1"}
+        return (
+            f"{name[self.likelier]}: {self.same_logp:.2f} nats a token from its own row, {self.shifted_logp:.2f} from the row "
+            f"before (standard error of the difference {self.standard_error:.2f}, {self.tokens} tokens)"
+        )
+
+
+@torch.no_grad()
+def shift_self_test(
+    loaded: Loaded, ids_BS: Tensor, *, seed: int, attention_mask_BS: Tensor | None = None, share: float = 0.15
+) -> ShiftVerdict:
+    """Score clean text with both alignments, at the tokens that were masked in it, and compare.
+
+    Args:
+        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing is masked.
+        share: how much of it is masked, lightly, so that a trained model knows the answers.
+
+    Raises UserError, with the figures, where the text contradicts `facts.shift`.
+    """
+    facts, model = loaded.facts, loaded.model
+    B, S = ids_BS.shape
+    real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask_BS is None else attention_mask_BS.bool()
+    sequence = noise.sequence_ids([f"shift/{b}" for b in range(B)]).to(ids_BS.device)
+    zero = torch.zeros((), dtype=torch.int64, device=ids_BS.device)
+    bits_BS = noise.row_bits(seed, Stream.MASK, sequence[:, None], zero, torch.arange(S, device=ids_BS.device))
+    masked_BS = noise.bernoulli(bits_BS, share) & real_BS & real_BS.roll(1, dims=1)
+    masked_BS[:, 0] = False
+    masked_BS &= ~masked_BS.roll(1, dims=1)  # the row before shows its token, as the alignments need it
+    index_N = masked_BS.flatten().nonzero()[:, 0]
+    if len(index_N) < 2:
+        return ShiftVerdict(None, math.nan, math.nan, math.nan, len(index_N))
+    target_N = ids_BS.flatten()[index_N]
+    with headless(model) as body:
+        hidden = body(ids_BS.masked_fill(masked_BS, facts.mask_id), **loaded.call_kwargs(attention_mask_BS))
+        options = {**body.options, "suppress": (facts.mask_id,), "valid_vocab": facts.valid_vocab}
+        logps = [score_tokens(hidden, body.weight, target_N, rows=index_N - shift, **options).logp for shift in (0, 1)]
+    same_N, shifted_N = (logp.double() for logp in logps if logp is not None)
+    gap_N = same_N - shifted_N
+    gap, error = float(gap_N.mean()), float(gap_N.std()) / math.sqrt(len(gap_N))
+    decided = abs(gap) > max(LEAST_GAP, LEAST_ERRORS * error)
+    likelier = (0 if gap > 0 else 1) if decided else None
+    verdict = ShiftVerdict(likelier, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N))
+    if likelier is not None and likelier != facts.shift:
+        raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={likelier}")
+    return verdict
+
+
+@torch.no_grad()
+def attention_self_test(loaded: Loaded, ids_BS: Tensor) -> None:
+    """See by changed tokens who sees whom: padding must not be seen, and the others as `facts.topology` says.
+
+    Args:
+        ids_BS: token ids of text without padding, at least two and, for a block-causal model, more than a block; the first
+            sequence is used.
+
+    Published code fails this in silence: LLaDA's first release ignores the mask, a later copy becomes causal by it.
+    """
+    facts = loaded.facts
+    text_S = ids_BS[0]
+    length = len(text_S)
+    near = facts.block_length if facts.topology == "block_causal" and facts.block_length else length // 2
+    if not 1 < near < length:
+        raise ValueError(f"ids_BS must hold more than {facts.block_length or 1} tokens a sequence, got {length}")
+    padded = 0 if facts.attention_mask == "none" else length
+    ids_S = torch.cat([text_S.flip(0)[:padded], text_S])  # what is padding here is text, so that it would matter
+    place_S = torch.arange(len(ids_S), device=ids_S.device) - padded
+    other_S = ids_S.roll(length // 2)
+    other_S = torch.where(other_S == ids_S, facts.mask_id, other_S)
+
+    def effect(changed_S: Tensor) -> float:
+        """How far the first token's hidden state moves when the others there are exchanged."""
+        moved = body(torch.where(changed_S, other_S, ids_S)[None], **kwargs)[0, padded].double()
+        return float((moved - first).norm())
+
+    kwargs = loaded.call_kwargs((place_S >= 0)[None])
+    with headless(loaded.model) as body:
+        first = body(ids_S[None], **kwargs)[0, padded].double()
+        seen = effect((place_S > 0) & (place_S < near))
+        padding, end = effect(place_S < 0), effect(place_S >= near)
+    if padding > SEEN * seen:
+        raise UserError(
+            f"model {facts.family} sees padding in spite of its attention mask: its code ignores model.facts.attention_mask="
+            f"{facts.attention_mask}; find what it takes, or set none and batch sequences of one length only"
+        )
+    sees_end = end > SEEN * seen
+    if sees_end != (facts.topology == "bidirectional"):
+        raise UserError(
+            f"model.facts.topology is {facts.topology}, but the first token {'sees' if sees_end else 'does not see'} the last "
+            "ones when a mask is passed; correct model.facts.topology, block_length or attention_mask"
+        )
+
+
+def check_mask_id(loaded: Loaded) -> None:
+    """Raises UserError for a mask id that the model does not have, or that ordinary text holds too."""
+    mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
+    head = find_head(loaded.model)
+    for name, size in (("embedding", head.embeddings), ("head", head.rows)):
+        if mask_id >= size:
+            raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
+    if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:
+        raise UserError(f"model.facts.mask_id must be below valid_vocab={loaded.facts.valid_vocab}, got {mask_id}")
+    token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
+    added = tokenizer.added_tokens_decoder.get(mask_id)
+    special = mask_id in tokenizer.all_special_ids or (added is not None and added.special)
+    if token is not None and not special:
+        raise UserError(
+            f"model.facts.mask_id must be a special token, but {mask_id} is {token!r}, which ordinary text may hold; "
+            "masked and written tokens could not be told apart"
+        )
+    if mask_id in (loaded.facts.eos_id, loaded.facts.pad_id):
+        raise UserError(f"model.facts.mask_id must differ from the ids of end and padding, got {mask_id} for both")

@@ -1,0 +1,60 @@
+"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m trainer`).
+
+Whichever name is imported first is the real one. The other leads to the same module objects, so that classes, registries
+and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+NAMES = ("dllm_trainer", "trainer")
+_FOLDER = Path(__file__).resolve().parent
+
+
+class _Alias(Loader):
+    """Loads a module by handing out the one that has the real name."""
+
+    def __init__(self, real: str) -> None:
+        self._real = real
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self._real)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import system wrote the alias's over it
+
+
+class _OtherName(MetaPathFinder):
+    def __init__(self, real: str, other: str) -> None:
+        self._real, self._other = real, other
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        root, _, rest = name.partition(".")
+        if root != self._other or rest == "__main__":  # `python -m` runs that file itself
+            return None
+        if not rest and self._other == "trainer" and not _is_here(PathFinder.find_spec(name)):
+            return None
+        if rest and sys.modules.get(root) is not sys.modules[self._real]:
+            return None
+        return importlib.util.spec_from_loader(name, _Alias(self._real + name[len(root) :]))
+
+
+def _is_here(spec: ModuleSpec | None) -> bool:
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve().parent == _FOLDER
+
+
+def share(real: str) -> None:
+    """Called once, by the package itself, with the name by which it is being imported."""
+    other = NAMES[1 - NAMES.index(real)]
+    sys.meta_path.insert(0, _OtherName(real, other))

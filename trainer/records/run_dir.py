@@ -1,0 +1,193 @@
+"""A run's folder: never overwritten, readable at any moment, and enough to resume from.
+
+config.yaml        the resolved configuration          eval_before.json, eval_after.json
+metrics.jsonl      one line per step, flushed          curves.png, report.md
+events.out.*       the same for TensorBoard            checkpoint_sft/, checkpoint/
+environment.json   versions and machine                checkpoints/  what --resume reads, see checkpoints.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, first_line
+
+PHASES = ("sft", "rl")
+
+
+@dataclass
+class State:
+    """Where a run stands: `step` steps of `phase` are done."""
+
+    phase: str = PHASES[0]
+    step: int = 0
+    tokens: int = 0  # through the model so far, rollouts and gradients
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, over all its sittings
+
+    def is_past(self, phase: str, step: int) -> bool:
+        return (PHASES.index(phase), step) <= (PHASES.index(self.phase), self.step)
+
+
+class RunDir:
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensorboard = True
+        self.wandb: str | None = None  # project
+        self._wandb_run: Any = None
+        self._metrics: Any = None
+        self._events: Any = None
+        self._kept: list[dict[str, Any]] | None = None  # of an earlier sitting, for TensorBoard
+        self._warned = False
+
+    @classmethod
+    def create(cls, wanted: Path) -> RunDir:
+        """`wanted`, or the next free name (`demo-2`, `demo-3`, ...) when it already holds something."""
+        path, number = wanted, 1
+        try:
+            if (wanted.is_symlink() or wanted.exists()) and not wanted.is_dir():
+                raise UserError(f"out: {wanted} is a file; name a folder")
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            while not _claim(path):
+                number += 1
+                path = wanted.with_name(f"{wanted.name}-{number}")
+            _check_writable(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDir:
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"--resume: {path} holds no run (there is no config.yaml in it)")
+        try:
+            _check_writable(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return cls(path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """All or nothing: written aside, flushed to disk, renamed."""
+        target = self.path / name
+        aside = target.with_name(f".{target.name}.part")
+        with aside.open("w") as file:
+            file.write(text)
+            _flush(file)
+        aside.replace(target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        file = self.path / name
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise _damaged(file, error) from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one step's figures to metrics.jsonl and to TensorBoard."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+            self._open_loggers()
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._show(record)
+
+    def _open_loggers(self) -> None:
+        if self.wandb is not None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("wandb names a project, but the package is missing: pip install 'dllm-kernels[wandb]'") from error
+            self._wandb_run = wandb.init(project=self.wandb, name=self.path.name, dir=str(self.path), resume="allow")
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown anew.
+            again = None if self._kept is None else 0
+            self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
+            for earlier in self._kept or ():
+                self._show(earlier)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        figures = {f"{record['phase']}/{name}": value for name, value in record.items() if name not in ("phase", "step")}
+        if self._wandb_run is not None:
+            self._wandb_run.log({**figures, f"{record['phase']}/step": record["step"]})
+        for name, value in figures.items() if self._events is not None else ():
+            self._events.add_scalar(name, value, record["step"])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl; damaged ones are skipped with a warning."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(errors="replace").split("\n")[:-1] if file.is_file() else []
+        records = [record for record in map(_record, lines) if record is not None]
+        if len(records) < len(lines) and not self._warned:
+            self._warned = True
+            print(f"dllm-kernels: {len(lines) - len(records)} unreadable line(s) of {file} skipped", file=sys.stderr)
+        return records
+
+    def rewind(self, state: State) -> None:
+        """Drop the lines of steps that were logged after the last saved state: they will be made again, alike."""
+        records = self.metrics()
+        kept = [record for record in records if state.is_past(record["phase"], record["step"])]
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        if any(self.path.glob("events.out.tfevents.*")):
+            self._kept = kept
+
+    def drop_if_empty(self) -> None:
+        """Frees the name of a run that failed before its first step, whose config is wrong and not to be resumed."""
+        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl"}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        for logger in (self._metrics, self._events):
+            if logger is not None:
+                logger.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+
+
+def _claim(path: Path) -> bool:
+    """Make an empty folder, or take one that is empty already."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return path.is_dir() and not any(path.iterdir())
+    return True
+
+
+def _check_writable(path: Path) -> None:
+    probe = path / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = "its parent is not a folder" if isinstance(error, FileExistsError) else error.strerror
+    return UserError(f"out: cannot write to {path} ({reason}); name a writable folder with --out")
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{file} is missing or damaged ({first_line(error)}), so this run cannot go on; start anew with another --out"
+    )
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and record.get("phase") in PHASES and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""The training loops: supervised, reinforcement, preference pairs."""

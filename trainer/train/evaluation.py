@@ -1,0 +1,74 @@
+"""Right answers on examples that were not trained on, and what changed between two models on the very same examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dllm_kernels import generate, noise
+
+from ..config import RolloutConfig
+from ..tasks import Example
+from .setup import Setup
+
+Figures = dict[str, Any]
+
+
+def decodings(rollout: RolloutConfig) -> dict[str, RolloutConfig]:
+    """How a model is evaluated: as the rollouts of training are drawn, and greedily."""
+    return {"rollout": rollout, "greedy": rollout.model_copy(update={"temperature": 0.0})}
+
+
+def evaluate(
+    setup: Setup,
+    name: str,
+    examples: Sequence[Example],
+    decoding: RolloutConfig,
+    *,
+    between: Callable[[int], None] | None = None,
+) -> Figures:
+    """Answer every example once; the noise depends on the example and not on the model, so two models can be paired.
+
+    Returns `correct`, the share of right answers, the means of the task's metrics, the settings of `generate`, and `solved`, a
+    string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch.
+    """
+    task, ranks, seed, batch = setup.task, setup.ranks, setup.config.seed, setup.config.evaluation.batch
+    options = setup.generate_options(rollout=decoding)
+    scores: dict[str, list[float]] = {key: [] for key in ("correct", *task.metrics)}
+    settings: dict[str, Any] = {}
+    for first in range(0, len(examples), batch):
+        part = examples[first : first + batch]
+        mine = part[ranks.share(len(part))]
+        asked = mine or part[:1]  # every rank calls the model; whose share is empty throws the answer away
+        with ranks.together():
+            prompts = setup.codec.prompts(asked)
+        sampled = generate(
+            setup.model,
+            [prompt.to(ranks.device) for prompt in prompts],
+            seed=seed,
+            sequence_ids=noise.sequence_ids([f"{name}/{e.id}" for e in asked]).to(ranks.device),
+            **options,
+        )
+        with ranks.together():
+            texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
+            found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
+        for told in ranks.tell(found):
+            for key, values in told.items():
+                scores[key] += values
+        settings = sampled.settings
+        if between is not None:
+            between(len(part))
+    means = {key: sum(values) / len(values) for key, values in scores.items()}
+    solved = "".join("01"[int(value)] for value in scores["correct"])
+    return {"examples": len(examples), **means, "decoding": settings, "solved": solved}
+
+
+def paired_gain(before: Figures, after: Figures) -> dict[str, float]:
+    """Gain in `correct` with its 95 % interval from the paired differences of the examples (normal approximation)."""
+    differences = [int(b) - int(a) for a, b in zip(before["solved"], after["solved"], strict=True)]
+    n = len(differences)
+    gain = sum(differences) / n
+    variance = sum((d - gain) ** 2 for d in differences) / max(1, n - 1)
+    half = 1.96 * math.sqrt(variance / n)
+    return {"gain": gain, "low": gain - half, "high": gain + half}

@@ -1,0 +1,61 @@
+"""What both training phases share: optimizer, learning rate, data order, the guarded step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from dllm_kernels import noise
+from dllm_kernels.noise import Stream
+
+from ..config import OptimizerConfig
+from ..distributed import clip_gradients
+from ..errors import ConfigError, GuardError
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; its state has the dtype of the weights, fp32 unless `model.dtype` says otherwise."""
+    beta1, beta2 = config.betas
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`; or transformers' schedule."""
+    if config.schedule not in ("constant", "linear", "cosine"):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+        scheduler = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=total)
+        return config.lr * float(scheduler.lr_lambdas[0](step))
+    done = step / total
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    floor = config.final_lr_share if config.schedule != "constant" else 0.0
+    warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    return config.lr * warmup * (floor + (1.0 - floor) * decay)
+
+
+def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tuple[Tensor, int]:
+    """Which of `size` examples step `step` takes, and in which epoch: a new order each epoch, its short rest left out."""
+    if batch > size:
+        key = {"sft": "sft.batch", "rl": "rl.prompts"}.get(name, name)
+        raise ConfigError(f"{key} must be at most the {size} training examples, got {batch}")
+    epoch, position = divmod(step, size // batch)
+    order = torch.tensor(noise.sequence_id(f"order/{name}", epoch=epoch))
+    bits = noise.row_bits(seed, Stream.DATA, order, torch.tensor(0), torch.arange(size))
+    return torch.argsort(bits, stable=True)[position * batch : (position + 1) * batch], epoch
+
+
+def guarded_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: float, config: OptimizerConfig, lr: float) -> float:
+    """Clip and step; returns the gradient norm before clipping. What is not finite never reaches the weights."""
+    if not math.isfinite(loss):
+        raise GuardError(f"the loss became {loss}; a smaller learning rate than {lr:.2g} usually helps")
+    norm = clip_gradients(model, config.max_grad_norm)
+    if not math.isfinite(norm):
+        raise GuardError(f"the gradient norm became {norm} at loss {loss:.4g}; the weights were left as they were")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

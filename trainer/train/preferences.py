@@ -1,0 +1,74 @@
+"""VRPO on preference pairs that are given: no rollouts, one update per batch of pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from dllm_kernels import accumulate, make_mask_plan, noise
+from dllm_kernels.accumulation.objective import Batch
+
+from ..errors import ConfigError
+from ..models.codec import joined
+from ..tasks.pairs import split
+from .algorithms import Scores, Update, make_objective
+from .optimization import batch_indices, guarded_step, learning_rate
+from .setup import Setup
+
+
+def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
+    """Updates `start`..`rl.updates - 1` of `rl.prompts` pairs each, yielding their figures; a pair stays on one rank."""
+    config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
+    if config.algorithm != "vrpo":
+        raise ConfigError(f"rl.algorithm must be vrpo for a task of preference pairs, got {config.algorithm}")
+    if config.prompts % ranks.size:
+        raise ConfigError(f"rl.prompts must be a multiple of the {ranks.size} ranks, got {config.prompts}")
+    objective = make_objective(config, 1.0)
+    for update in range(start, config.updates):
+        started = time.perf_counter()
+        index, epoch = batch_indices("rl", setup.config.seed, len(setup.task.train), config.prompts, update)
+        mine = ranks.share(config.prompts)
+        pairs = [setup.task.train[i] for i in index[mine].tolist()]
+        with ranks.together():
+            chosen, rejected = split(pairs)
+            both = [*chosen, *rejected]
+            ids, completion, real = joined(setup.codec.prompts(both), setup.codec.answers(both), facts.pad_id or 0)
+        members = [0] * len(pairs) + [1] * len(pairs)
+        plan = make_mask_plan(
+            ids,
+            completion,
+            law=config.law,
+            samples=config.samples,
+            seed=setup.config.seed,
+            sequence_ids=noise.sequence_ids([f"rl/{e.id}" for e in both], epoch=epoch, members=members),
+            mask_id=facts.mask_id,
+            shift=facts.shift,
+            attention_mask_BS=real,
+            **config.law_options(),
+        ).to(ranks.device)
+        options = setup.scoring_options(None if real is None else real.to(ranks.device), config.micro_batch, as_rolled_out=False)
+        scores = Scores(setup.model, setup.reference, options)
+        pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
+        entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}
+        batch = Batch({**entries, "ref_elbo": scores.ref(plan, "ref_elbo")})
+        lr = learning_rate(config, update, config.updates)
+        report = accumulate(setup.model, plan, objective, batch, denominator=float(config.prompts), group=ranks.group, **options)
+        loss = ranks.total(float(report.loss))
+        norm = guarded_step(setup.model, optimizer, loss, config, lr)
+        seconds = time.perf_counter() - started
+        tokens = ranks.total(float(ids.numel() * config.samples * (report.passes + scores.passes)))
+        nothing = torch.empty(0, device=ranks.device)
+        context = Update(config, objective, ranks, nothing, nothing, mine, nothing, entries, None, None)
+        yield {
+            **context.figures(report, plan, batch),
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": tokens,
+            "seconds_rollout": 0.0,
+            "seconds_gradient": seconds,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }

@@ -1,0 +1,221 @@
+"""Reinforcement learning: groups of rollouts, a reward, an objective's exact gradient sample by sample.
+
+Where an algorithm needs a reference policy, that is the model as it was when RL began: a frozen second copy of the weights under
+full fine-tuning, the model with its adapters off under LoRA. Prompts, noise and masks are functions of (seed, update), and of no
+rank: ranks take consecutive rollouts of the same global batch, and share rewards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
+from dllm_kernels.accumulation.objective import Objective
+from dllm_kernels.masks.plan import MaskPlan
+
+from ..errors import ConfigError, GuardError
+from ..tasks import Example, Reward
+from ..tasks.rewards import choose
+from .algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
+from .forward_counts import Calls
+from .guards import on_policy_gap
+from .optimization import batch_indices, guarded_step, learning_rate
+from .setup import Setup
+
+IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
+
+
+def prepare_rl(setup: Setup) -> tuple[Objective, Reward]:
+    """The objective and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
+    config, task = setup.config.rl, setup.task
+    total = config.prompts * config.group
+    if total < setup.ranks.size:
+        raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
+    batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    objective = make_objective(config, setup.length / max(1, setup.steps))
+    return objective, choose(config.reward, task.rewards, timeout=config.reward_timeout)
+
+
+def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
+    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
+    config, ranks, task = setup.config.rl, setup.ranks, setup.task
+    objective, reward = prepare_rl(setup)
+    total = config.prompts * config.group
+    calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
+    for update in range(start, config.updates):
+        calls.reset()
+        started = time.perf_counter()
+        chosen, epoch = batch_indices("rl", setup.config.seed, len(task.train), config.prompts, update)
+        index = chosen.repeat_interleave(config.group)
+        members = list(range(config.group)) * config.prompts
+        mine = ranks.share(total)
+        examples = [task.train[i] for i in index[mine].tolist()]
+        sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
+        with ranks.together():
+            prompts = setup.codec.prompts(examples)
+        with calls:
+            sampled = generate(
+                setup.model,
+                [prompt.to(ranks.device) for prompt in prompts],
+                sequence_ids=sequence_ids.to(ranks.device),
+                seed=setup.config.seed,
+                **setup.generate_options(greedy=config.algorithm == "egspo_sa"),
+            )
+        with ranks.together():
+            texts = setup.codec.texts(sampled.completion_BL)
+            _guard_failures(sampled, examples)
+            rewards = torch.tensor(reward(examples, texts), dtype=torch.float32, device=ranks.device)
+            _guard_rollouts(setup, sampled, rewards)
+        figures = _rollout_figures(setup, sampled, rewards, examples, texts, index.to(ranks.device))
+        _guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
+        if config.gap_every and update % config.gap_every == 0:
+            figures["on_policy_gap"] = on_policy_gap(setup, sampled)
+        everyone, _ = ranks.gather(rewards)
+        found = signal(config, objective, everyone, index.to(ranks.device), setup.length)
+        figures |= {"groups_with_signal": len(index[found.kept_N.cpu()].unique()), "sequences_scored": len(found.kept_N)}
+        rolled_out = time.perf_counter()
+        if len(found.kept_N):
+            entries, here = found.of(mine)
+            kept = sampled.kept(here)
+            trajectory = make_trajectory(config, sampled, here, setup.config.seed)
+            context = Update(
+                config,
+                objective,
+                ranks,
+                everyone,
+                index.to(ranks.device),
+                mine,
+                here,
+                entries,
+                trajectory,
+                _step_rewards(setup, reward, trajectory, [examples[i] for i in here.tolist()]),
+            )
+            with calls:
+                figures |= _learn(setup, optimizer, context, sampled, kept, found.denominator, update)
+            figures["tokens"] += figures.pop("tokens_scored")
+        for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
+            figures[name] = ranks.total(getattr(calls, name))
+        figures["seconds_rollout"] = rolled_out - started
+        figures["seconds_gradient"] = time.perf_counter() - rolled_out
+        figures["seconds"] = time.perf_counter() - started
+        figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
+        yield figures
+
+
+def _learn(
+    setup: Setup,
+    optimizer: torch.optim.Optimizer,
+    context: Update,
+    sampled: Rollout,
+    kept: Rollout,
+    denominator: float | None,
+    update: int,
+) -> dict[str, float]:
+    """The optimizer steps on one set of rollouts."""
+    config, ranks, trajectory = context.config, context.ranks, context.trajectory
+
+    def plan_of(iteration: int) -> MaskPlan:
+        if trajectory is not None:
+            return trajectory.plan
+        return make_mask_plan(
+            sampled.ids_BS,
+            sampled.completion_mask_BS,
+            law=config.law,
+            samples=config.samples,
+            seed=setup.config.seed,
+            sequence_ids=sampled.sequence_ids_B,
+            mask_id=setup.facts.mask_id,
+            shift=setup.facts.shift,
+            attention_mask_BS=sampled.attention_mask_BS,
+            iteration=iteration,
+            **config.law_options(),
+        ).cut(sequences=context.here_N)
+
+    plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
+    options = setup.scoring_options(kept.attention_mask_BS, config.micro_batch, as_rolled_out=trajectory is not None)
+    scores = Scores(setup.model, setup.reference, options)
+    batches = context.batches(plans, lambda: plan_of(len(plans)), scores)
+    passes = scores.passes
+    lr = learning_rate(config, update, config.updates)
+    if denominator is None:  # steps: what the plans of all ranks hold
+        denominator = max(1.0, ranks.total(float((plans[0].counts > 0).sum())))
+    figures: dict[str, float] = {}
+    for plan, batch in zip(plans, batches, strict=True):
+        report = accumulate(setup.model, plan, context.objective, batch, denominator=denominator, group=ranks.group, **options)
+        passes += report.passes
+        loss = ranks.total(float(report.loss))
+        norm = guarded_step(setup.model, optimizer, loss, config, lr)
+        figures |= context.figures(report, plan, batch)
+    scored = kept.ids_BS.numel() * len(plans[0].sample_K) * passes
+    return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
+
+
+def _step_rewards(setup: Setup, reward: Reward, trajectory: Trajectory | None, examples: Sequence[Example]) -> Tensor | None:
+    """EGSPO-SA: rewards `[B, J]` of the greedy completions seen before each chosen step; those of a step that is not are 0."""
+    if trajectory is None or trajectory.rollout.greedy_BTL is None or trajectory.steps_BJ is None:
+        return None
+    B, J = trajectory.steps_BJ.shape
+    index_BJL = trajectory.steps_BJ.clamp(min=0)[:, :, None].expand(-1, -1, setup.length)
+    texts = setup.codec.texts(trajectory.rollout.greedy_BTL.gather(1, index_BJL).flatten(0, 1))
+    values = reward([example for example in examples for _ in range(J)], texts)
+    rewards_BJ = torch.tensor(values, dtype=torch.float32, device=index_BJL.device).view(B, J)
+    return torch.where(trajectory.steps_BJ < 0, 0.0, rewards_BJ)
+
+
+def _rollout_figures(
+    setup: Setup, sampled: Rollout, rewards: Tensor, examples: Sequence[Example], texts: Sequence[str], index: Tensor
+) -> dict[str, float]:
+    """What a look at the rollouts of all ranks tells."""
+    ranks, task, eos = setup.ranks, setup.task, setup.facts.eos_id
+    everyone, _ = ranks.gather(rewards)
+    columns: dict[str, Sequence[float]] = {"correct": task.correct(examples, texts)}
+    columns |= {name: metric(examples, texts) for name, metric in task.metrics.items()}
+    columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1).tolist()
+    ended_BL = (
+        (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
+    )
+    columns["completion_length"] = (~ended_BL).sum(-1).tolist()
+    spread = everyone.view(-1, setup.config.rl.group).std(-1, correction=0)
+    figures = {
+        "reward": everyone.mean().item(),
+        "reward_std": everyone.std(correction=0).item(),
+        "groups_without_signal": int((spread == 0).sum()),
+        "tokens": ranks.total(sampled.ids_BS.shape[1] * float(sampled.steps_B.sum())),
+    }
+    for name, values in columns.items():
+        figures[name] = ranks.gather(torch.tensor(values, dtype=torch.float32))[0].mean().item()
+    return figures
+
+
+def _guard_failures(sampled: Rollout, examples: Sequence[Example]) -> None:
+    if bool(sampled.failed_B.any()):
+        first = examples[int(sampled.failed_B.nonzero()[0])]
+        raise GuardError(
+            f"{int(sampled.failed_B.sum())} rollout(s) met hidden states that are not finite, the first of example {first.id}; "
+            "a lower learning rate or float32 weights usually help"
+        )
+
+
+def _guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
+    completion, vocabulary = sampled.completion_BL, int(setup.model.config.get_text_config().vocab_size)
+    if not bool(torch.isfinite(rewards).all()):
+        raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
+    if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
+        raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
+
+
+def _guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
+    if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
+        raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
+    groups = completion.view(-1, group, completion.shape[1])
+    # A policy that is sure of itself repeats itself; noise that is broken repeats what is improbable to be drawn twice.
+    repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
+    if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
+        raise GuardError(
+            f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "
+            "the members of a group share their noise, or the sampler ignores its temperature"
+        )

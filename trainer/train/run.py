@@ -1,0 +1,339 @@
+"""The run behind `dllm-kernels demo`, `sft` and `rl`: data, SFT, evaluation, RL, evaluation, report; resumable anywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from dllm_kernels.objectives import RECIPES
+
+from .. import distributed
+from ..config import OptimizerConfig, RolloutConfig, RunConfig
+from ..distributed import Ranks
+from ..errors import Stopped, UserError
+from ..models import compat, lora
+from ..models.codec import Codec, joined
+from ..models.loading import Loaded, from_scratch, load, parameter_count
+from ..models.self_tests import check_mask_id, shift_self_test
+from ..records.checkpoints import Checkpoint, Checkpoints, load_state, save_model, verify_weights
+from ..records.environment import environment, peak_memory_mb
+from ..records.plots import draw_curves
+from ..records.progress import bar
+from ..records.report import result_table, write_report
+from ..records.run_dir import PHASES, RunDir, State
+from ..tasks import Example, Task, make_task
+from .evaluation import Figures, decodings, evaluate, paired_gain
+from .optimization import make_optimizer
+from .preferences import pair_updates
+from .rl import prepare_rl, rl_updates
+from .setup import Setup
+from .sft import sft_steps
+
+_SHOWN = {"sft": ("loss", "elbo", "grad_norm"), "rl": ("reward", "correct", "elbo", "grad_norm")}
+_SELF_TEST_EXAMPLES = 32
+
+
+class StopRequest:
+    """Ctrl-C asks the run to stop at its next consistent moment; a second one stops it at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> StopRequest:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        self.wanted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        if self.wanted:
+            raise Stopped
+
+
+def is_finished(folder: RunDir, config: RunConfig) -> bool:
+    """Whether nothing is left to do: the last step's checkpoint and the report, which is written last, are there."""
+    saved = Checkpoints(folder.path / "checkpoints").latest() if (folder.path / "report.md").is_file() else None
+    last = ("rl", config.rl.updates) if config.rl.updates else ("sft", config.sft.steps)
+    return saved is not None and (saved.state["phase"], saved.state["step"]) == last
+
+
+def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | None = None) -> Setup:
+    """The model that a run starts with, or the one it had saved, with adapters, gradient checkpointing and sharding."""
+    model_config, options = config.model, config.model.lora
+    # adapters lie beside the weights they are of
+    source = model_config.checkpoint if saved is None or options.rank else str(saved.path)
+    loaded: Loaded
+    if source is None:
+        loaded = from_scratch(model_config, task.alphabet, seed=config.seed)
+    else:
+        if saved is None:
+            verify_weights(source)
+        loaded = load(
+            source,
+            dtype=getattr(torch, model_config.dtype),
+            trust_remote_code=model_config.trust_remote_code,
+            revision=model_config.revision,
+            facts=model_config.facts if saved is None else {**saved.state["facts"], **model_config.facts},
+            four_bit=model_config.four_bit,
+        )
+    check_mask_id(loaded)
+    codec = Codec(loaded, task, config.prompt, config.rollout.length)
+    if model_config.gradient_checkpointing:
+        compat.checkpoint_blocks(loaded.model)
+    trained: nn.Module = loaded.model
+    if options.rank and saved is not None:
+        trained = lora.load_lora(loaded.model, saved.path, trainable=True)
+    elif options.rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the same adapters on every rank
+            trained = lora.add_lora(
+                loaded.model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets
+            )
+    dtype = None if config.parallel.dtype is None else getattr(torch, config.parallel.dtype)
+    if ranks.group is None:
+        trained.to(ranks.device)
+    else:
+        again = config.parallel.reshard_after_forward
+        distributed.shard(trained, ranks, replicas=config.parallel.replicas, dtype=dtype, reshard_after_forward=again)
+    return Setup(config, loaded, task, codec, ranks, trained)
+
+
+def self_test(setup: Setup) -> str:
+    """The shift self-test on demonstrations, as a sentence; "" where there are none to test on."""
+    examples = [example for example in setup.task.train[:_SELF_TEST_EXAMPLES] if example.answer]
+    if not examples or setup.ranks.group is not None:
+        return ""
+    ids, _, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), setup.facts.pad_id or 0)
+    device = setup.ranks.device
+    mask = None if real is None else real.to(device)
+    return str(shift_self_test(setup.loaded, ids.to(device), seed=setup.config.seed, attention_mask_BS=mask))
+
+
+class Run:
+    """One run and its folder. With `model.checkpoint` and no SFT steps it begins with RL."""
+
+    def __init__(self, folder: RunDir, config: RunConfig, console: Console, ranks: Ranks | None = None):
+        self.folder, self.config, self.console = folder, config, console
+        self.ranks = ranks or Ranks()
+        folder.tensorboard, folder.wandb = config.tensorboard, config.wandb
+        torch.set_num_threads(config.threads)
+        if self.ranks.is_first:
+            folder.write_text("config.yaml", config.to_yaml())
+        keep = config.checkpoints
+        metric = keep.metric if keep.keep_best else None
+        self.checkpoints = Checkpoints(folder.path / "checkpoints", self.ranks, keep.keep_last, keep.keep_best, metric)
+        self._saved = self.checkpoints.latest()
+        self.state = State() if self._saved is None else State(**{k: v for k, v in self._saved.state.items() if k != "facts"})
+        if self._saved is None and config.sft.steps == 0:
+            self.state = State("sft", 0)
+        if self.ranks.is_first:
+            folder.rewind(self.state)
+
+    def execute(self) -> None:
+        """Everything that is not done yet. Raises Stopped at Ctrl-C, with the state saved."""
+        folder, config, ranks = self.folder, self.config, self.ranks
+        with StopRequest() as self.stop:
+            if ranks.is_first:
+                folder.write_json("environment.json", environment())
+            started = time.perf_counter()
+            with ranks.together():
+                task = make_task(config.task, seed=config.task_seed)
+            with ranks.together():
+                self.setup = prepare(config, task, ranks, self._saved)
+            with ranks.together():
+                if config.rl.updates:
+                    prepare_rl(self.setup)
+            self._spend("data", started)
+            tests = " and ".join(f"{len(test)} {name.replace('_', ' ')}" for name, test in task.tests.items())
+            self._say(
+                f"{parameter_count(self.setup.trained):,} parameters; {len(task.train):,} training examples; "
+                f"tests: {tests or 'none'}; files: {folder.path}"
+            )
+            if config.model.checkpoint is not None and (verdict := self_test(self.setup)):
+                self._say(f"shift self-test: {verdict}")
+            self.stop.check()
+            self._train("sft")
+            self._save_model("checkpoint_sft", again=False)
+            self._evaluate("eval_before.json", "after SFT")
+            if config.rl.updates:
+                self._train("rl")
+                self._evaluate("eval_after.json", "after RL")
+            self._save_model("checkpoint", again=True)
+            self._finish()
+
+    def evaluate_as_it_is(self) -> None:
+        """The evaluation after RL of a run that a guard stopped: with the weights that the guard left untouched."""
+        self._evaluate("eval_after.json", "after RL, which a guard stopped")
+
+    def where(self) -> str:
+        total = {"sft": self.config.sft.steps, "rl": self.config.rl.updates}[self.state.phase]
+        return f"{self.state.phase} step {self.state.step} of {total}"
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_first:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _spend(self, part: str, started: float) -> None:
+        self.state.seconds[part] = self.state.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def _save_model(self, name: str, *, again: bool) -> None:
+        if again or not self.ranks.tell((self.folder.path / name).exists())[0]:
+            save_model(self.folder.path / name, self.setup.trained, self.setup.loaded.tokenizer, self.ranks)
+
+    def _save(self, optimizer: torch.optim.Optimizer, figures: dict[str, float]) -> None:
+        number = self.state.step + (self.config.sft.steps if self.state.phase == "rl" else 0)
+        state = {**asdict(self.state), "facts": asdict(self.setup.facts)}
+        numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
+        setup = self.setup
+        self.checkpoints.save(number, setup.trained, setup.loaded.tokenizer, optimizer, state=state, metrics=numbers)
+
+    def _reference(self) -> nn.Module | None:
+        """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
+        config, setup = self.config, self.setup
+        if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
+            return None
+        source = str(self.folder.path / "checkpoint_sft")
+        model = load(
+            source,
+            dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+            facts=asdict(setup.facts),
+        ).model.requires_grad_(False)
+        if self.ranks.group is None:
+            return model.to(self.ranks.device)
+        return distributed.shard(model, self.ranks, replicas=config.parallel.replicas)
+
+    def _steps(self, phase: str, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, float]]:
+        if phase == "sft":
+            return sft_steps(self.setup, optimizer, start=self.state.step)
+        self.setup.reference = self._reference()
+        updates = pair_updates if self.config.task.kind == "pairs" else rl_updates
+        return updates(self.setup, optimizer, start=self.state.step)
+
+    def _train(self, phase: str) -> None:
+        if PHASES.index(self.state.phase) > PHASES.index(phase):
+            return
+        config, state, ranks = self.config, self.state, self.ranks
+        section: OptimizerConfig = config.sft if phase == "sft" else config.rl
+        total = config.sft.steps if phase == "sft" else config.rl.updates
+        probe_every = config.evaluation.probe_every_sft if phase == "sft" else config.evaluation.probe_every_rl
+        optimizer = make_optimizer(self.setup.trained, section)
+        if state.phase != phase:
+            state.phase, state.step = phase, 0
+        elif self._saved is not None:
+            load_state(self._saved, self.setup.trained, optimizer, ranks)
+        name = {"sft": "supervised", "rl": "reinforcement"}[phase]
+        steps = self._steps(phase, optimizer)
+        saved_at = state.step
+        with bar(self.console, name, total, done=state.step, shown=ranks.is_first) as shown:
+            while state.step < total:
+                try:
+                    with self._autocast():
+                        figures = next(steps)
+                except UserError:  # a guard, before the weights were touched; all ranks are told, and come here
+                    if state.step != saved_at and (phase == "sft" or config.rl.inner_iterations == 1):
+                        self._save(optimizer, {})
+                    raise
+                state.step += 1
+                state.tokens += int(figures["tokens"])
+                for key in ("seconds_rollout", "seconds_gradient") if phase == "rl" else ("seconds",):
+                    part = f"{phase}{key.removeprefix('seconds')}"
+                    state.seconds[part] = state.seconds.get(part, 0.0) + figures[key]
+                if probe_every and state.step % probe_every == 0:
+                    figures |= self._probe()
+                figures["peak_memory_mb"] = peak_memory_mb()
+                if ranks.is_first:
+                    self.folder.log({"phase": phase, "step": state.step, **figures})
+                shown.advance(1, {key: figures[key] for key in _SHOWN[phase] if key in figures})
+                stopping = any(ranks.tell(self.stop.wanted))  # read once: what stops here is saved here
+                if state.step % section.save_every == 0 or state.step == total or stopping:
+                    self._save(optimizer, figures)
+                    saved_at = state.step
+                if stopping:
+                    raise Stopped
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
+        wanted = self.config.parallel.dtype == "bfloat16" and self.ranks.group is None
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+    def _probe(self) -> dict[str, float]:
+        """Accuracy on a few unseen examples, to be looked at only: nothing is chosen by it but the best checkpoints."""
+        started = time.perf_counter()
+        figures = {}
+        for name, test in list(self.setup.task.tests.items())[:1]:
+            examples = test[: self.config.evaluation.probe_examples]
+            for way, decoding in decodings(self.config.rollout).items():
+                figures[f"probe_{way}"] = self._solve(name, examples, decoding)["correct"]
+        self._spend("probes", started)
+        return figures
+
+    def _solve(
+        self, name: str, examples: Sequence[Example], decoding: RolloutConfig, between: Callable[[int], None] | None = None
+    ) -> Figures:
+        with self._autocast():
+            return evaluate(self.setup, name, examples, decoding, between=between)
+
+    def _evaluate(self, name: str, label: str) -> None:
+        if self.ranks.tell((self.folder.path / name).exists())[0]:
+            return
+        started = time.perf_counter()
+        ways, tests = decodings(self.config.rollout), self.setup.task.tests
+        total = len(ways) * sum(len(test) for test in tests.values())
+        with bar(self.console, f"evaluation {label}", total, shown=self.ranks.is_first) as shown:
+
+            def between(done: int) -> None:
+                shown.advance(done)
+                if any(self.ranks.tell(self.stop.wanted)):
+                    raise Stopped
+
+            sets = {
+                test: {way: self._solve(test, examples, decoding, between) for way, decoding in ways.items()}
+                for test, examples in tests.items()
+            }
+        result: dict[str, Any] = {
+            "model": label,
+            "at": self.where(),
+            "seed": self.config.seed,
+            "sets": sets,
+            "environment": environment(),
+        }
+        if name == "eval_after.json":
+            before = self.folder.read_json("eval_before.json")["sets"]
+            result["gain"] = {
+                test: {way: paired_gain(before[test][way], after) for way, after in by_way.items()}
+                for test, by_way in sets.items()
+            }
+        self._spend("evaluation", started)
+        if self.ranks.is_first:
+            self.folder.write_json(name, result)
+        self.ranks.wait()
+
+    def _finish(self) -> None:
+        folder = self.folder
+        if not self.ranks.is_first:
+            return
+        started = time.perf_counter()
+        evaluations = [folder.read_json(n) for n in ("eval_before.json", "eval_after.json") if (folder.path / n).exists()]
+        draw_curves(folder.metrics(), evaluations, folder.path / "curves.png")
+        self._spend("report", started)
+        write_report(folder, self.config, self.state, evaluations, parameters=parameter_count(self.setup.trained))
+        folder.close()
+        self.console.print(result_table(folder.path, self.state, evaluations, peak_mb=peak_memory_mb()))

@@ -1,0 +1,71 @@
+"""What every phase of a run works with: model, task, texts and ids, ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..config import RolloutConfig, RunConfig
+from ..distributed import Ranks
+from ..facts import Facts
+from ..models.codec import Codec
+from ..models.loading import Loaded
+from ..tasks import Task
+
+
+@dataclass
+class Setup:
+    config: RunConfig
+    loaded: Loaded
+    task: Task
+    codec: Codec
+    ranks: Ranks
+    trained: nn.Module  # the model, or the adapters around it
+    reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.trained  # type: ignore[return-value]
+
+    @property
+    def facts(self) -> Facts:
+        return self.loaded.facts
+
+    @property
+    def length(self) -> int:
+        """L, tokens of a completion."""
+        return self.codec.length
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a rollout, where they are known beforehand; else one a token."""
+        rollout, sampler = self.config.rollout, self.config.rollout.resolved()
+        if rollout.steps is None:
+            return self.length
+        blocks = -(-self.length // (rollout.block_length or self.length)) if sampler.blocks == "sequence" else 1
+        return min(self.length, rollout.steps * blocks)
+
+    def generate_options(self, *, greedy: bool = False, rollout: RolloutConfig | None = None) -> dict[str, Any]:
+        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's."""
+        rollout = rollout or self.config.rollout
+        return {
+            **rollout.generate_options(self.length, self.facts.eos_id),
+            "mask_id": self.facts.mask_id,
+            "shift": self.facts.shift,
+            "suppress": self.loaded.suppressed,
+            "greedy": greedy,
+        }
+
+    def scoring_options(
+        self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool
+    ) -> dict[str, Any]:
+        """Keywords of `accumulate` and `score_samples`. `as_rolled_out`: without the mask id, as the rollout draws."""
+        suppressed = self.loaded.suppressed
+        return {
+            "suppress": (*suppressed, self.facts.mask_id) if as_rolled_out else suppressed,
+            "model_kwargs": self.loaded.call_kwargs(attention_mask_BS) or None,
+            "sequences_per_pass": micro_batch,
+        }

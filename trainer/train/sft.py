@@ -1,0 +1,69 @@
+"""Supervised fine-tuning with the ELBO: one mask per example and step, drawn anew every epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from dllm_kernels import elbo_loss, headless, make_mask_plan, noise
+
+from ..errors import ConfigError
+from ..models.codec import joined
+from .optimization import batch_indices, guarded_step, learning_rate
+from .setup import Setup
+
+
+def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
+    """Steps `start`..`sft.steps - 1`, each yielding its figures; data, masks and order are functions of (seed, step)."""
+    config, ranks, task, facts = setup.config.sft, setup.ranks, setup.task, setup.facts
+    if config.batch % ranks.size:
+        raise ConfigError(f"sft.batch must be a multiple of the {ranks.size} ranks, got {config.batch}")
+    pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
+    for step in range(start, config.steps):
+        started = time.perf_counter()
+        chosen, epoch = batch_indices("sft", setup.config.seed, len(task.train), config.batch, step)
+        examples = [task.train[i] for i in chosen[ranks.share(config.batch)].tolist()]
+        with ranks.together():
+            ids, completion, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), pad_id)
+        plan = make_mask_plan(
+            ids,
+            completion,
+            law=config.law,
+            samples=1,
+            seed=setup.config.seed,
+            sequence_ids=noise.sequence_ids([f"sft/{e.id}" for e in examples], epoch=epoch),
+            mask_id=facts.mask_id,
+            shift=facts.shift,
+            attention_mask_BS=real,
+            **config.law_options(),
+        ).to(ranks.device)
+        micro_batch = config.micro_batch or len(examples)
+        value = 0.0
+        with headless(setup.model) as body:
+            for first in range(0, len(examples), micro_batch):
+                span = slice(first, first + micro_batch)
+                part = plan.cut(sequences=span)
+                mask = None if real is None else real[span].to(ranks.device)
+                hidden = body(part.noisy_ids[0], **setup.loaded.call_kwargs(mask))
+                p_mask, lengths = part.p_mask_KB[0][:, None], part.lengths_B
+                options = {**body.options, "shift": facts.shift} if facts.shift else body.options
+                loss = elbo_loss(hidden, body.weight, part.input_ids_BS, part.masked[0], p_mask, lengths=lengths, **options)
+                share = len(part.input_ids_BS) / config.batch
+                (loss if share == 1 else loss * share).backward()
+                value += float(loss.detach()) * share
+        value = ranks.total(value)
+        lr = learning_rate(config, step, config.steps)
+        norm = guarded_step(setup.model, optimizer, value, config, lr)
+        seconds = time.perf_counter() - started
+        tokens = ranks.total(plan.input_ids_BS.numel())
+        yield {
+            "loss": value,
+            "elbo": -value * setup.length,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
