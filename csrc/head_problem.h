@@ -17,7 +17,35 @@ struct Matrix {  // element (i, j) at data + i * row + j * column, in elements
   int64_t row, column;
 };
 
-// One chosen output of gradients: null where it is not wanted.
+struct Operands {
+  Matrix hidden, weight;
+  const int64_t* index;             // [N] rows of hidden, or null: all in order
+  int64_t rows, vocabulary, width;  // N, V, H
+};
+
+// What turns raw logits into final ones: dllm_kernels' HeadOptions, with the excluded ids as a mask.
+struct Options {
+  const float* bias;              // [V] or null
+  float softcap;                  // 0: none
+  float temperature;              // of every row, where temperature_rows is null
+  const float* temperature_rows;  // [N] or null
+  const uint8_t* excluded;        // [V] or null
+};
+
+struct Statistics {  // [N] each, null where not wanted
+  float *logp, *lse, *entropy, *top_logp;
+  int64_t* top_id;
+};
+
+struct Draw {
+  const int64_t* key;  // [N], null without noise
+  uint32_t step;
+  float sample_temperature;  // 0: argmax
+  int64_t* token;            // [N]
+  float* token_logp;         // [N], at temperature 1
+};
+
+// Where gradients go: null where one is not wanted.
 struct Gradients {
   void* vectors[2];     // [N, H] in `type`: sums over v of operand 0 and of operand 1 times W
   void* operands[2];    // [V, N] in `type`: the operands themselves, for the `keep` plan
@@ -28,19 +56,9 @@ struct Gradients {
   bool overwrite;       // dweight and dbias are written, not added to
 };
 
-struct HeadProblem {
-  Matrix hidden, weight;
-  const int64_t* index;            // [N] rows of hidden, or null: all in order
-  int64_t rows, vocabulary, width; // N, V, H
-  const float* bias;               // [V] or null
-  float softcap;                   // 0: none
-  float temperature;               // of every row, where temperature_rows is null
-  const float* temperature_rows;   // [N] or null
-  const uint8_t* excluded;         // [V] or null
-  const int64_t* target;           // [N], checked; null for sampling
-
-  float *logp, *lse, *entropy, *top_logp;  // [N] or null
-  int64_t* top_id;                         // [N] or null
+struct HeadProblem : Operands, Statistics, Draw {
+  Options options;
+  const int64_t* target;  // [N], checked; null for sampling
 
   // Operand 0 is coef * d logp / d z + entropy_coef * d entropy / d z (coef null: 1, entropy_coef null: 0), operand 1 is
   // d entropy / d z.
@@ -51,14 +69,7 @@ struct HeadProblem {
   // `from_operands`: operand 0 is stored[0] * coef + stored[1] * entropy_coef, and no logits are made
   const void* stored[2];  // [V, N] in `out.type`, or null
 
-  // sampling
-  const int64_t* key;        // [N] or null
-  uint32_t step;
-  float sample_temperature;  // 0: argmax
-  int64_t* token;            // [N]
-  float* token_logp;         // [N], at temperature 1
-
-  int64_t chunk;             // rows at a time, a multiple of 32
+  int64_t chunk;  // rows at a time, a multiple of 32
 };
 
 struct Engine {

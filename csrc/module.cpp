@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -189,86 +190,70 @@ dllm::Matrix matrix(const Strided& s) {
   return {address<const void>(std::get<0>(s)), static_cast<Type>(std::get<1>(s)), std::get<2>(s), std::get<3>(s)};
 }
 
-HeadProblem problem(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width) {
+// Constructors of the structs of head_problem.h, from addresses; 0 is null.
+dllm::Operands operands(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width) {
+  return {matrix(hidden), matrix(weight), address<const int64_t>(index), rows, vocabulary, width};
+}
+
+dllm::Options options(uintptr_t bias, float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded) {
+  return {address<const float>(bias), softcap, temperature, address<const float>(temperature_rows), address<const uint8_t>(excluded)};
+}
+
+dllm::Statistics statistics(uintptr_t logp, uintptr_t lse, uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id) {
+  return {address<float>(logp), address<float>(lse), address<float>(entropy), address<float>(top_logp), address<int64_t>(top_id)};
+}
+
+dllm::Draw draw(uintptr_t key, uint32_t step, float temperature, uintptr_t token, uintptr_t token_logp) {
+  return {temperature > 0 ? address<const int64_t>(key) : nullptr, step, temperature, address<int64_t>(token), address<float>(token_logp)};
+}
+
+dllm::Gradients gradients(std::pair<uintptr_t, uintptr_t> vectors, std::pair<uintptr_t, uintptr_t> operands, uintptr_t dweight,
+                          int64_t dweight_row, uintptr_t dbias, bool overwrite) {
+  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<void>(operands.first), address<void>(operands.second)},
+          address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite};
+}
+
+using Coefficients = std::pair<uintptr_t, uintptr_t>;  // of logp and of entropy, or of two stored operands
+
+HeadProblem problem(const dllm::Operands& operands, const Coefficients& coef, const dllm::Gradients& out) {
   HeadProblem p{};
-  p.hidden = matrix(hidden);
-  p.weight = matrix(weight);
-  p.index = address<const int64_t>(index);
-  p.rows = rows;
-  p.vocabulary = vocabulary;
-  p.width = width;
-  p.temperature = 1;
+  static_cast<dllm::Operands&>(p) = operands;
+  p.options.temperature = 1;
+  p.coef = address<const float>(coef.first);
+  p.entropy_coef = address<const float>(coef.second);
+  p.out = out;
   p.out.type = p.hidden.type;
   return p;
 }
 
-void options(HeadProblem& p, uintptr_t bias, float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded) {
-  p.bias = address<const float>(bias);
-  p.softcap = softcap;
-  p.temperature = temperature;
-  p.temperature_rows = address<const float>(temperature_rows);
-  p.excluded = address<const uint8_t>(excluded);
-}
-
-void head(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width, uintptr_t bias,
-          float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded, uintptr_t target, uintptr_t logp, uintptr_t lse,
-          uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id, bool gradient, uintptr_t coef, uintptr_t entropy_coef, uintptr_t vectors0,
-          uintptr_t vectors1, uintptr_t operands0, uintptr_t operands1, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, bool overwrite,
-          int64_t threads, int64_t budget) {
+void head(const dllm::Operands& operands, const dllm::Options& options, uintptr_t target, const dllm::Statistics& statistics, bool gradient,
+          const Coefficients& coef, const dllm::Gradients& out, int64_t threads, int64_t budget) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
-  options(p, bias, softcap, temperature, temperature_rows, excluded);
+  HeadProblem p = problem(operands, coef, out);
+  static_cast<dllm::Statistics&>(p) = statistics;
+  p.options = options;
   p.target = address<const int64_t>(target);
-  p.logp = address<float>(logp);
-  p.lse = address<float>(lse);
-  p.entropy = address<float>(entropy);
-  p.top_logp = address<float>(top_logp);
-  p.top_id = address<int64_t>(top_id);
   p.gradient = gradient;
-  p.coef = address<const float>(coef);
-  p.entropy_coef = address<const float>(entropy_coef);
-  p.out.vectors[0] = address<void>(vectors0);
-  p.out.vectors[1] = address<void>(vectors1);
-  p.out.operands[0] = address<void>(operands0);
-  p.out.operands[1] = address<void>(operands1);
-  p.out.dweight = address<float>(dweight);
-  p.out.dweight_row = dweight_row;
-  p.out.dbias = address<float>(dbias);
-  p.out.overwrite = overwrite;
   run(p, threads, budget);
 }
 
-void from_operands(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width,
-                   uintptr_t stored0, uintptr_t coef0, uintptr_t stored1, uintptr_t coef1, uintptr_t vectors, uintptr_t dweight,
-                   int64_t dweight_row, uintptr_t dbias, bool overwrite, int64_t threads) {
+void from_operands(const dllm::Operands& operands, std::pair<uintptr_t, uintptr_t> stored, const Coefficients& coef,
+                   const dllm::Gradients& out, int64_t threads) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
+  HeadProblem p = problem(operands, coef, out);
   p.gradient = true;
-  p.stored[0] = address<const void>(stored0);
-  p.stored[1] = address<const void>(stored1);
-  p.coef = address<const float>(coef0);
-  p.entropy_coef = address<const float>(coef1);
-  p.out.vectors[0] = address<void>(vectors);
-  p.out.dweight = address<float>(dweight);
-  p.out.dweight_row = dweight_row;
-  p.out.dbias = address<float>(dbias);
-  p.out.overwrite = overwrite;
+  p.stored[0] = address<const void>(stored.first);
+  p.stored[1] = address<const void>(stored.second);
   run(p, threads, 0);
 }
 
-void sample(const Strided& hidden, const Strided& weight, uintptr_t index, int64_t rows, int64_t vocabulary, int64_t width, uintptr_t bias,
-            float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded, uintptr_t key, uint32_t step,
-            float sample_temperature, uintptr_t token, uintptr_t logp, uintptr_t entropy, uintptr_t lse, int64_t threads) {
+void sample(const dllm::Operands& operands, const dllm::Options& options, const dllm::Statistics& statistics, const dllm::Draw& draw,
+            int64_t threads) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(hidden, weight, index, rows, vocabulary, width);
-  options(p, bias, softcap, temperature, temperature_rows, excluded);
-  p.key = sample_temperature > 0 ? address<const int64_t>(key) : nullptr;
-  p.step = step;
-  p.sample_temperature = sample_temperature;
-  p.token = address<int64_t>(token);
-  p.token_logp = address<float>(logp);
-  p.entropy = address<float>(entropy);
-  p.lse = address<float>(lse);
+  HeadProblem p = problem(operands, {}, {});
+  static_cast<dllm::Statistics&>(p) = statistics;
+  static_cast<dllm::Draw&>(p) = draw;
+  p.options = options;
   run(p, threads, 0);
 }
 
@@ -293,7 +278,7 @@ bool values_fit(uintptr_t target, uintptr_t index, int64_t rows, int64_t availab
 // The bytes that a call of `head` works in, beyond its arguments.
 int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t threads,
                         int64_t budget) {
-  HeadProblem p = problem({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width);
+  HeadProblem p = problem(operands({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width), {}, {});
   const dllm::Engine& engine = current.load()->of(p);
   p.gradient = gradient;
   p.out.dweight = address<float>(dweight ? 1 : 0);
@@ -308,6 +293,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "dllm-kernels: the CPU head engine. Addresses are not checked here; use dllm_kernels.backends.cpu.";
   set_isa(supported_isas().front());
   bind_noise(m);
+  namespace py = pybind11;
+  py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
+  py::class_<dllm::Options>(m, "Options").def(py::init(&options));
+  py::class_<dllm::Statistics>(m, "Statistics").def(py::init(&statistics));
+  py::class_<dllm::Draw>(m, "Draw").def(py::init(&draw));
+  py::class_<dllm::Gradients>(m, "Gradients").def(py::init(&gradients));
   m.def("head", &head);
   m.def("from_operands", &from_operands);
   m.def("sample", &sample);

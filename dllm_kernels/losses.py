@@ -1,15 +1,15 @@
-"""ELBO losses: short users of `score_tokens` for anybody's training loop."""
+"""ELBO losses for any training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.backends.contract import HeadOptions
+from dllm_kernels.head.scoring import score
 
 _REDUCTIONS = ("mean", "sequence")
 
@@ -58,11 +58,11 @@ def elbo_loss(
     factor_N = 1.0 / _at_rows("p_mask", p_mask, masked.shape, position_N, upper=1.0)
     sequence_N = position_N // L
     leading = masked.shape[:-1]
-    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "temperature": temperature, "suppress": suppress}
+    options = HeadOptions(bias, softcap, temperature, suppress)
     if reduction == "sequence":
         if lengths is not None:
             raise ValueError("lengths divides only under reduction='mean', got reduction='sequence'")
-        logp_N = score_tokens(hidden, weight, target_N, **options).logp
+        logp_N = score(hidden, weight, target_N, rows, options).logp
         assert logp_N is not None
         return _sum_by_sequence(-logp_N * factor_N.to(logp_N.dtype), position_N, sequences, L).view(leading)
     if lengths is None:
@@ -70,7 +70,7 @@ def elbo_loss(
     else:
         length_N = _at_rows("lengths", lengths, leading, sequence_N)
         factor_N = factor_N / (length_N * sequences)
-    total = score_tokens(hidden, weight, target_N, coef=-factor_N, **options).weighted_sum
+    total = score(hidden, weight, target_N, rows, options, coef=-factor_N).weighted_sum
     assert total is not None
     return total
 
@@ -138,17 +138,17 @@ def bgpo_loss(
     advantages = advantages.detach()
     divisor = samples * (B if sequences is None else checks.count("sequences", sequences))
     factor_N = _at_rows("token_weight", token_weight, masked.shape, position_N)
-    options: dict[str, Any] = {"rows": rows, "bias": bias, "softcap": softcap, "temperature": temperature, "suppress": suppress}
+    options = HeadOptions(bias, softcap, temperature, suppress)
     if old_elbo is None:
         coef_N = -advantages.to(factor_N.dtype)[position_N // L] * factor_N / divisor
-        scores = score_tokens(hidden, weight, target_N, coef=coef_N, **options)
+        scores = score(hidden, weight, target_N, rows, options, coef=coef_N)
         assert scores.weighted_sum is not None
         # value of the loss at d = 0 with the gradient of the weighted sum
         return scores.weighted_sum - scores.weighted_sum.detach() - (advantages.sum() / divisor).to(scores.weighted_sum.dtype)
     checks.shape("old_elbo", old_elbo, [B])
     checks.same_device("old_elbo", old_elbo, "hidden", hidden)
     checks.finite("old_elbo", old_elbo)
-    logp_N = score_tokens(hidden, weight, target_N, **options).logp
+    logp_N = score(hidden, weight, target_N, rows, options).logp
     assert logp_N is not None
     elbo_B = _sum_by_sequence(logp_N * factor_N.to(logp_N.dtype), position_N, B, L)
     return -bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor

@@ -14,6 +14,8 @@ gradient never reaches the model: see `keep_zeros`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -118,7 +120,7 @@ def accumulate(
             raise ValueError(f"group must be None for {objective.name}, which does not say what its ranks would share")
         if denominator is None:
             denominator = ranks.denominator(objective, plan, batch, group)
-        engine = Engine(body, objective, denominator, {**body.options, "suppress": suppress}, head_plan, keep_zeros)
+        engine = Engine(body, objective, denominator, replace(body.options, suppress=suppress), head_plan, keep_zeros)
         elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=engine.dtype, device=plan.input_ids_BS.device)
         loss = elbo_BK.new_zeros(())
         places = _places(cuts, objective, coupling, keep_zeros, elbo_BK)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels.accumulation import ranks
-from dllm_kernels.accumulation.micro_batches import Cut, Cuts, in_step
+from dllm_kernels.accumulation.micro_batches import Cut, Cuts, Selection, in_step
 from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.accumulation.report import Meter
-from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.backends.contract import HeadOptions
+from dllm_kernels.head.scoring import Scores, score
 from dllm_kernels.model.headless import Body
 
 
@@ -29,7 +30,7 @@ class Engine:
         body: Body,
         objective: Objective,
         denominator: float,
-        options: dict[str, Any],
+        options: HeadOptions,
         head_plan: str | None,
         keep_zeros: bool,
     ) -> None:
@@ -143,7 +144,7 @@ class Engine:
         with torch.no_grad():
             chosen = cut.select(None if self.keep_zeros else torch.ones_like(rows.index, dtype=torch.bool))
             hidden = chosen.hidden(self.body)
-            scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, **self.options)
+            scores = score(hidden, self.body.weight, chosen.target_N, chosen.index_N, self.options)
         self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)
         assert scores.logp is not None
         return scores.logp
@@ -156,7 +157,7 @@ class Engine:
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
         coef_N = (coef_N if keep_N is None else coef_N[keep_N]).to(statistics_dtype(hidden))
-        scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, coef=coef_N, **self.options)
+        scores = self._scored(hidden, chosen, coef=coef_N)
         assert scores.weighted_sum is not None
         assert scores.logp is not None
         scores.weighted_sum.backward()
@@ -171,14 +172,18 @@ class Engine:
             return self._contributions(logp_N, cut).detach(), logp_N, keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        head = {"rows": chosen.index_N, "plan": self.head_plan, **self.options}
-        scores = score_tokens(hidden, self.body.weight, chosen.target_N, **head)
+        scores = self._scored(hidden, chosen, plan=self.head_plan)
         assert scores.logp is not None
         logp_N = _spread(scores.logp, keep_N)
         loss = self._contributions(logp_N, cut)
         loss.backward()
         self.meter.ran(chosen.ids.numel(), len(chosen.index_N), scores.plan, backward=True)
         return loss.detach(), logp_N.detach(), keep_N
+
+    def _scored(self, hidden: Tensor, chosen: Selection, **how: Any) -> Scores:
+        """The rows with a gradient; that of a sharded head's weight is added up where the head is gathered."""
+        body = self.body
+        return score(hidden, body.weight, chosen.target_N, chosen.index_N, self.options, take_dweight=body.take_dweight, **how)
 
     def _weighed(self, cut: Cut) -> Tensor:
         """bool `[N]`: the rows of samples with a weight; sequences without one were left out before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dllm_kernels.accumulation.micro_batches import in_step, make_cuts
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.passes import statistics_dtype
-from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.head.scoring import score
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import dropout_names, headless
 
@@ -37,14 +38,14 @@ def score_samples(
     refuse_dropout(model)
     cuts = make_cuts(plan, Batch(), model_kwargs, samples_per_pass, sequences_per_pass)
     with torch.no_grad(), headless(model) as body:
-        options = {**body.options, "suppress": suppress}
+        options = replace(body.options, suppress=suppress)
         sizes = (B, K, S) if per_token else (B, K)
         found = torch.zeros(sizes, dtype=statistics_dtype(body.parameter), device=plan.input_ids_BS.device)
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
                 selected = cut.select(torch.ones_like(cut.plan.rows.index, dtype=torch.bool))
                 target_N, index_N = selected.target_N, selected.index_N
-                logp_N = score_tokens(selected.hidden(body), body.weight, target_N, rows=index_N, **options).logp
+                logp_N = score(selected.hidden(body), body.weight, target_N, index_N, options).logp
                 assert logp_N is not None
                 if per_token:
                     dense_KBS = found.new_zeros(cut.plan.shape).masked_scatter_(cut.plan.scored, logp_N)

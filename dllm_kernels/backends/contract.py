@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +16,67 @@ ROW_BLOCK = 256  # rows of every GEMM: one shape, hence one summation order, wha
 WORKSPACE_BYTES = {"cpu": 256 << 20}
 GPU_WORKSPACE_BYTES = 512 << 20
 STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
+OPERANDS = ("operand", "entropy_operand")  # what the plan "keep" stores
+
+WeightGradient = Callable[[Tensor], None]  # takes the weight's gradient, in fp32 where the weight has 16 bits
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOptions:
+    """What turns raw logits into final ones: `softcap * tanh((z + bias) / softcap) / temperature`, some ids excluded.
+
+    Made once from a user's arguments and handed on whole. `**options` passes those that are set as keywords.
+    """
+
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0  # a number or [N]
+    suppress: Sequence[int] = ()  # ids of probability 0
+    valid_vocab: int | None = None  # ids from here on have probability 0
+
+    def keys(self) -> Iterator[str]:
+        """Names of the options that differ from their default."""
+        return (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def of_rows(self, rows: slice | Tensor) -> HeadOptions:
+        """Those of some rows: a per-row temperature is indexed."""
+        return replace(self, temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self
+
+    def excluded(self, vocabulary: int, device: torch.device) -> Tensor | None:
+        """bool `[V]`, True where the probability is 0; None where no id is excluded. Must not be written to."""
+        if not self.suppress and self.valid_vocab is None:
+            return None
+        return _excluded(tuple(self.suppress), self.valid_vocab, vocabulary, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _excluded(suppress: tuple[int, ...], valid_vocab: int | None, vocabulary: int, device: torch.device) -> Tensor | None:
+    limit = vocabulary if valid_vocab is None else valid_vocab
+    if not suppress and limit == vocabulary:
+        return None
+    with torch.inference_mode(False):  # a later call outside inference mode gets the same tensor
+        excluded_V = torch.arange(vocabulary, device=device) >= limit
+        if suppress:
+            excluded_V[torch.tensor(suppress, device=device)] = True
+    return excluded_V
 
 
 @dataclass(frozen=True)
 class HeadProblem:
     """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.
 
-    `z = softcap * tanh((h W^T + b) / softcap) / temperature`, excluded ids at -inf, then log-softmax over V.
+    The final logits are those of `options`, then log-softmax over V. A bias is detached, a per-row temperature in the
+    statistics' dtype.
     """
 
     hidden_MH: Tensor
     weight_VH: Tensor
     target_N: Tensor
     index_N: Tensor | None = None
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    temperature: float | Tensor = 1.0
-    excluded_V: Tensor | None = None
+    options: HeadOptions = HeadOptions()
 
     @property
     def rows(self) -> int:
@@ -39,20 +86,30 @@ class HeadProblem:
     def statistics_dtype(self) -> torch.dtype:
         return torch.float64 if self.hidden_MH.dtype == torch.float64 else torch.float32
 
+    @functools.cached_property
+    def excluded_V(self) -> Tensor | None:
+        """bool `[V]`, True where the probability is 0."""
+        return self.options.excluded(len(self.weight_VH), self.hidden_MH.device)
+
     def select(self, keep_N: Tensor) -> HeadProblem:
         """The same problem on the rows that `keep_N` (int64) names."""
         index_N = keep_N if self.index_N is None else self.index_N[keep_N]
-        temperature = self.temperature[keep_N] if isinstance(self.temperature, Tensor) else self.temperature
-        return HeadProblem(
-            self.hidden_MH,
-            self.weight_VH,
-            self.target_N[keep_N],
-            index_N,
-            self.bias_V,
-            self.softcap,
-            temperature,
-            self.excluded_V,
-        )
+        return replace(self, target_N=self.target_N[keep_N], index_N=index_N, options=self.options.of_rows(keep_N))
+
+    def without_operands(self) -> HeadProblem:
+        """The problem as it is kept for backward: hidden states, weight and bias are for autograd to save."""
+        nothing = self.target_N.new_empty(0, 0)
+        return replace(self, hidden_MH=nothing, weight_VH=nothing, options=replace(self.options, bias=None))
+
+    def with_operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadProblem:
+        """What `without_operands` left out, put back. `hidden` may have any leading dimensions."""
+        options = self.options if bias is None else replace(self.options, bias=bias.detach())
+        return replace(self, hidden_MH=flat(hidden), weight_VH=weight.detach(), options=options)
+
+
+def flat(hidden: Tensor) -> Tensor:
+    """`[..., H]` as `[M, H]`."""
+    return hidden if hidden.dim() == 2 else hidden.detach().reshape(-1, hidden.shape[-1])
 
 
 def check(problem: HeadProblem, *, targets: bool) -> None:
@@ -81,3 +138,31 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
     budget = WORKSPACE_BYTES.get(device.type, GPU_WORKSPACE_BYTES)
     fit = budget // (vocabulary * dtype.itemsize * buffers) // ROW_BLOCK * ROW_BLOCK
     return min(max(fit, ROW_BLOCK), -(-rows // ROW_BLOCK) * ROW_BLOCK)
+
+
+def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor]:
+    """Uninitialised results of `run`: statistics `[N]`, kept operands `[N, V]`, all else `[N, H]` in hidden's dtype."""
+    p = problem
+    vocabulary, hidden_size = p.weight_VH.shape
+    result = {}
+    for name in outputs:
+        if name in STATISTICS:
+            dtype = torch.int64 if name == "top_id" else p.statistics_dtype
+            result[name] = torch.empty(p.rows, dtype=dtype, device=p.hidden_MH.device)
+        elif name in OPERANDS:
+            result[name] = empty_operand(p.hidden_MH, p.rows, vocabulary)
+        else:
+            result[name] = p.hidden_MH.new_empty(p.rows, hidden_size)
+    return result
+
+
+def empty_operand(like: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """A kept operand `[N, V]`, which lies in memory as `[V, N]` on every backend: the products of backward read it so."""
+    return like.new_empty(vocabulary, rows).t()
+
+
+def zero(*buffers: Tensor | None) -> None:
+    """Clear the gradient buffers that are there: the result of a call without rows."""
+    for buffer in buffers:
+        if buffer is not None:
+            buffer.zero_()

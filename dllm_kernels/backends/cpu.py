@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Collection
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return extension, None
 
 
+_C: Any  # the extension, or None
 _C, _why = _load()
 
 
@@ -70,15 +72,33 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def _operands(problem: HeadProblem, index_N: Tensor | None) -> tuple[object, ...]:
-    vocabulary, hidden_size = problem.weight_VH.shape
-    return (
-        _strided(problem.hidden_MH),
-        _strided(problem.weight_VH),
-        _address(index_N),
-        problem.rows,
-        vocabulary,
-        hidden_size,
+class _Call:
+    """A problem as the C++ structs see it. Its addresses are good as long as this object lives."""
+
+    def __init__(self, problem: HeadProblem) -> None:
+        p, options = problem, problem.options
+        self.target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+        bias_V = _vector(options.bias)
+        temperature_N = _vector(options.temperature) if isinstance(options.temperature, Tensor) else None
+        self._held = index_N, bias_V, temperature_N, p.excluded_V
+        self.operands = _C.Operands(_strided(p.hidden_MH), _strided(p.weight_VH), _address(index_N), p.rows, *p.weight_VH.shape)
+        self.options = _C.Options(
+            _address(bias_V),
+            options.softcap or 0.0,
+            options.temperature if temperature_N is None else 1.0,
+            _address(temperature_N),
+            _address(p.excluded_V),
+        )
+
+
+def _gradients(result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, *, overwrite: bool) -> object:
+    return _C.Gradients(
+        (_address(result.get("dhidden", result.get("unit"))), _address(result.get("entropy_unit"))),
+        (_address(result.get("operand")), _address(result.get("entropy_operand"))),
+        _address(dweight_VH),
+        0 if dweight_VH is None else dweight_VH.stride(0),
+        _address(dbias_V),
+        overwrite,
     )
 
 
@@ -119,52 +139,20 @@ def run(
             dbias_V=dbias_V,
             overwrite=overwrite,
         )
-    rows, dtype = p.rows, p.hidden_MH.dtype
-    vocabulary, hidden_size = p.weight_VH.shape
     combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
-    result: dict[str, Tensor] = {}
-    for name in outputs:
-        if name in STATISTICS:
-            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else torch.float32)
-        elif name in ("operand", "entropy_operand"):
-            result[name] = torch.empty(vocabulary, rows, dtype=dtype).t()
-        else:
-            result[name] = torch.empty(rows, hidden_size, dtype=dtype)
-    if rows == 0 and overwrite:
-        for buffer in (dweight_VH, dbias_V):
-            if buffer is not None:
-                buffer.zero_()
-    vectors, operand = result.get("dhidden", result.get("unit")), result.get("operand")
-    entropy_vectors, entropy_operand = result.get("entropy_unit"), result.get("entropy_operand")
-    gradient = combined or any(x is not None for x in (vectors, operand, entropy_vectors, entropy_operand))
-    temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
-    bias_V, excluded_V = _vector(p.bias_V), p.excluded_V
+    result = contract.allocate(p, outputs)
+    if p.rows == 0 and overwrite:
+        contract.zero(dweight_VH, dbias_V)
     coef_N, entropy_coef_N = (_vector(coef_N), _vector(entropy_coef_N)) if combined else (None, None)
-    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+    call = _Call(p)
     _C.head(
-        *_operands(p, index_N),
-        _address(bias_V),
-        p.softcap or 0.0,
-        1.0 if isinstance(p.temperature, Tensor) else p.temperature,
-        _address(temperature_N),
-        _address(excluded_V),
-        _address(target_N),
-        _address(result.get("logp")),
-        _address(result.get("lse")),
-        _address(result.get("entropy")),
-        _address(result.get("top_logp")),
-        _address(result.get("top_id")),
-        gradient,
-        _address(coef_N),
-        _address(entropy_coef_N),
-        _address(vectors),
-        _address(entropy_vectors),
-        _address(operand),
-        _address(entropy_operand),
-        _address(dweight_VH),
-        0 if dweight_VH is None else dweight_VH.stride(0),
-        _address(dbias_V),
-        overwrite,
+        call.operands,
+        call.options,
+        _address(call.target_N),
+        _C.Statistics(*(_address(result.get(name)) for name in STATISTICS)),
+        combined or any(name not in STATISTICS for name in outputs),
+        (_address(coef_N), _address(entropy_coef_N)),
+        _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
         torch.get_num_threads(),
         WORKSPACE_BYTES["cpu"],
     )
@@ -184,27 +172,19 @@ def from_operands(
     p = problem
     if _C is None or p.hidden_MH.dtype not in _TYPES:
         return reference.from_operands(p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, overwrite=overwrite)
-    out_NH = torch.empty(p.rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype) if dhidden else None
+    result = contract.allocate(p, ("dhidden",) if dhidden else ())
     if p.rows == 0 and overwrite:
-        for buffer in (dweight_VH, dbias_V):
-            if buffer is not None:
-                buffer.zero_()
+        contract.zero(dweight_VH, dbias_V)
     stored = [(operand_NV.t().contiguous(), _vector(coef_N)) for operand_NV, coef_N in operands]
-    addresses = [(_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored]
-    first, second = addresses[0], addresses[1] if len(addresses) > 1 else (0, 0)
-    index_N = _vector(p.index_N, torch.int64)
+    pairs = [*((_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored), (0, 0)][:2]
+    call = _Call(p)
     _C.from_operands(
-        *_operands(p, index_N),
-        *first,
-        *second,
-        _address(out_NH),
-        _address(dweight_VH),
-        0 if dweight_VH is None else dweight_VH.stride(0),
-        _address(dbias_V),
-        overwrite,
+        call.operands,
+        *zip(*pairs),
+        _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
         torch.get_num_threads(),
     )
-    return out_NH
+    return result.get("dhidden")
 
 
 def sample(
@@ -225,19 +205,12 @@ def sample(
         return reference.sample(p, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
     result = {"token": torch.empty(p.rows, dtype=torch.int64)}
     result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}
-    temperature_N = _vector(p.temperature) if isinstance(p.temperature, Tensor) else None
-    bias_V, key_N, index_N = _vector(p.bias_V), key_N.contiguous(), _vector(p.index_N, torch.int64)
+    call, key_N = _Call(p), key_N.contiguous()
     _C.sample(
-        *_operands(p, index_N),
-        _address(bias_V),
-        p.softcap or 0.0,
-        1.0 if isinstance(p.temperature, Tensor) else p.temperature,
-        _address(temperature_N),
-        _address(p.excluded_V),
-        _address(key_N),
-        step,
-        temperature,
-        *(_address(result[name]) for name in ("token", "logp", "entropy", "lse")),
+        call.operands,
+        call.options,
+        _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0),
+        _C.Draw(_address(key_N), step, temperature, _address(result["token"]), _address(result["logp"])),
         torch.get_num_threads(),
     )
     return result

@@ -12,12 +12,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from dllm_kernels.backends.contract import ROW_BLOCK, STATISTICS, HeadProblem, check, chunk_rows
+from dllm_kernels.backends.contract import ROW_BLOCK, STATISTICS, HeadOptions, HeadProblem, allocate, check, chunk_rows, zero
 from dllm_kernels.noise import gumbel
 
 __all__ = ["NAME", "check", "from_operands", "restrict_", "row_kernel_", "run", "sample", "workspace_bytes"]
 
 NAME = "reference"
+NO_OPTIONS = HeadOptions()
 SLAB_BYTES = 16 << 20  # of a 16-bit weight, upcast at a time
 
 
@@ -39,31 +40,31 @@ def workspace_bytes(
     return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
 
 
-def _transform_(
-    z_NV: Tensor, bias_V: Tensor | None, softcap: float | None, temperature: float | Tensor, excluded_V: Tensor | None
-) -> Tensor | None:
+def _transform_(z_NV: Tensor, options: HeadOptions) -> Tensor | None:
     """Raw logits to final ones in place; returns d tanh of the softcap, None without one."""
     slope_NV = None
-    if bias_V is not None:
-        z_NV += bias_V
-    if softcap is not None:
-        tanh_NV = torch.tanh(z_NV / softcap)
+    if options.bias is not None:
+        z_NV += options.bias
+    if options.softcap is not None:
+        tanh_NV = torch.tanh(z_NV / options.softcap)
         slope_NV = 1.0 - tanh_NV * tanh_NV
-        torch.mul(tanh_NV, softcap, out=z_NV)
-    z_NV /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
+        torch.mul(tanh_NV, options.softcap, out=z_NV)
+    z_NV /= _by_row(options.temperature)
+    excluded_V = options.excluded(z_NV.shape[1], z_NV.device)
     if excluded_V is not None:  # after softcap, which would map -inf to a finite value
         z_NV.masked_fill_(excluded_V, float("-inf"))
     return slope_NV
 
 
+def _by_row(temperature: float | Tensor) -> float | Tensor:
+    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+
+
 def row_kernel_(
     logits_NV: Tensor,
     target_N: Tensor,
+    options: HeadOptions = NO_OPTIONS,
     *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
-    excluded_V: Tensor | None = None,
     entropy: bool = False,
     top: bool = False,
     gradient: bool = False,
@@ -79,7 +80,7 @@ def row_kernel_(
     Every `[.., V]` tensor has unit stride in V.
     """
     z_NV = logits_NV
-    slope_NV = _transform_(z_NV, bias_V, softcap, temperature, excluded_V)
+    slope_NV = _transform_(z_NV, options)
     max_N = z_NV.amax(-1)
     z_NV -= max_N[:, None]  # both terms of logp are shifted, so a common offset costs no digits
     target_N1 = target_N[:, None]
@@ -108,7 +109,7 @@ def row_kernel_(
     others_N = p_NV.sum(-1) / sum_N
     torch.div(p_NV, -sum_N[:, None], out=z_NV)
     z_NV.scatter_(1, target_N1, others_N[:, None])
-    scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    scale = _by_row(options.temperature)
     factor_NV = 1.0 / scale if slope_NV is None else slope_NV / scale
     z_NV *= factor_NV
     if coef_N is not None:
@@ -147,12 +148,6 @@ def _matmul_nn(operand_NV: Tensor, weight_VH: Tensor) -> Tensor:
         for n in range(0, len(operand_NV), ROW_BLOCK):
             out_NH[n : n + ROW_BLOCK].addmm_(operand_NV[n : n + ROW_BLOCK, span], slab_VH)
     return out_NH
-
-
-def _zero(*buffers: Tensor | None) -> None:
-    for buffer in buffers:
-        if buffer is not None:
-            buffer.zero_()
 
 
 def _add_head_gradient(
@@ -199,26 +194,16 @@ def run(
     late_entropy = "entropy_unit" in outputs or "entropy_operand" in outputs
     gradient = combined or late
 
-    result: dict[str, Tensor] = {}
-    for name in outputs:
-        if name in STATISTICS:
-            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, device=device)
-        else:
-            # an operand lies in memory as [V, N] on every backend, which the fake op of `ops.py` counts on
-            by_token = name in ("operand", "entropy_operand")
-            size = (vocabulary, rows) if by_token else (rows, hidden_size)
-            stored = torch.empty(size, dtype=p.hidden_MH.dtype, device=device)
-            result[name] = stored.t() if by_token else stored
+    result = allocate(p, outputs)
     if rows == 0:
         if overwrite:
-            _zero(dweight_VH, dbias_V)
+            zero(dweight_VH, dbias_V)
         return result
 
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=2 if late_entropy else 1)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
     entropy_CV = torch.empty_like(logits_CV) if late_entropy else None
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
-    bias_V = None if p.bias_V is None else p.bias_V.to(dtype)
 
     for start in range(0, rows, chunk):
         n = min(chunk, rows - start)
@@ -230,10 +215,7 @@ def run(
         stats = row_kernel_(
             logits_CV[:n],
             p.target_N[span],
-            bias_V=bias_V,
-            softcap=p.softcap,
-            temperature=p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature,
-            excluded_V=p.excluded_V,
+            p.options.of_rows(span),
             entropy="entropy" in outputs,
             top="top_logp" in outputs or "top_id" in outputs,
             gradient=gradient,
@@ -272,7 +254,7 @@ def from_operands(
     dtype, rows = p.statistics_dtype, p.rows
     out_NH = torch.empty(rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype, device=p.hidden_MH.device) if dhidden else None
     if rows == 0 and overwrite:
-        _zero(dweight_VH, dbias_V)
+        zero(dweight_VH, dbias_V)
     chunk = chunk_rows(max(rows, 1), p.weight_VH.shape[0], dtype, p.hidden_MH.device, buffers=2)
     for start in range(0, rows, chunk):
         span = slice(start, min(start + chunk, rows))
@@ -337,7 +319,7 @@ def sample(
     Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype. With
     `drawn` also `drawn_logp`, `drawn_entropy` and `margin` of the distribution drawn from, restricted and at `temperature`
     (at temperature 0: restricted, at temperature 1).
-    `problem.target_N` gives the number of rows, its values are not read; `problem.temperature` is 1.
+    `problem.target_N` gives the number of rows, its values are not read.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
@@ -351,16 +333,15 @@ def sample(
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64; sorting takes less
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
-    bias_V = None if p.bias_V is None else p.bias_V.to(dtype)
     for start in range(0, rows, chunk):
         n = min(chunk, rows - start)
         padded = -(-n // ROW_BLOCK) * ROW_BLOCK
         span = slice(start, start + n)
         hidden_CH[:n] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
-        temperature_N = p.temperature[span] if isinstance(p.temperature, Tensor) else p.temperature
+        options = p.options.of_rows(span)
         perturbed_NV = logits_CV[:n].clone()
-        _transform_(perturbed_NV, bias_V, p.softcap, temperature_N, p.excluded_V)
+        _transform_(perturbed_NV, options)
         if restricted:
             restrict_(perturbed_NV, temperature or 1.0, top_k, top_p, top_p_first=top_p_first)
         tempered_NV = perturbed_NV / (temperature or 1.0) if drawn else None
@@ -368,15 +349,7 @@ def sample(
             # scaled by the temperature, which changes no argmax and overflows at none
             perturbed_NV = perturbed_NV.double() + temperature * gumbel(key_N[span], vocabulary, step=step)
         token_N = perturbed_NV.argmax(-1)
-        stats = row_kernel_(
-            logits_CV[:n],
-            token_N,
-            bias_V=bias_V,
-            softcap=p.softcap,
-            temperature=temperature_N,
-            excluded_V=p.excluded_V,
-            entropy=True,
-        )
+        stats = row_kernel_(logits_CV[:n], token_N, options, entropy=True)
         if tempered_NV is not None:
             stats |= _drawn_statistics(tempered_NV, token_N)
         result["token"][span] = token_N

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
-from dllm_kernels.backends.contract import STATISTICS
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions
 from dllm_kernels.backends.triton import roofline
 from dllm_kernels.head import plans
-from dllm_kernels.head.options import Options, autocast_operands, check_arguments
+from dllm_kernels.head.options import autocast_operands, check_arguments
 
 _MB = 1e6
 
@@ -139,7 +139,7 @@ def explain(
         hidden, weight = autocast_operands(hidden, weight)
         if isinstance(rows, int):
             raise TypeError("rows must be a torch.Tensor where hidden is one, got int")
-        check_arguments(hidden, weight, rows, target.numel(), bias, Options(softcap, temperature, suppress, valid_vocab))
+        check_arguments(hidden, weight, rows, target.numel(), HeadOptions(bias, softcap, temperature, suppress, valid_vocab))
         (V, H), N, dtype = weight.shape, target.numel(), hidden.dtype
         M, indexed = hidden.numel() // H, rows is not None
         coef_known = coef is not None or entropy_coef is not None

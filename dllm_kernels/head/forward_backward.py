@@ -5,9 +5,10 @@ The eager autograd function and the custom ops of `ops.py` are two shells around
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.head import plans
 from dllm_kernels.head.options import check_finite, check_temperature, device_type
 
+_T = TypeVar("_T")
 _ROWS_AT_ONCE = 1024  # of stored 16-bit vectors, multiplied in fp32
 
 
@@ -26,6 +28,7 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    wide: bool = False  # the weight's as it was added up, in fp32 where the weight has 16 bits
 
 
 class Result(NamedTuple):
@@ -40,6 +43,20 @@ class Result(NamedTuple):
     stored: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
+def _outside_autocast(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Autocast would cast the operands of our products: it is off inside a function whose first argument is a problem."""
+
+    @functools.wraps(function)
+    def called(problem: HeadProblem, *more: Any, **named: Any) -> _T:
+        kind = device_type(problem.target_N)
+        if not torch.is_autocast_enabled(kind):
+            return function(problem, *more, **named)
+        with torch.autocast(kind, enabled=False):
+            return function(problem, *more, **named)
+
+    return called
+
+
 def _check_values(
     backend: ModuleType,
     problem: HeadProblem,
@@ -50,13 +67,14 @@ def _check_values(
 ) -> None:
     """Every check that has to read values, before anything runs."""
     backend.check(problem, targets=targets)
-    check_temperature(problem.temperature)
+    check_temperature(problem.options.temperature)
     if coef_N is not None:
         checks.finite("coef", coef_N)
     if entropy_coef_N is not None:
         checks.finite("entropy_coef", entropy_coef_N)
 
 
+@_outside_autocast
 def forward(
     problem: HeadProblem,
     outputs: Sequence[str],
@@ -64,17 +82,8 @@ def forward(
     needs: Needs,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
-    *,
-    wide: bool = False,
 ) -> Result:
-    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef".
-
-    wide: leave the weight's gradient as it was added up, in fp32 where the weight has 16 bits.
-    """
-    kind = device_type(problem.hidden_MH)
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return forward(problem, outputs, plan, needs, coef_N, entropy_coef_N, wide=wide)
+    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef"."""
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
     if plan != "coef":
@@ -90,7 +99,7 @@ def forward(
 
     dtype = problem.statistics_dtype
     if coef_N is None:
-        coef_N = torch.zeros(problem.rows, dtype=dtype, device=problem.hidden_MH.device)
+        coef_N = torch.zeros(problem.rows, dtype=dtype, device=problem.target_N.device)
     elif coef_N.dtype != dtype:
         coef_N = coef_N.to(dtype)
     wanted = {*outputs, "logp"}
@@ -113,44 +122,32 @@ def forward(
     weighted_sum = torch.dot(coef_N, vectors["logp"])
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
-    dweight_VH = dweight_VH if wide else _cast(dweight_VH, problem.weight_VH)
-    stored = (vectors.pop("dhidden", None), dweight_VH, _cast(dbias_V, problem.bias_V))
-    return Result(vectors, weighted_sum, stored)
+    return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *_finished(problem, needs, dweight_VH, dbias_V)))
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@_outside_autocast
 def backward(
-    plan: str,
-    problem: HeadProblem | None,
-    index_N: Tensor | None,
-    shape: Sequence[int],
-    stored: Sequence[Tensor | None],
-    needs: Needs,
-    dsum: Tensor | None,
-    dlogp_N: Tensor | None,
-    dentropy_N: Tensor | None,
-    *,
-    wide: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    problem: HeadProblem, plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Gradients
+) -> Gradients:
     """Gradients of hidden, weight and bias from what `forward` stored and what arrives upstream, which is not nothing.
 
-    `wide` is as in `forward`, `shape` is hidden's, `index_N` the rows; the problem itself is needed for "keep" and
-    "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
+    arrived: the gradients of `weighted_sum`, logp and entropy. `shape` is hidden's. The problem's operands are read for
+    the plans "keep" and "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
     """
-    arrived = dsum if dsum is not None else dlogp_N if dlogp_N is not None else dentropy_N
-    assert arrived is not None
-    kind = device_type(arrived)
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return backward(plan, problem, index_N, shape, stored, needs, dsum, dlogp_N, dentropy_N, wide=wide)
+    dsum, dlogp_N, dentropy_N = arrived
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
         dhidden_NH, dweight, dbias = [g if g is None or factor is None else g * factor for g in stored]
-        return None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape), dweight, dbias
-    if problem is None:
-        return _sum_of_scaled_rows(_pairs(stored, dlogp_N, dentropy_N), index_N, shape), None, None
+        return None if dhidden_NH is None else _scatter(dhidden_NH, problem.index_N, shape), dweight, dbias
+    if plan not in plans.REREAD:
+        return _sum_of_scaled_rows(_pairs(stored, dlogp_N, dentropy_N), problem.index_N, shape), None, None
 
     dweight_VH, dbias_V = _buffers(problem, needs)
+    index_N = problem.index_N
     if plan == "keep":
         dhidden_NH = backends.select(problem).from_operands(
             problem,
@@ -163,9 +160,10 @@ def backward(
     else:
         dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V)
     dhidden = None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape)
-    return dhidden, dweight_VH if wide else _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.bias_V)
+    return dhidden, *_finished(problem, needs, dweight_VH, dbias_V)
 
 
+@_outside_autocast
 def add_gradient(
     problem: HeadProblem,
     shape: Sequence[int],
@@ -175,10 +173,6 @@ def add_gradient(
     dbias_V: Tensor | None,
 ) -> Tensor:
     """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers."""
-    kind = device_type(problem.hidden_MH)
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return add_gradient(problem, shape, coef_N, entropy_coef_N, dweight_VH, dbias_V)
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
     result = backend.run(
@@ -193,14 +187,11 @@ def add_gradient(
     return _scatter(result["dhidden"], problem.index_N, shape)
 
 
+@_outside_autocast
 def sample(
     problem: HeadProblem, key_N: Tensor, step: int, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> dict[str, Tensor]:
     """Check values and draw; results as of `backends.reference.sample`."""
-    kind = device_type(problem.hidden_MH)
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return sample(problem, key_N, step, temperature, top_k, top_p)
     backend = backends.select(problem)
     _check_values(backend, problem, targets=False)
     result = backend.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -208,6 +199,7 @@ def sample(
     return result
 
 
+@_outside_autocast
 def sample_drawn(
     problem: HeadProblem,
     key_N: Tensor,
@@ -220,17 +212,16 @@ def sample_drawn(
 ) -> dict[str, Tensor]:
     """As `sample`, with the statistics of the distribution drawn from, which need all logits of a row: PyTorch, by chunks."""
     _check_values(backends.reference, problem, targets=False)
-    with torch.autocast(device_type(problem.hidden_MH), enabled=False):
-        result = backends.reference.sample(
-            problem,
-            key_N,
-            step=step,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            top_p_first=top_p_first,
-            drawn=True,
-        )
+    result = backends.reference.sample(
+        problem,
+        key_N,
+        step=step,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_p_first=top_p_first,
+        drawn=True,
+    )
     check_finite(result["lse"], problem)
     return result
 
@@ -246,6 +237,13 @@ def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor 
         torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None,
         torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None,
     )
+
+
+def _finished(
+    problem: HeadProblem, needs: Needs, dweight_VH: Tensor | None, dbias_V: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers in the dtypes of weight and bias, unless the weight's is wanted as it is."""
+    return dweight_VH if needs.wide else _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.options.bias)
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -2,21 +2,33 @@
 
 Eager calls go through the thinner `autograd.Score` and come here only while something looks on (`observed`). Checks that
 read values run inside the ops, so a compiled call makes them too. An output that a call does not want is an empty tensor.
+
+All ops begin with the same ten arguments, `_HEAD`: a `HeadProblem` spelled out, since a schema holds no structs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dllm_kernels.backends.contract import STATISTICS, HeadProblem
-from dllm_kernels.head import flops, forward_backward, plans
-from dllm_kernels.head.options import Options, make_problem
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, empty_operand
+from dllm_kernels.head import forward_backward, plans
+from dllm_kernels.head.forward_backward import Gradients, Needs
+from dllm_kernels.head.options import make_problem
 
-_OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the launcher takes as they are
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? rows, Tensor? bias, Tensor? temperature_N, float temperature, "
+    "float? softcap, SymInt[] suppress, SymInt? valid_vocab"
+)
+_SIZE = _HEAD.count(",") + 1
+_OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the eager path takes as they are
+_NINE = "(" + ", ".join(["Tensor"] * 9) + ")"
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -24,7 +36,7 @@ def observed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack():
-        flops.register()
+        _register_flops()
         return True
     for tensor in tensors:
         kind = type(tensor)
@@ -33,100 +45,86 @@ def observed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _options(
-    softcap: float | None, temperature: float, temperature_N: Tensor | None, suppress: Sequence[int], valid_vocab: int | None
-) -> Options:
-    return Options(softcap, temperature if temperature_N is None else temperature_N, tuple(suppress), valid_vocab)
+def _flat(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, options: HeadOptions) -> tuple[Any, ...]:
+    """The arguments of `_HEAD`."""
+    temperature, by_row = options.temperature, isinstance(options.temperature, Tensor)
+    return (
+        hidden,
+        weight,
+        target,
+        rows,
+        options.bias,
+        temperature.detach() if isinstance(temperature, Tensor) else None,
+        1.0 if by_row else float(temperature),
+        options.softcap,
+        list(options.suppress),
+        options.valid_vocab,
+    )
 
 
-def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """A temperature as the two arguments that an op's schema can hold."""
-    return (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
+def _problem(
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None, by_row: Tensor | None, *numbers: Any
+) -> HeadProblem:
+    temperature, softcap, suppress, valid_vocab = numbers
+    options = HeadOptions(bias, softcap, temperature if by_row is None else by_row, tuple(suppress), valid_vocab)
+    return make_problem(hidden, weight, target, rows, options)
 
 
 def _given(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.custom_op("dllm_kernels::score", mutates_args=())
-def score(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    coef: Tensor | None,
-    entropy_coef: Tensor | None,
-    temperature_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    outputs: str,
-    plan: str,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _statistics_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+# --- score_tokens -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "dllm_kernels::score",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, str outputs, str plan, "
+    f"bool need_dhidden, bool need_dweight, bool need_dbias) -> {_NINE}",
+)
+def score(*arguments: Any) -> tuple[Tensor, ...]:
     """`weighted_sum`, the five vectors of STATISTICS, and the three tensors that backward gets back.
 
-    `outputs`: names joined by commas. See `launch.forward` for the rest.
+    `outputs`: names joined by commas. See `forward_backward.forward` for the rest.
     """
-    options = _options(softcap, temperature, temperature_N, suppress, valid_vocab)
-    problem = make_problem(hidden, weight, target, rows, bias, options)
-    needs = forward_backward.Needs(need_dhidden, need_dweight, need_dbias)
-    result = forward_backward.forward(problem, outputs.split(","), plan, needs, coef, entropy_coef)
-    vectors = [_given(result.vectors.get(name) if name in outputs.split(",") else None, target) for name in STATISTICS]
-    stored = [t.t() if plan == "keep" and t is not None else t for t in result.stored]
-    weighted_sum = hidden.new_empty(0, dtype=problem.statistics_dtype) if result.weighted_sum is None else result.weighted_sum
-    return _nine(weighted_sum, *vectors, *(_given(tensor, target) for tensor in stored))
-
-
-def _nine(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tensors)
+    coef, entropy_coef, outputs, plan, *needs = arguments[_SIZE:]
+    problem, names = _problem(*arguments[:_SIZE]), outputs.split(",")
+    target = problem.target_N
+    result = forward_backward.forward(problem, names, plan, Needs(*needs), coef, entropy_coef)
+    vectors = [_given(result.vectors.get(name) if name in names else None, target) for name in STATISTICS]
+    weighted_sum = result.weighted_sum
+    if weighted_sum is None:
+        weighted_sum = target.new_empty(0, dtype=problem.statistics_dtype)
+    return weighted_sum, *vectors, *(_given(tensor, target) for tensor in result.stored)
 
 
 @score.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    coef: Tensor | None,
-    entropy_coef: Tensor | None,
-    temperature_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    outputs: str,
-    plan: str,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight, target, _, bias = arguments[:5]
+    _, _, outputs, plan, need_dhidden, need_dweight, need_dbias = arguments[_SIZE:]
     rows_N, (vocabulary, hidden_size) = target.numel(), weight.shape
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    names = outputs.split(",")
-
-    def empty(wanted: bool, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return like.new_empty(shape, dtype=dtype or like.dtype) if wanted else target.new_empty(0)
-
-    vectors = [empty(name in names, hidden, rows_N, dtype=torch.int64 if name == "top_id" else dtype) for name in STATISTICS]
+    dtype, names, nothing = _statistics_dtype(hidden), outputs.split(","), target.new_empty(0)
+    vectors = [
+        hidden.new_empty(rows_N, dtype=torch.int64 if name == "top_id" else dtype) if name in names else target.new_empty(0)
+        for name in STATISTICS
+    ]
+    stored = [nothing, target.new_empty(0), target.new_empty(0)]
     if plan == "coef":
-        stored = [
-            empty(need_dhidden, hidden, rows_N, hidden_size),
-            empty(need_dweight, weight, vocabulary, hidden_size),
-            empty(need_dbias, weight if bias is None else bias, vocabulary),
-        ]
-    else:
-        size = (rows_N, hidden_size) if plan == "unit" else (vocabulary, rows_N)
-        keeps = plan in ("unit", "keep")
-        stored = [empty(keeps and name in names, hidden, *size) for name in ("logp", "entropy")]
-        stored.append(target.new_empty(0))
-    weighted_sum = hidden.new_empty(() if plan == "coef" else 0, dtype=dtype)
-    return _nine(weighted_sum, *vectors, *stored)
+        like = ((need_dhidden, hidden, (rows_N, hidden_size)), (need_dweight, weight, weight.shape))
+        stored[:2] = [x.new_empty(size) if needed else target.new_empty(0) for needed, x, size in like]
+        if need_dbias:
+            stored[2] = (weight if bias is None else bias).new_empty(vocabulary)
+    elif plan in ("unit", "keep"):
+        for place, name in enumerate(("logp", "entropy")):
+            if name in names:
+                keeps = plan == "keep"
+                stored[place] = empty_operand(hidden, rows_N, vocabulary) if keeps else hidden.new_empty(rows_N, hidden_size)
+    return hidden.new_empty(() if plan == "coef" else 0, dtype=dtype), *vectors, *stored
 
 
 def run_score(
@@ -134,8 +132,7 @@ def run_score(
     weight: Tensor,
     target: Tensor,
     rows: Tensor | None,
-    bias: Tensor | None,
-    options: Options,
+    options: HeadOptions,
     coef: Tensor | None,
     entropy_coef: Tensor | None,
     outputs: tuple[str, ...],
@@ -143,144 +140,77 @@ def run_score(
     wants_gradient: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """`weighted_sum` and the vectors that `outputs` names, through the op."""
-    temperature, temperature_N = split_temperature(options.temperature)
-    weighted_sum, *rest = score(
-        hidden,
-        weight,
-        target,
-        rows,
-        bias,
-        coef,
-        entropy_coef,
-        temperature_N,
-        temperature,
-        options.softcap,
-        list(options.suppress),
-        options.valid_vocab,
-        ",".join(outputs),
-        plan,
-        wants_gradient and hidden.requires_grad,
-        wants_gradient and weight.requires_grad,
-        wants_gradient and bias is not None and bias.requires_grad,
-    )
+    needs = [wants_gradient and x is not None and x.requires_grad for x in (hidden, weight, options.bias)]
+    flat = _flat(hidden, weight, target, rows, options)
+    weighted_sum, *rest = score(*flat, coef, entropy_coef, ",".join(outputs), plan, *needs)
     return (weighted_sum if plan == "coef" else None), {name: vector for name, vector in zip(STATISTICS, rest) if name in outputs}
 
 
-@torch.library.custom_op("dllm_kernels::score_backward", mutates_args=())
-def score_backward(
-    dsum: Tensor | None,
-    dlogp: Tensor | None,
-    dentropy: Tensor | None,
-    stored: Sequence[Tensor],
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    temperature_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    plan: str,
-    hidden_shape: Sequence[int],
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; `hidden` and `weight` are given where the plan reads them again."""
-    options = _options(softcap, temperature, temperature_N, suppress, valid_vocab)
-    problem: HeadProblem | None = None
-    if hidden is not None and weight is not None:
-        problem = make_problem(hidden, weight, target, rows, bias, options)
+@torch.library.custom_op(
+    "dllm_kernels::score_backward",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor? dsum, Tensor? dlogp, Tensor? dentropy, Tensor[] stored, str plan, SymInt[] hidden_shape, "
+    "bool need_dhidden, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+)
+def score_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; `hidden` and `weight` hold something where the plan reads them again."""
+    *arrived, stored, plan, hidden_shape, a, b, c = arguments[_SIZE:]
+    problem = _problem(*arguments[:_SIZE])
     kept = [tensor if tensor.numel() or tensor.dim() == 2 else None for tensor in stored]
-    if plan == "keep":
-        kept = [None if tensor is None else tensor.t() for tensor in kept]
-    needs = forward_backward.Needs(need_dhidden, need_dweight, need_dbias)
-    gradients = forward_backward.backward(plan, problem, rows, hidden_shape, kept, needs, dsum, dlogp, dentropy)
+    gradients = forward_backward.backward(problem, plan, hidden_shape, kept, Needs(a, b, c), tuple(arrived))
     # an op's result must not share memory with its arguments
     taken = {tensor.untyped_storage().data_ptr() for tensor in stored}
     fresh = [g.clone() if g is not None and g.untyped_storage().data_ptr() in taken else g for g in gradients]
-    dhidden, dweight, dbias = (_given(gradient, target) for gradient in fresh)
+    dhidden, dweight, dbias = (_given(gradient, problem.target_N) for gradient in fresh)
     return dhidden, dweight, dbias
 
 
 @score_backward.register_fake
-def _(
-    dsum: Tensor | None,
-    dlogp: Tensor | None,
-    dentropy: Tensor | None,
-    stored: Sequence[Tensor],
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    temperature_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    plan: str,
-    hidden_shape: Sequence[int],
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = stored
-    like_hidden = hidden if hidden is not None else (a if plan == "coef" or a.dim() == 2 else b)
-    like_weight, like_bias = (b, c) if weight is None else (weight, bias)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, target, _, bias = arguments[:5]
+    *_, stored, plan, hidden_shape, need_dhidden, need_dweight, need_dbias = arguments[_SIZE:]
+    if plan not in plans.REREAD:
+        a, weight, bias = stored
+        hidden = a if plan == "coef" or a.dim() == 2 else weight
     return (
-        like_hidden.new_empty(hidden_shape) if need_dhidden else target.new_empty(0),
-        like_weight.new_empty(like_weight.shape) if need_dweight else target.new_empty(0),
-        like_bias.new_empty(like_bias.shape) if need_dbias and like_bias is not None else target.new_empty(0),
+        hidden.new_empty(hidden_shape) if need_dhidden else target.new_empty(0),
+        weight.new_empty(weight.shape) if need_dweight else target.new_empty(0),
+        bias.new_empty(bias.shape) if need_dbias and bias is not None else target.new_empty(0),
     )
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def run_backward(
-    arrived: Gradients,
-    stored: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    target: Tensor,
-    rows: Tensor | None,
-    options: Options,
+    problem: HeadProblem,
     plan: str,
     shape: Sequence[int],
-    needs: forward_backward.Needs,
+    stored: Sequence[Tensor | None],
+    needs: Needs,
+    arrived: Gradients,
+    operands: Sequence[Any],
 ) -> Gradients:
-    """`launch.backward` through the op; `operands` are hidden, weight and bias, or nothing where the plan reads none."""
+    """`forward_backward.backward` through the op; `operands` are hidden, weight and bias where the plan reads them again."""
     observed()
-    hidden, weight, bias = operands or (None, None, None)
-    temperature, temperature_N = split_temperature(options.temperature)
-    gradients = score_backward(
-        *arrived,
-        [_given(tensor, target) for tensor in stored],
-        hidden,
-        weight,
-        target,
-        rows,
-        bias,
-        temperature_N,
-        temperature,
-        options.softcap,
-        list(options.suppress),
-        options.valid_vocab,
-        plan,
-        shape,
-        *needs,
-    )
-    dhidden, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    p = problem
+    hidden, weight, bias = operands or (p.hidden_MH, p.weight_VH, None)
+    flat = _flat(hidden, weight, p.target_N, p.index_N, replace(p.options, bias=bias))
+    return _run_backward(flat, plan, shape, stored, needs, arrived)
+
+
+def _run_backward(
+    flat: Sequence[Any], plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Gradients
+) -> Gradients:
+    wanted = needs[:3]
+    gradients = score_backward(*flat, *arrived, [_given(tensor, flat[2]) for tensor in stored], plan, shape, *wanted)
+    dhidden, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
     return dhidden, dweight, dbias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, rows, bias, _coef, _entropy_coef, temperature_N, *numbers, _outputs, plan, a, b, c = inputs
+    hidden, weight, target, rows, bias, temperature_N, *ctx.numbers = inputs[:_SIZE]
+    _coef, _entropy_coef, _outputs, plan, *needs = inputs[_SIZE:]
     ctx.save_for_backward(*output[6:], target, rows, temperature_N, *((hidden, weight, bias) if plan in plans.REREAD else ()))
     ctx.set_materialize_grads(False)
-    ctx.numbers, ctx.plan, ctx.shape, ctx.needs = numbers, plan, hidden.shape, forward_backward.Needs(a, b, c)
+    ctx.plan, ctx.shape, ctx.needs, ctx.inputs = plan, hidden.shape, Needs(*needs), len(inputs)
     differentiable = (0,) if plan == "coef" else (1, 3)  # weighted_sum, or logp and entropy
     ctx.mark_non_differentiable(*(tensor for place, tensor in enumerate(output) if place not in differentiable))
 
@@ -288,38 +218,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     arrived = (upstream[0], None, None) if ctx.plan == "coef" else (None, upstream[1], upstream[3])
     if all(gradient is None for gradient in arrived):
-        return (None,) * 17
+        return (None,) * ctx.inputs
     a, b, c, target, rows, temperature_N, *operands = ctx.saved_tensors
-    temperature, softcap, suppress, valid_vocab = ctx.numbers
-    options = _options(softcap, temperature, temperature_N, suppress, valid_vocab)
-    dhidden, dweight, dbias = run_backward(arrived, (a, b, c), operands, target, rows, options, ctx.plan, ctx.shape, ctx.needs)
-    return dhidden, dweight, None, None, dbias, *((None,) * 12)
+    hidden, weight, bias = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None)
+    flat = (hidden, weight, target, rows, bias, temperature_N, *ctx.numbers)
+    dhidden, dweight, dbias = _run_backward(flat, ctx.plan, ctx.shape, (a, b, c), ctx.needs, arrived)
+    return dhidden, dweight, None, None, dbias, *((None,) * (ctx.inputs - 5))
 
 
 score.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("dllm_kernels::add_gradient", mutates_args=("dweight_out", "dbias_out"))
-def add_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    coef: Tensor,
-    entropy_coef: Tensor | None,
-    temperature_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    dweight_out: Tensor | None,
-    dbias_out: Tensor | None,
-) -> Tensor:
+# --- head_backward and sample_tokens ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "dllm_kernels::add_gradient",
+    mutates_args=("dweight_out", "dbias_out"),
+    schema=f"({_HEAD}, Tensor coef, Tensor? entropy_coef, Tensor(a12!)? dweight_out, Tensor(a13!)? dbias_out) -> Tensor",
+)
+def add_gradient(*arguments: Any) -> Tensor:
     """`head_backward`: dH in hidden's shape; dW and db are added to their buffers."""
-    options = _options(softcap, temperature, temperature_N, suppress, valid_vocab)
-    problem = make_problem(hidden, weight, target, rows, bias, options)
-    return forward_backward.add_gradient(problem, hidden.shape, coef, entropy_coef, dweight_out, dbias_out)
+    return forward_backward.add_gradient(_problem(*arguments[:_SIZE]), arguments[0].shape, *arguments[_SIZE:])
 
 
 @add_gradient.register_fake
@@ -328,60 +248,102 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
 
 
 def run_add_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    coef: Tensor,
-    entropy_coef: Tensor | None,
-    dweight_out: Tensor | None,
-    dbias_out: Tensor | None,
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, options: HeadOptions, *more: Tensor | None
 ) -> Tensor:
-    """`launch.add_gradient` through the op."""
-    temperature, temperature_N = split_temperature(options.temperature)
-    return add_gradient(
-        hidden,
-        weight,
-        target,
-        rows,
-        bias,
-        coef,
-        entropy_coef,
-        temperature_N,
-        temperature,
-        options.softcap,
-        list(options.suppress),
-        options.valid_vocab,
-        dweight_out,
-        dbias_out,
-    )
+    """`forward_backward.add_gradient` through the op; `more` are its coefficients and buffers."""
+    return add_gradient(*_flat(hidden, weight, target, rows, options), *more)
 
 
-@torch.library.custom_op("dllm_kernels::sample", mutates_args=())
-def sample(
-    hidden: Tensor,
-    weight: Tensor,
-    key: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    logit_temperature: float,
-    softcap: float | None,
-    suppress: Sequence[int],
-    valid_vocab: int | None,
-    step: int,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, its logp and the row's entropy, see `sample_tokens`."""
-    options = Options(softcap, logit_temperature, tuple(suppress), valid_vocab)
-    result = forward_backward.sample(make_problem(hidden, weight, key, rows, bias, options), key, step, temperature, top_k, top_p)
+@torch.library.custom_op(
+    "dllm_kernels::sample",
+    mutates_args=(),
+    schema=f"({_HEAD}, SymInt step, float sample_temperature, SymInt? top_k=None, float? top_p=None) -> (Tensor, Tensor, Tensor)",
+)
+def sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, its logp and the row's entropy, see `sample_tokens`. In place of targets come the rows' keys."""
+    problem = _problem(*arguments[:_SIZE])
+    result = forward_backward.sample(problem, problem.target_N, *arguments[_SIZE:])
     return result["token"], result["logp"], result["entropy"]
 
 
 @sample.register_fake
 def _(hidden: Tensor, weight: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return torch.empty_like(key), hidden.new_empty(key.numel(), dtype=dtype), hidden.new_empty(key.numel(), dtype=dtype)
+    dtype, N = _statistics_dtype(hidden), key.numel()
+    return torch.empty_like(key), hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype)
+
+
+def run_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    step: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_backward.sample` through the op."""
+    token, logp, entropy = sample(*_flat(hidden, weight, key, rows, options), step, temperature, top_k, top_p)
+    return token, logp, entropy
+
+
+# --- FLOP formulas: the matrix products that really run ---------------------------------------------------------------
+
+
+def _register_flops() -> None:
+    """Make the formulas known to every FlopCounterMode, those already at work included.
+
+    Called when a dispatch mode is met and not at import, because `torch.utils.flop_counter` imports Triton. A counter copies
+    the registry when it is made, so one that is older than the registration gets the formulas by hand.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:  # then nobody counts
+        return
+    formulas = {getattr(torch.ops.dllm_kernels, name): formula for name, formula in _FLOPS.items()}
+    registries = [module.flop_registry]
+    for mode in _get_current_dispatch_mode_stack():
+        registries.append(getattr(getattr(mode, "counter", None), "flop_registry", {}))
+    for registry in registries:
+        for op, formula in formulas.items():
+            registry.setdefault(op, formula)
+
+
+def _flops(count: int, rows: int, weight: Tensor) -> int:
+    return 2 * count * rows * weight.shape[0] * weight.shape[1]
+
+
+def _score_flops(*arguments: Any, out_val: Any) -> int:
+    _, _, outputs, plan, need_dhidden, need_dweight, _ = arguments[_SIZE:]
+    vectors = plans.late_vectors(outputs.split(","))
+    forward, _ = plans.gemms(plan, need_dhidden=need_dhidden, need_dweight=need_dweight, vectors=vectors)
+    return _flops(forward, arguments[2].numel(), arguments[1])
+
+
+def _score_backward_flops(*arguments: Any, out_val: Any) -> int:
+    weight, target = arguments[1:3]
+    _, dlogp, dentropy, _, plan, _, need_dhidden, need_dweight, _ = arguments[_SIZE:]
+    _, backward = plans.gemms(plan, need_dhidden=need_dhidden, need_dweight=need_dweight)
+    if not backward:
+        return 0
+    live = None
+    if plan == "recompute" and type(target) is Tensor:  # not a fake one: rows without a coefficient are not gone through again
+        live = plans.live_rows(dlogp, dentropy)
+    return _flops(backward, target.numel() if live is None else len(live), weight)
+
+
+def _add_gradient_flops(*arguments: Any, out_val: Any) -> int:
+    dweight_out = arguments[_SIZE + 2]
+    return _flops(2 + (dweight_out is not None), arguments[2].numel(), arguments[1])
+
+
+def _sample_flops(*arguments: Any, out_val: Any, **_: Any) -> int:
+    return _flops(1, arguments[2].numel(), arguments[1])
+
+
+_FLOPS = {
+    "score": _score_flops,
+    "score_backward": _score_backward_flops,
+    "add_gradient": _add_gradient_flops,
+    "sample": _sample_flops,
+}

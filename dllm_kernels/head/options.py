@@ -6,31 +6,18 @@ to read values (`backend.check`, `check_finite`) runs inside the op.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.contract import HeadOptions, HeadProblem, flat
 
 
-class Options(NamedTuple):
-    """What turns raw logits into final ones, beside the bias."""
-
-    softcap: float | None
-    temperature: float | Tensor
-    suppress: Sequence[int]
-    valid_vocab: int | None
-
-
-def check_arguments(
-    hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, bias: Tensor | None, options: Options
-) -> None:
+def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, options: HeadOptions) -> None:
     """Raise TypeError or ValueError, naming the argument, for what cannot be a problem of `count` rows."""
-    softcap, temperature, suppress, valid_vocab = options
+    bias, temperature = options.bias, options.temperature
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.dtype("weight", weight, checks.FLOATS)
     if type(weight) is not Tensor or type(hidden) is not Tensor:
@@ -62,8 +49,8 @@ def check_arguments(
     if bias is not None:
         checks.dtype("bias", bias, checks.FLOATS)
         checks.shape("bias", bias, [vocabulary])
-    if softcap is not None:
-        checks.number("softcap", softcap, above=0)
+    if options.softcap is not None:
+        checks.number("softcap", options.softcap, above=0)
     if isinstance(temperature, Tensor):
         checks.shape("temperature", temperature, [count])
     elif not (type(temperature) is float and 0 < temperature < float("inf")):  # checks.number, but for what is common
@@ -72,12 +59,12 @@ def check_arguments(
         for name, value in (("weight", weight), ("rows", rows), ("bias", bias), ("temperature", temperature)):
             if isinstance(value, Tensor):
                 checks.same_device(name, value, "hidden", hidden)
-    if suppress or valid_vocab is not None or type(suppress) is not tuple:
-        _check_excluded(suppress, valid_vocab, vocabulary)
+    if options.suppress or options.valid_vocab is not None or type(options.suppress) is not tuple:
+        _check_excluded(options, vocabulary)
 
 
-def _check_excluded(suppress: Sequence[int], valid_vocab: int | None, vocabulary: int) -> None:
-    limit = vocabulary
+def _check_excluded(options: HeadOptions, vocabulary: int) -> None:
+    suppress, valid_vocab, limit = options.suppress, options.valid_vocab, vocabulary
     if valid_vocab is not None:
         limit = checks.count("valid_vocab", valid_vocab)
         if limit > vocabulary:
@@ -93,46 +80,18 @@ def _check_excluded(suppress: Sequence[int], valid_vocab: int | None, vocabulary
         raise ValueError("suppress and valid_vocab must leave at least one id, got all of them excluded")
 
 
-def make_problem(
-    hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, bias: Tensor | None, options: Options
-) -> HeadProblem:
+def make_problem(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, options: HeadOptions) -> HeadProblem:
     """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
-    softcap, temperature, suppress, valid_vocab = options
+    bias, softcap, temperature = options.bias, options.softcap, options.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    elif type(temperature) is float and bias is softcap is None:  # the common case: nothing to change
+        return HeadProblem(flat(hidden), weight, target_N, rows, options)
     else:
         temperature = float(temperature)
-    excluded_V = None
-    if suppress or valid_vocab is not None:
-        excluded_V = _excluded(tuple(suppress), valid_vocab, weight.shape[0], hidden.device)
-    return HeadProblem(
-        flat(hidden),
-        weight,
-        target_N,
-        rows,
-        None if bias is None else bias.detach(),
-        None if softcap is None else float(softcap),
-        temperature,
-        excluded_V,
-    )
-
-
-def flat(hidden: Tensor) -> Tensor:
-    """`[..., H]` as `[M, H]`."""
-    return hidden if hidden.dim() == 2 else hidden.detach().reshape(-1, hidden.shape[-1])
-
-
-@functools.lru_cache(maxsize=16)
-def _excluded(suppress: tuple[int, ...], valid_vocab: int | None, vocabulary: int, device: torch.device) -> Tensor | None:
-    """bool `[V]`, True where the probability is 0; one tensor per set of ids, which nobody may write to."""
-    limit = vocabulary if valid_vocab is None else valid_vocab
-    if not suppress and limit == vocabulary:
-        return None
-    with torch.inference_mode(False):  # a later call outside inference mode gets the same tensor
-        excluded_V = torch.arange(vocabulary, device=device) >= limit
-        if suppress:
-            excluded_V[torch.tensor(suppress, device=device)] = True
-    return excluded_V
+    bias, softcap = None if bias is None else bias.detach(), None if softcap is None else float(softcap)
+    options = replace(options, bias=bias, softcap=softcap, temperature=temperature)
+    return HeadProblem(flat(hidden), weight, target_N, rows, options)
 
 
 def device_type(tensor: Tensor) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import checks
+from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.head import forward_backward, ops
-from dllm_kernels.head.options import Options, autocast_operands, check_arguments, make_problem
-from dllm_kernels.head.scoring import score_tokens
+from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.scoring import score
 
 DRAWN = ("drawn_logp", "drawn_entropy", "margin")
 
@@ -73,13 +74,45 @@ def sample_tokens(
         >>> sample_tokens(torch.randn(4, 8), torch.randn(11, 8), key).token.shape
         torch.Size([4])
     """
+    checks.number("logit_temperature", logit_temperature, above=0)
+    options = HeadOptions(bias, softcap, logit_temperature, suppress, valid_vocab)
+    return sample(
+        hidden,
+        weight,
+        key,
+        rows,
+        options,
+        step=step,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_p_first=top_p_first,
+        want=want,
+    )
+
+
+@torch.no_grad()
+def sample(
+    hidden: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    *,
+    step: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    top_p_first: bool = False,
+    want: Sequence[str] = (),
+) -> Samples:
+    """`sample_tokens` with its options in one piece; their temperature, a number, is its `logit_temperature`."""
     checks.number("temperature", temperature, least=0)
     checks.count("step", step, 0)
     checks.dtype("key", key, [torch.int64])
     checks.shape("key", key, [None])
     checks.require_tensor("hidden", hidden)
     checks.same_device("key", key, "hidden", hidden)
-    checks.number("logit_temperature", logit_temperature, above=0)
     if top_k is not None:
         checks.count("top_k", top_k)
     if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
@@ -87,11 +120,10 @@ def sample_tokens(
     for name in want:
         checks.choice("want", name, DRAWN)
     hidden, weight = autocast_operands(hidden, weight)
-    options = Options(softcap, logit_temperature, suppress, valid_vocab)
-    check_arguments(hidden, weight, rows, key.numel(), bias, options)
+    check_arguments(hidden, weight, rows, key.numel(), options)
     whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from
     if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and not whole):
-        problem = make_problem(hidden, weight, key, rows, bias, options)
+        problem = make_problem(hidden, weight, key, rows, options)
         result = forward_backward.sample_drawn(problem, key, step, float(temperature), top_k, top_p, top_p_first=top_p_first)
         return Samples(
             result["token"],
@@ -102,41 +134,17 @@ def sample_tokens(
         )
     if whole:
         top_p = None
-    if ops.observed(hidden, weight, bias, key):
-        token, logp, entropy = ops.sample(
-            hidden,
-            weight,
-            key,
-            rows,
-            bias,
-            float(logit_temperature),
-            softcap,
-            list(suppress),
-            valid_vocab,
-            step,
-            float(temperature),
-            top_k,
-            top_p,
-        )
+    if ops.observed(hidden, weight, options.bias, key):
+        token, logp, entropy = ops.run_sample(hidden, weight, key, rows, options, step, float(temperature), top_k, top_p)
     else:
-        problem = make_problem(hidden, weight, key, rows, bias, options)
+        problem = make_problem(hidden, weight, key, rows, options)
         result = forward_backward.sample(problem, key, step, float(temperature), top_k, top_p)
         token, logp, entropy = result["token"], result["logp"], result["entropy"]
-    drawn = {}
+    drawn: dict[str, Tensor | None] = {}
     if want and temperature in (0, 1):
         drawn = {"drawn_logp": logp, "drawn_entropy": entropy}
     elif want:
-        scores = score_tokens(
-            hidden,
-            weight,
-            token,
-            rows=rows,
-            bias=bias,
-            softcap=softcap,
-            temperature=logit_temperature * temperature,
-            suppress=suppress,
-            valid_vocab=valid_vocab,
-            want=("logp", "entropy"),
-        )
+        tempered = replace(options, temperature=options.temperature * temperature)
+        scores = score(hidden, weight, token, rows, tempered, want=("logp", "entropy"))
         drawn = {"drawn_logp": scores.logp, "drawn_entropy": scores.entropy}
     return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.backends.contract import STATISTICS
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, WeightGradient
 from dllm_kernels.head import forward_backward, ops, plans
 from dllm_kernels.head.autograd import Score
-from dllm_kernels.head.options import Options, autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.forward_backward import Needs
+from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
 from dllm_kernels.rows import Rows
 
-WANTED = STATISTICS
 _FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `Scores`
 
 
@@ -89,20 +89,41 @@ def score_tokens(
         ('unit', (2,))
         >>> scores.logp.sum().backward()
     """
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
+    return score(hidden, weight, target, rows, options, coef=coef, entropy_coef=entropy_coef, want=want, plan=plan)
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    *,
+    coef: Tensor | None = None,
+    entropy_coef: Tensor | None = None,
+    want: Sequence[str] = ("logp",),
+    plan: str | None = None,
+    take_dweight: WeightGradient | None = None,
+) -> Scores:
+    """`score_tokens` with its options in one piece.
+
+    take_dweight: is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the weight's dtype, in place of
+    autograd, for heads whose gradient is added up elsewhere. Not under torch.compile.
+    """
     for name in want:
-        if name not in WANTED:
-            checks.choice("want", name, WANTED)
+        if name not in STATISTICS:
+            checks.choice("want", name, STATISTICS)
     checks.dtype("target", target, [torch.int64])
     checks.shape("target", target, [None if rows is None else rows.numel()])
     checks.require_tensor("hidden", hidden)
     hidden, weight = autocast_operands(hidden, weight)
-    options = Options(softcap, temperature, suppress, valid_vocab)
-    check_arguments(hidden, weight, rows, target.numel(), bias, options)
+    check_arguments(hidden, weight, rows, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
     coef = _coefficient("coef", coef, target, hidden)
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
 
-    known = coef is not None or entropy_coef is not None
+    bias, known = options.bias, coef is not None or entropy_coef is not None
     recorded = torch.is_grad_enabled() and plans.recorded(want, known)
     head_trains = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
     wants_gradient = head_trains or (recorded and hidden.requires_grad)
@@ -113,22 +134,22 @@ def score_tokens(
         coef_known=known,
         operand_bytes=target.numel() * weight.shape[0] * hidden.dtype.itemsize,
     )
-    outputs = tuple([name for name in WANTED if name in want or name == "lse"])
+    outputs = tuple([name for name in STATISTICS if name in want or name == "lse"])
     values: dict[str, Tensor]
     weighted_sum = None
     if ops.observed(hidden, weight, bias, target):
         weighted_sum, values = ops.run_score(
-            hidden, weight, target, rows, bias, options, coef, entropy_coef, outputs, chosen, wants_gradient
+            hidden, weight, target, rows, options, coef, entropy_coef, outputs, chosen, wants_gradient
         )
     else:
-        problem = make_problem(hidden, weight, target, rows, bias, options)
+        problem = make_problem(hidden, weight, target, rows, options)
         if wants_gradient or known:
             if wants_gradient and (hidden.is_inference() or weight.is_inference()):
                 raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
-            weighted_sum, *vectors = Score.apply(hidden, weight, bias, problem, options, outputs, chosen, coef, entropy_coef)
+            weighted_sum, *vectors = Score.apply(hidden, weight, bias, problem, outputs, chosen, coef, entropy_coef, take_dweight)
             values = dict(zip(outputs, vectors))
         else:
-            values = forward_backward.forward(problem, outputs, chosen, forward_backward.Needs(False, False, False)).vectors
+            values = forward_backward.forward(problem, outputs, chosen, Needs(False, False, False)).vectors
     logp, entropy, lse, top_logp, top_id = [values[name] if name in want else None for name in _FIELDS]
     return Scores(chosen, logp, entropy, lse, top_logp, top_id, weighted_sum)
 
@@ -172,8 +193,8 @@ def head_backward(
     checks.require_tensor("hidden", hidden)
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
-    options = Options(softcap, temperature, suppress, valid_vocab)
-    check_arguments(hidden, weight, index, target.numel(), bias, options)
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
+    check_arguments(hidden, weight, index, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
     known = _coefficient("coef", coef, target, hidden)
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
@@ -185,9 +206,9 @@ def head_backward(
             checks.shape(name, buffer, shape)
             checks.same_device(name, buffer, "hidden", hidden)
     if ops.observed(hidden, weight, bias, target):
-        dhidden = ops.run_add_gradient(hidden, weight, target, index, bias, options, known, entropy_coef, dweight_out, dbias_out)
+        dhidden = ops.run_add_gradient(hidden, weight, target, index, options, known, entropy_coef, dweight_out, dbias_out)
     else:
-        problem = make_problem(hidden, weight, target, index, bias, options)
+        problem = make_problem(hidden, weight, target, index, options)
         with torch.no_grad():
             dhidden = forward_backward.add_gradient(problem, hidden.shape, known, entropy_coef, dweight_out, dbias_out)
     return dhidden.to(like.dtype)

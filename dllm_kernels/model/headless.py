@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dllm_kernels import checks
+from dllm_kernels.backends.contract import HeadOptions, WeightGradient
 from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
 
 
@@ -100,8 +101,13 @@ class Body:
         return self._tap.head.get("bias")
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "softcap": self.softcap, "temperature": self.temperature}
+    def options(self) -> HeadOptions:
+        return HeadOptions(self.bias, self.softcap, self.temperature)
+
+    @property
+    def take_dweight(self) -> WeightGradient | None:
+        """Where the gradient of a sharded head's weight is added up, in fp32; None where autograd's `.grad` takes it."""
+        return self._tap.head.taker("weight")
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its head.

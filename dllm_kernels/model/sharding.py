@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dllm_kernels.backends.contract import WeightGradient
+
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -115,11 +117,17 @@ class WholeHead:
         whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]  # of one rank, its own part
         if parameter.requires_grad:
             whole.requires_grad_(True)
-            whole.take_gradient = functools.partial(self._add, name)  # where the head's own backward delivers it, in fp32
             if dtype not in _WIDE:  # what comes another way must not be added up in 16 bits
                 whole.register_post_accumulate_grad_hook(lambda _: self._collect(name))
         self._whole[name], self._versions[name] = whole, version
         return whole
+
+    def taker(self, name: str) -> WeightGradient | None:
+        """What takes the gradient of a gathered parameter, in fp32 whatever its own dtype is; None for a plain tensor."""
+        parameter = self.parameters[name]
+        if parameter is None or not is_sharded(parameter) or not parameter.requires_grad:
+            return None
+        return functools.partial(self._add, name)
 
     def _add(self, name: str, gradient: Tensor) -> None:
         if name in self._buffers:

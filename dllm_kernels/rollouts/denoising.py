@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import noise
-from dllm_kernels.head.sampling import Samples, sample_tokens
+from dllm_kernels.head.sampling import Samples, sample
 from dllm_kernels.model.layouts import Cached, Packed, Padded
 from dllm_kernels.noise import Stream
 from dllm_kernels.rollouts.samplers import TRUSTED_LAST, Sampler, commits_per_step, committed, schedule, transfer_shares
@@ -46,8 +46,7 @@ class Denoiser:
     ) -> None:
         self.canvas, self.decoding = canvas, decoding
         body, d = canvas.body, decoding
-        self._head = dict(body.options)
-        self._head["logit_temperature"] = self._head.pop("temperature")
+        self._head = replace(body.options, suppress=d.suppress)
         B, L, device = len(sequence_ids_B), d.length, sequence_ids_B.device
         self._everyone = torch.arange(B, device=device)
         self.completion_BL = torch.full((B, L), d.mask_id, dtype=torch.int64, device=device)
@@ -174,18 +173,18 @@ class Denoiser:
         whole = d.deterministic or len(who_A) == len(self._everyone) or isinstance(self.canvas, Cached)
         hidden = self.canvas.hidden(None if whole else who_A)
         picked_NH = self._pick(hidden, who_A, place_AR, valid_AR, whole=whole)
-        drawn = sample_tokens(
+        drawn = sample(
             picked_NH,
             self.canvas.body.weight,
             _among(self._key_BL[who_A].gather(1, place_AR), valid_AR),
+            None,
+            self._head,
             step=number,
             temperature=d.temperature,
             top_k=d.top_k,
             top_p=d.top_p,
             top_p_first=sampler.top_p_first,
             want=(sampler.rank,) if sampler.rank in ("drawn_logp", "drawn_entropy", "margin") else (),
-            suppress=d.suppress,
-            **self._head,
         )
         if all_places_AM is not None:
             self._keep_greedy(hidden, who_A, all_places_AM, whole=whole)
@@ -249,8 +248,7 @@ class Denoiser:
         masked_AM = None if self.decoding.sampler.static else self.masked_BL[who_A].gather(1, place_AM)
         picked_NH = self._pick(hidden, who_A, place_AM, masked_AM, whole=whole)
         key_N = torch.zeros(len(picked_NH), dtype=torch.int64, device=picked_NH.device)
-        suppress = self.decoding.suppress
-        best = sample_tokens(picked_NH, self.canvas.body.weight, key_N, temperature=0.0, suppress=suppress, **self._head)
+        best = sample(picked_NH, self.canvas.body.weight, key_N, None, self._head, temperature=0.0)
         ids_AL = self.completion_BL[who_A]
         best_AM = _spread(best.token, place_AM, masked_AM)
         if masked_AM is not None:

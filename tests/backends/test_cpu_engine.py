@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from dllm_kernels import noise
 from dllm_kernels.backends import contract, cpu, reference
-from dllm_kernels.backends.contract import STATISTICS, HeadProblem
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem
+from tests.backends.problems import to_float64
 from tests.tiny import relative_error
 
 if not cpu.available():
@@ -58,10 +60,11 @@ def make(rows, width, vocabulary, dtype=torch.float32, kind="normal", options=()
     elif kind == "certain":
         hidden[:] = weight[target] * 100
     kw: dict = {}
+    index = None
     if "bias" in options:
-        kw["bias_V"] = torch.randn(vocabulary, generator=g)
+        kw["bias"] = torch.randn(vocabulary, generator=g)
         if vocabulary > 2:
-            kw["bias_V"][int(target[0] + 1) % vocabulary] = -math.inf
+            kw["bias"][int(target[0] + 1) % vocabulary] = -math.inf
     if "softcap" in options:
         kw["softcap"] = 3.0
     if "temperature" in options:
@@ -69,18 +72,14 @@ def make(rows, width, vocabulary, dtype=torch.float32, kind="normal", options=()
     if "temperature_N" in options:
         kw["temperature"] = torch.rand(rows, generator=g) + 0.5
     if "excluded" in options:
-        kw["excluded_V"] = torch.rand(vocabulary, generator=g) < 0.2
-        kw["excluded_V"][target] = False
+        excluded = torch.rand(vocabulary, generator=g) < 0.2
+        excluded[target] = False
+        kw["suppress"] = tuple(excluded.nonzero()[:, 0].tolist())
     hidden = hidden.to(dtype)
     if "index" in options:
-        kw["index_N"] = torch.randperm(rows + 3, generator=g)[:rows]
-        hidden = torch.full((rows + 3, width), math.nan, dtype=dtype).index_copy(0, kw["index_N"], hidden)
-    return HeadProblem(hidden, weight.to(dtype), target, **kw)
-
-
-def to_float64(p: HeadProblem) -> HeadProblem:
-    cast = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in vars(p).items()}
-    return HeadProblem(**cast)
+        index = torch.randperm(rows + 3, generator=g)[:rows]
+        hidden = torch.full((rows + 3, width), math.nan, dtype=dtype).index_copy(0, index, hidden)
+    return HeadProblem(hidden, weight.to(dtype), target, index, HeadOptions(**kw))
 
 
 def coefficients(rows, seed=1):
@@ -132,7 +131,7 @@ def check(p: HeadProblem) -> None:
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
     picked = to_float64(p)
     scores = reference.run(picked, ("top_logp",))["top_logp"]
-    by_id = reference.run(HeadProblem(**{**vars(picked), "target_N": ours["top_id"]}), ("logp",))["logp"]
+    by_id = reference.run(replace(picked, target_N=ours["top_id"]), ("logp",))["logp"]
     assert float((scores - by_id).max()) <= 4 * rounding  # the id found is one of the largest
 
 
@@ -301,7 +300,7 @@ def test_screened_draws_are_those_of_the_unscreened_reference(isa, temperature, 
 def reference_logits(p: HeadProblem) -> torch.Tensor:
     hidden = p.hidden_MH if p.index_N is None else p.hidden_MH[p.index_N]
     z = hidden @ p.weight_VH.t()
-    reference._transform_(z, p.bias_V, p.softcap, p.temperature, p.excluded_V)
+    reference._transform_(z, p.options)
     return z
 
 

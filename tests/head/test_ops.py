@@ -61,12 +61,12 @@ def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="log
         case.target,
         case.rows,
         case.options["bias"],
-        coef,
-        None,
         None,
         0.7,
         3.0,
         [],
+        None,
+        coef,
         None,
         outputs,
         plan,
@@ -82,16 +82,16 @@ def test_opcheck_of_score(backend, plan):
 @pytest.mark.parametrize("outputs", ["lse,entropy", "logp,lse"])
 def test_opcheck_of_score_with_other_outputs_and_a_per_row_temperature(backend, outputs):
     arguments = list(score_arguments("keep", torch.bfloat16, outputs=outputs, rows=False))
-    arguments[7] = torch.rand(21) + 0.5
+    arguments[5] = torch.rand(21) + 0.5
     torch.library.opcheck(ops.score, tuple(arguments))
 
 
 def test_opcheck_of_the_other_ops(backend):
     case = make_case(torch.float32)
     key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
-    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, None, 1.0, None, [3], 12, 4, 1.0))
+    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, None, None, 1.0, None, [3], 12, 4, 1.0))
     dweight, dbias = torch.zeros(13, 6), torch.zeros(13)
-    arguments = (case.hidden, case.weight, case.target, case.rows, None, case.coef.float(), None, None, 1.0, None, [], None)
+    arguments = (case.hidden, case.weight, case.target, case.rows, None, None, 1.0, None, [], None, case.coef.float(), None)
     torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias))
     torch.library.opcheck(ops.add_gradient, (*arguments, None, None))
 

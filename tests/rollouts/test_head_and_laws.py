@@ -14,8 +14,8 @@ from dllm_kernels.backends import contract
 from dllm_kernels.head import ops
 from dllm_kernels.rollouts import denoising
 from tests import oracle
-from tests.rollouts.test_layouts import causal, equal
 from tests.rollouts.compare import IDS, MASK, RAGGED, V
+from tests.rollouts.test_layouts import causal, equal
 from tests.rollouts.test_samplers import RECIPES, each_recipe
 from tests.tiny import eurobert
 
@@ -36,13 +36,13 @@ class Made(TorchDispatchMode):
 @pytest.fixture
 def head_rows(monkeypatch):
     """Rows that every call of the head was given."""
-    rows, sample_tokens = [], denoising.sample_tokens
+    rows, sample = [], denoising.sample
 
     def counted(hidden, *args, **kwargs):
         rows.append(hidden.shape[0])
-        return sample_tokens(hidden, *args, **kwargs)
+        return sample(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(denoising, "sample_tokens", counted)
+    monkeypatch.setattr(denoising, "sample", counted)
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def shift_self_test(
     target_N = ids_BS.flatten()[index_N]
     with headless(model) as body:
         hidden = body(ids_BS.masked_fill(masked_BS, facts.mask_id), **loaded.call_kwargs(attention_mask_BS))
-        options = {**body.options, "suppress": (facts.mask_id,), "valid_vocab": facts.valid_vocab}
+        options = replace(body.options, suppress=(facts.mask_id,), valid_vocab=facts.valid_vocab)
         logps = [score_tokens(hidden, body.weight, target_N, rows=index_N - shift, **options).logp for shift in (0, 1)]
     same_N, shifted_N = (logp.double() for logp in logps if logp is not None)
     gap_N = same_N - shifted_N

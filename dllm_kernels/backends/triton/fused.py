@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 from dllm_kernels.backends.triton.configs import CONFIGS, Config
-from dllm_kernels.backends.triton.rows import interpreted, scalars
+from dllm_kernels.backends.triton.rows import flat, interpreted
 
 PARTS_BYTES = 64 << 20  # of the parts of one launch
 GATHERED_BYTES = 128 << 20  # of the rows that one launch gathers for its descriptors
@@ -85,10 +85,10 @@ def _take(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "segments", "plane", "softcap", "temperature", "step", "inverse"])
 def fused_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, index, bias, excluded, temperature_N, target, key, target_z, parts, part_ids,
+    hidden, weight, index, bias, excluded, temperature_N, softcap, temperature, target, key, target_z, parts, part_ids,
     rows, vocabulary, width, segments,
     hidden_stride, hidden_step, weight_stride, weight_step, plane,
-    softcap, temperature, step, inverse,
+    step, inverse,
     ENTROPY: tl.constexpr, TOP: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def fused(
     """Fill `result`: `logp` and `lse` always, `entropy`, `top_logp`, `top_id` where present; a draw where `token` is."""
     p, rows = problem, problem.rows
     vocabulary, width = p.weight_VH.shape
-    options, sampling = scalars(p), "token" in result
+    sampling = "token" in result
     drawn = sampling and temperature > 0
     at_once = rows_at_once(rows, vocabulary, width, p.hidden_MH.element_size(), config)
     segments = triton.cdiv(vocabulary, config.segment)
@@ -286,11 +286,10 @@ def fused(
             )
         target_N = None if sampling else p.target_N[span]
         fused_kernel[(triton.cdiv(count, config.BM) * segments,)](
-            *operands, index_N, options["bias"], options["excluded"],
-            p.temperature[span] if isinstance(p.temperature, Tensor) else None, target_N,
+            *operands, index_N, *flat(p.options.of_rows(span), vocabulary, device), target_N,
             key_N[span] if drawn and key_N is not None else None, target_z, parts, part_ids,
             count, vocabulary, width, segments, *hidden_MH.stride(), *p.weight_VH.stride(), parts.stride(0),
-            options["softcap"], options["temperature"], step if drawn else 0, 1.0 / temperature if drawn else 0.0,
+            step if drawn else 0, 1.0 / temperature if drawn else 0.0,
             ENTROPY="entropy" in result, TOP="top_id" in result or (sampling and not drawn), DESCRIPTORS=described,
             EVEN=width % config.BK == 0, UPCAST=interpreted() and p.hidden_MH.dtype == torch.bfloat16, **config.kernel,
         )  # fmt: skip

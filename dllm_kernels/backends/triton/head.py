@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_kernels.backends import reference
-from dllm_kernels.backends.contract import STATISTICS, HeadProblem, check
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, allocate, check, zero
 from dllm_kernels.backends.triton import fused, products, rows
 from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
 from dllm_kernels.backends.triton.tuning import choose
@@ -74,20 +75,16 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _row_temperature(problem: HeadProblem, span: slice) -> Tensor | None:
-    return problem.temperature[span] if isinstance(problem.temperature, Tensor) else None
-
-
 def _contiguous(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if vector is None else vector.to(dtype).contiguous()
 
 
 def _plain(problem: HeadProblem) -> HeadProblem:
     """The same problem with vectors that a kernel can index."""
-    p = problem
-    temperature = p.temperature.contiguous() if isinstance(p.temperature, Tensor) else p.temperature
-    index_N = _contiguous(p.index_N, torch.int64)
-    return HeadProblem(p.hidden_MH, p.weight_VH, p.target_N.contiguous(), index_N, p.bias_V, p.softcap, temperature, p.excluded_V)
+    p, temperature = problem, problem.options.temperature
+    if isinstance(temperature, Tensor) and not temperature.is_contiguous():
+        p = replace(p, options=replace(p.options, temperature=temperature.contiguous()))
+    return replace(p, target_N=p.target_N.contiguous(), index_N=_contiguous(p.index_N, torch.int64))
 
 
 @_on_its_device
@@ -113,41 +110,32 @@ def run(
             overwrite=overwrite,
         )
     p = _plain(problem)
-    total, (vocabulary, width) = p.rows, p.weight_VH.shape
-    device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
-    result: dict[str, Tensor] = {}
-    for name in outputs:
-        if name in STATISTICS:
-            result[name] = torch.empty(total, dtype=torch.int64 if name == "top_id" else torch.float32, device=device)
-        elif name in ("operand", "entropy_operand"):
-            result[name] = torch.empty(vocabulary, total, dtype=dtype, device=device).t()
-        else:
-            result[name] = torch.empty(total, width, dtype=dtype, device=device)
+    total, device = p.rows, p.hidden_MH.device
+    result = allocate(p, outputs)
     combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
     second = "entropy_unit" in outputs or "entropy_operand" in outputs
     gradient = combined or second or "unit" in outputs or "operand" in outputs
     if total == 0:
         if overwrite:
-            reference._zero(dweight_VH, dbias_V)
+            zero(dweight_VH, dbias_V)
         return result
     stats = {name: result[name] for name in STATISTICS if name in result}
     for name in ("logp", "lse"):
         stats.setdefault(name, torch.empty(total, device=device))
-    config = None if gradient or dtype == torch.float32 else choose(p, draw=False)
+    config = None if gradient or p.hidden_MH.dtype == torch.float32 else choose(p, draw=False)
     if config is not None:
         fused.fused(p, stats, config)
         return result
 
     coef_N = _contiguous(coef_N, torch.float32) if combined else None
     entropy_coef_N = _contiguous(entropy_coef_N, torch.float32) if combined else None
-    chunk, options = _Chunk(p, second=second), rows.scalars(p)
+    chunk = _Chunk(p, second=second)
     for start, count, padded in chunk.spans:
         span = slice(start, start + count)
         logits_CV, operand_CV, hidden_CH, second_CV = chunk.load(start, count, padded)
         rows.row_statistics(
             logits_CV,
-            options,
-            _row_temperature(p, span),
+            p.options.of_rows(span),
             {name: vector[span] for name, vector in stats.items()},
             target_N=p.target_N[span],
             operand=operand_CV if gradient else None,
@@ -183,7 +171,7 @@ def from_operands(
     device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
     out_NH = torch.empty(total, width, dtype=dtype, device=device) if dhidden else None
     if total == 0 and overwrite:
-        reference._zero(dweight_VH, dbias_V)
+        zero(dweight_VH, dbias_V)
     stored = [(operand_NV.t(), coef_N.float().contiguous()) for operand_NV, coef_N in operands]
     stored = [(operand_VN if operand_VN.stride(1) == 1 else operand_VN.contiguous(), coef) for operand_VN, coef in stored]
     cuts = spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
@@ -230,13 +218,13 @@ def sample(
     if config is not None:
         fused.fused(p, result, config, key_N=key_N, step=step, temperature=temperature)
         return result
-    chunk, options = _Chunk(p, second=False), rows.scalars(p)
+    chunk = _Chunk(p, second=False)
     for start, count, padded in chunk.spans:
         span = slice(start, start + count)
         logits_CV, *_ = chunk.load(start, count, padded)
         stats = {name: vector[span] for name, vector in result.items()}
         rows.row_statistics(
-            logits_CV, options, _row_temperature(p, span), stats, key_N=key_N[span], step=step, noise_temperature=temperature
+            logits_CV, p.options.of_rows(span), stats, key_N=key_N[span], step=step, noise_temperature=temperature
         )
     return result
 
@@ -270,20 +258,20 @@ def warmup(
     dtype: torch.dtype = torch.bfloat16,
     *,
     device: torch.device | str = "cuda",
-    softcap: float | None = None,
-    suppress: bool = True,
-    bias: bool = False,
+    options: HeadOptions | None = None,
 ) -> None:
-    """Compile every kernel that a head of this shape and these options meets, so that no later call pays for it."""
+    """Compile every kernel that a head of this shape and these options meets, so that no later call pays for it.
+
+    options: None for those of most models, which suppress an id and have neither bias nor softcap.
+    """
     device = torch.device(device)
     hidden_MH = torch.zeros(2, hidden_size, dtype=dtype, device=device)
     weight_VH = torch.zeros(vocabulary, hidden_size, dtype=dtype, device=device)
     target_N = torch.zeros(2, dtype=torch.int64, device=device)
-    excluded_V = torch.zeros(vocabulary, dtype=torch.bool, device=device) if suppress else None
-    bias_V = torch.zeros(vocabulary, device=device) if bias else None
+    options = options or HeadOptions(suppress=(0,))
     one_N = torch.ones(2, device=device)
     for index_N in (None, torch.arange(2, device=device)):
-        p = HeadProblem(hidden_MH, weight_VH, target_N, index_N, bias_V, softcap, 1.0, excluded_V)
+        p = HeadProblem(hidden_MH, weight_VH, target_N, index_N, options)
         for outputs in (("logp", "lse"), ("logp", "entropy", "lse"), STATISTICS):
             run(p, outputs)
             run(p, (*outputs, "unit"))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 
 
@@ -47,9 +47,9 @@ def _narrow(x, dtype: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "softcap", "temperature", "step", "inverse"])
 def row_kernel(  # type: ignore[no-untyped-def]
-    logits, operand, entropy_operand, target, key, bias, excluded, temperature_N, coef, entropy_coef,
+    logits, operand, entropy_operand, target, key, bias, excluded, temperature_N, softcap, temperature, coef, entropy_coef,
     logp, lse, entropy, top_logp, top_id, token,
-    rows, vocabulary, stride, operand_stride, entropy_stride, softcap, temperature, step, inverse,
+    rows, vocabulary, stride, operand_stride, entropy_stride, step, inverse,
     ENTROPY: tl.constexpr, SHARED: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """R rows of fp32 logits per program; an output that is None is not written. Either targets, or tokens: drawn with `key`.
@@ -174,16 +174,17 @@ def interpreted() -> bool:
     return not isinstance(row_kernel, triton.JITFunction)
 
 
-def scalars(problem: HeadProblem) -> dict[str, Any]:
-    """Options as kernel arguments; None is compiled away."""
-    p = problem
-    by_row = isinstance(p.temperature, Tensor)
-    return {
-        "bias": None if p.bias_V is None else p.bias_V.float().contiguous(),
-        "excluded": None if p.excluded_V is None else p.excluded_V.view(torch.uint8),
-        "softcap": p.softcap,
-        "temperature": None if by_row or p.temperature == 1.0 else p.temperature,
-    }
+def flat(options: HeadOptions, vocabulary: int, device: torch.device) -> tuple[Any, ...]:
+    """Options as the five arguments that every kernel takes them by; None is compiled away."""
+    excluded_V, temperature = options.excluded(vocabulary, device), options.temperature
+    by_row = isinstance(temperature, Tensor)
+    return (
+        None if options.bias is None else options.bias.float().contiguous(),
+        None if excluded_V is None else excluded_V.view(torch.uint8),
+        temperature if by_row else None,
+        options.softcap,
+        None if by_row or temperature == 1.0 else temperature,
+    )
 
 
 def row_tile(rows: int, *, draw: bool, interpreter: bool) -> dict[str, int]:
@@ -196,8 +197,7 @@ def row_tile(rows: int, *, draw: bool, interpreter: bool) -> dict[str, int]:
 
 def row_statistics(
     logits_CV: Tensor,
-    options: dict[str, Any],
-    temperature_N: Tensor | None,
+    options: HeadOptions,
     results: dict[str, Tensor],
     *,
     target_N: Tensor | None = None,
@@ -217,12 +217,11 @@ def row_statistics(
     drawn = noise_temperature > 0
     tile = row_tile(rows, draw=drawn, interpreter=interpreted())
     row_kernel[(triton.cdiv(rows, tile["R"]),)](
-        logits_CV, operand, entropy_operand, target_N, key_N if drawn else None, options["bias"], options["excluded"],
-        temperature_N, coef_N, entropy_coef_N,
+        logits_CV, operand, entropy_operand, target_N, key_N if drawn else None,
+        *flat(options, vocabulary, logits_CV.device), coef_N, entropy_coef_N,
         *(results.get(name) for name in ("logp", "lse", "entropy", "top_logp", "top_id", "token")),
         rows, vocabulary, logits_CV.stride(0), 0 if operand is None else operand.stride(0),
-        0 if entropy_operand is None else entropy_operand.stride(0), options["softcap"], options["temperature"],
-        step, 1.0 / noise_temperature if drawn else 0.0,
+        0 if entropy_operand is None else entropy_operand.stride(0), step, 1.0 / noise_temperature if drawn else 0.0,
         ENTROPY="entropy" in results or entropy_operand is not None or entropy_coef_N is not None,
         SHARED=operand is not None and operand.dtype != torch.float32, ROUND=interpreted(), **tile,
     )  # fmt: skip

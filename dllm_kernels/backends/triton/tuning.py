@@ -96,7 +96,7 @@ def _milliseconds(
             more: dict[str, Any] = (
                 {"key_N": p.target_N[span], "noise_temperature": 1.0} if draw else {"target_N": p.target_N[span]}
             )
-            rows.row_statistics(logits_CV, rows.scalars(p), None, part, **more)
+            rows.row_statistics(logits_CV, p.options, part, **more)
 
     try:
         return _median(call)

@@ -8,9 +8,10 @@ import torch
 
 from dllm_kernels import noise
 from dllm_kernels.backends import reference
-from dllm_kernels.backends.contract import STATISTICS, HeadProblem
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem
 from dllm_kernels.backends.triton import fused, head
 from dllm_kernels.backends.triton.configs import CONFIGS
+from tests.backends.problems import to_float64
 
 
 def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, options: bool, seed: int = 0) -> HeadProblem:
@@ -23,12 +24,9 @@ def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, optio
     excluded = torch.rand(vocabulary, generator=g) < 0.2
     excluded[target] = False
     bias, temperature = torch.randn(vocabulary, generator=g), torch.rand(rows, generator=g) + 0.5
-    return HeadProblem(hidden, weight, target, torch.randperm(rows + 3, generator=g)[:rows], bias, 3.0, temperature, excluded)
-
-
-def exactly(p: HeadProblem) -> HeadProblem:
-    cast = {name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in vars(p).items()}
-    return HeadProblem(**cast)
+    suppress = tuple(excluded.nonzero()[:, 0].tolist())
+    index = torch.randperm(rows + 3, generator=g)[:rows]
+    return HeadProblem(hidden, weight, target, index, HeadOptions(bias, 3.0, temperature, suppress))
 
 
 def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descriptors() -> None:
@@ -39,7 +37,7 @@ def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descr
         ((3, 64, 130), torch.float16, False),
     ):
         p = problem(rows, width, vocabulary, dtype, options=options)
-        want = reference.run(exactly(p), STATISTICS)
+        want = reference.run(to_float64(p), STATISTICS)
         found = []
         for descriptors in (False, True):
             got = {n: torch.full((rows,), -7, dtype=torch.int64 if n == "top_id" else torch.float32) for n in STATISTICS}
@@ -55,7 +53,7 @@ def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
     for dtype, options, temperature in ((torch.bfloat16, True, 1.0), (torch.float16, False, 0.3), (torch.float32, True, 2.5)):
         p = problem(40, 16, 200, dtype, options=options)
         key = noise.row_bits(3, noise.Stream.TOKEN, zero, zero, torch.arange(40))
-        want = reference.sample(exactly(p), key, step=4, temperature=temperature)
+        want = reference.sample(to_float64(p), key, step=4, temperature=temperature)
         for few in (64, 0):  # the fused kernel, and a chunk of logits
             head.FEW_ROWS = few
             got = head.sample(p, key, step=4, temperature=temperature)
@@ -64,7 +62,7 @@ def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
                 torch.testing.assert_close(got[name].double(), want[name], rtol=2e-5, atol=2e-5)
         head.FEW_ROWS = 64
         got = head.sample(p, key, step=4, temperature=0.0)
-        want = reference.sample(exactly(p), key, step=4, temperature=0.0)
+        want = reference.sample(to_float64(p), key, step=4, temperature=0.0)
         assert torch.equal(got["token"], want["token"])
         torch.testing.assert_close(got["logp"].double(), want["logp"], rtol=2e-5, atol=2e-5)
 
@@ -73,13 +71,9 @@ def equal_logits_go_to_the_smallest_id_and_a_row_without_ids_ends() -> None:
     zeros = HeadProblem(torch.zeros(5, 4).half(), torch.zeros(300, 4).half(), torch.zeros(5, dtype=torch.int64))
     key = torch.arange(5)
     assert head.sample(zeros, key, step=0, temperature=0.0)["token"].tolist() == [0] * 5
-    nothing = replace_excluded(zeros, torch.ones(300, dtype=torch.bool))
+    nothing = replace(zeros, options=HeadOptions(suppress=tuple(range(300))))
     for temperature in (0.0, 1.0):
         assert not head.sample(nothing, key, step=0, temperature=temperature)["lse"].isfinite().any()
-
-
-def replace_excluded(p: HeadProblem, excluded: torch.Tensor) -> HeadProblem:
-    return HeadProblem(**{**vars(p), "excluded_V": excluded})
 
 
 def many_rows_are_launched_in_parts_with_the_same_bits() -> None:
