@@ -9,7 +9,7 @@ What an objective's coefficients `d loss / d logp_row` depend on decides the pas
 
 Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then go through the
 model again sample by sample. They need a deterministic forward, so active dropout is refused. What is known to have no
-gradient never reaches the model: see `keep_zeros`.
+gradient never reaches the model: sequences whose `scale` is 0, samples without a scored token, rows whose coefficient is 0.
 """
 
 from __future__ import annotations
@@ -37,14 +37,10 @@ def accumulate(
     denominator: float | None = None,
     samples_per_pass: int = 1,
     sequences_per_pass: int | None = None,
-    head_plan: str | None = None,
     suppress: tuple[int, ...] = (),
     model_kwargs: dict[str, Tensor] | None = None,
-    keep_zeros: bool = False,
     group: dist.ProcessGroup | None = None,
     reduce_last: bool = False,
-    count_flops: bool = False,
-    measure_memory: bool = False,
 ) -> Report:
     """Add the objective's exact gradient to the `.grad` of the model's parameters.
 
@@ -58,18 +54,13 @@ def accumulate(
             (states with a token), at least 1; of all ranks where `group` is given.
         samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with it, the result
             does not depend on it.
-        head_plan: forces the head's plan for late coefficients ("unit", "keep", "recompute").
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; cut along B.
-        keep_zeros: run what is known to have no gradient too (for benchmarks). Else sequences whose `scale` is 0, samples
-            without a scored token, and rows whose coefficient is 0 are dropped before the model or its head runs; loss and
-            gradient are the same, their ELBOs are NaN. A cut without a scored token is always skipped.
         group: ranks whose batches make up the optimizer step; default: those that share a sharded model. Objectives of `batch`
             coupling then share their scores with them; each rank adds the gradient of its own sequences, and its loss is an
             equal share of the total. A rank may hold no sequence (cut a plan to none).
         reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing them after each:
             less communication, and the memory of all gradients unsharded.
-        count_flops, measure_memory: fill `counted_flops` (slower) and `peak_memory` of the report.
 
     A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its gradients are summed over
     ranks (FSDP's average is switched off, and stays so), and its head is gathered and its head's gradient reduced once. Within
@@ -118,16 +109,16 @@ def accumulate(
             raise ValueError(f"group must be None for {objective.name}, which does not say what its ranks would share")
         if denominator is None:
             denominator = ranks.denominator(objective, plan, batch, group)
-        engine = Engine(body, objective, denominator, {**body.options, "suppress": suppress}, head_plan, keep_zeros)
+        engine = Engine(body, objective, denominator, {**body.options, "suppress": suppress})
         elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=engine.dtype, device=plan.input_ids_BS.device)
         loss = elbo_BK.new_zeros(())
-        places = _places(cuts, objective, coupling, keep_zeros, elbo_BK)
+        places = _places(cuts, objective, coupling, elbo_BK)
         blocks = max(len(places), coupling == "batch")  # to which a rank without sequences has something to say
         if shards is not None:
             blocks = shards.most(blocks)
             shards.sum_gradients()
             shards.reduce_gradients(now=not reduce_last)
-        with engine.meter.running(count_flops=count_flops, measure_memory=measure_memory):
+        with engine.meter.running():
             for number in range(blocks):
                 place = places[number] if number < len(places) else slice(0, 0)
                 block = cuts if isinstance(place, slice) and place == slice(None) else cuts.of(place)
@@ -144,11 +135,11 @@ def accumulate(
                 shards.reduce_gradients(now=True)
                 body.idle(1, {}, backward=True)
     meter = engine.meter
-    counts = meter.forwards, meter.backwards, meter.rows, meter.seconds, meter.flops, meter.counted_flops, meter.peak_memory
+    counts = meter.forwards, meter.backwards, meter.rows, meter.seconds, meter.flops
     return Report(loss, elbo_BK, 2 if two_passes else 1, *counts)
 
 
-def _places(cuts: Cuts, objective: Objective, coupling: str, keep_zeros: bool, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
+def _places(cuts: Cuts, objective: Objective, coupling: str, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
     """Which sequences are done together, block after block; those of no weight are left out.
 
     A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what lies between
@@ -156,7 +147,7 @@ def _places(cuts: Cuts, objective: Objective, coupling: str, keep_zeros: bool, e
     """
     B = cuts.plan.shape[1]
     live_B: Tensor | None = None
-    if objective.scale is not None and not keep_zeros and coupling != "batch":
+    if objective.scale is not None and coupling != "batch":
         scale = {**cuts.batch.per_sequence, **cuts.batch.per_sample}[objective.scale]
         live_B = (scale != 0).unsqueeze(-1).flatten(1).any(1)
         elbo_BK[~live_B & (cuts.plan.lengths_B > 0)] = torch.nan

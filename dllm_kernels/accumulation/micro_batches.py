@@ -39,8 +39,8 @@ class Cut:
     def key(self) -> tuple[int, int]:
         return self.samples.start, self.sequences.start
 
-    def select(self, keep_N: Tensor | None) -> Selection:
-        """The rows where `keep_N`, and the pairs (sample, sequence) with such a row; None: everything, empty pairs too."""
+    def select(self, keep_N: Tensor) -> Selection:
+        """The rows where `keep_N`, and the pairs (sample, sequence) with such a row."""
         K, B, S = self.plan.shape
         ids = self.plan.noisy_ids.view(K * B, S)
         expanded = {
@@ -48,8 +48,6 @@ class Cut:
             for name, tensor in self.model_kwargs.items()
         }
         rows = self.plan.rows
-        if keep_N is None:
-            return Selection(ids, expanded, rows.index, rows.target)
         pair_N = (rows.sample * B + rows.sequence)[keep_N]
         present = torch.zeros(K * B, dtype=torch.bool, device=ids.device).index_fill_(0, pair_N, True)
         pairs = present.nonzero()[:, 0]

@@ -24,17 +24,8 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 class Engine:
     """The model without its head, an objective, and the passes over both."""
 
-    def __init__(
-        self,
-        body: Body,
-        objective: Objective,
-        denominator: float,
-        options: dict[str, Any],
-        head_plan: str | None,
-        keep_zeros: bool,
-    ) -> None:
-        self.body, self.objective, self.denominator = body, objective, denominator
-        self.options, self.head_plan, self.keep_zeros = options, head_plan, keep_zeros
+    def __init__(self, body: Body, objective: Objective, denominator: float, options: dict[str, Any]) -> None:
+        self.body, self.objective, self.denominator, self.options = body, objective, denominator, options
         self.meter = Meter(body)
         self.last = False  # whether the next pass with gradients is the last
         self.dtype = statistics_dtype(body.parameter)
@@ -131,9 +122,7 @@ class Engine:
 
     def _any_row(self, cut: Cut, chosen_N: Callable[[], Tensor]) -> bool:
         """Whether any of a cut's rows is to run; `chosen_N` is True where one has a coefficient."""
-        if not _has_rows(cut) or self.keep_zeros:
-            return _has_rows(cut)
-        return bool(chosen_N().any())
+        return _has_rows(cut) and bool(chosen_N().any())
 
     # --- one cut ------------------------------------------------------------------------------------------------------
 
@@ -141,21 +130,21 @@ class Engine:
         """Log-probs of a cut's rows without a gradient."""
         rows = cut.plan.rows
         with torch.no_grad():
-            chosen = cut.select(None if self.keep_zeros else torch.ones_like(rows.index, dtype=torch.bool))
+            chosen = cut.select(torch.ones_like(rows.index, dtype=torch.bool))
             hidden = chosen.hidden(self.body)
             scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, **self.options)
         self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)
         assert scores.logp is not None
         return scores.logp
 
-    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran, None for all)."""
-        keep_N = None if self.keep_zeros else coef_N != 0
-        if keep_N is not None and not bool(keep_N.any()):
+    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran)."""
+        keep_N = coef_N != 0
+        if not bool(keep_N.any()):
             return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        coef_N = (coef_N if keep_N is None else coef_N[keep_N]).to(statistics_dtype(hidden))
+        coef_N = coef_N[keep_N].to(statistics_dtype(hidden))
         scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, coef=coef_N, **self.options)
         assert scores.weighted_sum is not None
         assert scores.logp is not None
@@ -163,16 +152,15 @@ class Engine:
         self.meter.ran(chosen.ids.numel(), len(coef_N), "coef", backward=True)
         return _spread(scores.logp, keep_N), keep_N
 
-    def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
-        keep_N = None if self.keep_zeros else self._weighed(cut)
-        if keep_N is not None and not bool(keep_N.any()):
+        keep_N = self._weighed(cut)
+        if not bool(keep_N.any()):
             logp_N = torch.zeros(len(keep_N), dtype=self.dtype, device=keep_N.device)
             return self._contributions(logp_N, cut).detach(), logp_N, keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        head = {"rows": chosen.index_N, "plan": self.head_plan, **self.options}
-        scores = score_tokens(hidden, self.body.weight, chosen.target_N, **head)
+        scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, **self.options)
         assert scores.logp is not None
         logp_N = _spread(scores.logp, keep_N)
         loss = self._contributions(logp_N, cut)
@@ -209,17 +197,16 @@ def _has_rows(cut: Cut) -> bool:
     return len(cut.plan.rows) > 0
 
 
-def _spread(logp_N: Tensor, keep_N: Tensor | None) -> Tensor:
+def _spread(logp_N: Tensor, keep_N: Tensor) -> Tensor:
     """Log-probs of the rows that ran at their places among all, 0 elsewhere; differentiable."""
-    if keep_N is None or len(logp_N) == len(keep_N):
+    if len(logp_N) == len(keep_N):
         return logp_N
     return logp_N.new_zeros(len(keep_N)).masked_scatter(keep_N, logp_N)
 
 
-def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor | None) -> Tensor:
+def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor) -> Tensor:
     """Per-sample ELBOs `[B, K]` of a cut; NaN where not all rows ran."""
-    logp_N = logp_N.detach()
-    return cut.plan.elbo(logp_N if ran_N is None else torch.where(ran_N, logp_N, torch.nan))
+    return cut.plan.elbo(torch.where(ran_N, logp_N.detach(), torch.nan))
 
 
 def _dense(cuts: Cuts, logps: dict[tuple[int, int], Tensor], dtype: torch.dtype) -> Tensor:
