@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm_kernels.model.sharding import find_shards, is_sharded
-from dllm_kernels.objectives import group_advantages
 
 from .errors import UserError, first_line
 
@@ -139,27 +138,22 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
         gc.collect()
 
 
-def advantages(rewards: Tensor, group_ids: Tensor, *, kind: str, ranks: Ranks) -> Tensor:
-    """Advantages `[B]` of this rank's rollouts within their groups, whose other members may be on other ranks.
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The transformer blocks and their path: of the outermost module lists, the one with most parameters.
 
-    Bit for bit those of `group_advantages` on the whole batch.
+    Raises UserError for a model without a module list.
     """
-    everyone, mine = ranks.gather(rewards)
-    ids, _ = ranks.gather(group_ids)
-    return group_advantages(everyone, ids, kind=kind)[mine]
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the children of every ModuleList that lies in no other. Raises UserError where there is none."""
-    inside: set[nn.Module] = set()
-    found: list[nn.Module] = []
-    for module in model.modules():  # parents first
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            inside.update(module.modules())
-            found += [child for child in module if any(True for _ in child.parameters())]
-    if not found:
-        raise UserError(f"model: {type(model).__name__} has no list of layers to shard one by one")
-    return found
+    best: tuple[int, str, nn.ModuleList] | None = None
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
+            taken.append(path)
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if best is None or size > best[0]:
+                best = size, path, module
+    if best is None:
+        raise UserError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
+    return best[1:]
 
 
 def shard(
@@ -192,7 +186,7 @@ def shard(
     mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for block in blocks(model):
+    for block in find_blocks(model)[1]:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     if "ignored_params" in inspect.signature(fully_shard).parameters:  # torch 2.7; before, the root gathers it in every forward
         options["ignored_params"] = _shard_head(model, mesh)

@@ -48,11 +48,6 @@ class Rollout:
         return self.ids_BS[self.completion_mask_BS].view(B, L)
 
     @property
-    def confidence_BL(self) -> Tensor:
-        """Probability of each token when it was committed, at temperature 1."""
-        return self.commit_logp_BL.exp()
-
-    @property
     def step_map_BS(self) -> Tensor:
         """int64: the step of each completion token, -1 elsewhere. What was filled up counts to the last step."""
         steps_BL = torch.where(self.commit_step_BL < 0, self.steps_B[:, None] - 1, self.commit_step_BL.long())

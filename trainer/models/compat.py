@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..distributed import find_blocks
 from ..facts import Facts
 
 FORM = "_dllm_attention_form"
@@ -221,24 +222,6 @@ def adapt_head(model: PreTrainedModel, facts: Facts) -> None:
 
 
 # --- activation checkpointing -----------------------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks and their path: of the outermost module lists, the one with most parameters."""
-    best: tuple[str, nn.ModuleList] | None = None
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
-            taken.append(path)
-            if best is None or _size(module) > _size(best[1]):
-                best = path, module
-    if best is None:
-        raise ValueError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
-    return best
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def checkpoint_blocks(model: nn.Module) -> int:

@@ -58,7 +58,8 @@ class Loaded:
     @property
     def suppressed(self) -> tuple[int, ...]:
         """Ids that are never predicted, beside the mask id: the table's, and what lies beyond the text."""
-        rows = find_head(self.model).rows
+        with headless(self.model) as body:
+            rows = len(body.parameter)
         return (*self.facts.suppress, *range(self.facts.valid_vocab or rows, rows))
 
 
@@ -192,34 +193,6 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
         token = "<|mask|>"
     if token is not None and (mask_id >= len(tokenizer) or mask_id in tokenizer.added_tokens_decoder):
         tokenizer.add_special_tokens({"mask_token": token})
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head of a model, as `get_output_embeddings()` gives it: never by name, LLaDA's MLPs have an `ff_out` each too."""
-
-    path: str
-    rows: int
-    embeddings: int  # ids that the model takes
-    tied: bool  # its weight is the input embedding
-    frozen: bool  # its weight gets no gradient: the head's cheap plan runs
-    bias: bool
-    softcap: float | None
-
-
-def find_head(model: PreTrainedModel) -> Head:
-    with headless(model) as body:
-        head, weight = body.head, body.weight
-        path = next(name for name, module in model.named_modules() if module is head)
-        return Head(
-            path=path,
-            rows=len(weight),
-            embeddings=body.vocabulary,
-            tied=any(weight is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
-            frozen=not weight.requires_grad,
-            bias=body.bias is not None,
-            softcap=body.softcap,
-        )
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> EuroBertForMaskedLM:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..distributed import find_blocks
 from ..errors import UserError, first_line
-from .compat import find_blocks
 
 ROUTERS = ("gate", "router")  # a MoE's: what they choose is not differentiable, and a reference with other experts is none
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 
 import torch
 
@@ -169,27 +167,6 @@ def read_d1(path: str, style: str) -> list[Example]:
             raise UserError(f"{where}: input must be numbers with commas between them, and output a number, got {dict(row)}")
         found.append(_example(str(index), [int(number) for number in numbers], int(target), "", style, width=1))
     return found
-
-
-def solve(numbers: Sequence[int], target: int, operations: str = "+-*/") -> str | None:
-    """An expression that solves the problem, by trying all; None if there is none."""
-
-    @cache
-    def reach(indices: frozenset[int]) -> dict[Fraction, Term]:
-        if len(indices) == 1:
-            (only,) = indices
-            return {Fraction(numbers[only]): Term.number(numbers[only], only)}
-        found: dict[Fraction, Term] = {}
-        for size in range(1, len(indices)):
-            for part in map(frozenset, itertools.combinations(sorted(indices), size)):
-                pairs = itertools.product(reach(part).values(), operations, reach(indices - part).values())
-                for term in itertools.starmap(combine, pairs):
-                    if term is not None:
-                        found.setdefault(term.value, term)
-        return found
-
-    term = reach(frozenset(range(len(numbers)))).get(Fraction(target))
-    return None if term is None else term.text
 
 
 def grade(example: Example, completion: str) -> tuple[bool, bool, bool]:
