@@ -12,10 +12,11 @@ from dllm_kernels import noise
 from dllm_kernels.noise import Stream
 
 from ..errors import ConfigError, UserError
-from . import Example, Task, arithmetic, d1_compat
+from . import arithmetic, d1_compat
 from .config import CountdownConfig
 from .files import first_rows, text_of
 from .tags import TAGS, final_answer
+from .task import Example, Task
 
 _CHUNK = 2048
 _FRUITLESS = 16  # chunks without a new problem, after which there is none

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import Example
+from .task import Example
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Defect: no DOTALL, so a completion in the layout that the prompt asks for matches only if its parts are one line each (strict),

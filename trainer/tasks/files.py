@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
-from . import Example, Task
 from .config import FileConfig
 from .rewards import choose, exact_match
+from .task import Example, Task
 
 Row = Mapping[str, Any]
 

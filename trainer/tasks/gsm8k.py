@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from ..errors import UserError
-from . import Example, Task, d1_compat
+from . import d1_compat
 from .config import Gsm8kConfig
 from .files import first_rows, text_of
 from .math import last_boxed
 from .shaping import layout
 from .tags import TAGS, final_answer, tagged
+from .task import Example, Task
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # the data's notes for a calculator: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"(?<![\d.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d,]*\d)|(?<![\d.])-?\.\d+", re.ASCII)

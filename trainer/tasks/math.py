@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from ..errors import UserError
-from . import Example, Task, d1_compat
+from . import d1_compat
 from .config import MathConfig
 from .files import first_rows, text_of
 from .tags import TAGS, final_answer, tagged
+from .task import Example, Task
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
 _LONGEST = 1000  # characters of an answer that is normalised; a longer one is compared as it is

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UserError
-from . import Example, Task
 from .config import PairsConfig
 from .files import distinct, first_rows, id_of, text_of
 from .rewards import exact_match
+from .task import Example, Task
 
 
 def make(config: PairsConfig, *, seed: int) -> Task:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from ..errors import UserError, first_line
-from . import Example, Reward
+from .task import Example, Reward
 
 _IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 

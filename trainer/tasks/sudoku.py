@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import Example, Reward, Task, d1_compat, sudoku_grids
+from . import d1_compat, sudoku_grids
 from .config import SudokuConfig
 from .files import read_rows, text_of
 from .sudoku_grids import CELLS, Puzzles, keeps_clues
 from .tags import TAGS, final_answer
+from .task import Example, Reward, Task
 
 _SENTENCE = (
     "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box must hold 1, 2, 3 and 4 once; given cells stay as they "
