@@ -1,7 +1,9 @@
-"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by FSDP2.
+"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by
+FSDP2.
 
-Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything. Rollouts, masks and
-noise are functions of sequence ids, so what a rank computes for a sequence does not depend on how many ranks there are.
+Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything.
+Rollouts, masks and noise are functions of sequence ids, so what a rank computes for a sequence does not
+depend on how many ranks there are.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort the interpreter's."""
+        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort
+        the interpreter's.
+        """
         return dist.group.WORLD if self.launched else None
 
     @property
@@ -49,7 +53,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks, equal but for one.
+        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks,
+        equal but for one.
 
         The first ranks have more; with fewer things than ranks, the last have none.
         """
@@ -84,7 +89,8 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No collectives inside.
+        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No
+        collectives inside.
 
         The rank that failed raises its own error, the others an `OtherRankError` with its sentence.
         """
@@ -102,7 +108,9 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun did not start it."""
+    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun
+    did not start it.
+    """
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(device=torch.device("cuda" if gpu else "cpu"))
@@ -115,9 +123,11 @@ def start() -> Ranks:
 
 @contextmanager
 def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
-    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others never reach.
+    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others
+    never reach.
 
-    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a traceback.
+    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a
+    traceback.
     """
     try:
         yield
@@ -164,15 +174,18 @@ def shard(
     dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it only moves the model.
+    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it
+    only moves the model.
 
     Args:
-        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to `dllm_kernels.headless`: it is
-            gathered once per optimizer step, and the model's own logits are not to be had any more.
+        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to
+            `dllm_kernels.headless`: it is gathered once per optimizer step, and the model's own logits are
+            not to be had any more.
         replicas: HSDP; how many copies of the model there are, each over `ranks.size / replicas` ranks.
-        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and gradients are reduced
-            in fp32. None: the parameters' own.
-        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one more gather.
+        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and
+            gradients are reduced in fp32. None: the parameters' own.
+        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one
+            more gather.
     """
     model.to(ranks.device)
     if not ranks.launched:

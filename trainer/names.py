@@ -1,7 +1,9 @@
-"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m trainer`).
+"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m
+trainer`).
 
-Whichever name is imported first is the real one. The other leads to the same module objects, so that classes, registries
-and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is left alone.
+Whichever name is imported first is the real one. The other leads to the same module objects, so that classes,
+registries and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is
+left alone.
 """
 
 from __future__ import annotations

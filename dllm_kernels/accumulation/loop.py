@@ -7,9 +7,10 @@ What an objective's coefficients `d loss / d logp_row` depend on decides the pas
     sequence                its K samples: one pass if a cut holds them all, else two, a block of sequences at a time
     batch                   everything, on all ranks: two passes
 
-Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then go through the
-model again sample by sample. They need a deterministic forward, so active dropout is refused. What is known to have no
-gradient never reaches the model: sequences whose `scale` is 0, samples without a scored token, rows whose coefficient is 0.
+Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then
+go through the model again sample by sample. They need a deterministic forward, so active dropout is refused.
+What is known to have no gradient never reaches the model: sequences whose `scale` is 0, samples without a
+scored token, rows whose coefficient is 0.
 """
 
 from __future__ import annotations
@@ -48,26 +49,29 @@ def accumulate(
         model: a Hugging Face masked language model, or one under `headless` already.
         plan: the masks, shared by every policy. batch: advantages, old scores and so on, see `Batch`.
         objective: what to minimise, for example `objectives.BGPO`.
-        denominator: what the sum of contributions is divided by; give the count of the whole optimizer step and all ranks
-            when this call sees only a part. Default: what the plan and the batch hold of the objective's "sequences",
-            "tokens" (those that may be scored), "groups" (different "group_ids", which must be given), "pairs" or "steps"
-            (states with a token), at least 1; of all ranks where `group` is given.
-        samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with it, the result
-            does not depend on it.
+        denominator: what the sum of contributions is divided by; give the count of the whole optimizer step
+            and all ranks when this call sees only a part. Default: what the plan and the batch hold of the
+            objective's "sequences", "tokens" (those that may be scored), "groups" (different "group_ids",
+            which must be given), "pairs" or "steps" (states with a token), at least 1; of all ranks where
+            `group` is given.
+        samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with
+            it, the result does not depend on it.
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; cut along B.
-        group: ranks whose batches make up the optimizer step; default: those that share a sharded model. Objectives of `batch`
-            coupling then share their scores with them; each rank adds the gradient of its own sequences, and its loss is an
-            equal share of the total. A rank may hold no sequence (cut a plan to none).
-        reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing them after each:
-            less communication, and the memory of all gradients unsharded.
+        group: ranks whose batches make up the optimizer step; default: those that share a sharded model.
+            Objectives of `batch` coupling then share their scores with them; each rank adds the gradient of
+            its own sequences, and its loss is an equal share of the total. A rank may hold no sequence (cut a
+            plan to none).
+        reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing
+            them after each: less communication, and the memory of all gradients unsharded.
 
-    A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its gradients are summed over
-    ranks (FSDP's average is switched off, and stays so), and its head is gathered and its head's gradient reduced once. Within
-    an outer `headless(model)`, several calls share that: the head's part is in `.grad` when the context ends.
+    A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its
+    gradients are summed over ranks (FSDP's average is switched off, and stays so), and its head is gathered
+    and its head's gradient reduced once. Within an outer `headless(model)`, several calls share that: the
+    head's part is in `.grad` when the context ends.
 
-    Raises ValueError naming the argument: a batch that does not fit the plan, a missing denominator, dropout where two
-    passes must agree, a sequence that two ranks hold.
+    Raises ValueError naming the argument: a batch that does not fit the plan, a missing denominator, dropout
+    where two passes must agree, a sequence that two ranks hold.
 
     Example:
         >>> from dllm_kernels import make_mask_plan
@@ -142,8 +146,8 @@ def accumulate(
 def _places(cuts: Cuts, objective: Objective, coupling: str, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
     """Which sequences are done together, block after block; those of no weight are left out.
 
-    A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what lies between
-    two passes does not grow with the batch.
+    A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what
+    lies between two passes does not grow with the batch.
     """
     B = cuts.plan.shape[1]
     live_B: Tensor | None = None

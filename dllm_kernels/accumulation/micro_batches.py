@@ -16,7 +16,9 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run on."""
+    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run
+    on.
+    """
 
     ids: Tensor  # [pairs, S]
     model_kwargs: dict[str, Tensor]
@@ -97,8 +99,9 @@ class Cuts:
 def in_step(cuts: Cuts, body: Body, runs: Callable[[Cut], bool], *, backward: bool = False, last: bool = False) -> Iterator[Cut]:
     """The cuts, for a loop that calls the model once (and backward once) for each of which `runs` is true.
 
-    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who has less to do
-    idles along at the end. last: gradients that were kept whole so far are reduced by the last of these backwards.
+    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who
+    has less to do idles along at the end. last: gradients that were kept whole so far are reduced by the last
+    of these backwards.
     """
     shards = body.shards
     if shards is None:

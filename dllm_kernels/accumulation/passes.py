@@ -30,13 +30,14 @@ class Engine:
         self.last = False  # whether the next pass with gradients is the last
         self.dtype = statistics_dtype(body.parameter)
 
-    # --- one pass, or two ---------------------------------------------------------------------------------------------
+    # --- one pass, or two -----------------------------------------------------------------------------------
 
     def once(self, cuts: Cuts, coupling: str) -> tuple[Tensor, Tensor]:
         """(loss, per-sample ELBOs `[B, K]`) of cuts whose coefficients need no pass of their own."""
         elbo_BK = self._elbos(cuts)
         loss = elbo_BK.new_zeros(())
-        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it couples
+        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it
+        # couples
         whole_loss = coupling == "none" and self.objective.coupling in ("sequence", "batch")
         logps: dict[tuple[int, int], Tensor] = {}
 
@@ -91,7 +92,9 @@ class Engine:
         return loss.detach(), elbo_BK
 
     def by_numbers(self, cuts: Cuts, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """The same where one number per sequence says it all: no more than these lie between the passes, or go over ranks."""
+        """The same where one number per sequence says it all: no more than these lie between the passes, or
+        go over ranks.
+        """
         elbo_BK, reduce = self._elbos(cuts), self.objective.reduce
         assert reduce is not None
         numbers_B = torch.zeros(len(elbo_BK), dtype=torch.float64, device=elbo_BK.device)
@@ -114,7 +117,7 @@ class Engine:
                 self._learn(cut, coefficients(cut))
         return (loss / self.denominator).to(self.dtype), elbo_BK
 
-    # --- ranks in step ------------------------------------------------------------------------------------------------
+    # --- ranks in step --------------------------------------------------------------------------------------
 
     def _learning(self, cuts: Cuts, runs: Callable[[Cut], bool]) -> Iterator[Cut]:
         """The cuts of a pass with gradients; `runs` tells beforehand which of them call the model."""
@@ -124,7 +127,7 @@ class Engine:
         """Whether any of a cut's rows is to run; `chosen_N` is True where one has a coefficient."""
         return _has_rows(cut) and bool(chosen_N().any())
 
-    # --- one cut ------------------------------------------------------------------------------------------------------
+    # --- one cut --------------------------------------------------------------------------------------------
 
     def _score(self, cut: Cut) -> Tensor:
         """Log-probs of a cut's rows without a gradient."""

@@ -29,7 +29,9 @@ def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something else."""
+    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something
+    else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -123,7 +123,7 @@ def test_laws_shift_and_suppressed_ids(law, shift):
     assert worst_gradient_error(got, want) < 1e-10
 
 
-# --- objectives of every coupling, made up for this test -----------------------------------------------------------------
+# --- objectives of every coupling, made up for this test ----------------------------------------------------
 
 
 def ratio_contributions(logp, plan, batch):
@@ -205,7 +205,7 @@ def test_the_model_really_ran_as_often_as_the_report_says():
     assert (report.forwards, report.backwards) == (8, 4)
 
 
-# --- denominators and cuts ---------------------------------------------------------------------------------------------
+# --- denominators and cuts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_an_attention_mask_is_cut_along_with_the_sequences():
         torch.testing.assert_close(score_samples(model, plan, model_kwargs={"attention_mask": attention}, **cut), want)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def test_dropout_is_refused_where_two_passes_must_agree_and_allowed_where_one_is_made():

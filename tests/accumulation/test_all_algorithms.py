@@ -127,7 +127,7 @@ def test_the_couplings_are_those_of_the_design():
     assert set(map(algorithms.algorithm, VARIANTS)) == set(RECIPES)
 
 
-# --- DMPO: what the baseline is for -----------------------------------------------------------------------------------
+# --- DMPO: what the baseline is for -------------------------------------------------------------------------
 
 
 def gradient_moments(baseline, group):
@@ -163,7 +163,7 @@ def test_dmpo_s_baselines_reduce_the_gradient_s_variance_in_small_groups(group):
         assert variance < 0.6 * plain, (baseline, variance, plain)
 
 
-# --- EGSPO: which steps to spend the budget on ------------------------------------------------------------------------
+# --- EGSPO: which steps to spend the budget on --------------------------------------------------------------
 
 
 def half_random_model(length=8):

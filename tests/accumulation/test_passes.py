@@ -143,7 +143,7 @@ def test_rows_of_a_part_of_a_cut_are_the_rows_of_that_part(shift):
         assert float(report.loss) == pytest.approx(want_loss, rel=1e-10)
 
 
-# --- denominators -----------------------------------------------------------------------------------------------------
+# --- denominators -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_groups_that_cannot_be_counted_need_a_denominator():
         accumulate(model_of(), plan_of(LENGTHS), wd1_objective(), Batch({"weights": SOME}))
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+# --- reports ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -202,7 +202,7 @@ def test_flops_by_formula_are_those_that_torch_counts_but_for_attention(frozen, 
         assert report.flops == run(model, plan, objective, batch)[0].flops
 
 
-# --- old and reference policies ---------------------------------------------------------------------------------------
+# --- old and reference policies -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", [{}, {"samples_per_pass": 3, "sequences_per_pass": 3}], ids=str)
@@ -288,7 +288,7 @@ def test_peft_s_adapters_are_switched_off():
     assert not torch.allclose(score_samples(model, plan)[0], want[0])
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(120)

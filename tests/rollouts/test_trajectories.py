@@ -103,7 +103,7 @@ def test_storage_is_a_few_floats_per_token_and_step_and_no_row_of_the_vocabulary
     assert sum(t.numel() for t in tensors.values()) < 12 * B * (L + 5)
 
 
-# --- the choice of steps ----------------------------------------------------------------------------------------------
+# --- the choice of steps ------------------------------------------------------------------------------------
 
 
 @given(
@@ -180,7 +180,7 @@ def test_random_steps_are_uniform_and_a_sequence_s_own():
     assert not torch.equal(select_steps(table, 3, "random", seed=1, sequence_ids=torch.arange(3000)), chosen)
 
 
-# --- rows to score ----------------------------------------------------------------------------------------------------
+# --- rows to score ------------------------------------------------------------------------------------------
 
 
 def rows_by_loop(rollout, steps_BJ, shift):

@@ -1,7 +1,8 @@
-"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is trained.
+"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is
+trained.
 
-`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its family is, its
-tokenizer with the mask token, and its `Facts`.
+`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its
+family is, its tokenizer with the mask token, and its `Facts`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Loaded:
     def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
         """What every model call takes beside the ids: the mask in the dtype that this model's mask has.
 
-        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no mask.
+        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no
+        mask.
         """
         if attention_mask_BS is None or self.facts.attention_mask == "none" or bool(attention_mask_BS.all()):
             return {}
@@ -76,13 +78,15 @@ def load(
     """Model (eval mode), tokenizer and facts of a checkpoint folder or hub id.
 
     Args:
-        dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries. revision: of the hub.
-        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the run began with,
-            `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not saved.
+        dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries.
+            revision: of the hub.
+        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the
+            run began with, `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not
+            saved.
         four_bit: QLoRA's quantised weights, by bitsandbytes.
 
-    The model stays in eval mode while it trains: some published forwards do something else in training mode (SDAR's makes
-    masks of its own), and dropout would make two scores of the same tokens differ.
+    The model stays in eval mode while it trains: some published forwards do something else in training mode
+    (SDAR's makes masks of its own), and dropout would make two scores of the same tokens differ.
 
     Raises UserError: no such checkpoint, one that is damaged, code that is not trusted, no mask id known.
     """
@@ -107,7 +111,9 @@ def load(
 
 
 def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are held elsewhere."""
+    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are
+    held elsewhere.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameter) for key, parameter in parameters.items() if key not in missing}
     lost = sorted(key for key in missing if key in parameters and id(parameters[key]) not in held)
@@ -151,7 +157,9 @@ def _untrusted(name: str) -> UserError:
 
 
 def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool) -> type[PreTrainedModel]:
-    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or from transformers."""
+    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or
+    from transformers.
+    """
     architectures = list(getattr(config, "architectures", None) or [])
     mapped = {auto: reference for auto, reference in (getattr(config, "auto_map", None) or {}).items() if auto in AUTO_CLASSES}
     by_class = {reference.rpartition(".")[2]: auto for auto, reference in mapped.items()}
@@ -181,10 +189,11 @@ def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool)
 
 
 def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
-    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not resized.
+    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not
+    resized.
 
-    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A token of
-    ordinary text stays one, so that `check_mask_id` can refuse it.
+    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A
+    token of ordinary text stays one, so that `check_mask_id` can refuse it.
     """
     if tokenizer.mask_token_id == mask_id:
         return

@@ -1,4 +1,6 @@
-"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and learns nothing."""
+"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and
+learns nothing.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def shift_self_test(
     """Score clean text with both alignments, at the tokens that were masked in it, and compare.
 
     Args:
-        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing is masked.
+        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing
+            is masked.
         share: how much of it is masked, lightly, so that a trained model knows the answers.
 
     Raises UserError, with the figures, where the text contradicts `facts.shift`.

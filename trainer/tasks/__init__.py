@@ -1,4 +1,5 @@
-"""Tasks: examples, and rewards that are pure functions of texts. `make_task` makes the one that a config describes.
+"""Tasks: examples, and rewards that are pure functions of texts. `make_task` makes the one that a config
+describes.
 
 Importing this package loads neither torch nor a data set: `dllm-kernels --help` reads the configs through it.
 """
@@ -29,7 +30,8 @@ MODULES = {
 
 
 def make_task(config: AnyTaskConfig, *, seed: int) -> Task:
-    """The task that `config` describes, its rewards checked; the same for the same config, seed and files, on every machine.
+    """The task that `config` describes, its rewards checked; the same for the same config, seed and files, on
+    every machine.
 
     Raises UserError naming the key or the file and line that is wrong.
     """

@@ -1,4 +1,6 @@
-"""Countdown: reach the target with +, -, * and / from numbers that must all be used once; made so that it can be solved."""
+"""Countdown: reach the target with +, -, * and / from numbers that must all be used once; made so that it can
+be solved.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Term:
 
 
 def combine(left: Term, operation: str, right: Term) -> Term | None:
-    """`left operation right`, or `right operation left` where that is the same and comes first; None if it divides by zero."""
+    """`left operation right`, or `right operation left` where that is the same and comes first; None if it
+    divides by zero.
+    """
     if operation in "+*" and right.place < left.place:
         left, right = right, left
     if operation == "/" and right.top == 0:
@@ -90,8 +94,9 @@ def longest(numbers: int, width: int) -> int:
 def examples(config: CountdownConfig, name: str, count: int, *, seed: int) -> list[Example]:
     """`count` problems, each with the expression it was made from; a function of (config, name, seed).
 
-    A problem, whatever the order of its numbers, is held out for tests or never, by a hash of it. A share of the training
-    demonstrations leaves out the parentheses, as somebody writes who forgets about precedence: now and then still right.
+    A problem, whatever the order of its numbers, is held out for tests or never, by a hash of it. A share of
+    the training demonstrations leaves out the parentheses, as somebody writes who forgets about precedence:
+    now and then still right.
     """
     found: list[Example] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
@@ -123,7 +128,9 @@ def held_out(numbers: Iterable[int], target: int, share: float) -> bool:
 def _candidates(
     config: CountdownConfig, name: str, chunk: int, *, seed: int
 ) -> Iterator[tuple[tuple[int, ...], int, Term, float]]:
-    """Numbers, target, the expression that gives it and a draw for the demonstration's quality, of each that is in range."""
+    """Numbers, target, the expression that gives it and a draw for the demonstration's quality, of each that
+    is in range.
+    """
     most = max(config.numbers)
     sequence = torch.tensor(noise.sequence_id(f"countdown/{name}"))
     sample = torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)[:, None]

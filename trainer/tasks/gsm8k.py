@@ -72,7 +72,9 @@ def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float
 
 
 def shaped(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout; 4 in all."""
+    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout; 4 in
+    all.
+    """
     integer = [0.5 * ((found := answer(text)) is not None and found.denominator == 1) for text in completions]
     parts = zip(exact(examples, completions), integer, layout(examples, completions), strict=True)
     return [2.0 * right + whole + 1.5 * format for right, whole, format in parts]

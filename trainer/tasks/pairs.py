@@ -41,7 +41,7 @@ def make(config: PairsConfig, *, seed: int) -> Task:
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """The chosen and the rejected side of pairs, row by row, for the two ELBOs of VRPO.
 
-    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for both, and differ
-    where it adds a member.
+    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for
+    both, and differ where it adds a member.
     """
     return list(examples), [Example(e.id, e.prompt, e.facts["rejected"], e.facts) for e in examples]

@@ -1,4 +1,6 @@
-"""4x4 Sudoku in texts: the puzzle's 16 cells row by row with 0 for an empty one, "=", and the 16 cells of the answer."""
+"""4x4 Sudoku in texts: the puzzle's 16 cells row by row with 0 for an empty one, "=", and the 16 cells of the
+answer.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def examples(data: Puzzles, style: str) -> list[Example]:
 
 
 def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution (the d1 family's)."""
+    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution (the d1
+    family's).
+    """
     puzzles, solutions = [], []
     for where, row in read_rows(path):
         puzzle, solution = text_of(row, "Puzzle", where), text_of(row, "Solution", where)
@@ -77,7 +81,8 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def cells(text: str) -> list[int]:
-    """The 16 cells of a completion, or of its `<answer>`; -1, which breaks every rule, for what is missing or no digit.
+    """The 16 cells of a completion, or of its `<answer>`; -1, which breaks every rule, for what is missing or
+    no digit.
 
     An answer of more than 16 characters is no grid: all of it is -1.
     """

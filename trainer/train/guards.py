@@ -1,4 +1,6 @@
-"""What stops an RL run with a sentence: broken or degenerate rollouts, and scores that differ from those of the rollout."""
+"""What stops an RL run with a sentence: broken or degenerate rollouts, and scores that differ from those of
+the rollout.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatu
 
 
 def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
-    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in nats.
+    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in
+    nats.
 
-    Both are the same policy, so a gap comes from a cache, another batch shape, dropout or another dtype, and every ratio
-    is off by it. The step is drawn at random among all but the last, which hides nearly nothing. Raises GuardError above
-    `rl.gap_bound`.
+    Both are the same policy, so a gap comes from a cache, another batch shape, dropout or another dtype, and
+    every ratio is off by it. The step is drawn at random among all but the last, which hides nearly nothing.
+    Raises GuardError above `rl.gap_bound`.
     """
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
     drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
@@ -61,7 +64,8 @@ def guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
 
 
 def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
-    """Raises GuardError for a policy that collapsed to one token, and for groups whose members share their noise.
+    """Raises GuardError for a policy that collapsed to one token, and for groups whose members share their
+    noise.
 
     Completions `[B, L]` and their log-probs `[B, L]`, of all ranks; `group` consecutive ones belong together.
     """

@@ -27,7 +27,7 @@ def published(kind: str, folder: Path) -> PreTrainedModel:
     return load(folder, dtype=torch.float64, trust_remote_code=True).model
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads --------------------------------------------------------------------------------------------------
 
 
 def test_llada_s_head_is_not_the_mlp_of_the_same_name(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_diffusion_gemma_s_head_is_tied_and_capped() -> None:
         torch.testing.assert_close(0.5 * torch.tanh(z / 0.5), model(input_ids=prompt, decoder_input_ids=canvas).logits)
 
 
-# --- activation checkpointing -----------------------------------------------------------------------------------------
+# --- activation checkpointing -------------------------------------------------------------------------------
 
 
 def kept_bytes_and_gradients(model: nn.Module, ids: Tensor, **kwargs: Tensor) -> tuple[int, dict[str, Tensor]]:
@@ -215,7 +215,7 @@ def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks() -> None:
     assert not twin(input_ids=IDS % 11).logits.any()
 
 
-# --- the attention mask -----------------------------------------------------------------------------------------------
+# --- the attention mask -------------------------------------------------------------------------------------
 
 
 def test_block_causal_masks_count_blocks_from_the_first_real_token() -> None:
