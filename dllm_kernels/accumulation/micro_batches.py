@@ -41,8 +41,8 @@ class Cut:
     def key(self) -> tuple[int, int]:
         return self.samples.start, self.sequences.start
 
-    def select(self, keep_N: Tensor) -> Selection:
-        """The rows where `keep_N`, and the pairs (sample, sequence) with such a row."""
+    def select(self, keep_N: Tensor | None = None) -> Selection:
+        """The rows where `keep_N`, or all rows, and the pairs (sample, sequence) with such a row."""
         K, B, S = self.plan.shape
         ids = self.plan.noisy_ids.view(K * B, S)
         expanded = {
@@ -50,6 +50,8 @@ class Cut:
             for name, tensor in self.model_kwargs.items()
         }
         rows = self.plan.rows
+        if keep_N is None:
+            keep_N = torch.ones_like(rows.index, dtype=torch.bool)
         pair_N = (rows.sample * B + rows.sequence)[keep_N]
         present = torch.zeros(K * B, dtype=torch.bool, device=ids.device).index_fill_(0, pair_N, True)
         pairs = present.nonzero()[:, 0]

@@ -133,7 +133,7 @@ class Engine:
         """Log-probs of a cut's rows without a gradient."""
         rows = cut.plan.rows
         with torch.no_grad():
-            chosen = cut.select(torch.ones_like(rows.index, dtype=torch.bool))
+            chosen = cut.select()
             hidden = chosen.hidden(self.body)
             scores = score_tokens(hidden, self.body.weight, chosen.target_N, rows=chosen.index_N, **self.options)
         self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)

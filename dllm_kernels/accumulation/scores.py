@@ -44,7 +44,7 @@ def score_samples(
         found = torch.zeros(sizes, dtype=statistics_dtype(body.parameter), device=plan.input_ids_BS.device)
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
-                selected = cut.select(torch.ones_like(cut.plan.rows.index, dtype=torch.bool))
+                selected = cut.select()
                 target_N, index_N = selected.target_N, selected.index_N
                 logp_N = score_tokens(selected.hidden(body), body.weight, target_N, rows=index_N, **options).logp
                 assert logp_N is not None

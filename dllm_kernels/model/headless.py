@@ -77,9 +77,7 @@ class Body:
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
         self.vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
+        config = text_config(model)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them
         self.temperature = float(getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0))
@@ -240,6 +238,19 @@ def headless(model: nn.Module) -> Iterator[Body]:
             tap.shards.reshard()
     if outer is None and tap.shards is not None:  # not after an error, at which the other ranks may be elsewhere
         tap.head.reduce(tap.shards)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which a multimodal one holds inside its own; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The number of positions that the model's configuration allows; None where it names none."""
+    config = text_config(model)
+    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
+    return min((length for length in stated if isinstance(length, int) and length > 0), default=None)
 
 
 def dropout_names(model: nn.Module) -> list[str]:

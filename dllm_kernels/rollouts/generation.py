@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
-from dllm_kernels.model.headless import Body, dropout_names, headless
+from dllm_kernels.model.headless import Body, context_length, dropout_names, headless
 from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, collect, takes_cache
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.samplers import check_steps, resolve
@@ -267,13 +267,9 @@ def _check_model(
     for name, token in (("mask_id", mask_id), ("eos_id", eos_id), *(("commit_last", token) for token in commit_last)):
         if token is not None and not 0 <= token < len(body.parameter):
             raise ValueError(f"{name} must be in 0..{len(body.parameter) - 1}, got {token}")
-    config: Any = getattr(body.model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for name in ("max_position_embeddings", "max_sequence_length"):
-        context = getattr(config, name, None)
-        if isinstance(context, int) and columns > context:
-            raise ValueError(f"prompt_ids and length must fit the model's context of {context} tokens, got {columns}")
+    context = context_length(body.model)
+    if context is not None and columns > context:
+        raise ValueError(f"prompt_ids and length must fit the model's context of {context} tokens, got {columns}")
     if guidance and body.softcap is not None:
         raise ValueError(f"guidance must be 0 for a model whose logits are capped (softcap={body.softcap}), got {guidance}")
     if cache and not takes_cache(body):

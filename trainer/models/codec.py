@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm_kernels.model.headless import context_length
+
 from ..config import PromptConfig
 from ..errors import UserError
 from ..tasks import Example, Task
 from .loading import Loaded
-
-_CONTEXT = ("max_position_embeddings", "max_sequence_length")  # as `generate` looks for it
 
 
 class Codec:
@@ -28,8 +28,7 @@ class Codec:
         system = task.system if config.instructions else ""
         self._options: dict[str, Any] = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
         self._mask_id = loaded.facts.mask_id
-        stated = loaded.model.config.get_text_config()
-        self._context = next((getattr(stated, name) for name in _CONTEXT if getattr(stated, name, None)), None)
+        self._context = context_length(loaded.model)
         if not config.chat_template:
             self._tokenizer.chat_template = None
 
