@@ -1,7 +1,9 @@
-"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by FSDP2.
+"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by
+FSDP2.
 
-Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything. Rollouts, masks and
-noise are functions of sequence ids, so what a rank computes for a sequence does not depend on how many ranks there are.
+Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything.
+Rollouts, masks and noise are functions of sequence ids, so what a rank computes for a sequence does not
+depend on how many ranks there are.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm_kernels.model.sharding import find_shards, is_sharded
-from dllm_kernels.objectives import group_advantages
 
 from .errors import UserError, first_line
 
@@ -41,7 +42,9 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort the interpreter's."""
+        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort
+        the interpreter's.
+        """
         return dist.group.WORLD if self.launched else None
 
     @property
@@ -50,7 +53,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks, equal but for one.
+        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks,
+        equal but for one.
 
         The first ranks have more; with fewer things than ranks, the last have none.
         """
@@ -85,7 +89,8 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No collectives inside.
+        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No
+        collectives inside.
 
         The rank that failed raises its own error, the others an `OtherRankError` with its sentence.
         """
@@ -103,7 +108,9 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun did not start it."""
+    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun
+    did not start it.
+    """
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(device=torch.device("cuda" if gpu else "cpu"))
@@ -116,9 +123,11 @@ def start() -> Ranks:
 
 @contextmanager
 def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
-    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others never reach.
+    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others
+    never reach.
 
-    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a traceback.
+    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a
+    traceback.
     """
     try:
         yield
@@ -139,27 +148,22 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
         gc.collect()
 
 
-def advantages(rewards: Tensor, group_ids: Tensor, *, kind: str, ranks: Ranks) -> Tensor:
-    """Advantages `[B]` of this rank's rollouts within their groups, whose other members may be on other ranks.
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The transformer blocks and their path: of the outermost module lists, the one with most parameters.
 
-    Bit for bit those of `group_advantages` on the whole batch.
+    Raises UserError for a model without a module list.
     """
-    everyone, mine = ranks.gather(rewards)
-    ids, _ = ranks.gather(group_ids)
-    return group_advantages(everyone, ids, kind=kind)[mine]
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the children of every ModuleList that lies in no other. Raises UserError where there is none."""
-    inside: set[nn.Module] = set()
-    found: list[nn.Module] = []
-    for module in model.modules():  # parents first
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            inside.update(module.modules())
-            found += [child for child in module if any(True for _ in child.parameters())]
-    if not found:
-        raise UserError(f"model: {type(model).__name__} has no list of layers to shard one by one")
-    return found
+    best: tuple[int, str, nn.ModuleList] | None = None
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
+            taken.append(path)
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if best is None or size > best[0]:
+                best = size, path, module
+    if best is None:
+        raise UserError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
+    return best[1:]
 
 
 def shard(
@@ -170,15 +174,18 @@ def shard(
     dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it only moves the model.
+    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it
+    only moves the model.
 
     Args:
-        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to `dllm_kernels.headless`: it is
-            gathered once per optimizer step, and the model's own logits are not to be had any more.
+        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to
+            `dllm_kernels.headless`: it is gathered once per optimizer step, and the model's own logits are
+            not to be had any more.
         replicas: HSDP; how many copies of the model there are, each over `ranks.size / replicas` ranks.
-        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and gradients are reduced
-            in fp32. None: the parameters' own.
-        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one more gather.
+        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and
+            gradients are reduced in fp32. None: the parameters' own.
+        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one
+            more gather.
     """
     model.to(ranks.device)
     if not ranks.launched:
@@ -192,7 +199,7 @@ def shard(
     mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for block in blocks(model):
+    for block in find_blocks(model)[1]:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     if "ignored_params" in inspect.signature(fully_shard).parameters:  # torch 2.7; before, the root gathers it in every forward
         options["ignored_params"] = _shard_head(model, mesh)

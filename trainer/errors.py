@@ -12,7 +12,9 @@ class ConfigError(UserError, ValueError):
 
 
 class GuardError(UserError, RuntimeError):
-    """Training went wrong in a way that more steps would not mend (raised by `training.py` and `rl.py`)."""
+    """Training went wrong in a way that more steps would not mend (raised by `optimization.py` and
+    `guards.py`).
+    """
 
 
 def first_line(error: BaseException) -> str:

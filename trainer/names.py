@@ -1,7 +1,9 @@
-"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m trainer`).
+"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m
+trainer`).
 
-Whichever name is imported first is the real one. The other leads to the same module objects, so that classes, registries
-and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is left alone.
+Whichever name is imported first is the real one. The other leads to the same module objects, so that classes,
+registries and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is
+left alone.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 NAMES = ("dllm_trainer", "trainer")
 _FOLDER = Path(__file__).resolve().parent
@@ -22,17 +24,21 @@ _FOLDER = Path(__file__).resolve().parent
 class _Alias(Loader):
     """Loads a module by handing out the one that has the real name."""
 
-    def __init__(self, real: str) -> None:
+    def __init__(self, real: ModuleSpec) -> None:
         self._real = real
-        self._spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(self._real)
-        self._spec = module.__spec__
+        module = importlib.import_module(self._real.name)
+        self._real = module.__spec__ or self._real
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system wrote the alias's over it
+        module.__spec__ = self._real  # the import system has put the alias's in its place
+
+    def get_code(self, name: str) -> CodeType | None:
+        """What `python -m` runs."""
+        loader = self._real.loader
+        return loader.get_code(self._real.name) if isinstance(loader, InspectLoader) else None
 
 
 class _OtherName(MetaPathFinder):
@@ -41,13 +47,17 @@ class _OtherName(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         root, _, rest = name.partition(".")
-        if root != self._other or rest == "__main__":  # `python -m` runs that file itself
+        if root != self._other:
             return None
-        if not rest and self._other == "trainer" and not _is_here(PathFinder.find_spec(name)):
+        if not rest and root == "trainer" and not _is_here(PathFinder.find_spec(name)):
             return None
         if rest and sys.modules.get(root) is not sys.modules[self._real]:
             return None
-        return importlib.util.spec_from_loader(name, _Alias(self._real + name[len(root) :]))
+        real = importlib.util.find_spec(self._real + name[len(root) :])
+        if real is None:
+            return None
+        is_package = real.submodule_search_locations is not None
+        return importlib.util.spec_from_loader(name, _Alias(real), origin=real.origin, is_package=is_package)
 
 
 def _is_here(spec: ModuleSpec | None) -> bool:

@@ -1,4 +1,6 @@
-"""ELBOs of given sequences under a model, for evaluation, reward models and data filtering: no gradient, memory flat in K."""
+"""ELBOs of given sequences under a model, for evaluation, reward models and data filtering: no gradient,
+memory flat in K.
+"""
 
 from __future__ import annotations
 
@@ -50,22 +52,27 @@ def estimate_elbo(
 ) -> Estimate:
     """Estimate `log p(completion | prompt)` from below: the any-order bound, by the masks of a law.
 
-    `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`, the right side of LLaDA's eq. 6 (arXiv 2502.09992);
-    a law that is not `unbiased` for it (see `make_mask_plan`) estimates what it documents instead.
+    `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`, the right side of LLaDA's eq. 6
+    (arXiv 2502.09992); a law that is not `unbiased` for it (see `make_mask_plan`) estimates what it documents
+    instead.
 
     Args:
         model: a Hugging Face masked language model; its mode is left as it is, and active dropout is refused.
-        input_ids_BS: int64 `[B, S]`, prompts and clean completions. completion_mask_BS: bool `[B, S]`, the scored tokens.
-        law, samples, seed, mask_id, shift, options: as in `make_mask_plan` (options of the law, and `iteration`, `eos_id`,
-            `prompt_noise`, `attention_mask_BS`). Equal values and sequences give equal masks whatever the model is, so that
-            policy, old policy and reference are compared under the same ones.
-        sequence_ids: int64 `[B]`, distinct; default: a 64-bit hash of each row's tokens, padding left out (what is neither
-            completion nor attended to, if `model_kwargs` holds an `attention_mask`), so that a sequence gets its masks in
-            any batch. Equal rows are told apart by how many of them came before.
-        samples_per_pass, sequences_per_pass: the cut that one forward holds; memory grows with it, not with `samples`.
+        input_ids_BS: int64 `[B, S]`, prompts and clean completions. completion_mask_BS: bool `[B, S]`, the
+            scored tokens.
+        law, samples, seed, mask_id, shift, options: as in `make_mask_plan` (options of the law, and
+            `iteration`, `eos_id`, `prompt_noise`, `attention_mask_BS`). Equal values and sequences give equal
+            masks whatever the model is, so that policy, old policy and reference are compared under the same
+            ones.
+        sequence_ids: int64 `[B]`, distinct; default: a 64-bit hash of each row's tokens, padding left out
+            (what is neither completion nor attended to, if `model_kwargs` holds an `attention_mask`), so that
+            a sequence gets its masks in any batch. Equal rows are told apart by how many of them came before.
+        samples_per_pass, sequences_per_pass: the cut that one forward holds; memory grows with it, not with
+            `samples`.
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, ...]` tensors for every model call, such as `attention_mask`; cut along B.
-        progress: True for a line on stderr, or a function of (done, total) masked sequences, called after every cut.
+        progress: True for a line on stderr, or a function of (done, total) masked sequences, called after
+            every cut.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -122,9 +129,11 @@ def estimate_elbo(
 
 
 def content_ids(input_ids_BS: Tensor, completion_mask_BS: Tensor, attention_mask_BS: Tensor | None = None) -> Tensor:
-    """int64 `[B]`: a 64-bit hash of each row's real tokens and of which of them are scored; distinct for equal rows.
+    """int64 `[B]`: a 64-bit hash of each row's real tokens and of which of them are scored; distinct for
+    equal rows.
 
-    A sum of one keyed 64-bit word per (token, scored or not, ordinal), so it needs no loop, and padding does not enter.
+    A sum of one keyed 64-bit word per (token, scored or not, ordinal), so it needs no loop, and padding does
+    not enter.
 
     Example:
         >>> ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 7]]), torch.tensor([[False, True, True]] * 3)

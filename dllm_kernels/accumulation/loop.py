@@ -7,9 +7,10 @@ What an objective's coefficients `d loss / d logp_row` depend on decides the pas
     sequence                its K samples: one pass if a cut holds them all, else two, a block of sequences at a time
     batch                   everything, on all ranks: two passes
 
-Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then go through the
-model again sample by sample. They need a deterministic forward, so active dropout is refused. What is known to have no
-gradient never reaches the model: see `keep_zeros`.
+Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then
+go through the model again sample by sample. They need a deterministic forward, so active dropout is refused.
+What is known to have no gradient never reaches the model: sequences whose `scale` is 0, samples without a
+scored token, rows whose coefficient is 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from dllm_kernels.accumulation import ranks
 from dllm_kernels.accumulation.micro_batches import Cuts, make_cuts
 from dllm_kernels.accumulation.objective import Batch, Objective
-from dllm_kernels.accumulation.passes import Engine
+from dllm_kernels.accumulation.passes import Passes
 from dllm_kernels.accumulation.report import Report
 from dllm_kernels.accumulation.scores import refuse_dropout
 from dllm_kernels.masks.plan import MaskPlan
@@ -39,14 +40,10 @@ def accumulate(
     denominator: float | None = None,
     samples_per_pass: int = 1,
     sequences_per_pass: int | None = None,
-    head_plan: str | None = None,
     suppress: tuple[int, ...] = (),
     model_kwargs: dict[str, Tensor] | None = None,
-    keep_zeros: bool = False,
     group: dist.ProcessGroup | None = None,
     reduce_last: bool = False,
-    count_flops: bool = False,
-    measure_memory: bool = False,
 ) -> Report:
     """Add the objective's exact gradient to the `.grad` of the model's parameters.
 
@@ -54,31 +51,29 @@ def accumulate(
         model: a Hugging Face masked language model, or one under `headless` already.
         plan: the masks, shared by every policy. batch: advantages, old scores and so on, see `Batch`.
         objective: what to minimise, for example `objectives.BGPO`.
-        denominator: what the sum of contributions is divided by; give the count of the whole optimizer step and all ranks
-            when this call sees only a part. Default: what the plan and the batch hold of the objective's "sequences",
-            "tokens" (those that may be scored), "groups" (different "group_ids", which must be given), "pairs" or "steps"
-            (states with a token), at least 1; of all ranks where `group` is given.
-        samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with it, the result
-            does not depend on it.
-        head_plan: forces the head's plan for late coefficients ("unit", "keep", "recompute").
+        denominator: what the sum of contributions is divided by; give the count of the whole optimizer step
+            and all ranks when this call sees only a part. Default: what the plan and the batch hold of the
+            objective's "sequences", "tokens" (those that may be scored), "groups" (different "group_ids",
+            which must be given), "pairs" or "steps" (states with a token), at least 1; of all ranks where
+            `group` is given.
+        samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with
+            it, the result does not depend on it.
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; cut along B.
-        keep_zeros: run what is known to have no gradient too (for benchmarks). Else sequences whose `scale` is 0, samples
-            without a scored token, and rows whose coefficient is 0 are dropped before the model or its head runs; loss and
-            gradient are the same, their ELBOs are NaN. A cut without a scored token is always skipped.
-        group: ranks whose batches make up the optimizer step; default: those that share a sharded model. Objectives of `batch`
-            coupling then share their scores with them; each rank adds the gradient of its own sequences, and its loss is an
-            equal share of the total. A rank may hold no sequence (cut a plan to none).
-        reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing them after each:
-            less communication, and the memory of all gradients unsharded.
-        count_flops, measure_memory: fill `counted_flops` (slower) and `peak_memory` of the report.
+        group: ranks whose batches make up the optimizer step; default: those that share a sharded model.
+            Objectives of `batch` coupling then share their scores with them; each rank adds the gradient of
+            its own sequences, and its loss is an equal share of the total. A rank may hold no sequence (cut a
+            plan to none).
+        reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing
+            them after each: less communication, and the memory of all gradients unsharded.
 
-    A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its gradients are summed over
-    ranks (FSDP's average is switched off, and stays so), and its head is gathered and its head's gradient reduced once. Within
-    an outer `headless(model)`, several calls share that: the head's part is in `.grad` when the context ends.
+    A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its
+    gradients are summed over ranks (FSDP's average is switched off, and stays so), and its head is gathered
+    and its head's gradient reduced once. Within an outer `headless(model)`, several calls share that: the
+    head's part is in `.grad` when the context ends.
 
-    Raises ValueError naming the argument: a batch that does not fit the plan, a missing denominator, dropout where two
-    passes must agree, a sequence that two ranks hold.
+    Raises ValueError naming the argument: a batch that does not fit the plan, a missing denominator, dropout
+    where two passes must agree, a sequence that two ranks hold.
 
     Example:
         >>> from dllm_kernels import make_mask_plan
@@ -120,45 +115,45 @@ def accumulate(
             raise ValueError(f"group must be None for {objective.name}, which does not say what its ranks would share")
         if denominator is None:
             denominator = ranks.denominator(objective, plan, batch, group)
-        engine = Engine(body, objective, denominator, replace(body.options, suppress=suppress), head_plan, keep_zeros)
-        elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=engine.dtype, device=plan.input_ids_BS.device)
+        passes = Passes(body, objective, denominator, replace(body.options, suppress=suppress))
+        elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=passes.dtype, device=plan.input_ids_BS.device)
         loss = elbo_BK.new_zeros(())
-        places = _places(cuts, objective, coupling, keep_zeros, elbo_BK)
+        places = _places(cuts, objective, coupling, elbo_BK)
         blocks = max(len(places), coupling == "batch")  # to which a rank without sequences has something to say
         if shards is not None:
             blocks = shards.most(blocks)
             shards.sum_gradients()
             shards.reduce_gradients(now=not reduce_last)
-        with engine.meter.running(count_flops=count_flops, measure_memory=measure_memory):
+        with passes.meter.running():
             for number in range(blocks):
                 place = places[number] if number < len(places) else slice(0, 0)
                 block = cuts if isinstance(place, slice) and place == slice(None) else cuts.of(place)
-                engine.last = reduce_last and number == blocks - 1
+                passes.last = reduce_last and number == blocks - 1
                 if two_passes and coupling == "batch" and objective.couple is not None:
-                    block_loss, block_elbo_BK = engine.by_numbers(block, group)
+                    block_loss, block_elbo_BK = passes.by_numbers(block, group)
                 elif two_passes:
-                    block_loss, block_elbo_BK = engine.twice(block)
+                    block_loss, block_elbo_BK = passes.twice(block)
                 else:
-                    block_loss, block_elbo_BK = engine.once(block, coupling)
+                    block_loss, block_elbo_BK = passes.once(block, coupling)
                 loss = loss + block_loss
                 elbo_BK[place] = block_elbo_BK
             if shards is not None and shards.unreduced:  # the last pass found nothing to learn
                 shards.reduce_gradients(now=True)
                 body.idle(1, {}, backward=True)
-    meter = engine.meter
-    counts = meter.forwards, meter.backwards, meter.rows, meter.seconds, meter.flops, meter.counted_flops, meter.peak_memory
+    meter = passes.meter
+    counts = meter.forwards, meter.backwards, meter.rows, meter.seconds, meter.flops
     return Report(loss, elbo_BK, 2 if two_passes else 1, *counts)
 
 
-def _places(cuts: Cuts, objective: Objective, coupling: str, keep_zeros: bool, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
+def _places(cuts: Cuts, objective: Objective, coupling: str, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
     """Which sequences are done together, block after block; those of no weight are left out.
 
-    A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what lies between
-    two passes does not grow with the batch.
+    A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what
+    lies between two passes does not grow with the batch.
     """
     B = cuts.plan.shape[1]
     live_B: Tensor | None = None
-    if objective.scale is not None and not keep_zeros and coupling != "batch":
+    if objective.scale is not None and coupling != "batch":
         scale = {**cuts.batch.per_sequence, **cuts.batch.per_sample}[objective.scale]
         live_B = (scale != 0).unsqueeze(-1).flatten(1).any(1)
         elbo_BK[~live_B & (cuts.plan.lengths_B > 0)] = torch.nan

@@ -16,7 +16,9 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run on."""
+    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run
+    on.
+    """
 
     ids: Tensor  # [pairs, S]
     model_kwargs: dict[str, Tensor]
@@ -39,8 +41,8 @@ class Cut:
     def key(self) -> tuple[int, int]:
         return self.samples.start, self.sequences.start
 
-    def select(self, keep_N: Tensor | None) -> Selection:
-        """The rows where `keep_N`, and the pairs (sample, sequence) with such a row; None: everything, empty pairs too."""
+    def select(self, keep_N: Tensor | None = None) -> Selection:
+        """The rows where `keep_N`, or all rows, and the pairs (sample, sequence) with such a row."""
         K, B, S = self.plan.shape
         ids = self.plan.noisy_ids.view(K * B, S)
         expanded = {
@@ -49,7 +51,7 @@ class Cut:
         }
         rows = self.plan.rows
         if keep_N is None:
-            return Selection(ids, expanded, rows.index, rows.target)
+            keep_N = torch.ones_like(rows.index, dtype=torch.bool)
         pair_N = (rows.sample * B + rows.sequence)[keep_N]
         present = torch.zeros(K * B, dtype=torch.bool, device=ids.device).index_fill_(0, pair_N, True)
         pairs = present.nonzero()[:, 0]
@@ -99,8 +101,9 @@ class Cuts:
 def in_step(cuts: Cuts, body: Body, runs: Callable[[Cut], bool], *, backward: bool = False, last: bool = False) -> Iterator[Cut]:
     """The cuts, for a loop that calls the model once (and backward once) for each of which `runs` is true.
 
-    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who has less to do
-    idles along at the end. last: gradients that were kept whole so far are reduced by the last of these backwards.
+    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who
+    has less to do idles along at the end. last: gradients that were kept whole so far are reduced by the last
+    of these backwards.
     """
     shards = body.shards
     if shards is None:

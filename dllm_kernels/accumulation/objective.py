@@ -1,4 +1,4 @@
-"""What an objective declares, so that the engine can give its exact gradient at constant memory."""
+"""What an objective declares, so that `accumulate` can give its exact gradient at constant memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ Denominator = Literal["tokens", "sequences", "groups", "pairs", "steps"]  # step
 
 @dataclass(frozen=True)
 class Batch:
-    """The small tensors that travel with a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo sample."""
+    """The small tensors that travel with a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo
+    sample.
+    """
 
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, plan: MaskPlan) -> None:
-        """Raises ValueError naming the entry that is not finite, or not of the plan's B, or B and K, or on its device."""
+        """Raises ValueError naming the entry that is not finite, or not of the plan's B, or B and K, or on
+        its device.
+        """
         K, B, _ = plan.shape
         for entries, sizes in ((self.per_sequence, (B,)), (self.per_sample, (B, K))):
             for name, tensor in entries.items():
@@ -44,18 +48,20 @@ class Batch:
 class Objective:
     """A loss of the row log-probs of a mask plan.
 
-    `contributions(logp_N, plan, batch)` returns the *sum* of the contributions of the plan's cut; the engine divides it
-    once by the denominator of the whole optimizer step, so the loss does not depend on how the batch is cut. `coupling`
-    names the smallest unit on which coefficients of the log-probs depend: `none` (data only), `token`, `sample` (one
-    Monte-Carlo sample of one sequence), `sequence` (its K samples), `batch`. `on_policy_coupling` is the coupling when no
-    old scores are given, that is when the old policy is the current one.
+    `contributions(logp_N, plan, batch)` returns the *sum* of the contributions of the plan's cut; `accumulate`
+    divides it once by the denominator of the whole optimizer step, so the loss does not depend on how the
+    batch is cut. `coupling` names the smallest unit on which coefficients of the log-probs depend: `none`
+    (data only), `token`, `sample` (one Monte-Carlo sample of one sequence), `sequence` (its K samples),
+    `batch`. `on_policy_coupling` is the coupling when no old scores are given, that is when the old policy is
+    the current one.
 
-    `scale` names the entry that multiplies all that a sequence (or, `[B, K]`, a sample of it) contributes: where it is 0,
-    neither value nor gradient is left and the model need not run.
+    `scale` names the entry that multiplies all that a sequence (or, `[B, K]`, a sample of it) contributes:
+    where it is 0, neither value nor gradient is left and the model need not run.
 
-    A `batch` objective may be given as `reduce(logp_N, plan)`, numbers `[B]` that are linear in logp and add up over cuts along
-    the samples, and `couple(numbers_B, lengths_B, entries)`, its contributions as a function of them. The engine then
-    holds no more than these numbers between its two passes, and can couple several ranks.
+    A `batch` objective may be given as `reduce(logp_N, plan)`, numbers `[B]` that are linear in logp and add
+    up over cuts along the samples, and `couple(numbers_B, lengths_B, entries)`, its contributions as a
+    function of them. `accumulate` then holds no more than these numbers between its two passes, and can couple
+    several ranks.
     """
 
     name: str
@@ -75,7 +81,9 @@ class Objective:
         return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
 
     def check(self, batch: Batch, plan: MaskPlan) -> None:
-        """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train on-policy."""
+        """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train
+        on-policy.
+        """
         batch.check(plan)
         K, B, S = plan.shape
         sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,31 +21,23 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-class Engine:
+class Passes:
     """The model without its head, an objective, and the passes over both."""
 
-    def __init__(
-        self,
-        body: Body,
-        objective: Objective,
-        denominator: float,
-        options: HeadOptions,
-        head_plan: str | None,
-        keep_zeros: bool,
-    ) -> None:
-        self.body, self.objective, self.denominator = body, objective, denominator
-        self.options, self.head_plan, self.keep_zeros = options, head_plan, keep_zeros
+    def __init__(self, body: Body, objective: Objective, denominator: float, head_options: HeadOptions) -> None:
+        self.body, self.objective, self.denominator, self.head_options = body, objective, denominator, head_options
         self.meter = Meter(body)
         self.last = False  # whether the next pass with gradients is the last
         self.dtype = statistics_dtype(body.parameter)
 
-    # --- one pass, or two ---------------------------------------------------------------------------------------------
+    # --- one pass, or two -----------------------------------------------------------------------------------
 
     def once(self, cuts: Cuts, coupling: str) -> tuple[Tensor, Tensor]:
         """(loss, per-sample ELBOs `[B, K]`) of cuts whose coefficients need no pass of their own."""
         elbo_BK = self._elbos(cuts)
         loss = elbo_BK.new_zeros(())
-        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it couples
+        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it
+        # couples
         whole_loss = coupling == "none" and self.objective.coupling in ("sequence", "batch")
         logps: dict[tuple[int, int], Tensor] = {}
 
@@ -101,7 +92,9 @@ class Engine:
         return loss.detach(), elbo_BK
 
     def by_numbers(self, cuts: Cuts, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """The same where one number per sequence says it all: no more than these lie between the passes, or go over ranks."""
+        """The same where one number per sequence says it all: no more than these lie between the passes, or
+        go over ranks.
+        """
         elbo_BK, reduce = self._elbos(cuts), self.objective.reduce
         assert reduce is not None
         numbers_B = torch.zeros(len(elbo_BK), dtype=torch.float64, device=elbo_BK.device)
@@ -124,7 +117,7 @@ class Engine:
                 self._learn(cut, coefficients(cut))
         return (loss / self.denominator).to(self.dtype), elbo_BK
 
-    # --- ranks in step ------------------------------------------------------------------------------------------------
+    # --- ranks in step --------------------------------------------------------------------------------------
 
     def _learning(self, cuts: Cuts, runs: Callable[[Cut], bool]) -> Iterator[Cut]:
         """The cuts of a pass with gradients; `runs` tells beforehand which of them call the model."""
@@ -132,31 +125,29 @@ class Engine:
 
     def _any_row(self, cut: Cut, chosen_N: Callable[[], Tensor]) -> bool:
         """Whether any of a cut's rows is to run; `chosen_N` is True where one has a coefficient."""
-        if not _has_rows(cut) or self.keep_zeros:
-            return _has_rows(cut)
-        return bool(chosen_N().any())
+        return _has_rows(cut) and bool(chosen_N().any())
 
-    # --- one cut ------------------------------------------------------------------------------------------------------
+    # --- one cut --------------------------------------------------------------------------------------------
 
     def _score(self, cut: Cut) -> Tensor:
         """Log-probs of a cut's rows without a gradient."""
         rows = cut.plan.rows
         with torch.no_grad():
-            chosen = cut.select(None if self.keep_zeros else torch.ones_like(rows.index, dtype=torch.bool))
+            chosen = cut.select()
             hidden = chosen.hidden(self.body)
-            scores = score(hidden, self.body.weight, chosen.target_N, chosen.index_N, self.options)
+            scores = score(hidden, self.body.weight, chosen.target_N, chosen.index_N, self.head_options)
         self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)
         assert scores.logp is not None
         return scores.logp
 
-    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran, None for all)."""
-        keep_N = None if self.keep_zeros else coef_N != 0
-        if keep_N is not None and not bool(keep_N.any()):
+    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran)."""
+        keep_N = coef_N != 0
+        if not bool(keep_N.any()):
             return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        coef_N = (coef_N if keep_N is None else coef_N[keep_N]).to(statistics_dtype(hidden))
+        coef_N = coef_N[keep_N].to(statistics_dtype(hidden))
         scores = self._scored(hidden, chosen, coef=coef_N)
         assert scores.weighted_sum is not None
         assert scores.logp is not None
@@ -164,15 +155,15 @@ class Engine:
         self.meter.ran(chosen.ids.numel(), len(coef_N), "coef", backward=True)
         return _spread(scores.logp, keep_N), keep_N
 
-    def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
-        keep_N = None if self.keep_zeros else self._weighed(cut)
-        if keep_N is not None and not bool(keep_N.any()):
+        keep_N = self._weighed(cut)
+        if not bool(keep_N.any()):
             logp_N = torch.zeros(len(keep_N), dtype=self.dtype, device=keep_N.device)
             return self._contributions(logp_N, cut).detach(), logp_N, keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        scores = self._scored(hidden, chosen, plan=self.head_plan)
+        scores = self._scored(hidden, chosen)
         assert scores.logp is not None
         logp_N = _spread(scores.logp, keep_N)
         loss = self._contributions(logp_N, cut)
@@ -180,10 +171,11 @@ class Engine:
         self.meter.ran(chosen.ids.numel(), len(chosen.index_N), scores.plan, backward=True)
         return loss.detach(), logp_N.detach(), keep_N
 
-    def _scored(self, hidden: Tensor, chosen: Selection, **how: Any) -> Scores:
+    def _scored(self, hidden: Tensor, chosen: Selection, coef: Tensor | None = None) -> Scores:
         """The rows with a gradient; that of a sharded head's weight is added up where the head is gathered."""
         body = self.body
-        return score(hidden, body.weight, chosen.target_N, chosen.index_N, self.options, take_dweight=body.take_dweight, **how)
+        rows = chosen.target_N, chosen.index_N
+        return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=body.take_dweight)
 
     def _weighed(self, cut: Cut) -> Tensor:
         """bool `[N]`: the rows of samples with a weight; sequences without one were left out before."""
@@ -214,17 +206,16 @@ def _has_rows(cut: Cut) -> bool:
     return len(cut.plan.rows) > 0
 
 
-def _spread(logp_N: Tensor, keep_N: Tensor | None) -> Tensor:
+def _spread(logp_N: Tensor, keep_N: Tensor) -> Tensor:
     """Log-probs of the rows that ran at their places among all, 0 elsewhere; differentiable."""
-    if keep_N is None or len(logp_N) == len(keep_N):
+    if len(logp_N) == len(keep_N):
         return logp_N
     return logp_N.new_zeros(len(keep_N)).masked_scatter(keep_N, logp_N)
 
 
-def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor | None) -> Tensor:
+def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor) -> Tensor:
     """Per-sample ELBOs `[B, K]` of a cut; NaN where not all rows ran."""
-    logp_N = logp_N.detach()
-    return cut.plan.elbo(logp_N if ran_N is None else torch.where(ran_N, logp_N, torch.nan))
+    return cut.plan.elbo(torch.where(ran_N, logp_N.detach(), torch.nan))
 
 
 def _dense(cuts: Cuts, logps: dict[tuple[int, int], Tensor], dtype: torch.dtype) -> Tensor:

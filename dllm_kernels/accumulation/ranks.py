@@ -13,7 +13,8 @@ from dllm_kernels.masks.plan import MaskPlan
 
 
 def denominator(objective: Objective, plan: MaskPlan, batch: Batch, group: dist.ProcessGroup | None) -> float:
-    """How many of what the objective counts the plan and the batch hold, on all ranks of the group; at least 1.
+    """How many of what the objective counts the plan and the batch hold, on all ranks of the group; at least
+    1.
 
     Raises ValueError where the groups cannot be counted.
     """
@@ -38,10 +39,11 @@ def denominator(objective: Objective, plan: MaskPlan, batch: Batch, group: dist.
 def couple(
     objective: Objective, numbers_B: Tensor, plan: MaskPlan, batch: Batch, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """This rank's share of the contributions of all ranks' sequences, and their gradient `[B]` at its own numbers.
+    """This rank's share of the contributions of all ranks' sequences, and their gradient `[B]` at its own
+    numbers.
 
-    Every rank computes the same from the same numbers, in the order of the ranks. Raises ValueError for a sequence that two
-    ranks hold: both would count it.
+    Every rank computes the same from the same numbers, in the order of the ranks. Raises ValueError for a
+    sequence that two ranks hold: both would count it.
     """
     entries = dict(batch.per_sequence)
     mine = {"": numbers_B, "lengths": plan.lengths_B, "ids": plan.sequence_ids_B, **{f"entry {k}": v for k, v in entries.items()}}

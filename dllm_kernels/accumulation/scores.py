@@ -28,11 +28,13 @@ def score_samples(
     after_cut: Callable[[MaskPlan], None] | None = None,
     per_token: bool = False,
 ) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference policy.
+    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference
+    policy.
 
-    With `per_token`, log-probs `[B, K, S]` instead, unweighted, at the tokens that are scored and 0 elsewhere: what the
-    objectives with a ratio per token take as "old_logp" and "ref_logp". Memory is that of one cut and the result; a
-    sample without a scored token costs no forward. `after_cut` is called with each cut's plan.
+    With `per_token`, log-probs `[B, K, S]` instead, unweighted, at the tokens that are scored and 0
+    elsewhere: what the objectives with a ratio per token take as "old_logp" and "ref_logp". Memory is that of
+    one cut and the result; a sample without a scored token costs no forward. `after_cut` is called with each
+    cut's plan.
     """
     K, B, S = plan.shape
     refuse_dropout(model)
@@ -43,7 +45,7 @@ def score_samples(
         found = torch.zeros(sizes, dtype=statistics_dtype(body.parameter), device=plan.input_ids_BS.device)
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
-                selected = cut.select(torch.ones_like(cut.plan.rows.index, dtype=torch.bool))
+                selected = cut.select()
                 target_N, index_N = selected.target_N, selected.index_N
                 logp_N = score(selected.hidden(body), body.weight, target_N, index_N, options).logp
                 assert logp_N is not None
@@ -59,7 +61,8 @@ def score_samples(
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the context, a model with LoRA adapters is its own frozen reference: no second copy of the weights.
+    """Within the context, a model with LoRA adapters is its own frozen reference: no second copy of the
+    weights.
 
     It is peft's `disable_adapter()`, which any module may offer. Raises ValueError where the model has none.
 

@@ -27,7 +27,9 @@ class Keys:
     sequence_ids_B: Tensor
 
     def bits(self, stream: Stream, sample_K: Tensor, position: Tensor) -> Tensor:
-        """int64 `[K, B, *]` for positions `[B, *]`, `[K, B]` for a scalar; every inner iteration has its own samples."""
+        """int64 `[K, B, *]` for positions `[B, *]`, `[K, B]` for a scalar; every inner iteration has its own
+        samples.
+        """
         dims = [1] * (position.dim() - 1)
         index_K1 = (sample_K + self.iteration * self.samples).view(-1, 1, *dims)
         return noise.row_bits(self.seed, stream, self.sequence_ids_B.view(-1, *dims), index_K1, position)
@@ -113,7 +115,9 @@ def _probability(law: Law, options: Options, keys: Keys, lead_K: Tensor, B: int)
 
 
 def hidden(law: Law, keys: Keys, level: Level, completion_BS: Tensor) -> Tensor:
-    """bool `[K, B, S]`: completion tokens hidden under a level; keyed by a token's ordinal inside its completion."""
+    """bool `[K, B, S]`: completion tokens hidden under a level; keyed by a token's ordinal inside its
+    completion.
+    """
     if law.level == "all":
         return completion_BS.expand(len(keys.sample_K), *completion_BS.shape)
     bits_KBS = keys.bits(Stream.MASK, level.lead_K, ordinals(completion_BS))
@@ -130,7 +134,9 @@ def ordinals(mask_BS: Tensor) -> Tensor:
 
 
 def block(options: Options, keys: Keys, completion_BS: Tensor, lengths_B: Tensor, prompt_noise: float) -> Tensor:
-    """bool `[K, B, S]` of SPG's block-random law: one block partly hidden, later ones whole, earlier ones as the prompt."""
+    """bool `[K, B, S]` of SPG's block-random law: one block partly hidden, later ones whole, earlier ones as
+    the prompt.
+    """
     size, k_K = options["block_length"], keys.sample_K
     zero = torch.zeros((), dtype=torch.int64, device=completion_BS.device)
     blocks_B = (lengths_B + size - 1) // size
@@ -153,7 +159,8 @@ def block(options: Options, keys: Keys, completion_BS: Tensor, lengths_B: Tensor
 def weights(law: Law, options: Options, keys: Keys, level: Level | None, lengths_B: Tensor, scored_KB: Tensor | None) -> Tensor:
     """float64 `[K, B]`: the weight of a sample's sum of log-probs, as published.
 
-    `scored_KB`: number of scored tokens, for the weights of `REALISED`. A sample without a scored token contributes
+    `scored_KB`: number of scored tokens, for the weights of `REALISED`. A sample without a scored token
+        contributes
     nothing; weights that divide by its count are then 0.
     """
     if scored_KB is not None:

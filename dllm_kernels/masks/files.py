@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 
@@ -29,7 +26,9 @@ def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something else."""
+    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something
+    else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,7 +1,8 @@
 """Given traces: which state of a rollout each sample of a plan shows, and which tokens it committed next.
 
-A rollout's step map says at which step each token was committed. In state s the tokens of state s and later are hidden, and
-those of state s are scored. States are steps, `shrink` consecutive steps (TraceRL) or segments of steps (d2).
+A rollout's step map says at which step each token was committed. In state s the tokens of state s and later
+are hidden, and those of state s are scored. States are steps, `shrink` consecutive steps (TraceRL) or
+segments of steps (d2).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ TENSORS = ("step_map_BS", "steps_BJ")  # options that become a plan's states
 
 
 def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples: int | None) -> tuple[Tensor, Tensor]:
-    """(state of each token `[B, S]`, state of each sample `[B, K]`), int64, -1 for none; ragged where sequences differ.
+    """(state of each token `[B, S]`, state of each sample `[B, K]`), int64, -1 for none; ragged where
+    sequences differ.
 
     Raises ValueError or TypeError naming the option, or `samples` where it is not the number of states.
     """

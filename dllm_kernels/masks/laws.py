@@ -1,7 +1,9 @@
-"""Mask laws as data: level x pairing x weight, and the published names as presets of these; their options, checked.
+"""Mask laws as data: level x pairing x weight, and the published names as presets of these; their options,
+checked.
 
-L tokens of a sequence are scored, a sample hides n of them. A law that is `unbiased` estimates the any-order bound
-`ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`. What is drawn under a law is in `draws.py`.
+L tokens of a sequence are scored, a sample hides n of them. A law that is `unbiased` estimates the any-order
+bound `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`. What is drawn under a law is in
+`draws.py`.
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """One row of the table. `level`, `pairing` and `weight` are the law; the rest says how its K samples make one score."""
+    """One row of the table. `level`, `pairing` and `weight` are the law; the rest says how its K samples make
+    one score.
+    """
 
     name: str
-    # what is drawn: a probability t; a count of 1..L or 0..L; a node of [0, 1]; or which tokens are hidden is given
+    # what is drawn: a probability t; a count of 1..L or 0..L; a node of [0, 1]; or which tokens are hidden is
+    # given
     level: Literal["t", "count from 1", "count from 0", "nodes", "all", "block", "steps"]
     # how the K draws hang together: levels drawn alone or spread over their range
     pairing: Literal["independent", "stratified"]
-    # of a sample's sum of log-probs; n is its number of hidden tokens, "count" that number where only t was drawn
+    # of a sample's sum of log-probs; n is its number of hidden tokens, "count" that number where only t was
+    # drawn
     weight: Literal["1/t", "L/n", "(L+1)/n", "L/count", "w/t", "wL/count", "1/count", "1"]
-    # of the K samples: their mean, the sum over nodes of a node's mean, half the first plus half the mean pair, or the sum
+    # of the K samples: their mean, the sum over nodes of a node's mean, half the first plus half the mean
+    # pair, or the sum
     reduction: Literal["mean", "nodes", "coupled", "sum"]
     unbiased: bool  # for the ELBO above
     source: str
@@ -135,7 +142,9 @@ LAWS: dict[str, Law] = {law.name: law for law in _TABLE}
 
 
 def resolve(name: str, options: Options) -> tuple[Law, dict[str, Any]]:
-    """The law with its options applied, and all its options. Raises ValueError or TypeError naming law, option, value."""
+    """The law with its options applied, and all its options. Raises ValueError or TypeError naming law,
+    option, value.
+    """
     checks.choice("law", name, tuple(LAWS))
     law = LAWS[name]
     for option in options:

@@ -1,7 +1,8 @@
-"""Mask plans: which tokens each Monte-Carlo sample hides and scores, at which weight; made once, shared by every policy.
+"""Mask plans: which tokens each Monte-Carlo sample hides and scores, at which weight; made once, shared by
+every policy.
 
-A plan stores law, keys and ids; masks, rows and weights are computed where they are read, for the cut that is read. The
-laws and their formulas are in `laws.py`.
+A plan stores law, keys and ids; masks, rows and weights are computed where they are read, for the cut that is
+read. The laws and their formulas are in `laws.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from dllm_kernels.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """K masks for each of B sequences. Make it with `make_mask_plan`; read the properties; `cut` it into micro-batches.
+    """K masks for each of B sequences. Make it with `make_mask_plan`; read the properties; `cut` it into
+    micro-batches.
 
-    Noise on tokens is keyed by their ordinal inside completion or prompt, so padding and batching do not change a bit.
+    Noise on tokens is keyed by their ordinal inside completion or prompt, so padding and batching do not
+    change a bit.
     """
 
     input_ids_BS: Tensor
@@ -125,7 +128,8 @@ class MaskPlan:
 
     @property
     def p_mask_KB(self) -> Tensor:
-        """Probability that a completion token is hidden given the level, fp32: t, or n / L (1 for an empty completion).
+        """Probability that a completion token is hidden given the level, fp32: t, or n / L (1 for an empty
+        completion).
 
         For `block`, `trace` and `segments`, which do not treat all tokens alike: the share that is hidden.
         """
@@ -135,14 +139,18 @@ class MaskPlan:
 
     @cached_property
     def weight_KB(self) -> Tensor:
-        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n and so on, see `laws.LAWS`."""
+        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n and so on, see
+        `laws.LAWS`.
+        """
         scored_KB = self.counts if self.rule.weight in draws.REALISED else None
         level = None if self.rule.level in ("block", "steps") else self.level
         return draws.weights(self.rule, self.options, self._keys, level, self.lengths_B, scored_KB).float()
 
     @property
     def share_K(self) -> Tensor:
-        """Weight of each sample in its sequence's score, fp32 `[K]`: 1 / samples of the whole plan for most laws."""
+        """Weight of each sample in its sequence's score, fp32 `[K]`: 1 / samples of the whole plan for most
+        laws.
+        """
         return self._share_K.float()
 
     @property
@@ -151,7 +159,9 @@ class MaskPlan:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows to score, ordered by (sample, sequence, position); the logit shift is resolved here and nowhere else."""
+        """The rows to score, ordered by (sample, sequence, position); the logit shift is resolved here and
+        nowhere else.
+        """
         K, B, S = self.shape
         flat_N = self.scored.reshape(-1).nonzero()[:, 0]
         # one-dimensional look-ups: indexing by (sample, sequence, position) takes twice as long
@@ -167,25 +177,30 @@ class MaskPlan:
         )
 
     def elbo(self, logp_N: Tensor) -> Tensor:
-        """Per-sample ELBOs `[B, K]`: `weight * sum of logp` over the rows of each; differentiable, order-independent."""
+        """Per-sample ELBOs `[B, K]`: `weight * sum of logp` over the rows of each; differentiable,
+        order-independent.
+        """
         K, B, S = self.shape
         checks.shape("logp_N", logp_N, [len(self.rows.index)])
         scattered = logp_N.new_zeros(K * B * S).index_copy(0, self.rows.index + self.shift, logp_N * self.rows.weight)
         return scattered.view(K, B, S).sum(-1).t()
 
     def score(self, logp_N: Tensor) -> Tensor:
-        """Scores `[B]`: `sum_k share_k elbo_bk`, the law's estimate. The scores of cuts along the samples add up."""
+        """Scores `[B]`: `sum_k share_k elbo_bk`, the law's estimate. The scores of cuts along the samples add
+        up.
+        """
         elbo_BK = self.elbo(logp_N)
         return (elbo_BK * self._share_K.to(elbo_BK.dtype)).sum(-1)
 
     def standard_error(self, elbo_BK: Tensor) -> Tensor:
-        """Standard errors `[B]` of the scores, from the per-sample ELBOs of all K samples; NaN where K does not tell.
+        """Standard errors `[B]` of the scores, from the per-sample ELBOs of all K samples; NaN where K does
+        not tell.
 
-        The standard deviation of the independent draws over the root of their number. A draw is a sample; for pairs of
-        complements (`antithetic`, `coupled`) the mean of a pair; for `quadrature` the draws of each node, whose variances
-        add up, so that the rule's own error is not in it. Strata (`exact`, `exact_zero`, `antithetic`) and the
-        distinct blocks of `block` make the true error smaller than what is returned. `full`, `trace` and `segments` have no
-        draws to compare: NaN.
+        The standard deviation of the independent draws over the root of their number. A draw is a sample; for
+        pairs of complements (`antithetic`, `coupled`) the mean of a pair; for `quadrature` the draws of each
+        node, whose variances add up, so that the rule's own error is not in it. Strata (`exact`,
+        `exact_zero`, `antithetic`) and the distinct blocks of `block` make the true error smaller than what
+        is returned. `full`, `trace` and `segments` have no draws to compare: NaN.
         """
         K, B, _ = self.shape
         checks.shape("elbo_BK", elbo_BK, [B, K])
@@ -213,7 +228,8 @@ class MaskPlan:
     def describe(
         self, *, hidden_size: int | None = None, vocabulary: int | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> str:
-        """Law, expected rows and memory in words; with the head's H and V also its FLOPs, and the logits it never builds.
+        """Law, expected rows and memory in words; with the head's H and V also its FLOPs, and the logits it
+        never builds.
 
         Example:
             >>> from dllm_kernels import make_mask_plan
@@ -232,7 +248,9 @@ class MaskPlan:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskPlan:
-        """The plan that gave this state, on the CPU. Raises ValueError naming what is missing, unknown or does not fit."""
+        """The plan that gave this state, on the CPU. Raises ValueError naming what is missing, unknown or
+        does not fit.
+        """
         values = dict(state)
         if (found := values.pop("format", None)) != files.FORMAT:
             raise ValueError(f"state must be a mask plan of format {files.FORMAT}, got format {found!r}")
@@ -250,7 +268,9 @@ class MaskPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskPlan:
-        """A saved plan, on the CPU; no code of the file is run. Raises ValueError for a file that is none or damaged."""
+        """A saved plan, on the CPU; no code of the file is run. Raises ValueError for a file that is none or
+        damaged.
+        """
         try:
             return cls.from_state_dict(files.read(path))
         except (TypeError, AttributeError) as error:  # a field of another type
@@ -281,12 +301,16 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def noise_stride(rule: Law, samples: int) -> int:
-    """Noise samples per iteration. A trace has as many samples as its batch's longest has states: no noise may depend on it."""
+    """Noise samples per iteration. A trace has as many samples as its batch's longest has states: no noise
+    may depend on it.
+    """
     return 1 << 16 if rule.level == "steps" else samples
 
 
 def expected_rows(plan: MaskPlan) -> float:
-    """Mean number of scored tokens under the law; the number itself where the law leaves no choice, and for `block`."""
+    """Mean number of scored tokens under the law; the number itself where the law leaves no choice, and for
+    `block`.
+    """
     rule, options, lengths_B = plan.rule, plan.options, plan.lengths_B.double()
     if rule.level in ("all", "nodes", "steps", "block"):
         return float(plan.counts.sum())

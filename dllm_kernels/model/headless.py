@@ -19,7 +19,8 @@ from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
 class _Tap:
     """Stands in for the head's forward: keeps its input, and hands on one column, too small to matter.
 
-    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column alone.
+    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column
+    alone.
     """
 
     def __init__(self, shards: Shards | None, head: WholeHead) -> None:
@@ -33,7 +34,9 @@ class _Tap:
         return hidden[..., :1].clone()  # not a view: OLMo-style code, LLaDA's too, may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """A forward hook of FSDP's root: the hidden states are its output, by whose gradient FSDP knows that backward begins."""
+        """A forward hook of FSDP's root: the hidden states are its output, by whose gradient FSDP knows that
+        backward begins.
+        """
         if self.hidden is None:
             return None
         self.column = getattr(output, "logits", None)
@@ -41,7 +44,9 @@ class _Tap:
 
 
 class _LinearTap(TorchFunctionMode):
-    """The same for a model whose head is its input embedding itself, used by `F.linear` (LLaDA's `weight_tying`)."""
+    """The same for a model whose head is its input embedding itself, used by `F.linear` (LLaDA's
+    `weight_tying`).
+    """
 
     def __init__(self, weight: Tensor, tap: _Tap) -> None:
         super().__init__()
@@ -56,8 +61,8 @@ class _LinearTap(TorchFunctionMode):
 class Body:
     """A model without its head. Call it for hidden states; `weight`, `bias` and `options` are the head's.
 
-    `options` holds what `score_tokens` and `sample_tokens` need to reproduce the model's logits: bias, softcap,
-    temperature. Made by `headless`.
+    `options` holds what `score_tokens` and `sample_tokens` need to reproduce the model's logits: bias,
+    softcap, temperature. Made by `headless`.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
@@ -73,9 +78,7 @@ class Body:
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
         self.vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
+        config = text_config(model)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them
         self.temperature = float(getattr(config, "logits_scaling", None) or 1.0 / (getattr(config, "logit_scale", None) or 1.0))
@@ -87,9 +90,11 @@ class Body:
 
     @property
     def weight(self) -> Tensor:
-        """`[V, H]`, the parameter itself; of a sharded one a whole copy, in the dtype of the hidden states last computed.
+        """`[V, H]`, the parameter itself; of a sharded one a whole copy, in the dtype of the hidden states
+        last computed.
 
-        What it gets of gradients goes to the sharded parameter, summed over ranks, when the outermost `headless` ends.
+        What it gets of gradients goes to the sharded parameter, summed over ranks, when the outermost
+        `headless` ends.
         """
         weight = self._tap.head.get("weight")
         assert weight is not None
@@ -110,9 +115,11 @@ class Body:
         return self._tap.head.taker("weight")
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its head.
+        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its
+        head.
 
-        Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids' shape too.
+        Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids'
+        shape too.
         """
         if not self._tap.active:
             raise ValueError("body must be called inside its headless context, which has ended")
@@ -145,7 +152,9 @@ class Body:
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
-        """One call for the sake of the ranks that share the model and have more to do; it adds exactly 0 to every gradient."""
+        """One call for the sake of the ranks that share the model and have more to do; it adds exactly 0 to
+        every gradient.
+        """
         device = self.parameter.device
         ones = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in model_kwargs.items()}
         with torch.set_grad_enabled(backward):
@@ -169,10 +178,12 @@ def headless(model: nn.Module) -> Iterator[Body]:
     """Within the context, the model's output embedding does nothing and logits are never built.
 
     Args:
-        model: any module with Hugging Face's `get_output_embeddings()`; tied heads and softcapped logits included.
+        model: any module with Hugging Face's `get_output_embeddings()`; tied heads and softcapped logits
+            included.
 
-    Yields a `Body`. The model is restored on exit, after an exception too. Its modules, parameters, state dict and hooks
-    stay in place meanwhile (only the head's forward is replaced), so training and saving work as usual.
+    Yields a `Body`. The model is restored on exit, after an exception too. Its modules, parameters, state
+    dict and hooks stay in place meanwhile (only the head's forward is replaced), so training and saving work
+    as usual.
 
     Raises TypeError when `model` is no module, ValueError when it has no output embedding.
 
@@ -235,8 +246,23 @@ def headless(model: nn.Module) -> Iterator[Body]:
         tap.head.reduce(tap.shards)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which a multimodal one holds inside its own; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The number of positions that the model's configuration allows; None where it names none."""
+    config = text_config(model)
+    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
+    return min((length for length in stated if isinstance(length, int) and length > 0), default=None)
+
+
 def dropout_names(model: nn.Module) -> list[str]:
-    """What makes two forward passes of a training model differ: active dropout modules and dropout rates of the config."""
+    """What makes two forward passes of a training model differ: active dropout modules and dropout rates of
+    the config.
+    """
     if not model.training:
         return []
     active = [

@@ -1,7 +1,8 @@
-"""Where the tokens of a rollout lie, and how the model is called on them: padded, packed into one row, or with a cache.
+"""Where the tokens of a rollout lie, and how the model is called on them: padded, packed into one row, or
+with a cache.
 
-Each form has `ids` (all tokens), `column_BL` (where a completion's tokens lie), `write`, `hidden` (one call of the model) and
-`rows` (where a completion token's prediction lies in what `hidden` returned).
+Each form has `ids` (all tokens), `column_BL` (where a completion's tokens lie), `write`, `hidden` (one call
+of the model) and `rows` (where a completion token's prediction lies in what `hidden` returned).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ids and what is real among them, bool, or None where everything is. Ragged prompts are padded on the right."""
+    """Ids and what is real among them, bool, or None where everything is. Ragged prompts are padded on the
+    right.
+    """
 
     ids_BP: Tensor
     keep_BP: Tensor | None
@@ -88,7 +91,9 @@ class Padded:
         return row_A[:, None] * self.ids.shape[1] + self.column_BL[who_A].gather(1, place_AR) - self.shift
 
     def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
-        """Hidden states `[N, H]` of these rows: `h + guidance (h - h without prompt)`, whose logits the linear head makes."""
+        """Hidden states `[N, H]` of these rows: `h + guidance (h - h without prompt)`, whose logits the
+        linear head makes.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1])
         chosen_NH = flat.index_select(0, row_N)
         if not self.guidance:
@@ -100,8 +105,8 @@ class Padded:
 class Packed:
     """All sequences in one row, without padding; positions restart, attention stays within a sequence.
 
-    flash-attn's variable-length kernel finds the sequences by their positions; other kernels get a mask of pairs, which is
-    as exact and no faster.
+    flash-attn's variable-length kernel finds the sequences by their positions; other kernels get a mask of
+    pairs, which is as exact and no faster.
     """
 
     def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int) -> None:
@@ -145,11 +150,12 @@ class Packed:
 
 
 class Cached:
-    """Block-causal models with the keys and values of finished blocks kept; blocks count from the start of the prompt.
+    """Block-causal models with the keys and values of finished blocks kept; blocks count from the start of
+    the prompt.
 
-    All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so that those of other lengths begin
-    their completions in the same block of the grid. The first step of a block sends the block before it along, whose keys
-    and values are then final: one call of the model a step.
+    All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so that those of
+    other lengths begin their completions in the same block of the grid. The first step of a block sends the
+    block before it along, whose keys and values are then final: one call of the model a step.
     """
 
     def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, block_length: int) -> None:
@@ -213,7 +219,9 @@ class Cached:
 
 
 def _additive(sees: Tensor, body: Body) -> Tensor:
-    """0 where a query sees a key, the least number of the dtype elsewhere: what every attention kernel of transformers takes."""
+    """0 where a query sees a key, the least number of the dtype elsewhere: what every attention kernel of
+    transformers takes.
+    """
     dtype = next(body.model.parameters()).dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 

@@ -1,9 +1,10 @@
-"""Models whose parameters are sharded over ranks (FSDP2, or any DTensors): the head in one piece, and ranks in step.
+"""Models whose parameters are sharded over ranks (FSDP2, or any DTensors): the head in one piece, and ranks
+in step.
 
-A forward under FSDP2 is a chain of collectives, so ranks must call the model equally often, and in the same order of calls
-with and without a gradient. The head is gathered once while `headless` lasts, and its gradient is added up at full size and
-reduced once, when `headless` ends. All gradients are summed over ranks, never averaged: the engine divides by the denominator
-of the whole optimizer step.
+A forward under FSDP2 is a chain of collectives, so ranks must call the model equally often, and in the same
+order of calls with and without a gradient. The head is gathered once while `headless` lasts, and its gradient
+is added up at full size and reduced once, when `headless` ends. All gradients are summed over ranks, never
+averaged: the engine divides by the denominator of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Shards:
         self._reduces = now
 
     def before_call(self, *, backward: bool, reduce: bool) -> None:
-        """reduce: the gradients that were kept whole so far are reduced by the backward of the call that comes."""
+        """reduce: the gradients that were kept whole so far are reduced by the backward of the call that
+        comes.
+        """
         if reduce:
             self.reduce_gradients(now=True)
         if backward:
@@ -92,7 +95,9 @@ class Shards:
 
 
 class WholeHead:
-    """A head's weight and bias in one piece, and what they got of gradients so far. Plain tensors are passed on as they are."""
+    """A head's weight and bias in one piece, and what they got of gradients so far. Plain tensors are passed
+    on as they are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.parameters = {"weight": weight, "bias": bias}
@@ -101,7 +106,8 @@ class WholeHead:
         self._versions: dict[str, tuple[int, int]] = {}
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """The parameter, gathered anew where it was updated since or is wanted in another dtype: a collective.
+        """The parameter, gathered anew where it was updated since or is wanted in another dtype: a
+        collective.
 
         dtype: of the copy; None for the one that is there, else the parameter's.
         """

@@ -73,7 +73,9 @@ class Denoiser:
         self._late = torch.tensor(d.commit_last, device=device)
 
     def run(self, on_step: OnStep | None = None) -> None:
-        """Every rank that shares the model goes through the same steps, idly where it has nothing to do in one."""
+        """Every rank that shares the model goes through the same steps, idly where it has nothing to do in
+        one.
+        """
         if self.decoding.sampler.static:
             self._run_static(on_step)
         else:
@@ -106,7 +108,9 @@ class Denoiser:
         self._after_block(block)
 
     def _run_dynamic(self, on_step: OnStep | None) -> None:
-        """How much is left is known only after a step: one small host read before each, which also finds who is finished."""
+        """How much is left is known only after a step: one small host read before each, which also finds who
+        is finished.
+        """
         d = self.decoding
         by_chance = d.sampler.commit == "chance"
         assert d.steps is not None or d.sampler.least == "one"
@@ -168,7 +172,9 @@ class Denoiser:
         least: int,
         all_places_AM: Tensor | None,
     ) -> None:
-        """Call the model on these sequences, draw at these places (all, or the valid ones), commit the most trusted."""
+        """Call the model on these sequences, draw at these places (all, or the valid ones), commit the most
+        trusted.
+        """
         d, sampler = self.decoding, self.decoding.sampler
         whole = d.deterministic or len(who_A) == len(self._everyone) or isinstance(self.canvas, Cached)
         hidden = self.canvas.hidden(None if whole else who_A)
@@ -214,7 +220,9 @@ class Denoiser:
         self.steps_B[who_A] += 1
 
     def _pick(self, hidden: Tensor, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, *, whole: bool) -> Tensor:
-        """Hidden states of the rows to draw at. What is not finite becomes 0 and marks its sequence as failed."""
+        """Hidden states of the rows to draw at. What is not finite becomes 0 and marks its sequence as
+        failed.
+        """
         picked_NH = self.canvas.pick(hidden, _among(self.canvas.rows(who_A, place_AR, whole=whole), valid_AR))
         finite_N = picked_NH.isfinite().all(-1)
         self.failed_B[who_A] |= (~_spread(finite_N, place_AR, valid_AR, fill=True)).any(-1)
@@ -256,7 +264,9 @@ class Denoiser:
         self.greedy_BTL[who_A, self.steps_B[who_A]] = ids_AL.scatter(1, place_AM, best_AM).int()
 
     def _after_block(self, block: int) -> Tensor:
-        """Who goes on. With `eos_id`, a sequence whose decided blocks hold EOS is finished and filled up; reads it back."""
+        """Who goes on. With `eos_id`, a sequence whose decided blocks hold EOS is finished and filled up;
+        reads it back.
+        """
         eos = self.decoding.eos_id
         if eos is None:
             return self._everyone

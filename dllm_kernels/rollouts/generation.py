@@ -1,4 +1,6 @@
-"""`generate`: rollouts of a masked diffusion model without logits; the head sees only rows that may be committed in a step."""
+"""`generate`: rollouts of a masked diffusion model without logits; the head sees only rows that may be
+committed in a step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
-from dllm_kernels.model.headless import Body, dropout_names, headless
+from dllm_kernels.model.headless import Body, context_length, dropout_names, headless
 from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, collect, takes_cache
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.samplers import check_steps, resolve
@@ -49,48 +51,60 @@ def generate(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Rollout:
-    """Completions of a batch of prompts: one call of the model per denoising step, the head on candidate rows alone.
+    """Completions of a batch of prompts: one call of the model per denoising step, the head on candidate rows
+    alone.
 
     Args:
         model: a Hugging Face masked language model in eval mode.
-        prompt_ids: int64 `[B, P]`, all of one length or left-padded with attention_mask `[B, P]`; or a sequence of int64 `[P_b]`,
-            which are padded on the right, so that positions are those of the prompt alone. They hold no mask_id.
-        length: L, tokens to generate. mask_id: written at undecided places; never drawn unless suppress_mask=False (parity
-            with LLaDA's own code).
+        prompt_ids: int64 `[B, P]`, all of one length or left-padded with attention_mask `[B, P]`; or a
+            sequence of int64 `[P_b]`, which are padded on the right, so that positions are those of the
+            prompt alone. They hold no mask_id.
+        length: L, tokens to generate. mask_id: written at undecided places; never drawn unless
+            suppress_mask=False (parity with LLaDA's own code).
         sampler, steps, block_length, options: see below; an option of another sampler is an error.
         temperature: 0 greedy, else Gumbel-max. top_k, top_p: as in `sample_tokens`.
-        seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required where noise is drawn.
-        suppress: more ids with probability 0. commit_last: ids (EOS, EoT) that are trusted last, whatever their confidence.
-        guidance: classifier-free, `z + guidance (z - z without prompt)`; two rows per sequence in the one call.
+        seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required where noise is
+            drawn.
+        suppress: more ids with probability 0. commit_last: ids (EOS, EoT) that are trusted last, whatever
+            their confidence.
+        guidance: classifier-free, `z + guidance (z - z without prompt)`; two rows per sequence in the one
+            call.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        eos_id: given, a sequence is finished with the block that decides its first EOS, and the rest is filled with it.
-        micro_batch: sequences per model call. Finished sequences leave the batch; with `deterministic` they stay, and the last
-            micro-batch is filled up, so that every call has the same shape. width: columns of ragged prompts, for the same end.
-        packed: ragged prompts in one row without padding (flash-attn's variable-length kernel where the model uses it).
-        cache: keys and values of finished blocks are kept, for block-causal models that take `past_key_values`; sampler "sdar".
-        greedy: also keep `greedy_BTL`, the likeliest completion as seen before each step (EGSPO-SA), from the same passes: the
-            head then runs on all masked rows too.
-        on_step: called with the step's number and the completions so far `[B, L]`, after each step of a micro-batch.
+        eos_id: given, a sequence is finished with the block that decides its first EOS, and the rest is
+            filled with it.
+        micro_batch: sequences per model call. Finished sequences leave the batch; with `deterministic` they
+            stay, and the last micro-batch is filled up, so that every call has the same shape. width: columns
+            of ragged prompts, for the same end.
+        packed: ragged prompts in one row without padding (flash-attn's variable-length kernel where the model
+            uses it).
+        cache: keys and values of finished blocks are kept, for block-causal models that take
+            `past_key_values`; sampler "sdar".
+        greedy: also keep `greedy_BTL`, the likeliest completion as seen before each step (EGSPO-SA), from the
+            same passes: the head then runs on all masked rows too.
+        on_step: called with the step's number and the completions so far `[B, L]`, after each step of a
+            micro-batch.
 
     Samplers (a block is `block_length` consecutive tokens; it is decided before the next one begins):
 
         llada          blocks, which must divide the length; `steps` in all, a multiple of the blocks, remainders to the
-                       earliest steps of a block. remasking="low_confidence" (probability of the token drawn, at temperature 1)
-                       or "random".
+                       earliest steps of a block. remasking="low_confidence" (probability of the token drawn,
+                       at temperature 1) or "random".
         dream          no blocks; `steps` along t from 1 to eps=1e-3. alg="origin" (each token with probability 1 - s/t),
-                       "maskgit_plus", "topk_margin", "entropy", all of the distribution that is drawn from; alg_temp > 0 draws
-                       the order instead of sorting it. Use shift=1 for Dream's own models.
+                       "maskgit_plus", "topk_margin", "entropy", all of the distribution that is drawn from;
+                       alg_temp > 0 draws the order instead of sorting it. Use shift=1 for Dream's own models.
         fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more, at least one.
         sdar           blocks count from the start of the prompt, so the first and the last may be partial; `steps` per block.
-                       remasking="low_confidence_dynamic" (all above threshold=0.9, at least what the schedule says),
-                       "low_confidence_static" or "sequential"; probabilities of the distribution that is drawn from.
+                       remasking="low_confidence_dynamic" (all above threshold=0.9, at least what the schedule
+                       says), "low_confidence_static" or "sequential"; probabilities of the distribution that
+                       is drawn from.
         entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less the largest, within
                        bound=0.1 nats, at least one.
 
-    Noise depends on (seed, sequence id, step, position) alone. With `llada` and `dream` (but "origin") and without eos_id
-    nothing is read back from a GPU; the others read the number of undecided tokens before each step, eos_id after each
-    block. A sequence whose hidden states are not finite is marked in `failed_B`; the others are unharmed (packed without
-    flash-attn, one row is one sequence to the attention, and all of it is marked).
+    Noise depends on (seed, sequence id, step, position) alone. With `llada` and `dream` (but "origin") and
+    without eos_id nothing is read back from a GPU; the others read the number of undecided tokens before each
+    step, eos_id after each block. A sequence whose hidden states are not finite is marked in `failed_B`; the
+    others are unharmed (packed without flash-attn, one row is one sequence to the attention, and all of it is
+    marked).
 
     Raises ValueError or TypeError naming the argument.
 
@@ -253,13 +267,9 @@ def _check_model(
     for name, token in (("mask_id", mask_id), ("eos_id", eos_id), *(("commit_last", token) for token in commit_last)):
         if token is not None and not 0 <= token < len(body.parameter):
             raise ValueError(f"{name} must be in 0..{len(body.parameter) - 1}, got {token}")
-    config: Any = getattr(body.model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for name in ("max_position_embeddings", "max_sequence_length"):
-        context = getattr(config, name, None)
-        if isinstance(context, int) and columns > context:
-            raise ValueError(f"prompt_ids and length must fit the model's context of {context} tokens, got {columns}")
+    context = context_length(body.model)
+    if context is not None and columns > context:
+        raise ValueError(f"prompt_ids and length must fit the model's context of {context} tokens, got {columns}")
     if guidance and body.softcap is not None:
         raise ValueError(f"guidance must be 0 for a model whose logits are capped (softcap={body.softcap}), got {guidance}")
     if cache and not takes_cache(body):

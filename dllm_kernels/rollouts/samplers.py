@@ -1,4 +1,5 @@
-"""Samplers as data: which masked tokens a denoising step may decide, in which order they are trusted, how many are committed.
+"""Samplers as data: which masked tokens a denoising step may decide, in which order they are trusted, how
+many are committed.
 
 Published samplers are rows of one table; their options say the rest. What runs them is `denoising.py`.
 """
@@ -26,12 +27,14 @@ class Sampler:
 
     name: str
     source: str
-    # "completion": blocks counted from its first token; "sequence": from the prompt's; None: every masked token at once
+    # "completion": blocks counted from its first token; "sequence": from the prompt's; None: every masked
+    # token at once
     blocks: Literal["completion", "sequence"] | None
-    # what is committed first: the probability of the token drawn (of the model's distribution, or of the one drawn from), the
-    # least entropy of the one drawn from, the lead of its best id, chance, the leftmost
+    # what is committed first: the probability of the token drawn (of the model's distribution, or of the one
+    # drawn from), the least entropy of the one drawn from, the lead of its best id, chance, the leftmost
     rank: Rank
-    # how many: numbers that are known beforehand; all above a threshold; while the cumulated entropy is small; by chance
+    # how many: numbers that are known beforehand; all above a threshold; while the cumulated entropy is
+    # small; by chance
     commit: Literal["schedule", "threshold", "entropy", "chance"]
     # the least that a step commits: what the schedule says, or one token
     least: Literal["schedule", "one"] = "schedule"
@@ -214,7 +217,9 @@ def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> li
 
 
 def transfer_shares(steps: int, eps: float) -> Tensor:
-    """Dream's share of the masked tokens that each step decides, fp32 `[steps]`: `1 - s / t` along t from 1 to eps, last 1."""
+    """Dream's share of the masked tokens that each step decides, fp32 `[steps]`: `1 - s / t` along t from 1
+    to eps, last 1.
+    """
     t = torch.linspace(1, eps, steps + 1)
     shares = 1 - t[1:] / t[:-1]
     shares[-1] = 1.0
@@ -222,7 +227,9 @@ def transfer_shares(steps: int, eps: float) -> Tensor:
 
 
 def times_commit(length: int, steps: int, eps: float) -> list[int]:
-    """How many tokens Dream's ranked algorithms commit per step: the share of what is masked, rounded down in fp32."""
+    """How many tokens Dream's ranked algorithms commit per step: the share of what is masked, rounded down in
+    fp32.
+    """
     remaining, counts = length, []
     for share in transfer_shares(steps, eps):
         counts.append(int(remaining * share))
@@ -231,7 +238,9 @@ def times_commit(length: int, steps: int, eps: float) -> list[int]:
 
 
 def committed(sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int) -> Tensor:
-    """bool `[A, R]`: of candidates sorted from the first to be committed to the last, which are; at least `least`."""
+    """bool `[A, R]`: of candidates sorted from the first to be committed to the last, which are; at least
+    `least`.
+    """
     place_R = torch.arange(rank_AR.shape[1], device=rank_AR.device)
     first_R = place_R < least
     if sampler.commit == "threshold":

@@ -23,7 +23,8 @@ SELECTIONS = ("entropy", "uniform", "random")
 class Rollout:
     """B completions of L tokens and their history; small tensors, all detached.
 
-    Steps are numbered from 0 for each sequence, by the model calls that it took part in. T is the largest number of them.
+    Steps are numbered from 0 for each sequence, by the model calls that it took part in. T is the largest
+    number of them.
     """
 
     ids_BS: (
@@ -46,11 +47,6 @@ class Rollout:
     def completion_BL(self) -> Tensor:
         B, L = self.commit_step_BL.shape
         return self.ids_BS[self.completion_mask_BS].view(B, L)
-
-    @property
-    def confidence_BL(self) -> Tensor:
-        """Probability of each token when it was committed, at temperature 1."""
-        return self.commit_logp_BL.exp()
 
     @property
     def step_map_BS(self) -> Tensor:
@@ -76,14 +72,16 @@ class Rollout:
 
 
 def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: int | None = None) -> Tensor:
-    """`H_k = mean over the tokens that step k revealed of -sum_v p_v log p_v`, fp32 `[T, B]`, in nats (EGSPO, arXiv 2603.12554).
+    """`H_k = mean over the tokens that step k revealed of -sum_v p_v log p_v`, fp32 `[T, B]`, in nats (EGSPO,
+    arXiv 2603.12554).
 
-    The entropies are those of the untempered distribution before the step, as a rollout keeps them: T x B floats where the
-    published code keeps the probability rows of the vocabulary.
+    The entropies are those of the untempered distribution before the step, as a rollout keeps them: T x B
+    floats where the published code keeps the probability rows of the vocabulary.
 
     Args:
-        commit_entropy_BL: float `[B, L]`, `Rollout.commit_entropy_BL`. commit_step_BL: int32 or int64 `[B, L]`; -1 for a token
-            that no step revealed. steps: T; None takes the last step + 1, which reads it back from a GPU.
+        commit_entropy_BL: float `[B, L]`, `Rollout.commit_entropy_BL`. commit_step_BL: int32 or int64 `[B,
+            L]`; -1 for a token that no step revealed. steps: T; None takes the last step + 1, which reads it
+            back from a GPU.
 
     NaN where a step revealed nothing of a sequence. Raises ValueError or TypeError naming the argument.
 
@@ -113,12 +111,14 @@ def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: in
 def select_steps(
     entropy_TB: Tensor, k: int, how: str = "entropy", *, seed: int = 0, sequence_ids: Tensor | None = None
 ) -> Tensor:
-    """Each sequence's own k steps to train on, int64 `[B, k]` (EGSPO, arXiv 2603.12554; its code, lines 675-715).
+    """Each sequence's own k steps to train on, int64 `[B, k]` (EGSPO, arXiv 2603.12554; its code, lines
+    675-715).
 
     Args:
         entropy_TB: `[T, B]` from `step_entropy`, NaN where there is no step.
-        how: "entropy": the k largest, in descending order, of equal ones the earlier; "uniform": spread evenly; "random":
-            uniformly drawn, keyed by seed and sequence_ids `[B]`. The last two hold the last step, and ascend.
+        how: "entropy": the k largest, in descending order, of equal ones the earlier; "uniform": spread
+            evenly; "random": uniformly drawn, keyed by seed and sequence_ids `[B]`. The last two hold the
+            last step, and ascend.
 
     -1 where a sequence has fewer than k steps. Raises ValueError or TypeError naming the argument.
 
@@ -172,13 +172,13 @@ def trajectory_rows(
 
     Args:
         steps_BJ: int64 `[B, J]` from `select_steps`, -1 for none: those steps only (EGSPO). None: all.
-        shrink: how many consecutive steps make one state (TraceRL). segments: into how many equal parts the steps are cut
-            instead (d2; law "segments"); each is scored in its first state.
-        shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: what follows the first EOS is
-            not scored; None takes that of the rollout's early stop.
+        shrink: how many consecutive steps make one state (TraceRL). segments: into how many equal parts the
+            steps are cut instead (d2; law "segments"); each is scored in its first state.
+        shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: what follows
+            the first EOS is not scored; None takes that of the rollout's early stop.
 
-    Sequences that failed cannot be scored: take them out first (`rollout.kept`). Raises ValueError or TypeError naming the
-    argument.
+    Sequences that failed cannot be scored: take them out first (`rollout.kept`). Raises ValueError or
+    TypeError naming the argument.
 
     Example:
         >>> from dllm_kernels import generate
@@ -218,10 +218,12 @@ def trajectory_rows(
 
 
 def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
-    """Log-probs `[B, K]` of what each state of `trajectory_rows(rollout, steps_BJ)` decided, as the rollout saw them.
+    """Log-probs `[B, K]` of what each state of `trajectory_rows(rollout, steps_BJ)` decided, as the rollout
+    saw them.
 
-    The scores of the policy that generated, without a second pass over the model: `old_sample_elbo` of EGSPO. Exact where
-    states are single steps; with `shrink` above 1 or segments the rollout saw later states, and a ValueError says so.
+    The scores of the policy that generated, without a second pass over the model: `old_sample_elbo` of EGSPO.
+    Exact where states are single steps; with `shrink` above 1 or segments the rollout saw later states, and a
+    ValueError says so.
 
     Example:
         >>> from dllm_kernels import generate

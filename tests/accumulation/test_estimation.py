@@ -44,7 +44,7 @@ def options_of(options, completion):
     return {**options, "step_map_BS": step}
 
 
-# --- what it computes -------------------------------------------------------------------------------------------------
+# --- what it computes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -115,7 +115,7 @@ def test_a_cut_with_nothing_to_score_costs_no_forward():
     assert (found.forwards, found.rows, found.sample_elbo_BK.shape) == (2, int(completion.sum()), (1, 6))
 
 
-# --- masks and ids ----------------------------------------------------------------------------------------------------
+# --- masks and ids ------------------------------------------------------------------------------------------
 
 
 def noisy_ids_seen(model, *arguments, **options):
@@ -174,7 +174,7 @@ def test_given_sequence_ids_are_used():
     assert torch.equal(mine, plan.noisy_ids.flatten(0, 1))
 
 
-# --- refusals, progress, state ----------------------------------------------------------------------------------------
+# --- refusals, progress, state ------------------------------------------------------------------------------
 
 
 def test_active_dropout_is_refused_and_the_mode_is_left_alone():
@@ -245,7 +245,7 @@ def test_one_sample_has_no_standard_error():
     assert estimate_elbo(model, ids, completion, samples=1, mask_id=MASK).standard_error_B.isnan().all()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 PROBE = """
 import sys

@@ -16,7 +16,7 @@ def level_of(plan):
     return draws.level(plan.rule, plan.options, plan._keys, plan.lengths_B)
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def test_the_laws_are_the_ten_published_ones():
@@ -64,7 +64,7 @@ def test_a_score_is_the_share_weighted_sum_and_adds_up_over_cuts(name):
     torch.testing.assert_close(plan.score(logp), parts, rtol=1e-12, atol=1e-12)
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
+# --- counts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "samples"), [(4, 5), (5, 2), (5, 3), (6, 4), (4, 7), (3, 12)])
@@ -109,7 +109,7 @@ def test_exact_zero_has_an_empty_mask_of_weight_0():
     torch.testing.assert_close(plan.weight_KB, want)
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["antithetic", "antithetic, independent", "dmpo", "coupled"])
@@ -183,7 +183,7 @@ def test_masks_of_one_level_still_differ_by_sample():
         assert 0.35 < float((masked[first] ^ masked[second])[:, 2:].float().mean()) < 0.65
 
 
-# --- quadrature -------------------------------------------------------------------------------------------------------
+# --- quadrature ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_masks_of_one_node_differ_by_sample():
     assert (plan.masked[0] != plan.masked[1]).any(-1).float().mean() > 0.95
 
 
-# --- given masks ------------------------------------------------------------------------------------------------------
+# --- given masks --------------------------------------------------------------------------------------------
 
 
 def test_full_hides_the_completion_and_15_percent_of_the_prompt():
@@ -334,7 +334,7 @@ def test_segments_score_each_token_once_at_the_start_of_its_segment(total):
         assert torch.equal(plan.scored[k, 0], (step_map[0] >= start) & (step_map[0] < end))
 
 
-# --- standard errors --------------------------------------------------------------------------------------------------
+# --- standard errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "exact, independent", "antithetic, independent", "dmpo", "coupled", "quadrature"])
@@ -376,7 +376,7 @@ def test_a_standard_error_needs_all_samples_in_any_order():
         plan.cut(samples=slice(0, 3)).standard_error(elbo[:, :3])
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

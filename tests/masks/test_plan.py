@@ -14,7 +14,7 @@ from dllm_kernels import make_mask_plan
 from tests import oracle
 from tests.plans import PRESETS, plan_of, preset
 
-# --- the laws ---------------------------------------------------------------------------------------------------------
+# --- the laws -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 16])
@@ -142,7 +142,7 @@ def test_weight_times_p_mask_is_1(options):
     assert torch.equal(plan.rows.weight, plan.weight_KB[plan.rows.sample, plan.rows.sequence])
 
 
-# --- what is masked ---------------------------------------------------------------------------------------------------
+# --- what is masked -----------------------------------------------------------------------------------------
 
 
 @given(
@@ -199,7 +199,7 @@ def test_an_empty_completion_is_legal(name):
     assert nothing.shape[0] in (1, K)  # a trace without a step has one empty state
 
 
-# --- the same bits under every cut ------------------------------------------------------------------------------------
+# --- the same bits under every cut --------------------------------------------------------------------------
 
 
 PARTS = ("masked", "scored", "noisy_ids", "counts", "weight_KB", "p_mask_KB")
@@ -290,7 +290,7 @@ def test_the_level_and_the_places_are_independent():
         assert abs(share - n / 4) < 5 * math.sqrt(0.25 / 1500)
 
 
-# --- rows and ELBOs ---------------------------------------------------------------------------------------------------
+# --- rows and ELBOs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -357,7 +357,7 @@ def test_int32_ids_are_taken_as_they_are():
     assert plan.noisy_ids.dtype == torch.int32
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

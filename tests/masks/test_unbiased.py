@@ -197,7 +197,7 @@ def test_a_wrong_law_would_be_found(mutation, monkeypatch):
     broken.undo()
 
 
-# --- documented biases ------------------------------------------------------------------------------------------------
+# --- documented biases --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -293,7 +293,7 @@ def test_quadrature_s_bias_at_the_published_nodes():
     assert [sum(draws.gauss_legendre(n)[1]) for n in range(1, 6)] == pytest.approx([1.0] * 5)
 
 
-# --- the whole plan ---------------------------------------------------------------------------------------------------
+# --- the whole plan -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options", "samples"), CLAIMS, ids=str)

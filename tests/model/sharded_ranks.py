@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dllm_trainer.distributed import Ranks, advantages, clip_gradients, one_fails_all_stop, shard
+from dllm_trainer.distributed import Ranks, clip_gradients, one_fails_all_stop, shard
 from dllm_trainer.errors import GuardError
 from dllm_trainer.records.checkpoints import Checkpoints, load_state
 from safetensors.torch import load_file
@@ -152,7 +152,7 @@ def gradients(ranks, cases=ALL):
 def few(ranks):
     """What make test runs."""
     found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
-    for work in (rollouts, supervised, group_advantages, half_precision, clipped, recomputed, saved):
+    for work in (rollouts, supervised, gathered, half_precision, clipped, recomputed, saved):
         found[work.__name__] = work(ranks)
     if not ranks.launched:
         found["stopped"] = stopped()
@@ -210,11 +210,13 @@ def supervised(ranks):
     return found
 
 
-def group_advantages(ranks):
-    mine = ranks.share(B)
+def gathered(ranks):
+    """Rewards of all ranks: what the advantages of groups across ranks are made of."""
     rewards = torch.tensor([0.1, 0.7, 0.3, 0.3, 0.9, 0.5, 0.2])
-    found = advantages(rewards[mine], GROUPS[mine], kind="std", ranks=ranks)
-    return ranks.gather(found)[0]
+    mine = rewards[ranks.share(B)]
+    everyone, own = ranks.gather(mine)
+    assert torch.equal(everyone[own], mine)
+    return everyone
 
 
 def half_precision(ranks):

@@ -77,9 +77,9 @@ def test_a_loss_of_the_gathered_head_reaches_the_sharded_one(few):
         assert worst_gradient_error(gradients, alone["supervised"][kind]) < 1e-10
 
 
-def test_advantages_of_groups_across_ranks_are_bit_identical(few):
+def test_every_rank_has_the_rewards_of_all_bit_for_bit_and_in_order(few):
     alone, found, _ = few
-    assert torch.equal(found["group_advantages"], alone["group_advantages"])
+    assert torch.equal(found["gathered"], alone["gathered"])
 
 
 def test_bf16_forwards_leave_fp32_gradients_close_to_the_exact_ones(few):
@@ -184,7 +184,7 @@ def test_four_ranks_agree_with_one_process_in_everything(tmp_path):
         test_sharded_gradients_are_those_of_one_process,
         test_rollouts_do_not_depend_on_the_number_of_ranks,
         test_a_loss_of_the_gathered_head_reaches_the_sharded_one,
-        test_advantages_of_groups_across_ranks_are_bit_identical,
+        test_every_rank_has_the_rewards_of_all_bit_for_bit_and_in_order,
         test_bf16_forwards_leave_fp32_gradients_close_to_the_exact_ones,
         test_recomputed_activations_give_the_same_gradients,
         test_a_checkpoint_of_shards_is_that_of_the_whole_model,

@@ -94,7 +94,7 @@ def test_so_it_does_where_the_number_is_known_only_at_run_time(model, head_rows,
     assert sum(head_rows) == expected
 
 
-# --- laws -------------------------------------------------------------------------------------------------------------
+# --- laws ---------------------------------------------------------------------------------------------------
 
 N = 4000
 
@@ -167,7 +167,7 @@ def test_dream_s_origin_decides_each_token_with_the_share_of_the_schedule(model)
     fits(found, N * torch.tensor(list(merged.values()), dtype=torch.float64))
 
 
-# --- a broken sequence ------------------------------------------------------------------------------------------------
+# --- a broken sequence --------------------------------------------------------------------------------------
 
 POISON = 9  # only the first prompt holds it
 

@@ -40,7 +40,7 @@ def equal(a, b, index=slice(None)):
     torch.testing.assert_close(a.commit_entropy_BL, b.commit_entropy_BL[index])
 
 
-# --- one prompt, any batch --------------------------------------------------------------------------------------------
+# --- one prompt, any batch ----------------------------------------------------------------------------------
 
 
 @each_recipe
@@ -83,7 +83,7 @@ def test_members_of_a_group_differ_and_so_do_seeds(model):
         equal(generate(model, prompts, **options), rollout)
 
 
-# --- calls of the model -----------------------------------------------------------------------------------------------
+# --- calls of the model -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -178,7 +178,7 @@ def test_the_step_callback_sees_the_text_being_unmasked(model):
         assert int((ids == MASK).sum()) == 3 * [6, 5, 4, 2, 1, 0][number]
 
 
-# --- block-causal models with a cache ---------------------------------------------------------------------------------
+# --- block-causal models with a cache -----------------------------------------------------------------------
 
 
 def causal(kind, dtype=torch.float64):

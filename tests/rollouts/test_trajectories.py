@@ -53,7 +53,7 @@ def test_replayed_states_give_every_stored_figure(model, recipe, layout):
         now_BL = steps_BL == step
         chosen = logp_BLV.gather(-1, completion_BL[..., None])[..., 0][now_BL]
         torch.testing.assert_close(rollout.commit_logp_BL[now_BL].double(), chosen, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rollout.confidence_BL[now_BL].double(), chosen.exp(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rollout.commit_logp_BL[now_BL].exp().double(), chosen.exp(), rtol=1e-5, atol=1e-6)
         H_BL = entropies(logp_BLV)
         torch.testing.assert_close(rollout.commit_entropy_BL[now_BL].double(), H_BL[now_BL], rtol=1e-5, atol=1e-6)
         for b in range(3):
@@ -103,7 +103,7 @@ def test_storage_is_a_few_floats_per_token_and_step_and_no_row_of_the_vocabulary
     assert sum(t.numel() for t in tensors.values()) < 12 * B * (L + 5)
 
 
-# --- the choice of steps ----------------------------------------------------------------------------------------------
+# --- the choice of steps ------------------------------------------------------------------------------------
 
 
 @given(
@@ -180,7 +180,7 @@ def test_random_steps_are_uniform_and_a_sequence_s_own():
     assert not torch.equal(select_steps(table, 3, "random", seed=1, sequence_ids=torch.arange(3000)), chosen)
 
 
-# --- rows to score ----------------------------------------------------------------------------------------------------
+# --- rows to score ------------------------------------------------------------------------------------------
 
 
 def rows_by_loop(rollout, steps_BJ, shift):

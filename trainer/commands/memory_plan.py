@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ..errors import UserError
 from ..models import compat, lora
 from ..models.codec import Codec
 from ..models.loading import Loaded, from_scratch, parameter_count, recognise
+from ..records.environment import resident_bytes
 from ..tasks import make_task
 from ..train.run import Run  # what a run imports counts as its framework
 from ..train.setup import Setup
@@ -70,7 +70,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
     if config.tensorboard:
         importlib.import_module("torch.utils.tensorboard")
     task = make_task(config.task, seed=config.task_seed)
-    resident = _resident()
+    resident = resident_bytes() or 0
     setup = _skeleton(config, task, ranks)
     model = setup.trained
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -316,11 +316,6 @@ def _gathered(model: Any, config: RunConfig) -> int:
     layer = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     whole = 2 * layer if config.parallel.reshard_after_forward else sum(p.numel() for p in blocks.parameters())
     return (whole + head.numel()) * item + 4 * head.numel() * head.requires_grad
-
-
-def _resident() -> int:
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
 def _capacity(device: str) -> int:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm_kernels.model.headless import context_length
+
 from ..config import PromptConfig
 from ..errors import UserError
 from ..tasks import Example, Task
 from .loading import Loaded
-
-_CONTEXT = ("max_position_embeddings", "max_sequence_length")  # as `generate` looks for it
 
 
 class Codec:
@@ -28,13 +28,14 @@ class Codec:
         system = task.system if config.instructions else ""
         self._options: dict[str, Any] = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
         self._mask_id = loaded.facts.mask_id
-        stated = loaded.model.config.get_text_config()
-        self._context = next((getattr(stated, name) for name in _CONTEXT if getattr(stated, name, None)), None)
+        self._context = context_length(loaded.model)
         if not config.chat_template:
             self._tokenizer.chat_template = None
 
     def prompts(self, examples: Sequence[Example]) -> list[Tensor]:
-        """int64 `[P_b]` each. Raises UserError for one that is empty, holds the mask token, or leaves a completion no room."""
+        """int64 `[P_b]` each. Raises UserError for one that is empty, holds the mask token, or leaves a
+        completion no room.
+        """
         encoded = encode(self._tokenizer, examples, **self._options)
         for example, ids in zip(examples, encoded, strict=True):
             what = f"the prompt of example {example.id}"
@@ -58,7 +59,9 @@ class Codec:
 
 
 def joined(prompts: Sequence[Tensor], answers_BL: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids `[B, S]`, which of them are completion, and which are real (None: all): prompts and answers, padded on the right."""
+    """Ids `[B, S]`, which of them are completion, and which are real (None: all): prompts and answers, padded
+    on the right.
+    """
     rows = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers_BL, strict=True)]
     ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     first_B1 = torch.tensor([len(prompt) for prompt in prompts])[:, None]
@@ -77,9 +80,10 @@ def encode(
 ) -> list[list[int]]:
     """Token ids of each prompt: `system`, the solved `shots`, and what the user says.
 
-    A tokenizer with a chat template gets them as turns of a chat, `system` before the first; one without gets them as plain
-    text with a blank line between them, and a prompt alone as it is. Raises UserError for a prompt of more than `longest`
-    tokens, which would have to be cut, and for characters that the tokenizer does not know.
+    A tokenizer with a chat template gets them as turns of a chat, `system` before the first; one without gets
+    them as plain text with a blank line between them, and a prompt alone as it is. Raises UserError for a
+    prompt of more than `longest` tokens, which would have to be cut, and for characters that the tokenizer
+    does not know.
 
     Example:
         >>> from dllm_trainer.models.tokenizer import make_tokenizer
@@ -103,9 +107,11 @@ def encode(
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, length: int, eos_id: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each demonstration, with its end of turn where there is a chat template, then `eos_id` up to `length`.
+    """Token ids of each demonstration, with its end of turn where there is a chat template, then `eos_id` up
+    to `length`.
 
-    An answer may fill the length, with no room for an end; one that is longer raises UserError, as does an empty one.
+    An answer may fill the length, with no room for an end; one that is longer raises UserError, as does an
+    empty one.
     """
     end = tokenizer.eos_token_id if eos_id is None else eos_id
     encoded = []

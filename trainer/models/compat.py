@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..distributed import find_blocks
 from ..facts import Facts
 
 FORM = "_dllm_attention_form"
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -50,13 +51,15 @@ def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
     # "'LLaDAConfig' object has no attribute 'use_cache'" in LLaDA's forward: no default since transformers 5
     if not hasattr(config, "use_cache"):
         config.use_cache = False
-    # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ does not end in post_init()
+    # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ does not end in
+    # post_init()
     if not hasattr(cls, "all_tied_weights_keys") and not _calls_post_init(cls):
         cls.all_tied_weights_keys = {}
     # "tie_weights() got an unexpected keyword argument 'missing_keys'"
     if not _accepts(cls.tie_weights, "missing_keys"):
         cls.tie_weights = _without_keywords(cls.tie_weights)
-    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to what
+    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to
+    # what
     if isinstance(keys := cls._tied_weights_keys, (list, tuple)):
         cls._tied_weights_keys = None
         with _weightless():
@@ -84,7 +87,9 @@ def _without_keywords(method: Any) -> Any:
 
 
 def _patch_rope(module: Any) -> None:
-    """`KeyError: 'default'` in the rotary embedding of code that was written for transformers 4 (Dream, SDAR, LLaDA2)."""
+    """`KeyError: 'default'` in the rotary embedding of code that was written for transformers 4 (Dream, SDAR,
+    LLaDA2).
+    """
     if hasattr(module, "ROPE_INIT_FUNCTIONS") and "default" not in ROPE_INIT_FUNCTIONS:
         module.ROPE_INIT_FUNCTIONS = {**ROPE_INIT_FUNCTIONS, "default": _default_rope}
 
@@ -99,8 +104,10 @@ def _default_rope(config: Any, device: Any = None, **kwargs: Any) -> tuple[Tenso
 def restore_buffers(model: PreTrainedModel) -> None:
     """Give remote code the buffers that its checkpoint does not hold.
 
-    Symptom: none, but wrong logits. transformers 5 builds the model without memory and leaves such buffers uninitialised; the
-    rotary frequencies of Dream, SDAR and LLaDA2 are whatever lay there. What a second, weightless instance computes is right.
+    Symptom: none, but wrong logits. transformers 5 builds the model without memory and leaves such buffers
+        uninitialised; the
+    rotary frequencies of Dream, SDAR and LLaDA2 are whatever lay there. What a second, weightless instance
+    computes is right.
     """
     with _weightless():
         fresh = type(model)(model.config)
@@ -133,14 +140,16 @@ def _weightless() -> Iterator[None]:
 
 
 def declare_ties(model: PreTrainedModel) -> None:
-    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained shared tensors"."""
+    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained
+    shared tensors".
+    """
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(parameter, name)) != name:
             model._tied_weights_keys = {**(model._tied_weights_keys or {}), name: first}
 
 
-# --- calling ----------------------------------------------------------------------------------------------------------
+# --- calling ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,8 +166,9 @@ class AttentionForm:
     def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`[B, 1, S, S]`, or `[B, 1, 1, S]` where everyone sees everyone; None where nothing has to be said.
 
-        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype changes. Blocks
-        count from a sequence's first token that is no padding, as in training without padding.
+        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype
+        changes. Blocks count from a sequence's first token that is no padding, as in training without
+        padding.
         """
         if mask_BS is not None and mask_BS.dim() == 4:
             if self.kind == "none":
@@ -184,7 +194,8 @@ class AttentionForm:
 def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
     """Let `model(input_ids=, attention_mask=[B, S])` give each family the mask that its own forward takes.
 
-    The class's forward is wrapped, rather than hooked, since peft calls the forward of the model that it wraps.
+    The class's forward is wrapped, rather than hooked, since peft calls the forward of the model that it
+    wraps.
     """
     if facts.attention_mask == "int" and facts.topology == "bidirectional":
         return
@@ -213,38 +224,24 @@ def _with_form(forward: Any) -> Any:
 
 
 def adapt_head(model: PreTrainedModel, facts: Facts) -> None:
-    """Let `get_output_embeddings()` find a head that only the table knows; its class's own answer comes first."""
+    """Let `get_output_embeddings()` find a head that only the table knows; its class's own answer comes
+    first.
+    """
     if model.get_output_embeddings() is None and facts.head is not None:
         path = facts.head
         model.get_submodule(path)  # AttributeError where there is none
         type(model).get_output_embeddings = lambda self: self.get_submodule(path)  # type: ignore[method-assign]
 
 
-# --- activation checkpointing -----------------------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks and their path: of the outermost module lists, the one with most parameters."""
-    best: tuple[str, nn.ModuleList] | None = None
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
-            taken.append(path)
-            if best is None or _size(module) > _size(best[1]):
-                best = path, module
-    if best is None:
-        raise ValueError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
-    return best
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+# --- activation checkpointing -------------------------------------------------------------------------------
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
-    """Recompute each transformer block in backward instead of keeping its activations; returns the number of blocks.
+    """Recompute each transformer block in backward instead of keeping its activations; returns the number of
+    blocks.
 
-    From outside, for every model alike: LLaDA's class has no checkpointing, and transformers' own works in training mode only.
+    From outside, for every model alike: LLaDA's class has no checkpointing, and transformers' own works in
+    training mode only.
     """
     _, blocks = find_blocks(model)
     for block in blocks:

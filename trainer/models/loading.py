@@ -1,7 +1,8 @@
-"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is trained.
+"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is
+trained.
 
-`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its family is, its
-tokenizer with the mask token, and its `Facts`.
+`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its
+family is, its tokenizer with the mask token, and its `Facts`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Loaded:
     def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
         """What every model call takes beside the ids: the mask in the dtype that this model's mask has.
 
-        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no mask.
+        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no
+        mask.
         """
         if attention_mask_BS is None or self.facts.attention_mask == "none" or bool(attention_mask_BS.all()):
             return {}
@@ -58,7 +60,8 @@ class Loaded:
     @property
     def suppressed(self) -> tuple[int, ...]:
         """Ids that are never predicted, beside the mask id: the table's, and what lies beyond the text."""
-        rows = find_head(self.model).rows
+        with headless(self.model) as body:
+            rows = len(body.parameter)
         return (*self.facts.suppress, *range(self.facts.valid_vocab or rows, rows))
 
 
@@ -75,13 +78,15 @@ def load(
     """Model (eval mode), tokenizer and facts of a checkpoint folder or hub id.
 
     Args:
-        dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries. revision: of the hub.
-        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the run began with,
-            `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not saved.
+        dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries.
+            revision: of the hub.
+        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the
+            run began with, `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not
+            saved.
         four_bit: QLoRA's quantised weights, by bitsandbytes.
 
-    The model stays in eval mode while it trains: some published forwards do something else in training mode (SDAR's makes
-    masks of its own), and dropout would make two scores of the same tokens differ.
+    The model stays in eval mode while it trains: some published forwards do something else in training mode
+    (SDAR's makes masks of its own), and dropout would make two scores of the same tokens differ.
 
     Raises UserError: no such checkpoint, one that is damaged, code that is not trusted, no mask id known.
     """
@@ -106,7 +111,9 @@ def load(
 
 
 def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are held elsewhere."""
+    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are
+    held elsewhere.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameter) for key, parameter in parameters.items() if key not in missing}
     lost = sorted(key for key in missing if key in parameters and id(parameters[key]) not in held)
@@ -150,7 +157,9 @@ def _untrusted(name: str) -> UserError:
 
 
 def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool) -> type[PreTrainedModel]:
-    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or from transformers."""
+    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or
+    from transformers.
+    """
     architectures = list(getattr(config, "architectures", None) or [])
     mapped = {auto: reference for auto, reference in (getattr(config, "auto_map", None) or {}).items() if auto in AUTO_CLASSES}
     by_class = {reference.rpartition(".")[2]: auto for auto, reference in mapped.items()}
@@ -180,10 +189,11 @@ def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool)
 
 
 def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
-    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not resized.
+    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not
+    resized.
 
-    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A token of
-    ordinary text stays one, so that `check_mask_id` can refuse it.
+    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A
+    token of ordinary text stays one, so that `check_mask_id` can refuse it.
     """
     if tokenizer.mask_token_id == mask_id:
         return
@@ -192,34 +202,6 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
         token = "<|mask|>"
     if token is not None and (mask_id >= len(tokenizer) or mask_id in tokenizer.added_tokens_decoder):
         tokenizer.add_special_tokens({"mask_token": token})
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head of a model, as `get_output_embeddings()` gives it: never by name, LLaDA's MLPs have an `ff_out` each too."""
-
-    path: str
-    rows: int
-    embeddings: int  # ids that the model takes
-    tied: bool  # its weight is the input embedding
-    frozen: bool  # its weight gets no gradient: the head's cheap plan runs
-    bias: bool
-    softcap: float | None
-
-
-def find_head(model: PreTrainedModel) -> Head:
-    with headless(model) as body:
-        head, weight = body.head, body.weight
-        path = next(name for name, module in model.named_modules() if module is head)
-        return Head(
-            path=path,
-            rows=len(weight),
-            embeddings=body.vocabulary,
-            tied=any(weight is module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
-            frozen=not weight.requires_grad,
-            bias=body.bias is not None,
-            softcap=body.softcap,
-        )
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> EuroBertForMaskedLM:

@@ -1,4 +1,6 @@
-"""LoRA by peft: adapters on every linear layer of the transformer blocks, the head frozen, the bare model as the reference."""
+"""LoRA by peft: adapters on every linear layer of the transformer blocks, the head frozen, the bare model as
+the reference.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..distributed import find_blocks
 from ..errors import UserError, first_line
-from .compat import find_blocks
 
 ROUTERS = ("gate", "router")  # a MoE's: what they choose is not differentiable, and a reference with other experts is none
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers within the transformer blocks, such as q_proj, as the model has them; routers left out."""
+    """Names of the linear layers within the transformer blocks, such as q_proj, as the model has them;
+    routers left out.
+    """
     _, blocks = find_blocks(model)
     names = (name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear))
     return sorted({name for name in names if name not in ROUTERS})
@@ -33,13 +37,15 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
 ) -> Any:
-    """A `peft.PeftModel` around `model` whose adapters alone are trained; `disable_adapter()` gives the reference policy.
+    """A `peft.PeftModel` around `model` whose adapters alone are trained; `disable_adapter()` gives the
+    reference policy.
 
     Args:
         rank, alpha: of LoRA (arXiv 2106.09685); an adapter is scaled by alpha / rank.
         dropout: 0, or what is scored twice differs: two passes and rollouts then need the model in eval mode.
-        targets: names of linear layers; default: all in the blocks. One that does not exist is an error: the list that
-            d1 and its descendants pass names four of LLaDA's seven layers, and peft says nothing of the rest.
+        targets: names of linear layers; default: all in the blocks. One that does not exist is an error: the
+            list that d1 and its descendants pass names four of LLaDA's seven layers, and peft says nothing of
+            the rest.
     """
     peft = _peft()
     path, _ = find_blocks(model)
@@ -70,7 +76,9 @@ def load_lora(model: PreTrainedModel, directory: str | Path, *, trainable: bool 
 
 
 def four_bit_options(dtype: torch.dtype, head: str | None) -> dict[str, Any]:
-    """QLoRA's weights (arXiv 2305.14314) for `from_pretrained`; the head stays as it is, since we multiply with it ourselves."""
+    """QLoRA's weights (arXiv 2305.14314) for `from_pretrained`; the head stays as it is, since we multiply
+    with it ourselves.
+    """
     if find_spec("bitsandbytes") is None:
         raise UserError("model.four_bit needs the package bitsandbytes and a GPU: pip install bitsandbytes, or set it to false")
     from transformers import BitsAndBytesConfig

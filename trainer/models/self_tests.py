@@ -1,4 +1,6 @@
-"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and learns nothing."""
+"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and
+learns nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,10 @@ from dllm_kernels import headless, noise, score_tokens
 from dllm_kernels.noise import Stream
 
 from ..errors import UserError
-from .loading import Loaded, find_head
+from .loading import Loaded
 
 LEAST_GAP = 0.1  # nats per token; the wrong alignment of a trained model is off by several
 LEAST_ERRORS = 4.0  # standard errors
-SEEN = 0.1  # of what exchanging the nearest tokens does; less is rounding, as of experts that group other tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def shift_self_test(
     """Score clean text with both alignments, at the tokens that were masked in it, and compare.
 
     Args:
-        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing is masked.
+        ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing
+            is masked.
         share: how much of it is masked, lightly, so that a trained model knows the answers.
 
     Raises UserError, with the figures, where the text contradicts `facts.shift`.
@@ -77,56 +79,12 @@ def shift_self_test(
     return verdict
 
 
-@torch.no_grad()
-def attention_self_test(loaded: Loaded, ids_BS: Tensor) -> None:
-    """See by changed tokens who sees whom: padding must not be seen, and the others as `facts.topology` says.
-
-    Args:
-        ids_BS: token ids of text without padding, at least two and, for a block-causal model, more than a block; the first
-            sequence is used.
-
-    Published code fails this in silence: LLaDA's first release ignores the mask, a later copy becomes causal by it.
-    """
-    facts = loaded.facts
-    text_S = ids_BS[0]
-    length = len(text_S)
-    near = facts.block_length if facts.topology == "block_causal" and facts.block_length else length // 2
-    if not 1 < near < length:
-        raise ValueError(f"ids_BS must hold more than {facts.block_length or 1} tokens a sequence, got {length}")
-    padded = 0 if facts.attention_mask == "none" else length
-    ids_S = torch.cat([text_S.flip(0)[:padded], text_S])  # what is padding here is text, so that it would matter
-    place_S = torch.arange(len(ids_S), device=ids_S.device) - padded
-    other_S = ids_S.roll(length // 2)
-    other_S = torch.where(other_S == ids_S, facts.mask_id, other_S)
-
-    def effect(changed_S: Tensor) -> float:
-        """How far the first token's hidden state moves when the others there are exchanged."""
-        moved = body(torch.where(changed_S, other_S, ids_S)[None], **kwargs)[0, padded].double()
-        return float((moved - first).norm())
-
-    kwargs = loaded.call_kwargs((place_S >= 0)[None])
-    with headless(loaded.model) as body:
-        first = body(ids_S[None], **kwargs)[0, padded].double()
-        seen = effect((place_S > 0) & (place_S < near))
-        padding, end = effect(place_S < 0), effect(place_S >= near)
-    if padding > SEEN * seen:
-        raise UserError(
-            f"model {facts.family} sees padding in spite of its attention mask: its code ignores model.facts.attention_mask="
-            f"{facts.attention_mask}; find what it takes, or set none and batch sequences of one length only"
-        )
-    sees_end = end > SEEN * seen
-    if sees_end != (facts.topology == "bidirectional"):
-        raise UserError(
-            f"model.facts.topology is {facts.topology}, but the first token {'sees' if sees_end else 'does not see'} the last "
-            "ones when a mask is passed; correct model.facts.topology, block_length or attention_mask"
-        )
-
-
 def check_mask_id(loaded: Loaded) -> None:
     """Raises UserError for a mask id that the model does not have, or that ordinary text holds too."""
     mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
-    head = find_head(loaded.model)
-    for name, size in (("embedding", head.embeddings), ("head", head.rows)):
+    with headless(loaded.model) as body:
+        sizes = {"embedding": body.vocabulary, "head": len(body.parameter)}
+    for name, size in sizes.items():
         if mask_id >= size:
             raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
     if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:

@@ -1,4 +1,6 @@
-"""A tokenizer of single characters for models built from scratch, saved and loaded as an ordinary Hugging Face tokenizer."""
+"""A tokenizer of single characters for models built from scratch, saved and loaded as an ordinary Hugging
+Face tokenizer.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Checkpoints: a folder that `from_pretrained` reads, and beside the weights what is needed to go on bit for bit.
+"""Checkpoints: a folder that `from_pretrained` reads, and beside the weights what is needed to go on bit for
+bit.
 
 FOLDER/step-00000120/    config.json, *.safetensors, tokenizer, remote code; adapters in PEFT's layout for LoRA
     state/               optimiser and random states by torch.distributed.checkpoint, each rank its shards
     trainer_state.json   step, metrics and what the caller wants to find again
     manifest.json        size and sha256 of every file above, written last
 
-A checkpoint is written aside, flushed to disk and renamed, so what bears the name is whole; what the disk does to it later,
-the manifest tells.
+A checkpoint is written aside, flushed to disk and renamed, so what bears the name is whole; what the disk
+does to it later, the manifest tells.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class Checkpoint:
 class Checkpoints:
     """Those of one run. All methods are collective: every rank calls them.
 
-    keep_last: how many of the newest stay, at least 1; with 2, damage to the newest costs one interval. keep_best: how many
-    more stay for having the best `metric` of those saved with it, the larger the better unless `smaller_is_better`.
+    keep_last: how many of the newest stay, at least 1; with 2, damage to the newest costs one interval.
+        keep_best: how many
+    more stay for having the best `metric` of those saved with it, the larger the better unless
+    `smaller_is_better`.
     """
 
     folder: Path
@@ -137,7 +140,9 @@ class Checkpoints:
 
 
 def save_model(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks | None = None) -> None:
-    """A folder that `from_pretrained` loads; an older one of that name stays whole until the new one is. A collective."""
+    """A folder that `from_pretrained` loads; an older one of that name stays whole until the new one is. A
+    collective.
+    """
     ranks = ranks or Ranks()
     weights = _whole_weights(model, keep=ranks.is_first)
     with ranks.together(), _disk_errors(target):
@@ -184,7 +189,9 @@ def _newest_whole(folder: Path) -> Checkpoint | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises DamagedCheckpoint where a file is missing or is not what was written."""
+    """The checkpoint in a folder. Raises DamagedCheckpoint where a file is missing or is not what was
+    written.
+    """
     verify(path)
     content = json.loads((path / _STATE).read_text())
     return Checkpoint(path, content["step"], content["metrics"], content["state"])
@@ -210,16 +217,19 @@ def verify(path: Path, pattern: str = "*") -> None:
 
 
 def verify_weights(source: str) -> None:
-    """The same for the weights of a folder that a run saved; of what else a checkpoint holds, users may change the text."""
+    """The same for the weights of a folder that a run saved; of what else a checkpoint holds, users may
+    change the text.
+    """
     if (Path(source) / _MANIFEST).is_file():
         verify(Path(source), "*.safetensors")
 
 
 def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
-    """Puts optimiser and random states back; on another number of ranks than saved them, the former are resharded.
+    """Puts optimiser and random states back; on another number of ranks than saved them, the former are
+    resharded.
 
-    Weights come from `from_pretrained(checkpoint.path)`, before the model is sharded. Random states are those that this rank
-    saved; ranks that were not there then take those of the others in turn.
+    Weights come from `from_pretrained(checkpoint.path)`, before the model is sharded. Random states are those
+    that this rank saved; ranks that were not there then take those of the others in turn.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -244,11 +254,13 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
     _set_random({key.rpartition(".")[2]: states[key] for key in mine})
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 def _whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it. What is tied is one tensor there too."""
+    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it. What is tied is one
+    tensor there too.
+    """
     find_shards(model)
     parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     whole: dict[str, Tensor] = {}
@@ -287,7 +299,7 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = own
 
 
-# --- optimiser and random states --------------------------------------------------------------------------------------
+# --- optimiser and random states ----------------------------------------------------------------------------
 
 
 def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -342,7 +354,7 @@ def _from_bytes(tensor: Tensor) -> Any:
     return json.loads(bytes(tensor.tolist()))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def _saved(folder: Path) -> list[Path]:

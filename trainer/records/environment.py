@@ -42,10 +42,19 @@ def peak_memory_mb() -> float:
     """Largest memory of this process so far: the allocator's where there is a GPU, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would be no less than the parent's at the time of the fork
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident_bytes(peak=True)
+    if peak is None:  # on Linux no less than the parent's at the time of the fork
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 2**20
+
+
+def resident_bytes(*, peak: bool = False) -> int | None:
+    """The resident set of this process now, or the largest so far; None where there is no /proc."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) * 1024
 
 
 def _cpu_model() -> str:

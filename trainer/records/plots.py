@@ -23,7 +23,9 @@ _RL = (("elbo", "ELBO of rollouts", "nats"), ("loss", "loss", ""), ("grad_norm",
 
 
 def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: Path) -> None:
-    """Two rows, SFT and RL. Thin lines are single steps, thick ones their running mean; dots are the full evaluations."""
+    """Two rows, SFT and RL. Thin lines are single steps, thick ones their running mean; dots are the full
+    evaluations.
+    """
     by_phase = {phase: [r for r in records if r["phase"] == phase] for phase in ("sft", "rl")}
     figure = Figure(figsize=(19, 7), layout="constrained")
     axes = figure.subplots(2, 5)
@@ -55,7 +57,9 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
 
 
 def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
-    """Reward of rollouts against forwards made, a panel per algorithm: its runs' mean and range, the other algorithms in grey."""
+    """Reward of rollouts against forwards made, a panel per algorithm: its runs' mean and range, the other
+    algorithms in grey.
+    """
     curves = {}
     for name, records in runs.items():
         rows = [[r for r in own if r["phase"] == "rl"] for own in records]

@@ -1,4 +1,6 @@
-"""Progress on the screen: bars with ETA and running figures on a terminal, a plain line every few seconds elsewhere."""
+"""Progress on the screen: bars with ETA and running figures on a terminal, a plain line every few seconds
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ _KNOWN = ("examples", "correct", "decoding", "solved")  # of an evaluation; the 
 
 
 def result_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per test set and decoding: share of right answers before and after RL, paired gain, the task's first metric."""
+    """A row per test set and decoding: share of right answers before and after RL, paired gain, the task's
+    first metric.
+    """
     rows: list[tuple[str, ...]] = []
     before = evaluations[0]
     after = evaluations[1] if len(evaluations) > 1 else None

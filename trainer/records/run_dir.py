@@ -109,7 +109,8 @@ class RunDir:
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown anew.
+            # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown
+            # anew.
             again = None if self._kept is None else 0
             self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
             for earlier in self._kept or ():
@@ -133,7 +134,9 @@ class RunDir:
         return records
 
     def rewind(self, state: State) -> None:
-        """Drop the lines of steps that were logged after the last saved state: they will be made again, alike."""
+        """Drop the lines of steps that were logged after the last saved state: they will be made again,
+        alike.
+        """
         records = self.metrics()
         kept = [record for record in records if state.is_past(record["phase"], record["step"])]
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
@@ -141,7 +144,9 @@ class RunDir:
             self._kept = kept
 
     def drop_if_empty(self) -> None:
-        """Frees the name of a run that failed before its first step, whose config is wrong and not to be resumed."""
+        """Frees the name of a run that failed before its first step, whose config is wrong and not to be
+        resumed.
+        """
         if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl"}:
             shutil.rmtree(self.path, ignore_errors=True)
 

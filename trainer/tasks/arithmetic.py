@@ -18,7 +18,9 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 
 def parse(text: str) -> ast.expr | None:
-    """The tree of an expression of integers, + - * / and parentheses; None for anything else, or more than LONGEST characters."""
+    """The tree of an expression of integers, + - * / and parentheses; None for anything else, or more than
+    LONGEST characters.
+    """
     if len(text) > LONGEST or not set(text) <= _CHARACTERS:
         return None
     try:

@@ -1,12 +1,12 @@
-"""Countdown: reach the target with +, -, * and / from numbers that must all be used once; made so that it can be solved."""
+"""Countdown: reach the target with +, -, * and / from numbers that must all be used once; made so that it can
+be solved.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 
 import torch
 
@@ -14,10 +14,11 @@ from dllm_kernels import noise
 from dllm_kernels.noise import Stream
 
 from ..errors import ConfigError, UserError
-from . import Example, Task, arithmetic, d1_compat
+from . import arithmetic, d1_compat
 from .config import CountdownConfig
 from .files import first_rows, text_of
 from .tags import TAGS, final_answer
+from .task import Example, Task
 
 _CHUNK = 2048
 _FRUITLESS = 16  # chunks without a new problem, after which there is none
@@ -49,7 +50,9 @@ class Term:
 
 
 def combine(left: Term, operation: str, right: Term) -> Term | None:
-    """`left operation right`, or `right operation left` where that is the same and comes first; None if it divides by zero."""
+    """`left operation right`, or `right operation left` where that is the same and comes first; None if it
+    divides by zero.
+    """
     if operation in "+*" and right.place < left.place:
         left, right = right, left
     if operation == "/" and right.top == 0:
@@ -91,8 +94,9 @@ def longest(numbers: int, width: int) -> int:
 def examples(config: CountdownConfig, name: str, count: int, *, seed: int) -> list[Example]:
     """`count` problems, each with the expression it was made from; a function of (config, name, seed).
 
-    A problem, whatever the order of its numbers, is held out for tests or never, by a hash of it. A share of the training
-    demonstrations leaves out the parentheses, as somebody writes who forgets about precedence: now and then still right.
+    A problem, whatever the order of its numbers, is held out for tests or never, by a hash of it. A share of
+    the training demonstrations leaves out the parentheses, as somebody writes who forgets about precedence:
+    now and then still right.
     """
     found: list[Example] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
@@ -124,7 +128,9 @@ def held_out(numbers: Iterable[int], target: int, share: float) -> bool:
 def _candidates(
     config: CountdownConfig, name: str, chunk: int, *, seed: int
 ) -> Iterator[tuple[tuple[int, ...], int, Term, float]]:
-    """Numbers, target, the expression that gives it and a draw for the demonstration's quality, of each that is in range."""
+    """Numbers, target, the expression that gives it and a draw for the demonstration's quality, of each that
+    is in range.
+    """
     most = max(config.numbers)
     sequence = torch.tensor(noise.sequence_id(f"countdown/{name}"))
     sample = torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)[:, None]
@@ -169,27 +175,6 @@ def read_d1(path: str, style: str) -> list[Example]:
             raise UserError(f"{where}: input must be numbers with commas between them, and output a number, got {dict(row)}")
         found.append(_example(str(index), [int(number) for number in numbers], int(target), "", style, width=1))
     return found
-
-
-def solve(numbers: Sequence[int], target: int, operations: str = "+-*/") -> str | None:
-    """An expression that solves the problem, by trying all; None if there is none."""
-
-    @cache
-    def reach(indices: frozenset[int]) -> dict[Fraction, Term]:
-        if len(indices) == 1:
-            (only,) = indices
-            return {Fraction(numbers[only]): Term.number(numbers[only], only)}
-        found: dict[Fraction, Term] = {}
-        for size in range(1, len(indices)):
-            for part in map(frozenset, itertools.combinations(sorted(indices), size)):
-                pairs = itertools.product(reach(part).values(), operations, reach(indices - part).values())
-                for term in itertools.starmap(combine, pairs):
-                    if term is not None:
-                        found.setdefault(term.value, term)
-        return found
-
-    term = reach(frozenset(range(len(numbers)))).get(Fraction(target))
-    return None if term is None else term.text
 
 
 def grade(example: Example, completion: str) -> tuple[bool, bool, bool]:

@@ -1,4 +1,5 @@
-"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) as published, defects included, for comparisons.
+"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) as published, defects included, for
+comparisons.
 
 Nothing here is a default. Each defect is named where it is; the corrected rewards are those of the tasks.
 """
@@ -11,11 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import Example
+from .task import Example
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# Defect: no DOTALL, so a completion in the layout that the prompt asks for matches only if its parts are one line each (strict),
-# or stand on the tag's own line (soft). d1 repaired that later; its descendants copied it.
+# Defect: no DOTALL, so a completion in the layout that the prompt asks for matches only if its parts are one
+# line each (strict), or stand on the tag's own line (soft). d1 repaired that later; its descendants copied
+# it.
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$")
 _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
 
@@ -28,12 +30,16 @@ def _each(score: Callable[[Example, str], float]) -> Callable[[Sequence[Example]
 
 
 def _after_tag(text: str) -> str:
-    """What follows the last `<answer>`, up to an end tag if there is one. Defect: without tags it is the whole text."""
+    """What follows the last `<answer>`, up to an end tag if there is one. Defect: without tags it is the
+    whole text.
+    """
     return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 def _gsm8k_correct(example: Example, text: str) -> float:
-    """2.0 for the very string after `####`. Defect: "1000" is wrong where the data say "1,000", "18.0" where they say "18"."""
+    """2.0 for the very string after `####`. Defect: "1000" is wrong where the data say "1,000", "18.0" where
+    they say "18".
+    """
     return 2.0 if _after_tag(text) == example.facts["answer"] else 0.0
 
 
@@ -53,7 +59,8 @@ def _soft(_: Example, text: str) -> float:
 def _tag_count(_: Example, text: str) -> float:
     """0.125 a tag, less 0.001 a character after the end.
 
-    Defect: with no newline after `</answer>` the third term takes the length of the whole text, so that a long completion in
+    Defect: with no newline after `</answer>` the third term takes the length of the whole text, so that a
+        long completion in
     perfect layout loses, and the fourth gives 0.001 too much.
     """
     score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
@@ -83,7 +90,8 @@ def gsm8k(examples: Sequence[Example], completions: Sequence[str]) -> list[float
 def _countdown(example: Example, text: str) -> float:
     """1.0 for the target, 0.1 for any other text in answer tags, 0.0 without them.
 
-    Defects: 0.1 needs no expression; numbers are runs of digits, so 1.5 counts as 1 and 5; ** and // are allowed. The original
+    Defects: 0.1 needs no expression; numbers are runs of digits, so 1.5 counts as 1 and 5; ** and // are
+        allowed. The original
     calls `eval`; here a tree is walked with the same operators, and what is too large to compute is wrong.
     """
     found = _TAGGED.findall(text)
@@ -134,7 +142,8 @@ countdown = _each(_countdown)
 def _sudoku(example: Example, text: str) -> float:
     """Share of the empty cells that equal the reference.
 
-    Defects: another solution of a puzzle with several counts as wrong (124 of the 500 test puzzles have several); given cells may
+    Defects: another solution of a puzzle with several counts as wrong (124 of the 500 test puzzles have
+        several); given cells may
     be changed; a solved puzzle and a nearly solved one differ by one cell.
     """
     found = _TAGGED.findall(text)
@@ -153,7 +162,8 @@ sudoku = _each(_sudoku)
 def _math_format(_: Example, text: str) -> float:
     r"""0.75 with answer tags and 0.25 without.
 
-    Defect: the test for \boxed was written with one backslash, which is a backspace and "oxed", so that the bonus, which would
+    Defect: the test for \boxed was written with one backslash, which is a backspace and "oxed", so that the
+        bonus, which would
     make it 1.0, never comes (and a backspace in a completion would earn it).
     """
     after = text.split("<answer>")
@@ -170,7 +180,8 @@ def _math_correct(example: Example, text: str) -> float:
 def _unboxed(text: str) -> str | None:
     r"""The last box; None if it is not closed.
 
-    Defects: "\boxed " anywhere wins over a later \boxed{}; the \fbox of a text stays around its content; without a box it is
+    Defects: "\boxed " anywhere wins over a later \boxed{}; the \fbox of a text stays around its content;
+        without a box it is
     the whole text.
     """
     if "\\boxed " in text:
@@ -197,7 +208,8 @@ def _equal(one: str, other: str) -> bool:
 def _form(text: str) -> str:
     """The normal form of answers that Hendrycks' MATH has, as d1 copied it.
 
-    Defects: only 0.5 is a fraction (0.25 is not 1/4), a comma of thousands matters, and so does a unit without its space.
+    Defects: only 0.5 is a fraction (0.25 is not 1/4), a comma of thousands matters, and so does a unit
+        without its space.
     """
     for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", "")):
         text = text.replace(old, new)

@@ -1,6 +1,7 @@
 """Rows of a data file or of a `datasets` set, and the task made of any such file with prompts and answers.
 
-A source is the path of a .jsonl, .parquet or .csv file, or `hub:NAME:CONFIG:SPLIT` (`hub:NAME:SPLIT`) for `datasets`.
+A source is the path of a .jsonl, .parquet or .csv file, or `hub:NAME:CONFIG:SPLIT` (`hub:NAME:SPLIT`) for
+`datasets`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
-from . import Example, Task
 from .config import FileConfig
 from .rewards import choose, exact_match
+from .task import Example, Task
 
 Row = Mapping[str, Any]
 
@@ -45,7 +46,9 @@ def make(config: FileConfig, *, seed: int) -> Task:
 
 
 def first_rows(source: str, rows: int | None) -> list[tuple[str, Row]]:
-    """The first `rows` rows of a source (None: all), each with its place; an error if there is none or too few."""
+    """The first `rows` rows of a source (None: all), each with its place; an error if there is none or too
+    few.
+    """
     found: list[tuple[str, Row]] = []
     for item in read_rows(source):
         if rows is not None and len(found) == rows:
@@ -106,7 +109,9 @@ def _bytes(name: str) -> bytes:
 
 
 def _lines(name: str) -> Iterator[tuple[str, str]]:
-    """Lines with their places. Only a newline ends a line: JSON strings may hold the other separators of Unicode."""
+    """Lines with their places. Only a newline ends a line: JSON strings may hold the other separators of
+    Unicode.
+    """
     for number, line in enumerate(_bytes(name).split(b"\n"), start=1):
         where = f"{name}:{number}"
         try:

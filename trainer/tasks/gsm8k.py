@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from ..errors import UserError
-from . import Example, Task, d1_compat
+from . import d1_compat
 from .config import Gsm8kConfig
 from .files import first_rows, text_of
 from .math import last_boxed
 from .shaping import layout
 from .tags import TAGS, final_answer, tagged
+from .task import Example, Task
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # the data's notes for a calculator: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"(?<![\d.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d,]*\d)|(?<![\d.])-?\.\d+", re.ASCII)
@@ -71,7 +72,9 @@ def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float
 
 
 def shaped(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout; 4 in all."""
+    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout; 4 in
+    all.
+    """
     integer = [0.5 * ((found := answer(text)) is not None and found.denominator == 1) for text in completions]
     parts = zip(exact(examples, completions), integer, layout(examples, completions), strict=True)
     return [2.0 * right + whole + 1.5 * format for right, whole, format in parts]

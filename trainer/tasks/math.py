@@ -1,4 +1,6 @@
-r"""MATH: competition problems whose answer stands in \boxed{}; answers are compared after normalisation, and by value."""
+r"""MATH: competition problems whose answer stands in \boxed{}; answers are compared after normalisation, and
+by value.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from ..errors import UserError
-from . import Example, Task, d1_compat
+from . import d1_compat
 from .config import MathConfig
 from .files import first_rows, text_of
 from .tags import TAGS, final_answer, tagged
+from .task import Example, Task
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
 _LONGEST = 1000  # characters of an answer that is normalised; a longer one is compared as it is
@@ -41,7 +44,9 @@ def make(config: MathConfig, *, seed: int) -> Task:
 
 
 def read(source: str, rows: int | None) -> list[Example]:
-    r"""Columns `problem` and `solution`; the gold answer is column `answer` if there is one, else the solution's last box."""
+    r"""Columns `problem` and `solution`; the gold answer is column `answer` if there is one, else the
+    solution's last box.
+    """
     examples = []
     for index, (where, row) in enumerate(first_rows(source, rows)):
         solution = text_of(row, "solution", where)
@@ -54,7 +59,8 @@ def read(source: str, rows: int | None) -> list[Example]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed or \fbox holds, braces inside it and escaped ones included; None without one, or if it is cut off.
+    r"""What the last \boxed or \fbox holds, braces inside it and escaped ones included; None without one, or
+    if it is cut off.
 
     Example:
         >>> last_boxed(r"so \boxed{\frac{1}{2}} and not \boxed 3$")
@@ -83,7 +89,8 @@ def answer(completion: str) -> str | None:
 
 
 def normal_form(text: str) -> str:
-    """One way of writing: no spaces, signs of dollar and degree, units or names of variables; short fractions with braces.
+    """One way of writing: no spaces, signs of dollar and degree, units or names of variables; short fractions
+    with braces.
 
     Example:
         >>> normal_form(r"x = \\dfrac12\\text{ cm}")
@@ -181,6 +188,8 @@ def boxed(examples: Sequence[Example], completions: Sequence[str]) -> list[float
 
 
 def shaped(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    r"""d1's weights without its defects: 2 for the answer, 0.5 for answer tags, 0.5 for a \boxed in them or else 0.25."""
+    r"""d1's weights without its defects: 2 for the answer, 0.5 for answer tags, 0.5 for a \boxed in them or
+    else 0.25.
+    """
     parts = zip(exact(examples, completions), boxed(examples, completions), completions, strict=True)
     return [2.0 * right + 0.5 * (final_answer(text) is not None) + 0.25 + 0.25 * box for right, box, text in parts]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UserError
-from . import Example, Task
 from .config import PairsConfig
 from .files import distinct, first_rows, id_of, text_of
 from .rewards import exact_match
+from .task import Example, Task
 
 
 def make(config: PairsConfig, *, seed: int) -> Task:
@@ -41,7 +41,7 @@ def make(config: PairsConfig, *, seed: int) -> Task:
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """The chosen and the rejected side of pairs, row by row, for the two ELBOs of VRPO.
 
-    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for both, and differ
-    where it adds a member.
+    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for
+    both, and differ where it adds a member.
     """
     return list(examples), [Example(e.id, e.prompt, e.facts["rejected"], e.facts) for e in examples]

@@ -1,4 +1,6 @@
-"""The process in which a reward `module:function` runs: `python -m dllm_trainer.tasks.reward_process SPEC FILE_DESCRIPTOR`."""
+"""The process in which a reward `module:function` runs: `python -m dllm_trainer.tasks.reward_process SPEC
+FILE_DESCRIPTOR`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from ..errors import first_line
 
 
 def main(spec: str, descriptor: int) -> None:
-    """Answers each (examples, completions) with (True, values) or (False, the rest of a sentence), until the pipe closes."""
+    """Answers each (examples, completions) with (True, values) or (False, the rest of a sentence), until the
+    pipe closes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C asks the run to stop, which closes the pipe
     connection = Connection(descriptor)
     good, found = _find(spec)

@@ -1,4 +1,5 @@
-"""Rewards as the trainer calls them: checked for what they return, and, where a user wrote them, in a process of their own.
+"""Rewards as the trainer calls them: checked for what they return, and, where a user wrote them, in a process
+of their own.
 
 A reward that hangs, in Python or in C, is stopped by ending its process, so nothing is left running.
 """
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from ..errors import UserError, first_line
-from . import Example, Reward
+from .task import Example, Reward
 
 _IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 
@@ -26,7 +27,9 @@ def exact_match(examples: Sequence[Example], completions: Sequence[str]) -> list
 
 
 def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Reward:
-    """The reward of a task by its name (`task.rewards`), or `module:function`, which gets a process of its own."""
+    """The reward of a task by its name (`task.rewards`), or `module:function`, which gets a process of its
+    own.
+    """
     if name in rewards:
         return rewards[name]
     if ":" in name:
@@ -36,7 +39,9 @@ def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Rewar
 
 
 def checked(reward: Reward, name: str) -> Reward:
-    """The same reward, which must return one finite number per completion. Raises UserError with the completion's id."""
+    """The same reward, which must return one finite number per completion. Raises UserError with the
+    completion's id.
+    """
 
     def call(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         try:
@@ -53,8 +58,8 @@ def checked(reward: Reward, name: str) -> Reward:
 def load_reward(spec: str, *, timeout: float) -> Reward:
     """`module:function`, called as `function(examples, completions)` in a process of its own, checked.
 
-    A call that takes more than `timeout` seconds ends the process; the next call would start another. What the function
-    prints goes to stderr. Raises UserError for what cannot be found, or is no function.
+    A call that takes more than `timeout` seconds ends the process; the next call would start another. What
+    the function prints goes to stderr. Raises UserError for what cannot be found, or is no function.
     """
     module, _, function = spec.partition(":")
     if not module or not function or ":" in function:
@@ -63,7 +68,9 @@ def load_reward(spec: str, *, timeout: float) -> Reward:
 
 
 class _Process:
-    """A process that imports the function once and answers calls; it ends with this object, or with this process."""
+    """A process that imports the function once and answers calls; it ends with this object, or with this
+    process.
+    """
 
     def __init__(self, spec: str, timeout: float):
         self._spec, self._timeout = spec, timeout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from . import Example
+from .task import Example
 
 _STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\s*", re.DOTALL)
 _SOFT = re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
@@ -14,7 +14,9 @@ _PER_CHARACTER = 0.001  # of text after the end
 
 
 def layout(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """0..1 in three parts, as d1 weighs them: the very layout, its parts in order, each tag once and nothing after the last."""
+    """0..1 in three parts, as d1 weighs them: the very layout, its parts in order, each tag once and nothing
+    after the last.
+    """
     return [(_strict(text) + _soft(text) + _tags(text)) / 3 for text in completions]
 
 

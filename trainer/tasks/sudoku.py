@@ -1,4 +1,6 @@
-"""4x4 Sudoku in texts: the puzzle's 16 cells row by row with 0 for an empty one, "=", and the 16 cells of the answer."""
+"""4x4 Sudoku in texts: the puzzle's 16 cells row by row with 0 for an empty one, "=", and the 16 cells of the
+answer.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import Example, Reward, Task, d1_compat, sudoku_grids
+from . import d1_compat, sudoku_grids
 from .config import SudokuConfig
 from .files import read_rows, text_of
 from .sudoku_grids import CELLS, Puzzles, keeps_clues
 from .tags import TAGS, final_answer
+from .task import Example, Reward, Task
 
 _SENTENCE = (
     "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box must hold 1, 2, 3 and 4 once; given cells stay as they "
@@ -61,7 +64,9 @@ def examples(data: Puzzles, style: str) -> list[Example]:
 
 
 def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution (the d1 family's)."""
+    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution (the d1
+    family's).
+    """
     puzzles, solutions = [], []
     for where, row in read_rows(path):
         puzzle, solution = text_of(row, "Puzzle", where), text_of(row, "Solution", where)
@@ -76,7 +81,8 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def cells(text: str) -> list[int]:
-    """The 16 cells of a completion, or of its `<answer>`; -1, which breaks every rule, for what is missing or no digit.
+    """The 16 cells of a completion, or of its `<answer>`; -1, which breaks every rule, for what is missing or
+    no digit.
 
     An answer of more than 16 characters is no grid: all of it is -1.
     """

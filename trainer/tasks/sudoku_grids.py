@@ -55,7 +55,9 @@ def all_grids() -> Tensor:
 
 @cache
 def _careless_options(forget: str) -> Tensor:
-    """What a solver may write who forgets a rule: it fills parts of `width` cells that no remembered rule connects."""
+    """What a solver may write who forgets a rule: it fills parts of `width` cells that no remembered rule
+    connects.
+    """
     if forget == "boxes":
         return latin_squares()
     rows = torch.tensor(list(itertools.permutations(_DIGITS)))
@@ -67,7 +69,9 @@ def _careless_options(forget: str) -> Tensor:
 
 
 def _code(cells_NC: Tensor) -> Tensor:
-    """One bit per (cell, digit), int64 `[N]`; an empty cell has none, so `p & g == p` says that g keeps p's clues."""
+    """One bit per (cell, digit), int64 `[N]`; an empty cell has none, so `p & g == p` says that g keeps p's
+    clues.
+    """
     bit = 1 << (4 * torch.arange(cells_NC.shape[1]) + cells_NC - 1).clamp(min=0)
     return torch.where(cells_NC > 0, bit, 0).sum(-1)
 
@@ -85,7 +89,9 @@ def has_one_solution(puzzles_N16: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Puzzles:
-    """int64 `[N, 16]` each; `answers` is what a supervised model is shown: the solution, or a careless filling."""
+    """int64 `[N, 16]` each; `answers` is what a supervised model is shown: the solution, or a careless
+    filling.
+    """
 
     name: str
     puzzles: Tensor
@@ -120,7 +126,8 @@ def draw_puzzles(
 ) -> tuple[Tensor, Tensor]:
     """`count` distinct puzzles with one solution out of `grids`, and the solutions; none of `exclude`.
 
-    Grid, clue count and clue cells are uniform; candidates without a unique solution and repeats are passed over.
+    Grid, clue count and clue cells are uniform; candidates without a unique solution and repeats are passed
+    over.
     """
     seen = set() if exclude is None else set(_code(exclude).tolist())
     puzzles: list[Tensor] = []
@@ -151,9 +158,11 @@ def draw_puzzles(
 
 
 def careless_answers(puzzles_N16: Tensor, *, forget: str, pick: str, seed: int) -> Tensor:
-    """Fillings int64 `[N, 16]` by somebody who keeps the clues and forgets a rule; now and then right by luck.
+    """Fillings int64 `[N, 16]` by somebody who keeps the clues and forgets a rule; now and then right by
+    luck.
 
-    `forget`: "boxes", "columns" or "columns_and_boxes"; `pick`: "first" in lexicographic order (what backtracking
+    `forget`: "boxes", "columns" or "columns_and_boxes"; `pick`: "first" in lexicographic order (what
+        backtracking
     finds) or "random" among all that agree with the clues.
     """
     options = _careless_options(forget)
@@ -172,7 +181,9 @@ def careless_answers(puzzles_N16: Tensor, *, forget: str, pick: str, seed: int) 
 
 
 def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: SudokuConfig, *, seed: int) -> Tensor:
-    """What a supervised model is shown, int64 `[N, 16]`: solutions, and careless fillings in the share asked for."""
+    """What a supervised model is shown, int64 `[N, 16]`: solutions, and careless fillings in the share asked
+    for.
+    """
     if config.careless_share == 0:
         return solutions_N16
     careless = careless_answers(puzzles_N16, forget=config.careless_forget, pick=config.careless_pick, seed=seed)

@@ -22,6 +22,8 @@ def tagged(reasoning: str, answer: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """What the last closed `<answer>` holds, stripped; None where there is none: one that was cut off is no answer."""
+    """What the last closed `<answer>` holds, stripped; None where there is none: one that was cut off is no
+    answer.
+    """
     found = _ANSWER.findall(text)
     return found[-1].strip() if found else None

@@ -1,21 +1,31 @@
-"""The on-policy gap: how far scoring is from what the rollout saw, where both are the same policy.
-
-A cache, another batch shape, dropout or another dtype make it; a ratio that is not 1 on-policy is a bug.
+"""What stops an RL run with a sentence: broken or degenerate rollouts, and scores that differ from those of
+the rollout.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from dllm_kernels import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.accumulation.scores import score_samples
 
 from ..errors import GuardError
+from ..tasks import Example
 from .setup import Setup
+
+IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
 
 def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
-    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in nats.
+    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in
+    nats.
 
-    The step is drawn at random among all but the last, which hides nearly nothing. Raises GuardError above `rl.gap_bound`.
+    Both are the same policy, so a gap comes from a cache, another batch shape, dropout or another dtype, and
+    every ratio is off by it. The step is drawn at random among all but the last, which hides nearly nothing.
+    Raises GuardError above `rl.gap_bound`.
     """
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
     drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
@@ -32,3 +42,40 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
             f"rl.gap_bound={bound:g}); a cache, dropout, or 16-bit weights make such gaps"
         )
     return worst
+
+
+def guard_failures(sampled: Rollout, examples: Sequence[Example]) -> None:
+    """Raises GuardError where hidden states of a rollout were not finite."""
+    if bool(sampled.failed_B.any()):
+        first = examples[int(sampled.failed_B.nonzero()[0])]
+        raise GuardError(
+            f"{int(sampled.failed_B.sum())} rollout(s) met hidden states that are not finite, the first of example {first.id}; "
+            "a lower learning rate or float32 weights usually help"
+        )
+
+
+def guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
+    """Raises GuardError for a reward that is not finite, and for ids outside the vocabulary."""
+    completion, vocabulary = sampled.completion_BL, int(setup.model.config.get_text_config().vocab_size)
+    if not bool(torch.isfinite(rewards).all()):
+        raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
+    if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
+        raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
+
+
+def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
+    """Raises GuardError for a policy that collapsed to one token, and for groups whose members share their
+    noise.
+
+    Completions `[B, L]` and their log-probs `[B, L]`, of all ranks; `group` consecutive ones belong together.
+    """
+    if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
+        raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
+    groups = completion.view(-1, group, completion.shape[1])
+    # a confident policy repeats itself; broken noise repeats what is very unlikely to be drawn twice
+    repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
+    if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
+        raise GuardError(
+            f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "
+            "the members of a group share their noise, or the sampler ignores its temperature"
+        )

@@ -17,16 +17,14 @@ from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.masks.plan import MaskPlan
 
-from ..errors import ConfigError, GuardError
+from ..errors import ConfigError
 from ..tasks import Example, Reward
 from ..tasks.rewards import choose
 from .algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
 from .forward_counts import Calls
-from .guards import on_policy_gap
+from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
-
-IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatures
 
 
 def prepare_rl(setup: Setup) -> tuple[Objective, Reward]:
@@ -67,11 +65,11 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
             )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
-            _guard_failures(sampled, examples)
+            guard_failures(sampled, examples)
             rewards = torch.tensor(reward(examples, texts), dtype=torch.float32, device=ranks.device)
-            _guard_rollouts(setup, sampled, rewards)
+            guard_rollouts(setup, sampled, rewards)
         figures = _rollout_figures(setup, sampled, rewards, examples, texts, index.to(ranks.device))
-        _guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
+        guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
         if config.gap_every and update % config.gap_every == 0:
             figures["on_policy_gap"] = on_policy_gap(setup, sampled)
         everyone, _ = ranks.gather(rewards)
@@ -189,33 +187,3 @@ def _rollout_figures(
     for name, values in columns.items():
         figures[name] = ranks.gather(torch.tensor(values, dtype=torch.float32))[0].mean().item()
     return figures
-
-
-def _guard_failures(sampled: Rollout, examples: Sequence[Example]) -> None:
-    if bool(sampled.failed_B.any()):
-        first = examples[int(sampled.failed_B.nonzero()[0])]
-        raise GuardError(
-            f"{int(sampled.failed_B.sum())} rollout(s) met hidden states that are not finite, the first of example {first.id}; "
-            "a lower learning rate or float32 weights usually help"
-        )
-
-
-def _guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
-    completion, vocabulary = sampled.completion_BL, int(setup.model.config.get_text_config().vocab_size)
-    if not bool(torch.isfinite(rewards).all()):
-        raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
-    if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
-        raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
-
-
-def _guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
-    if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
-        raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
-    groups = completion.view(-1, group, completion.shape[1])
-    # A policy that is sure of itself repeats itself; noise that is broken repeats what is improbable to be drawn twice.
-    repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
-    if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
-        raise GuardError(
-            f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "
-            "the members of a group share their noise, or the sampler ignores its temperature"
-        )

@@ -10,8 +10,8 @@ import torch
 import transformers.utils
 from dllm_trainer.facts import Facts
 from dllm_trainer.models import compat
-from dllm_trainer.models.compat import AttentionForm, checkpoint_blocks, find_blocks
-from dllm_trainer.models.loading import find_head, load
+from dllm_trainer.models.compat import AttentionForm, checkpoint_blocks
+from dllm_trainer.models.loading import load
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -27,7 +27,7 @@ def published(kind: str, folder: Path) -> PreTrainedModel:
     return load(folder, dtype=torch.float64, trust_remote_code=True).model
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,15 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads --------------------------------------------------------------------------------------------------
 
 
 def test_llada_s_head_is_not_the_mlp_of_the_same_name(tmp_path: Path) -> None:
     model = published("llada", tmp_path)
     same_name = [name for name, _ in model.named_modules() if name.endswith("ff_out")]
     assert len(same_name) == 3
-    assert find_head(model).path == "model.transformer.ff_out"
+    with headless(model) as body:
+        assert body.head is model.get_submodule("model.transformer.ff_out")
 
 
 def test_a_head_that_only_the_table_knows_is_found() -> None:
@@ -121,13 +122,11 @@ def test_a_head_that_only_the_table_knows_is_found() -> None:
     model = Model()
     assert model.get_output_embeddings() is None
     compat.adapt_head(model, Facts(family="mdlm", mask_id=10, head="output_layer.linear"))
-    head = find_head(model)
-    assert (head.path, head.bias, head.tied, head.rows) == ("output_layer.linear", True, False, 11)
     ids = torch.tensor([[1, 2, 3]])
     want = model(ids).logits
     with headless(model) as body:
+        assert body.head is model.output_layer.linear
         torch.testing.assert_close(nn.functional.linear(body(ids), body.weight, body.bias), want)
-    assert head.embeddings == 11
 
 
 def test_logits_that_are_scaled_in_place_are_noticed_and_hidden_states_stay_whole(tmp_path: Path) -> None:
@@ -160,15 +159,15 @@ def test_diffusion_gemma_s_head_is_tied_and_capped() -> None:
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
     prompt, canvas = torch.randint(3, 60, (2, 2, 4), generator=torch.Generator().manual_seed(0))
-    head = find_head(model)
-    assert (head.tied, head.softcap, head.rows) == (True, 0.5, 64)
     with torch.no_grad(), headless(model) as body:
+        assert body.softcap == 0.5
+        assert body.weight is model.get_input_embeddings().weight
         z = body(prompt, decoder_input_ids=canvas) @ body.weight.T
     with torch.no_grad():
         torch.testing.assert_close(0.5 * torch.tanh(z / 0.5), model(input_ids=prompt, decoder_input_ids=canvas).logits)
 
 
-# --- activation checkpointing -----------------------------------------------------------------------------------------
+# --- activation checkpointing -------------------------------------------------------------------------------
 
 
 def kept_bytes_and_gradients(model: nn.Module, ids: Tensor, **kwargs: Tensor) -> tuple[int, dict[str, Tensor]]:
@@ -216,14 +215,7 @@ def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks() -> None:
     assert not twin(input_ids=IDS % 11).logits.any()
 
 
-def test_the_blocks_are_the_outermost_list_with_most_parameters(tmp_path: Path) -> None:
-    assert find_blocks(published("llada", tmp_path / "a"))[0] == "model.transformer.blocks"
-    assert find_blocks(published("llada2", tmp_path / "b"))[0] == "model.layers"  # not the experts inside
-    with pytest.raises(ValueError, match=r"model must keep its transformer blocks in a torch\.nn\.ModuleList, Linear has none"):
-        find_blocks(nn.Linear(2, 2))
-
-
-# --- the attention mask -----------------------------------------------------------------------------------------------
+# --- the attention mask -------------------------------------------------------------------------------------
 
 
 def test_block_causal_masks_count_blocks_from_the_first_real_token() -> None:

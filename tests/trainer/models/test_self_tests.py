@@ -1,19 +1,17 @@
 """What is checked before a run: the alignment by clean text, and the mask id."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from dllm_trainer.errors import UserError
 from dllm_trainer.facts import Facts
-from dllm_trainer.models import compat
-from dllm_trainer.models.loading import Loaded, load
-from dllm_trainer.models.self_tests import attention_self_test, check_mask_id, shift_self_test
+from dllm_trainer.models.loading import Loaded
+from dllm_trainer.models.self_tests import check_mask_id, shift_self_test
 from torch import nn
 
 from tests.tiny import eurobert
-from tests.trainer.models.tiny_checkpoints import EOS, MASK, PAD, UNK, make_tokenizer, write
+from tests.trainer.models.tiny_checkpoints import EOS, MASK, PAD, UNK, make_tokenizer
 
 FACTS = Facts(family="test", mask_id=MASK, eos_id=EOS, pad_id=PAD)
 
@@ -81,45 +79,6 @@ def test_an_untrained_model_and_too_little_text_are_undecided_and_no_error() -> 
         few = shift_self_test(model, text(1, 0)[:, :3], seed=0)
         assert few.likelier is None
         assert "undecided" in str(few)
-
-
-def forward_kwargs(loaded: Loaded, **facts: object) -> Loaded:
-    """The same model without what `load` made of its forward, under other facts."""
-    loaded.model.__dict__.pop("_dllm_attention_form", None)
-    changed = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, **facts))
-    compat.adapt_forward(changed.model, changed.facts)
-    return changed
-
-
-def test_code_that_becomes_causal_by_a_mask_is_told(tmp_path: Path) -> None:
-    write("llada", tmp_path)
-    wrong = forward_kwargs(load(tmp_path, trust_remote_code=True), attention_mask="int")
-    with pytest.raises(UserError, match=r"topology is bidirectional, but the first token does not see the last ones when a mask"):
-        attention_self_test(wrong, text(1, 0))
-
-
-def test_code_that_ignores_its_mask_is_told(tmp_path: Path) -> None:
-    write("eurobert", tmp_path)
-    loaded = load(tmp_path)
-    forward = loaded.model.forward
-    loaded.model.forward = lambda input_ids, attention_mask=None: forward(input_ids=input_ids)
-    with pytest.raises(UserError, match=r"model eurobert sees padding in spite of its attention mask"):
-        attention_self_test(loaded, text(1, 0))
-    unmasked = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, attention_mask="none"))
-    attention_self_test(unmasked, text(1, 0))
-
-
-def test_a_wrong_topology_is_told(tmp_path: Path) -> None:
-    write("dream", tmp_path / "dream")
-    dream = forward_kwargs(load(tmp_path / "dream", trust_remote_code=True), topology="block_causal", block_length=4)
-    attention_self_test(dream, text(1, 0))  # it does as it is told
-    bidirectional = dataclasses.replace(
-        dream, facts=dataclasses.replace(dream.facts, topology="bidirectional", block_length=None)
-    )
-    with pytest.raises(UserError, match=r"topology is bidirectional, but the first token does not see the last ones"):
-        attention_self_test(bidirectional, text(1, 0))
-    with pytest.raises(ValueError, match=r"ids_BS must hold more than 4 tokens a sequence, got 4"):
-        attention_self_test(dream, text(1, 0)[:, :4])
 
 
 def with_facts(**changes: object) -> Loaded:

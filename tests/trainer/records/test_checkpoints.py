@@ -49,7 +49,7 @@ def run(folder, *jobs):
     return torch.load(folder / "out")
 
 
-# --- what a checkpoint is ---------------------------------------------------------------------------------------------
+# --- what a checkpoint is -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -157,7 +157,7 @@ def test_a_state_before_the_first_step_makes_none(tmp_path):
     assert not again.state
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------------------
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
@@ -180,7 +180,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
         Checkpoints(tmp_path, keep_best=1)
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 def flip(file):
@@ -263,7 +263,7 @@ def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
         load_state(checkpoints.latest(), other, optimizer_of(other))
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on -----------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_it_would_have_ended(tmp_path):

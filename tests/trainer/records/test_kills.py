@@ -73,7 +73,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_in_peace(ki
     assert_ended_alike(tmp_path / "demo", finished)
 
 
-# --- damage to the newest checkpoint, through the run -------------------------------------------------------------------
+# --- damage to the newest checkpoint, through the run -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

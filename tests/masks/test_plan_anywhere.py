@@ -29,7 +29,7 @@ def assert_same(got: MaskPlan, want: MaskPlan):
         assert torch.equal(getattr(got.rows, name), getattr(want.rows, name)), name
 
 
-# --- EOS and prompt ---------------------------------------------------------------------------------------------------
+# --- EOS and prompt -----------------------------------------------------------------------------------------
 
 EOS = 7
 TAILED = torch.tensor([[1, 2, 3, EOS, EOS, EOS], [1, 2, 3, 4, 5, EOS], [EOS, 2, EOS, 4, 5, 6], [1, 2, 3, 4, 5, 6]])
@@ -115,7 +115,7 @@ def test_bad_noise_eos_and_attention_masks_are_named(changes, error, words):
         make_mask_plan(torch.arange(10).reshape(2, 5), torch.ones(2, 5, dtype=torch.bool), **arguments, **changes)
 
 
-# --- the same plan elsewhere ------------------------------------------------------------------------------------------
+# --- the same plan elsewhere --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -206,7 +206,7 @@ def test_on_1_2_and_4_processes_the_masks_are_identical(tmp_path):
                 assert states == want.shape[0] or not whole.masked[states:, rank::world, 2:].any()
 
 
-# --- micro-batches ----------------------------------------------------------------------------------------------------
+# --- micro-batches ------------------------------------------------------------------------------------------
 
 
 def bitwise_body(seed=0):
@@ -256,7 +256,7 @@ def test_policy_old_and_reference_see_the_same_masks(name):
     assert_same(again, plan)
 
 
-# --- what others got wrong (PITFALLS.md, "In dLLM training code") -----------------------------------------------------
+# --- what others got wrong (PITFALLS.md, "In dLLM training code") -------------------------------------------
 
 
 def test_a_micro_batch_planned_alone_has_the_masks_of_the_whole_batch():
@@ -314,7 +314,7 @@ def test_a_weight_is_what_the_law_says_and_no_hidden_floor_bounds_it():
         assert torch.isfinite(weights).all()
 
 
-# --- describe, cost ---------------------------------------------------------------------------------------------------
+# --- describe, cost -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)

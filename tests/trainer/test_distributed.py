@@ -6,10 +6,12 @@ import sys
 import pytest
 import torch
 from dllm_trainer import distributed
-from dllm_trainer.distributed import Ranks, advantages, blocks, clip_gradients, shard, start
+from dllm_trainer.distributed import Ranks, clip_gradients, find_blocks, shard, start
 from dllm_trainer.errors import UserError
+from dllm_trainer.models.loading import load
 
 from tests.tiny import eurobert
+from tests.trainer.models.tiny_checkpoints import write
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -41,11 +43,6 @@ def test_alone_nothing_is_sharded_and_errors_are_what_they_are():
         raise KeyError("x")
 
 
-def test_advantages_alone_are_those_of_the_groups():
-    rewards, ids = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1, 1, 2])
-    assert advantages(rewards, ids, kind="mean", ranks=Ranks()).tolist() == [0.5, -0.5, 0.0]
-
-
 def test_clipping_returns_the_norm_before():
     model = torch.nn.Linear(2, 2, bias=False)
     model.weight.grad = torch.full((2, 2), 2.0)
@@ -53,22 +50,17 @@ def test_clipping_returns_the_norm_before():
     assert float(model.weight.grad.norm()) == pytest.approx(1.0)
 
 
-def test_blocks_are_the_layers_and_not_what_lists_inside_them_hold():
-    model = eurobert(layers=3)
-    assert blocks(model) == list(model.model.layers)
-    for layer in model.model.layers:
-        layer.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
-    assert blocks(model) == list(model.model.layers)
-
-
-def test_a_model_without_layers_is_refused():
-    with pytest.raises(UserError, match="Linear has no list of layers"):
-        blocks(torch.nn.Linear(2, 2))
+def test_the_blocks_are_the_outermost_list_with_most_parameters(tmp_path):
+    for kind, path in (("llada", "model.transformer.blocks"), ("llada2", "model.layers")):  # not the experts inside
+        write(kind, tmp_path / kind)
+        assert find_blocks(load(tmp_path / kind, trust_remote_code=True).model)[0] == path
+    with pytest.raises(UserError, match=r"model must keep its transformer blocks in a torch\.nn\.ModuleList, Linear has none"):
+        find_blocks(torch.nn.Linear(2, 2))
 
 
 def torchrun(mode):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*command, "-m", "tests.trainer.train.torchrun_job", mode], capture_output=True, text=True, timeout=200)
+    return subprocess.run([*command, "-m", "tests.trainer.torchrun_job", mode], capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.slow
