@@ -41,6 +41,18 @@ class HeadOptions:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
+    def normalised(self, dtype: torch.dtype) -> HeadOptions:
+        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`."""
+        bias, softcap, temperature = self.bias, self.softcap, self.temperature
+        if type(temperature) is float and bias is softcap is None:  # the common case
+            return self
+        return replace(
+            self,
+            bias=None if bias is None else bias.detach(),
+            softcap=None if softcap is None else float(softcap),
+            temperature=temperature.detach().to(dtype) if isinstance(temperature, Tensor) else float(temperature),
+        )
+
     def of_rows(self, rows: slice | Tensor) -> HeadOptions:
         """Those of some rows: a per-row temperature is indexed."""
         return replace(self, temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self

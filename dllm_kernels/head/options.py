@@ -6,8 +6,6 @@ to read values (`backend.check`, `check_finite`) runs inside the op.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -82,16 +80,8 @@ def _check_excluded(options: HeadOptions, vocabulary: int) -> None:
 
 def make_problem(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, options: HeadOptions) -> HeadProblem:
     """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
-    bias, softcap, temperature = options.bias, options.softcap, options.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    elif type(temperature) is float and bias is softcap is None:  # the common case: nothing to change
-        return HeadProblem(flat(hidden), weight, target_N, rows, options)
-    else:
-        temperature = float(temperature)
-    bias, softcap = None if bias is None else bias.detach(), None if softcap is None else float(softcap)
-    options = replace(options, bias=bias, softcap=softcap, temperature=temperature)
-    return HeadProblem(flat(hidden), weight, target_N, rows, options)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return HeadProblem(flat(hidden), weight, target_N, rows, options.normalised(dtype))
 
 
 def device_type(tensor: Tensor) -> str:

@@ -15,7 +15,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 class Listing(NamedTuple):
     line: int
     names: tuple[str, ...]  # sorted
-    of: str  # the function or class whose signature or fields list them; "" for a call or a literal
+    of: str  # the function or class whose signature or fields list them; what a call calls; "" for a literal
+    inside: str  # the outermost function or class around it, itself included; "" at the top of a module
 
 
 def listings(source: str) -> list[Listing]:
@@ -32,25 +33,32 @@ class _Visitor(ast.NodeVisitor):
     def __init__(self) -> None:
         self.found: list[Listing] = []
         self._built: list[dict[str, set[str]]] = [{}]  # by scope: the options that a local dict holds
+        self._around: list[str] = []
         self._spread: set[ast.AST] = set()  # literals that count as a part of the call or dict around them
 
     def _note(self, node: ast.AST, names: Iterable[str], of: str = "") -> None:
         chosen = tuple(sorted(NAMES.intersection(names)))
         if len(chosen) >= LEAST:
-            self.found.append(Listing(node.lineno, chosen, of))  # type: ignore[attr-defined]
+            inside = self._around[0] if self._around else ""
+            self.found.append(Listing(node.lineno, chosen, of, inside))  # type: ignore[attr-defined]
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._around.append(node.name)
         targets = [t for s in node.body for t in (s.targets if isinstance(s, ast.Assign) else [getattr(s, "target", None)])]
         self._note(node, [target.id for target in targets if isinstance(target, ast.Name)], node.name)
         self.generic_visit(node)
+        self._around.pop()
 
     def visit_FunctionDef(self, node: _Function) -> None:
         arguments = node.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        self._note(node, [argument.arg for argument in every], getattr(node, "name", "lambda"))
+        name = getattr(node, "name", "lambda")
+        self._around.append(name)
+        self._note(node, [argument.arg for argument in every], name)
         self._built.append({})
         self.generic_visit(node)
         self._built.pop()
+        self._around.pop()
 
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
@@ -87,7 +95,7 @@ class _Visitor(ast.NodeVisitor):
                 self._spread.add(argument.value)
             else:
                 names.update(_words([argument]))
-        self._note(node, names)
+        self._note(node, names, next(_words([node.func])))
         self.generic_visit(node)
 
     def visit_Dict(self, node: ast.Dict) -> None:
