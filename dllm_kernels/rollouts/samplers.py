@@ -214,7 +214,7 @@ def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> li
 
 
 def transfer_shares(steps: int, eps: float) -> Tensor:
-    """Dream's share of masked tokens to decide, fp32 `[steps]`: `1 - s / t`, t from 1 to eps; the last is 1."""
+    """Dream's share of masked tokens per step, fp32 `[steps]`: `1 - s / t`, t from 1 to eps; 1 at the end."""
     t = torch.linspace(1, eps, steps + 1)
     shares = 1 - t[1:] / t[:-1]
     shares[-1] = 1.0
