@@ -1,9 +1,9 @@
 """Checkpoints: folders that `from_pretrained` reads, with the state for a bit-exact resume beside the
 weights.
 
-FOLDER/step-00000120/    config.json, *.safetensors, tokenizer, remote code; adapters in PEFT's layout for LoRA
+FOLDER/step-00000120/    config.json, *.safetensors, tokenizer, remote code; LoRA adapters in PEFT's layout
     state/               optimiser and random states by torch.distributed.checkpoint, each rank its shards
-    trainer_state.json   step, metrics and what the caller wants to find again
+    trainer_state.json   step, metrics and the caller's state
     manifest.json        size and sha256 of every file above, written last
 
 A checkpoint is written aside, flushed to disk and renamed, so a folder of that name is complete; the manifest

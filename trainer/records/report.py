@@ -28,7 +28,7 @@ _KNOWN = ("examples", "correct", "decoding", "solved")  # the rest of an evaluat
 
 
 def result_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows by test set and decoding: right answers before and after RL, paired gain, the task's first metric."""
+    """Rows by test set and decoding: right answers before and after RL, paired gain, first metric."""
     rows: list[tuple[str, ...]] = []
     before = evaluations[0]
     after = evaluations[1] if len(evaluations) > 1 else None
