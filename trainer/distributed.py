@@ -1,9 +1,7 @@
-"""Many processes, one run: who does what, what they tell each other, and the model sharded over them by
-FSDP2.
+"""Many processes, one run: division of work, exchange between ranks, and sharding of models by FSDP2.
 
-Launched by `torchrun --nproc-per-node N`; without it there is one rank and nothing here costs anything.
-Rollouts, masks and noise are functions of sequence ids, so what a rank computes for a sequence does not
-depend on how many ranks there are.
+Launched by `torchrun --nproc-per-node N`; without it there is a single rank and no overhead. Rollouts, masks
+and noise are functions of sequence ids, so results for a sequence do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from .errors import UserError, first_line
 
 
 class OtherRankError(UserError, RuntimeError):
-    """Another rank failed, and told so."""
+    """Another rank failed and reported it."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +36,35 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    launched: bool = False  # by torchrun, be it as the only one: torch.distributed is there
+    launched: bool = False  # by torchrun, even with one rank: torch.distributed is initialised
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All ranks; None without torch.distributed. Looked up, as a group that outlives its end may abort
-        the interpreter's.
+        """All ranks; None without torch.distributed.
+
+        Looked up anew each time: a group kept beyond its destruction may abort the interpreter at exit.
         """
         return dist.group.WORLD if self.launched else None
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes the logs and files that are written once."""
+        """Whether this rank writes the logs and files of the run."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` things of a global batch are this rank's: contiguous, in the order of the ranks,
-        equal but for one.
+        """This rank's part of `count` items of a global batch: contiguous, in the order of ranks, sizes
+        within 1.
 
-        The first ranks have more; with fewer things than ranks, the last have none.
+        The first ranks have more; with fewer items than ranks, the last have none.
         """
         least, more = divmod(count, self.size)
         start = self.rank * least + min(self.rank, more)
         return slice(start, start + least + (self.rank < more))
 
     def gather(self, values: Tensor) -> tuple[Tensor, slice]:
-        """`[n, ...]` of all ranks in their order, n may differ; and where this rank's are. For small tensors."""
+        """The values `[n, ...]` of all ranks, where n may differ, and the slice of this rank's. For small
+        tensors.
+        """
         if not self.launched:
             return values, slice(0, len(values))
         parts = self.tell(values.detach().cpu())
@@ -71,7 +72,7 @@ class Ranks:
         return torch.cat(parts).to(values.device), slice(start, start + len(values))
 
     def tell(self, value: Any) -> list[Any]:
-        """What each rank tells the others, in their order; small and picklable."""
+        """The values of all ranks in order; for small picklable objects."""
         if not self.launched:
             return [value]
         values: list[Any] = [None] * self.size
@@ -79,20 +80,20 @@ class Ranks:
         return values
 
     def total(self, value: float) -> float:
-        """Sum over the ranks, added in their order; the same on all."""
+        """Sum over the ranks, added in order: the same bits on all."""
         return float(sum(self.tell(float(value))))
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait for all ranks."""
         if self.launched:
             dist.barrier(group=self.group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what each rank does alone, such as rewards or reading files: where one fails, all raise. No
-        collectives inside.
+        """For work that ranks do separately, such as rewards or reading files: if one fails, all raise.
 
-        The rank that failed raises its own error, the others an `OtherRankError` with its sentence.
+        The rank that failed raises its own error, the others an `OtherRankError` with its message. There must
+        be no collectives inside.
         """
         error: Exception | None = None
         try:
@@ -108,9 +109,7 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """This process's place, from torchrun's environment; NCCL on GPUs, gloo on CPUs. Alone, where torchrun
-    did not start it.
-    """
+    """Join the ranks that torchrun started (NCCL on GPUs, gloo on CPUs); without torchrun, a single rank."""
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(device=torch.device("cuda" if gpu else "cpu"))
@@ -123,10 +122,9 @@ def start() -> Ranks:
 
 @contextmanager
 def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
-    """Around the whole run of a rank: it ends at once when it fails, and waits for no collective that others
-    never reach.
+    """Around the whole run of a rank: exit at once on failure, without waiting in collectives.
 
-    torchrun then ends the others. Exit status 2 and a sentence for what the user can mend, else 1 and a
+    torchrun then ends the other ranks. Exit status 2 and one sentence for a user error, else 1 and a
     traceback.
     """
     try:
@@ -174,18 +172,16 @@ def shard(
     dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Shards the parameters in place, layer by layer, by FSDP2; gradients are summed over ranks. Alone, it
-    only moves the model.
+    """Shard the parameters in place, layer by layer, with FSDP2; gradients are summed over ranks.
 
     Args:
-        model: whole, and equal on all ranks. Its output embedding, unless tied, is left to
-            `dllm_kernels.headless`: it is gathered once per optimizer step, and the model's own logits are
-            not to be had any more.
-        replicas: HSDP; how many copies of the model there are, each over `ranks.size / replicas` ranks.
-        dtype: of parameters in forward and backward, such as torch.bfloat16; the shards keep theirs, and
-            gradients are reduced in fp32. None: the parameters' own.
-        reshard_after_forward: free each layer's parameters between forward and backward: less memory, one
-            more gather.
+        model: whole, and equal on all ranks; without torchrun it is only moved to the device. An untied
+            output embedding is left to `dllm_kernels.headless`, which gathers it once per optimizer step; the
+            model can no longer compute logits by itself.
+        replicas: HSDP; the number of copies of the model, each on `ranks.size / replicas` ranks.
+        dtype: of parameters in forward and backward, such as torch.bfloat16; shards keep theirs, and
+            gradients are reduced in fp32. None: that of the parameters.
+        reshard_after_forward: free each layer's parameters after its forward: less memory, one more gather.
     """
     model.to(ranks.device)
     if not ranks.launched:
@@ -201,7 +197,8 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     for block in find_blocks(model)[1]:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    if "ignored_params" in inspect.signature(fully_shard).parameters:  # torch 2.7; before, the root gathers it in every forward
+    # from torch 2.7; before, the root gathers the head in every forward
+    if "ignored_params" in inspect.signature(fully_shard).parameters:
         options["ignored_params"] = _shard_head(model, mesh)
     fully_shard(model, **options)
     shards = find_shards(model)
@@ -211,7 +208,7 @@ def shard(
 
 
 def _shard_head(model: nn.Module, mesh: Any) -> set[nn.Parameter]:
-    """The parameters of an untied output embedding, sharded as FSDP's are, but not its own."""
+    """Shard an untied output embedding like FSDP would, but not under its management; its parameters."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -229,7 +226,7 @@ def _shard_head(model: nn.Module, mesh: Any) -> set[nn.Parameter]:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Clips to the norm over all shards; returns the norm before."""
+    """Clip by the norm over all shards; returns the norm before clipping."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if is_sharded(norm) else norm)  # type: ignore[attr-defined, operator]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """What the user can mend; the CLI prints the sentence and exits with status 2."""
+    """An error that the user can fix; the CLI prints the sentence and exits with status 2."""
 
 
 class ConfigError(UserError, ValueError):
@@ -12,13 +12,11 @@ class ConfigError(UserError, ValueError):
 
 
 class GuardError(UserError, RuntimeError):
-    """Training went wrong in a way that more steps would not mend (raised by `optimization.py` and
-    `guards.py`).
-    """
+    """Training failed in a way that more steps would not repair (see `optimization.py` and `guards.py`)."""
 
 
 def first_line(error: BaseException) -> str:
-    """`Type: first line`, for the cause inside a sentence."""
+    """`Type: first line` of the message, to quote a cause in a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 

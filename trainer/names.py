@@ -1,9 +1,8 @@
-"""One package under two names: `dllm_trainer` where it is installed, `trainer` in a checkout (`python -m
-trainer`).
+"""One package with two names: `dllm_trainer` if installed, `trainer` in a checkout (`python -m trainer`).
 
-Whichever name is imported first is the real one. The other leads to the same module objects, so that classes,
-registries and `isinstance` agree in every process. Another package that is called `trainer` (PyPI has one) is
-left alone.
+The name that is imported first is the real one. The other resolves to the same module objects, so classes,
+registries and `isinstance` agree in every process. Another package named `trainer` (PyPI has one) is left
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 class _Alias(Loader):
-    """Loads a module by handing out the one that has the real name."""
+    """Loads a module by returning the one with the real name."""
 
     def __init__(self, real: ModuleSpec) -> None:
         self._real = real
@@ -33,7 +32,7 @@ class _Alias(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._real  # the import system has put the alias's in its place
+        module.__spec__ = self._real  # the import system replaced it by the alias's
 
     def get_code(self, name: str) -> CodeType | None:
         """What `python -m` runs."""
@@ -65,6 +64,6 @@ def _is_here(spec: ModuleSpec | None) -> bool:
 
 
 def share(real: str) -> None:
-    """Called once, by the package itself, with the name by which it is being imported."""
+    """Called once by the package itself, with the name under which it is being imported."""
     other = NAMES[1 - NAMES.index(real)]
     sys.meta_path.insert(0, _OtherName(real, other))

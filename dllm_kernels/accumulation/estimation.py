@@ -1,6 +1,4 @@
-"""ELBOs of given sequences under a model, for evaluation, reward models and data filtering: no gradient,
-memory flat in K.
-"""
+"""ELBOs of given sequences under a model, without gradients: for evaluation, reward models, filtering."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate_elbo` found; in nats, fp32 (fp64 for an fp64 model), nothing read back from the device."""
+    """The result of `estimate_elbo`, in nats: fp32 (fp64 for an fp64 model), left on the device."""
 
     elbo_B: Tensor
-    standard_error_B: Tensor  # NaN where the law's samples cannot tell it, see `MaskPlan.standard_error`
+    standard_error_B: Tensor  # NaN where samples do not vary, see `MaskPlan.standard_error`
     sample_elbo_BK: Tensor  # each sample's weighted sum; `elbo_B` is their sum under the law's shares
     rows: int  # rows through the head
     forwards: int  # calls of the model
@@ -50,11 +48,11 @@ def estimate_elbo(
     progress: bool | Progress = False,
     **options: Any,
 ) -> Estimate:
-    """Estimate `log p(completion | prompt)` from below: the any-order bound, by the masks of a law.
+    """Estimate the any-order lower bound of `log p(completion | prompt)` with the masks of a law.
 
     `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`, the right side of LLaDA's eq. 6
-    (arXiv 2502.09992); a law that is not `unbiased` for it (see `make_mask_plan`) estimates what it documents
-    instead.
+    (arXiv 2502.09992). A law that is not `unbiased` (see `make_mask_plan`) estimates the quantity that it
+    documents instead.
 
     Args:
         model: a Hugging Face masked language model; its mode is left as it is, and active dropout is refused.
@@ -62,17 +60,16 @@ def estimate_elbo(
             scored tokens.
         law, samples, seed, mask_id, shift, options: as in `make_mask_plan` (options of the law, and
             `iteration`, `eos_id`, `prompt_noise`, `attention_mask_BS`). Equal values and sequences give equal
-            masks whatever the model is, so that policy, old policy and reference are compared under the same
-            ones.
-        sequence_ids: int64 `[B]`, distinct; default: a 64-bit hash of each row's tokens, padding left out
-            (what is neither completion nor attended to, if `model_kwargs` holds an `attention_mask`), so that
-            a sequence gets its masks in any batch. Equal rows are told apart by how many of them came before.
-        samples_per_pass, sequences_per_pass: the cut that one forward holds; memory grows with it, not with
+            masks for every model, so policy, old policy and reference are compared under the same masks.
+        sequence_ids: int64 `[B]`, distinct; default: a 64-bit hash of each row's tokens without padding
+            (tokens outside the completion that an `attention_mask` in `model_kwargs` hides), so a sequence
+            gets the same masks in any batch. Equal rows are numbered to keep their ids distinct.
+        samples_per_pass, sequences_per_pass: the micro-batch of one forward; memory grows with it, not with
             `samples`.
         suppress: ids with probability 0, such as the mask id.
-        model_kwargs: `[B, ...]` tensors for every model call, such as `attention_mask`; cut along B.
+        model_kwargs: `[B, ...]` tensors for every model call, such as `attention_mask`; sliced along B.
         progress: True for a line on stderr, or a function of (done, total) masked sequences, called after
-            every cut.
+            every micro-batch.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -129,14 +126,14 @@ def estimate_elbo(
 
 
 def content_ids(input_ids_BS: Tensor, completion_mask_BS: Tensor, attention_mask_BS: Tensor | None = None) -> Tensor:
-    """int64 `[B]`: a 64-bit hash of each row's real tokens and of which of them are scored; distinct for
-    equal rows.
+    """int64 `[B]`: a hash of each row's real tokens and of which are scored; equal rows get distinct ids.
 
-    A sum of one keyed 64-bit word per (token, scored or not, ordinal), so it needs no loop, and padding does
-    not enter.
+    The hash is a sum of one keyed 64-bit word per (token, scored or not, ordinal): vectorised, and padding
+    adds nothing.
 
     Example:
-        >>> ids, completion = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 7]]), torch.tensor([[False, True, True]] * 3)
+        >>> ids = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 7]])
+        >>> completion = torch.tensor([[False, True, True]] * 3)
         >>> len(set(content_ids(ids, completion).tolist()))
         3
     """
@@ -149,7 +146,7 @@ def content_ids(input_ids_BS: Tensor, completion_mask_BS: Tensor, attention_mask
         real_BS = attention_mask_BS.bool() | completion_mask_BS
     ordinal_BS = real_BS.cumsum(-1)
     words_BS = noise.row_bits(0, Stream.DATA, input_ids_BS.long(), completion_mask_BS.long(), ordinal_BS)
-    hash_B = words_BS.masked_fill(~real_BS, 0).sum(-1)  # wraps, as a 64-bit sum should
+    hash_B = words_BS.masked_fill(~real_BS, 0).sum(-1)  # wraps around, as intended
     order_B = torch.argsort(hash_B, stable=True)
     sorted_B, index_B = hash_B[order_B], torch.arange(len(hash_B), device=hash_B.device)
     first_B = torch.ones_like(sorted_B, dtype=torch.bool)

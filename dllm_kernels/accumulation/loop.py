@@ -1,16 +1,16 @@
-"""Exact gradients of any objective, one Monte-Carlo sample at a time: memory does not grow with their number.
+"""Exact gradients of any objective, one Monte-Carlo sample at a time, at memory independent of their number.
 
-What an objective's coefficients `d loss / d logp_row` depend on decides the passes over the model:
+The number of passes over the model follows from what the coefficients `d loss / d logp_row` depend on:
 
     none                    data only: one pass, coefficients known before the head runs
     token, sample           rows of one sample of one sequence: one pass, coefficients arrive in backward
-    sequence                its K samples: one pass if a cut holds them all, else two, a block of sequences at a time
+    sequence                its K samples: one pass if a micro-batch holds them all, else two, block by block
     batch                   everything, on all ranks: two passes
 
-Two passes score all rows without a gradient, take the coefficients by autograd on these small vectors, then
-go through the model again sample by sample. They need a deterministic forward, so active dropout is refused.
-What is known to have no gradient never reaches the model: sequences whose `scale` is 0, samples without a
-scored token, rows whose coefficient is 0.
+With two passes, the first scores all rows without a gradient, autograd on these small vectors gives the
+coefficients, and the second runs forward and backward sample by sample. Both must agree, so active dropout is
+refused. Whatever has no gradient skips the model: sequences whose `scale` is 0, samples without a scored
+token, and rows whose coefficient is 0. Loss and gradient do not change; the ELBOs of skipped samples are NaN.
 """
 
 from __future__ import annotations
@@ -48,32 +48,30 @@ def accumulate(
     """Add the objective's exact gradient to the `.grad` of the model's parameters.
 
     Args:
-        model: a Hugging Face masked language model, or one under `headless` already.
-        plan: the masks, shared by every policy. batch: advantages, old scores and so on, see `Batch`.
-        objective: what to minimise, for example `objectives.BGPO`.
-        denominator: what the sum of contributions is divided by; give the count of the whole optimizer step
-            and all ranks when this call sees only a part. Default: what the plan and the batch hold of the
-            objective's "sequences", "tokens" (those that may be scored), "groups" (different "group_ids",
-            which must be given), "pairs" or "steps" (states with a token), at least 1; of all ranks where
-            `group` is given.
-        samples_per_pass, sequences_per_pass: the cut that one forward and backward holds; memory grows with
-            it, the result does not depend on it.
+        model: a Hugging Face masked language model, possibly inside `headless` already.
+        plan: the masks, shared by all policies. batch: advantages, old scores and so on, see `Batch`.
+        objective: for example `objectives.BGPO`; minimised.
+        denominator: divides the sum of contributions; pass the count of the whole optimizer step over all
+            ranks where this call sees a part of it. Default: the number of the objective's units in plan and
+            batch, over all ranks if `group` is given, at least 1: "sequences", "tokens" (that may be scored),
+            "groups" (distinct "group_ids", required then), "pairs" or "steps" (states with a scored token).
+        samples_per_pass, sequences_per_pass: the micro-batch of one forward and backward; it sets the memory
+            and does not change the result.
         suppress: ids with probability 0, such as the mask id.
-        model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; cut along B.
-        group: ranks whose batches make up the optimizer step; default: those that share a sharded model.
-            Objectives of `batch` coupling then share their scores with them; each rank adds the gradient of
-            its own sequences, and its loss is an equal share of the total. A rank may hold no sequence (cut a
-            plan to none).
-        reduce_last: with FSDP2, keep gradients whole until this call's last backward, instead of reducing
-            them after each: less communication, and the memory of all gradients unsharded.
+        model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; sliced along B.
+        group: the ranks of the optimizer step; default: those of a sharded model. Objectives of `batch`
+            coupling exchange their scores over it; each rank adds the gradient of its own sequences, and its
+            loss is an equal share of the total. A rank may hold no sequences (an empty cut of a plan).
+        reduce_last: with FSDP2, reduce gradients in this call's last backward only: less communication, but
+            all unsharded gradients in memory.
 
-    A model under FSDP2 (`fully_shard`) is called equally often by all ranks, whatever they hold, its
-    gradients are summed over ranks (FSDP's average is switched off, and stays so), and its head is gathered
-    and its head's gradient reduced once. Within an outer `headless(model)`, several calls share that: the
-    head's part is in `.grad` when the context ends.
+    Under FSDP2 (`fully_shard`) all ranks call the model equally often, gradients are summed over ranks
+    (FSDP's averaging is switched off and stays off), and the head is gathered and its gradient reduced once.
+    Calls inside an outer `headless(model)` share one gather and one reduction: the head's gradient is in
+    `.grad` when the context ends.
 
     Raises ValueError naming the argument: a batch that does not fit the plan, a missing denominator, dropout
-    where two passes must agree, a sequence that two ranks hold.
+    where two passes must agree, a sequence held by two ranks.
 
     Example:
         >>> from dllm_kernels import make_mask_plan
@@ -105,7 +103,7 @@ def accumulate(
         shards = body.shards
         if shards is not None:
             group = group or shards.group
-            K = shards.most(K)  # of a trace's states, ranks may hold different numbers
+            K = shards.most(K)  # ranks may hold different numbers of trace states
         if K == 0 or (B == 0 and group is None):
             raise ValueError(f"plan must hold at least one sample and one sequence, got K={K}, B={B}")
         two_passes = coupling == "batch" or (coupling == "sequence" and samples_per_pass < K)
@@ -119,7 +117,8 @@ def accumulate(
         elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=passes.dtype, device=plan.input_ids_BS.device)
         loss = elbo_BK.new_zeros(())
         places = _places(cuts, objective, coupling, elbo_BK)
-        blocks = max(len(places), coupling == "batch")  # to which a rank without sequences has something to say
+        # with `batch` coupling a rank without sequences takes part in the exchange too
+        blocks = max(len(places), coupling == "batch")
         if shards is not None:
             blocks = shards.most(blocks)
             shards.sum_gradients()
@@ -137,7 +136,7 @@ def accumulate(
                     block_loss, block_elbo_BK = passes.once(block, coupling)
                 loss = loss + block_loss
                 elbo_BK[place] = block_elbo_BK
-            if shards is not None and shards.unreduced:  # the last pass found nothing to learn
+            if shards is not None and shards.unreduced:  # no cut of the last pass had a gradient
                 shards.reduce_gradients(now=True)
                 body.idle(1, {}, backward=True)
     meter = passes.meter
@@ -146,10 +145,10 @@ def accumulate(
 
 
 def _places(cuts: Cuts, objective: Objective, coupling: str, elbo_BK: Tensor) -> list[slice] | list[Tensor]:
-    """Which sequences are done together, block after block; those of no weight are left out.
+    """The blocks of sequences that are processed together; sequences of zero weight are left out.
 
-    A block of an objective that couples a sequence's samples has `sequences_per_pass` sequences, so that what
-    lies between two passes does not grow with the batch.
+    Where an objective couples the samples of a sequence, a block has `sequences_per_pass` sequences, so the
+    scores kept between two passes do not grow with the batch.
     """
     B = cuts.plan.shape[1]
     live_B: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The micro-batches of a mask plan, and what of them goes through the model: no row without a gradient."""
+"""The micro-batches (cuts) of a mask plan, and the rows of each that go through the model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a cut, and the pairs (sample, sequence) that hold them: what the model and the head run
-    on.
-    """
+    """Selected rows of a cut, and the pairs (sample, sequence) that hold them: what model and head get."""
 
     ids: Tensor  # [pairs, S]
     model_kwargs: dict[str, Tensor]
@@ -42,7 +40,7 @@ class Cut:
         return self.samples.start, self.sequences.start
 
     def select(self, keep_N: Tensor | None = None) -> Selection:
-        """The rows where `keep_N`, or all rows, and the pairs (sample, sequence) with such a row."""
+        """The rows where `keep_N` (default: all), and the pairs (sample, sequence) that hold such a row."""
         K, B, S = self.plan.shape
         ids = self.plan.noisy_ids.view(K * B, S)
         expanded = {
@@ -58,14 +56,14 @@ class Cut:
         index_N, target_N = rows.index[keep_N], rows.target[keep_N]
         if len(pairs) < K * B:
             place = present.cumsum(0) - 1
-            index_N = index_N - (pair_N - place[pair_N]) * S  # a shifted row stays in its sequence
+            index_N = index_N - (pair_N - place[pair_N]) * S  # a shifted row belongs to the same sequence
             ids, expanded = ids[pairs], {name: tensor[pairs] for name, tensor in expanded.items()}
         return Selection(ids, expanded, index_N, target_N)
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """The cuts of a plan: samples outermost, so that one sample of every sequence is done before the next."""
+    """The cuts of a plan, samples outermost: all sequences of one sample come before the next sample."""
 
     plan: MaskPlan
     batch: Batch
@@ -88,7 +86,7 @@ class Cuts:
                 )
 
     def of(self, sequences: slice | Tensor) -> Cuts:
-        """The cuts of some sequences."""
+        """The cuts of a subset of the sequences."""
         return Cuts(
             self.plan.cut(sequences=sequences),
             self.batch.cut(sequences=sequences),
@@ -99,11 +97,11 @@ class Cuts:
 
 
 def in_step(cuts: Cuts, body: Body, runs: Callable[[Cut], bool], *, backward: bool = False, last: bool = False) -> Iterator[Cut]:
-    """The cuts, for a loop that calls the model once (and backward once) for each of which `runs` is true.
+    """The cuts, for a loop that calls the model (and backward) once for each cut where `runs` is true.
 
-    Ranks that share a model must call it equally often: they tell each other beforehand how often, and who
-    has less to do idles along at the end. last: gradients that were kept whole so far are reduced by the last
-    of these backwards.
+    Ranks that share a model must call it equally often: they agree on the number beforehand, and a rank with
+    fewer cuts makes idle calls at the end. last: the last of these backwards reduces the gradients that were
+    kept unsharded so far.
     """
     shards = body.shards
     if shards is None:

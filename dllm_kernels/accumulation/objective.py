@@ -1,4 +1,4 @@
-"""What an objective declares, so that `accumulate` can give its exact gradient at constant memory."""
+"""What an objective declares for `accumulate` to compute its exact gradient at constant memory."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ from dllm_kernels import checks
 from dllm_kernels.masks.plan import MaskPlan
 
 Coupling = Literal["none", "token", "sample", "sequence", "batch"]
-Denominator = Literal["tokens", "sequences", "groups", "pairs", "steps"]  # steps: (sequence, state) with a scored token
+# steps: pairs (sequence, state) with a scored token
+Denominator = Literal["tokens", "sequences", "groups", "pairs", "steps"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The small tensors that travel with a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo
-    sample.
-    """
+    """Small tensors beside a `MaskPlan`: `[B, ...]` per sequence, `[B, K, ...]` per Monte-Carlo sample."""
 
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
     per_sample: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, plan: MaskPlan) -> None:
-        """Raises ValueError naming the entry that is not finite, or not of the plan's B, or B and K, or on
-        its device.
-        """
+        """Raises ValueError naming an entry that is not finite or not of the plan's size and device."""
         K, B, _ = plan.shape
         for entries, sizes in ((self.per_sequence, (B,)), (self.per_sample, (B, K))):
             for name, tensor in entries.items():
@@ -48,20 +45,18 @@ class Batch:
 class Objective:
     """A loss of the row log-probs of a mask plan.
 
-    `contributions(logp_N, plan, batch)` returns the *sum* of the contributions of the plan's cut; `accumulate`
-    divides it once by the denominator of the whole optimizer step, so the loss does not depend on how the
-    batch is cut. `coupling` names the smallest unit on which coefficients of the log-probs depend: `none`
-    (data only), `token`, `sample` (one Monte-Carlo sample of one sequence), `sequence` (its K samples),
-    `batch`. `on_policy_coupling` is the coupling when no old scores are given, that is when the old policy is
-    the current one.
+    `contributions(logp_N, plan, batch)` returns the *sum* of contributions of a cut; `accumulate` divides it
+    by the denominator of the whole optimizer step, so the loss does not depend on the micro-batches.
+    `coupling` is the smallest unit that determines the coefficients of its log-probs: `none` (data only),
+    `token`, `sample` (one Monte-Carlo sample of a sequence), `sequence` (its K samples), `batch`.
+    `on_policy_coupling` holds where no old scores are given and the old policy is the current one.
 
-    `scale` names the entry that multiplies all that a sequence (or, `[B, K]`, a sample of it) contributes:
-    where it is 0, neither value nor gradient is left and the model need not run.
+    `scale` names the entry that multiplies the whole contribution of a sequence (or, if `[B, K]`, of a
+    sample): where it is 0 the model need not run.
 
-    A `batch` objective may be given as `reduce(logp_N, plan)`, numbers `[B]` that are linear in logp and add
-    up over cuts along the samples, and `couple(numbers_B, lengths_B, entries)`, its contributions as a
-    function of them. `accumulate` then holds no more than these numbers between its two passes, and can couple
-    several ranks.
+    An objective of `batch` coupling may be split into `reduce(logp_N, plan)`, numbers `[B]` that are linear
+    in logp and additive over samples, and `couple(numbers_B, lengths_B, entries)`, the contributions as a
+    function of them. Then only these numbers are kept between the passes and exchanged between ranks.
     """
 
     name: str
@@ -69,10 +64,10 @@ class Objective:
     coupling: Coupling
     on_policy_coupling: Coupling
     denominator: Denominator
-    old_scores: str | None  # the entry of Batch that makes it off-policy
-    per_sequence: tuple[str, ...] = ()  # entries [B] that Batch must hold, old scores apart
-    per_sample: tuple[str, ...] = ()  # entries [B, K] that Batch.per_sample must hold, old scores apart
-    per_token: tuple[str, ...] = ()  # entries [B, K, S] that Batch.per_sample must hold, old scores apart
+    old_scores: str | None  # entry of Batch; given, the update is off-policy
+    per_sequence: tuple[str, ...] = ()  # required entries [B], except old scores
+    per_sample: tuple[str, ...] = ()  # required entries [B, K], except old scores
+    per_token: tuple[str, ...] = ()  # required entries [B, K, S], except old scores
     scale: str | None = None
     reduce: Callable[[Tensor, MaskPlan], Tensor] | None = None
     couple: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor] | None = None
@@ -81,15 +76,15 @@ class Objective:
         return self.old_scores is not None and self.old_scores not in {**batch.per_sequence, **batch.per_sample}
 
     def check(self, batch: Batch, plan: MaskPlan) -> None:
-        """Raises ValueError naming a missing, unknown or misshapen entry: a misspelt old score would train
-        on-policy.
+        """Raises ValueError for a missing, unknown (a misspelt old score would train on-policy) or misshapen
+        entry.
         """
         batch.check(plan)
         K, B, S = plan.shape
         sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
         sizes["per_sample"] = {name: [B, K] for name in self.per_sample} | {name: [B, K, S] for name in self.per_token}
         optional = {self.old_scores}
-        if self.denominator == "groups" and "group_ids" not in self.per_sequence:  # to count them by
+        if self.denominator == "groups" and "group_ids" not in self.per_sequence:  # only to count them
             sizes["per_sequence"]["group_ids"] = [B]
             optional.add("group_ids")
         for where, entries in (("per_sequence", batch.per_sequence), ("per_sample", batch.per_sample)):

@@ -1,4 +1,4 @@
-"""The model without its head, an objective, and the passes over both: what `accumulate` runs, block by block."""
+"""The passes over a model that `accumulate` makes for one block of sequences."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class Passes:
-    """The model without its head, an objective, and the passes over both."""
+    """A headless model, an objective, and the passes over the cuts of a plan."""
 
     def __init__(self, body: Body, objective: Objective, denominator: float, head_options: HeadOptions) -> None:
         self.body, self.objective, self.denominator, self.head_options = body, objective, denominator, head_options
         self.meter = Meter(body)
-        self.last = False  # whether the next pass with gradients is the last
+        self.last = False  # whether the next pass with gradients is the last one
         self.dtype = statistics_dtype(body.parameter)
 
     # --- one pass, or two -----------------------------------------------------------------------------------
 
     def once(self, cuts: Cuts, coupling: str) -> tuple[Tensor, Tensor]:
-        """(loss, per-sample ELBOs `[B, K]`) of cuts whose coefficients need no pass of their own."""
+        """(loss, per-sample ELBOs `[B, K]`) where one pass suffices to know the coefficients."""
         elbo_BK = self._elbos(cuts)
         loss = elbo_BK.new_zeros(())
-        # on-policy the coefficients of a ratio come from data, but its value still needs the samples that it
+        # on-policy, coefficients of a ratio come from data alone, but its value needs all the samples that it
         # couples
         whole_loss = coupling == "none" and self.objective.coupling in ("sequence", "batch")
         logps: dict[tuple[int, int], Tensor] = {}
@@ -67,7 +67,7 @@ class Passes:
         return loss, elbo_BK
 
     def twice(self, cuts: Cuts) -> tuple[Tensor, Tensor]:
-        """The same where coefficients depend on all rows of the cuts: their log-probs lie between the passes."""
+        """The same where coefficients depend on all rows, whose log-probs are kept between two passes."""
         elbo_BK = self._elbos(cuts)
         logps = {}
         for cut in in_step(cuts, self.body, _has_rows):
@@ -92,9 +92,7 @@ class Passes:
         return loss.detach(), elbo_BK
 
     def by_numbers(self, cuts: Cuts, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """The same where one number per sequence says it all: no more than these lie between the passes, or
-        go over ranks.
-        """
+        """The same where one number per sequence determines the coefficients, all that ranks exchange."""
         elbo_BK, reduce = self._elbos(cuts), self.objective.reduce
         assert reduce is not None
         numbers_B = torch.zeros(len(elbo_BK), dtype=torch.float64, device=elbo_BK.device)
@@ -120,11 +118,11 @@ class Passes:
     # --- ranks in step --------------------------------------------------------------------------------------
 
     def _learning(self, cuts: Cuts, runs: Callable[[Cut], bool]) -> Iterator[Cut]:
-        """The cuts of a pass with gradients; `runs` tells beforehand which of them call the model."""
+        """The cuts of a pass with gradients; `runs` tells which of them will call the model."""
         yield from in_step(cuts, self.body, runs, backward=True, last=self.last)
 
     def _any_row(self, cut: Cut, chosen_N: Callable[[], Tensor]) -> bool:
-        """Whether any of a cut's rows is to run; `chosen_N` is True where one has a coefficient."""
+        """Whether any row of a cut has to run; `chosen_N` is True for rows with a coefficient."""
         return _has_rows(cut) and bool(chosen_N().any())
 
     # --- one cut --------------------------------------------------------------------------------------------
@@ -141,7 +139,7 @@ class Passes:
         return scores.logp
 
     def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of the coefficients: (log-probs, 0 where not run; which rows ran)."""
+        """Add the gradient for given coefficients: (log-probs, 0 for skipped rows; which rows ran)."""
         keep_N = coef_N != 0
         if not bool(keep_N.any()):
             return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
@@ -156,7 +154,7 @@ class Passes:
         return _spread(scores.logp, keep_N), keep_N
 
     def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
+        """Add the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
         keep_N = self._weighed(cut)
         if not bool(keep_N.any()):
             logp_N = torch.zeros(len(keep_N), dtype=self.dtype, device=keep_N.device)
@@ -178,14 +176,14 @@ class Passes:
         return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=body.take_dweight)
 
     def _weighed(self, cut: Cut) -> Tensor:
-        """bool `[N]`: the rows of samples with a weight; sequences without one were left out before."""
+        """bool `[N]`: rows of samples with a nonzero weight; sequences without one were left out before."""
         rows, scale = cut.plan.rows, self.objective.scale
         if scale is None or scale not in cut.batch.per_sample:
             return torch.ones_like(rows.index, dtype=torch.bool)
         return cut.batch.per_sample[scale][rows.sequence, rows.sample] != 0
 
     def _data_coefficients(self, cut: Cut) -> Tensor:
-        """`d loss / d logp` where it does not depend on logp: the gradient at any point, taken at 0."""
+        """`d loss / d logp` where it does not depend on logp, so it can be taken at 0."""
         with torch.enable_grad():
             zeros = torch.zeros(len(cut.plan.rows), dtype=torch.float64, device=cut.plan.input_ids_BS.device)
             logp_N = zeros.requires_grad_(True)
@@ -207,14 +205,14 @@ def _has_rows(cut: Cut) -> bool:
 
 
 def _spread(logp_N: Tensor, keep_N: Tensor) -> Tensor:
-    """Log-probs of the rows that ran at their places among all, 0 elsewhere; differentiable."""
+    """Scatter the log-probs of the rows that ran among all rows, 0 elsewhere; differentiable."""
     if len(logp_N) == len(keep_N):
         return logp_N
     return logp_N.new_zeros(len(keep_N)).masked_scatter(keep_N, logp_N)
 
 
 def _elbo(cut: Cut, logp_N: Tensor, ran_N: Tensor) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a cut; NaN where not all rows ran."""
+    """Per-sample ELBOs `[B, K]` of a cut; NaN where rows were skipped."""
     return cut.plan.elbo(torch.where(ran_N, logp_N.detach(), torch.nan))
 
 

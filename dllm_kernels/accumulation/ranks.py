@@ -1,4 +1,4 @@
-"""What the ranks of an optimizer step tell each other: counts, and one number per sequence."""
+"""What the ranks of an optimizer step exchange: counts, and one number per sequence."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from dllm_kernels.masks.plan import MaskPlan
 
 
 def denominator(objective: Objective, plan: MaskPlan, batch: Batch, group: dist.ProcessGroup | None) -> float:
-    """How many of what the objective counts the plan and the batch hold, on all ranks of the group; at least
-    1.
+    """The number of the objective's units in plan and batch, over all ranks of the group; at least 1.
 
     Raises ValueError where the groups cannot be counted.
     """
@@ -39,11 +38,10 @@ def denominator(objective: Objective, plan: MaskPlan, batch: Batch, group: dist.
 def couple(
     objective: Objective, numbers_B: Tensor, plan: MaskPlan, batch: Batch, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """This rank's share of the contributions of all ranks' sequences, and their gradient `[B]` at its own
-    numbers.
+    """This rank's share of the total contributions, and their gradient `[B]` with respect to its own numbers.
 
-    Every rank computes the same from the same numbers, in the order of the ranks. Raises ValueError for a
-    sequence that two ranks hold: both would count it.
+    Every rank computes the total from the same numbers in the same order. Raises ValueError for a sequence
+    held by two ranks, which would be counted twice.
     """
     entries = dict(batch.per_sequence)
     mine = {"": numbers_B, "lengths": plan.lengths_B, "ids": plan.sequence_ids_B, **{f"entry {k}": v for k, v in entries.items()}}

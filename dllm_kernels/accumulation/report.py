@@ -1,4 +1,4 @@
-"""What a call of `accumulate` did: passes, rows, FLOPs by formula, seconds."""
+"""The report of a call of `accumulate`: loss, scores, passes, rows, FLOPs by formula, seconds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Report:
-    """What `accumulate` did. Tensors are detached; nothing here was read back from the device."""
+    """The result of `accumulate`. Tensors are detached and stay on the device."""
 
     loss: Tensor  # scalar: this call's share of the step's loss
-    sample_elbo_BK: Tensor  # per-sample ELBOs under the policy, nats; NaN where the sample was dropped and not scored
+    sample_elbo_BK: Tensor  # under the policy, nats; NaN for skipped samples
     passes: int
     forwards: int
     backwards: int
-    rows: int  # rows through the head, both passes
+    rows: int  # through the head, over both passes
     seconds: float
-    flops: int  # 2NHV per product of the head, 2 x parameters x tokens for the body, three times that with backward
+    # 2NHV per product of the head, 2 x parameters x tokens for the body, three times that with backward
+    flops: int
 
 
 class Meter:
@@ -34,13 +35,13 @@ class Meter:
     def __init__(self, body: Body) -> None:
         self._head = body.parameter
         embeddings = {id(module.weight) for module in body.model.modules() if isinstance(module, torch.nn.Embedding)}
-        left_out = {id(body.parameter), *embeddings}  # looked up, or counted by rows
+        left_out = {id(body.parameter), *embeddings}  # embeddings are looked up; the head is counted by rows
         self._parameters = sum(p.numel() for p in body.model.parameters() if id(p) not in left_out)
         self.forwards = self.backwards = self.rows = self.flops = 0
         self.seconds = 0.0
 
     def ran(self, tokens: int, rows: int, plan: str, *, backward: bool) -> None:
-        """One call of the model, and of the head under `plan` ("coef" too)."""
+        """Count one call of the model, and one of the head under `plan`."""
         vocabulary, hidden = self._head.shape
         products = sum(gemms(plan, need_dhidden=True, need_dweight=self._head.requires_grad))
         self.forwards, self.backwards, self.rows = self.forwards + 1, self.backwards + backward, self.rows + rows

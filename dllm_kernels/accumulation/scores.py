@@ -28,13 +28,11 @@ def score_samples(
     after_cut: Callable[[MaskPlan], None] | None = None,
     per_token: bool = False,
 ) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a plan without a gradient, in nats: the scores of an old or a reference
-    policy.
+    """Per-sample ELBOs `[B, K]` of a plan in nats, without a gradient: old or reference scores.
 
-    With `per_token`, log-probs `[B, K, S]` instead, unweighted, at the tokens that are scored and 0
-    elsewhere: what the objectives with a ratio per token take as "old_logp" and "ref_logp". Memory is that of
-    one cut and the result; a sample without a scored token costs no forward. `after_cut` is called with each
-    cut's plan.
+    With `per_token`, unweighted log-probs `[B, K, S]` instead, 0 where nothing is scored: the "old_logp" and
+    "ref_logp" of objectives with a ratio per token. Memory is that of one micro-batch and the result; samples
+    without a scored token cost no forward. `after_cut` is called with the plan of each micro-batch.
     """
     K, B, S = plan.shape
     refuse_dropout(model)
@@ -61,10 +59,9 @@ def score_samples(
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the context, a model with LoRA adapters is its own frozen reference: no second copy of the
-    weights.
+    """Within the context, a model with LoRA adapters is its own frozen reference, without a second copy.
 
-    It is peft's `disable_adapter()`, which any module may offer. Raises ValueError where the model has none.
+    Calls peft's `disable_adapter()`, which any module may offer. Raises ValueError where the model has none.
 
     Example: `with adapters_off(model): reference = score_samples(model, plan)`
     """

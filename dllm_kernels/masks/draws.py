@@ -1,4 +1,4 @@
-"""What a law draws: levels, hidden tokens, weights, as pure functions of (law, options, keys)."""
+"""The draws of a law: levels, hidden tokens and weights, as pure functions of (law, options, keys)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dllm_kernels import noise
 from dllm_kernels.masks.laws import Law, Options
 from dllm_kernels.noise import Stream
 
-REALISED = ("L/count", "1/count")  # weights that divide by the number of tokens that turned out to be scored
+REALISED = ("L/count", "1/count")  # weights that divide by the realised number of scored tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """What the draws of a cut depend on, and nothing else."""
+    """Everything that the draws of a cut depend on."""
 
     seed: int
     iteration: int
-    samples: int  # K of the whole plan: the number of strata, and the distance between two iterations
+    samples: int  # K of the whole plan: number of strata, and stride of iterations
     sample_K: Tensor  # of this cut, 0..samples-1
     sequence_ids_B: Tensor
 
     def bits(self, stream: Stream, sample_K: Tensor, position: Tensor) -> Tensor:
-        """int64 `[K, B, *]` for positions `[B, *]`, `[K, B]` for a scalar; every inner iteration has its own
-        samples.
+        """int64 `[K, B, *]` for positions `[B, *]`, `[K, B]` for a scalar; inner iterations have samples of
+        their own.
         """
         dims = [1] * (position.dim() - 1)
         index_K1 = (sample_K + self.iteration * self.samples).view(-1, 1, *dims)
@@ -37,13 +37,13 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """How much each sample hides: by probability, or by count where `count_KB` is there.
+    """How much each sample hides: by probability, or by count if `count_KB` is given.
 
-    The second of a pair hides what the first shows, so that it takes the draws of the first.
+    The second sample of a pair hides what the first shows, and therefore uses the draws of the first.
     """
 
-    t_KB: Tensor  # float64: probability that a token is hidden, of the first of a pair
-    count_KB: Tensor | None  # int64, the same
+    t_KB: Tensor  # float64: probability that a token is hidden; of pairs, in the first
+    count_KB: Tensor | None  # int64, likewise
     lead_K: Tensor  # int64: the sample itself, or the first of its pair
     second_K1: Tensor  # bool
 
@@ -64,13 +64,13 @@ def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
 
 def _at_nodes(values: list[float], sample_K: Tensor) -> Tensor:
     """float64 `[K, 1]`: sample k belongs to node k mod nodes."""
-    # filled on the device: a copy from the host would stall a GPU's stream
+    # filled on the device, as a copy from the host would stall a GPU's stream
     table = torch.stack([torch.full((), value, dtype=torch.float64, device=sample_K.device) for value in values])
     return table[sample_K % len(values)][:, None]
 
 
 def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:
-    """The levels of a cut, for laws whose level is a probability, a count, a node, or all."""
+    """The levels of a cut, for laws with a probability, a count, nodes, or all."""
     k_K, B = keys.sample_K, len(lengths_B)
     zero = torch.zeros((), dtype=torch.int64, device=k_K.device)
     if law.pairs_from is None:
@@ -93,7 +93,7 @@ def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:
             choices_B = lengths_B + 1 - smallest
             if law.pairing == "stratified":
                 offset_KB = noise.below(keys.bits(Stream.LEVEL, torch.zeros_like(k_K[:1]), zero), choices_B)
-                # floor, not round: half to even would see only half of the counts at some strata
+                # floor: rounding half to even would reach only half of the counts in some strata
                 offset_KB = offset_KB + stratum_K[:, None] * choices_B // strata
             else:
                 offset_KB = noise.below(keys.bits(Stream.LEVEL, lead_K, zero), choices_B)
@@ -109,15 +109,13 @@ def _probability(law: Law, options: Options, keys: Keys, lead_K: Tensor, B: int)
     else:
         zero = torch.zeros((), dtype=torch.int64, device=lead_K.device)
         t_KB = low + (high - low) * noise.uniform(keys.bits(Stream.LEVEL, lead_K, zero))
-    if law.reduction == "coupled":  # its first sample hides everything
+    if law.reduction == "coupled":  # the first sample hides everything
         t_KB = torch.where((lead_K == 0)[:, None], 1.0, t_KB)
     return t_KB
 
 
 def hidden(law: Law, keys: Keys, level: Level, completion_BS: Tensor) -> Tensor:
-    """bool `[K, B, S]`: completion tokens hidden under a level; keyed by a token's ordinal inside its
-    completion.
-    """
+    """bool `[K, B, S]`: completion tokens hidden at a level; keyed by the ordinal within the completion."""
     if law.level == "all":
         return completion_BS.expand(len(keys.sample_K), *completion_BS.shape)
     bits_KBS = keys.bits(Stream.MASK, level.lead_K, ordinals(completion_BS))
@@ -129,12 +127,12 @@ def hidden(law: Law, keys: Keys, level: Level, completion_BS: Tensor) -> Tensor:
 
 
 def ordinals(mask_BS: Tensor) -> Tensor:
-    """int64 `[B, S]`: how many True precede each position (0 before the first)."""
+    """int64 `[B, S]`: the number of True before each position (0 before the first)."""
     return (mask_BS.cumsum(-1) - 1).clamp(min=0)
 
 
 def block(options: Options, keys: Keys, completion_BS: Tensor, lengths_B: Tensor, prompt_noise: float) -> Tensor:
-    """bool `[K, B, S]` of SPG's block-random law: one block partly hidden, later ones whole, earlier ones as
+    """bool `[K, B, S]` of SPG's block-random law: one block partly hidden, later ones fully, earlier ones as
     the prompt.
     """
     size, k_K = options["block_length"], keys.sample_K
@@ -151,7 +149,7 @@ def block(options: Options, keys: Keys, completion_BS: Tensor, lengths_B: Tensor
     bits_KBS = keys.bits(Stream.MASK, k_K, ordinal_BS)
     block_BS, chosen_KB1 = ordinal_BS // size, chosen_KB[:, :, None]
     hidden_KBS = noise.smallest(bits_KBS, completion_BS & (block_BS == chosen_KB1), count_KB) | (block_BS > chosen_KB1)
-    if prompt_noise > 0.0:  # the bits of earlier blocks have chosen nothing yet
+    if prompt_noise > 0.0:  # the bits of earlier blocks are still unused
         hidden_KBS = hidden_KBS | (block_BS < chosen_KB1) & noise.bernoulli(bits_KBS, prompt_noise)
     return completion_BS & hidden_KBS
 
@@ -159,9 +157,8 @@ def block(options: Options, keys: Keys, completion_BS: Tensor, lengths_B: Tensor
 def weights(law: Law, options: Options, keys: Keys, level: Level | None, lengths_B: Tensor, scored_KB: Tensor | None) -> Tensor:
     """float64 `[K, B]`: the weight of a sample's sum of log-probs, as published.
 
-    `scored_KB`: number of scored tokens, for the weights of `REALISED`. A sample without a scored token
-        contributes
-    nothing; weights that divide by its count are then 0.
+    `scored_KB`: number of scored tokens, for the weights in `REALISED`. A sample without a scored token
+        contributes nothing; weights that divide by its count are 0.
     """
     if scored_KB is not None:
         return _over(lengths_B if law.weight == "L/count" else torch.ones_like(lengths_B), scored_KB)

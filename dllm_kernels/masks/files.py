@@ -1,4 +1,4 @@
-"""Mask plans on disk: files that are whole, or an error in one sentence."""
+"""Mask plans on disk: written atomically; a damaged file is an error in one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMAT = 1
 
 
 def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """All or nothing: a reader never sees half a file, and a crash leaves the old one."""
+    """Atomic: readers never see a partial file, and a crash leaves the old one."""
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -26,9 +26,7 @@ def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError in one sentence for a file that is damaged or holds something
-    else.
-    """
+    """Raises FileNotFoundError, or ValueError for a file that is damaged or holds something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Given traces: which state of a rollout each sample of a plan shows, and which tokens it committed next.
+"""Given traces: the state of a rollout that each sample of a plan shows, and the tokens committed next.
 
-A rollout's step map says at which step each token was committed. In state s the tokens of state s and later
-are hidden, and those of state s are scored. States are steps, `shrink` consecutive steps (TraceRL) or
-segments of steps (d2).
+A rollout's step map holds the step that committed each token. In state s, tokens of states >= s are hidden
+and those of state s are scored. A state is a step, `shrink` consecutive steps (TraceRL) or a segment of steps
+(d2).
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from dllm_kernels import checks
 
-TENSORS = ("step_map_BS", "steps_BJ")  # options that become a plan's states
+TENSORS = ("step_map_BS", "steps_BJ")  # options that become the states of a plan
 
 
 def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples: int | None) -> tuple[Tensor, Tensor]:
-    """(state of each token `[B, S]`, state of each sample `[B, K]`), int64, -1 for none; ragged where
-    sequences differ.
+    """(state of each token `[B, S]`, state of each sample `[B, K]`), int64, -1 for none; K may be ragged.
 
     Raises ValueError or TypeError naming the option, or `samples` where it is not the number of states.
     """
@@ -45,7 +44,7 @@ def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples:
         checks.same_device("steps_BJ", state_BK, "input_ids_BS", completion_BS)
         count = state_BK.shape[1]
     else:
-        if count is None:  # on a GPU, a number of samples saves reading the steps back
+        if count is None:  # on a GPU, a given number avoids a host sync
             known = None if checks.may_read(state_BS) else samples
             count = known if known is not None else max(1, int(state_BS.max()) + 1)
         state_BK = torch.arange(count, device=state_BS.device).expand(len(state_BS), -1)
@@ -55,7 +54,7 @@ def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples:
 
 
 def _shrunk(step_map_BS: Tensor, shrink: int) -> Tensor:
-    """Steps that committed a token of the sequence, numbered from 0, `shrink` of them to a state."""
+    """Number the steps that committed a token from 0, and merge `shrink` of them into a state."""
     present_BT = torch.zeros(len(step_map_BS), int(step_map_BS.max()) + 2, dtype=torch.bool, device=step_map_BS.device)
     present_BT.scatter_(1, step_map_BS + 1, True)  # column 0 takes the -1
     rank_BT = present_BT[:, 1:].cumsum(-1) - 1

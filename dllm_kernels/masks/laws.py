@@ -1,9 +1,7 @@
-"""Mask laws as data: level x pairing x weight, and the published names as presets of these; their options,
-checked.
+"""Mask laws as data: level x pairing x weight, with the published names as presets; checks of options.
 
-L tokens of a sequence are scored, a sample hides n of them. A law that is `unbiased` estimates the any-order
-bound `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`. What is drawn under a law is in
-`draws.py`.
+Of the L scorable tokens of a sequence, a sample hides n. An `unbiased` law estimates the any-order bound
+`ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log p(y_l | y^m)`. The draws are in `draws.py`.
 """
 
 from __future__ import annotations
@@ -23,28 +21,25 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """One row of the table. `level`, `pairing` and `weight` are the law; the rest says how its K samples make
-    one score.
-    """
+    """One row of the table: level, pairing and weight, and how the K samples combine into a score."""
 
     name: str
-    # what is drawn: a probability t; a count of 1..L or 0..L; a node of [0, 1]; or which tokens are hidden is
-    # given
+    # what is drawn: a probability t; a count in 1..L or 0..L; a node in [0, 1]; or nothing, masks are given
     level: Literal["t", "count from 1", "count from 0", "nodes", "all", "block", "steps"]
-    # how the K draws hang together: levels drawn alone or spread over their range
+    # whether the K levels are drawn independently or stratified over their range
     pairing: Literal["independent", "stratified"]
-    # of a sample's sum of log-probs; n is its number of hidden tokens, "count" that number where only t was
-    # drawn
+    # of a sample's sum of log-probs; n is the number of hidden tokens, "count" the same where t was drawn
     weight: Literal["1/t", "L/n", "(L+1)/n", "L/count", "w/t", "wL/count", "1/count", "1"]
-    # of the K samples: their mean, the sum over nodes of a node's mean, half the first plus half the mean
-    # pair, or the sum
+    # of the K samples: mean; sum over nodes of their means; half the first plus half the mean pair; sum
     reduction: Literal["mean", "nodes", "coupled", "sum"]
     unbiased: bool  # for the ELBO above
     source: str
-    options: Options = field(default_factory=dict)  # what make_mask_plan takes, with defaults
-    pairs_from: int | None = None  # from this sample on, every second sample hides what the one before it shows
+    options: Options = field(default_factory=dict)  # options of make_mask_plan, with defaults
+    # from this sample on, every second sample hides what the one before it shows
+    pairs_from: int | None = None
     prompt_noise: float = 0.0
-    tail: Literal["dropped", "hidden"] = "dropped"  # tokens after the first EOS where eos_id is given; never scored
+    # tokens after the first EOS, if eos_id is given; never scored
+    tail: Literal["dropped", "hidden"] = "dropped"
 
 
 _TABLE = (
@@ -142,9 +137,7 @@ LAWS: dict[str, Law] = {law.name: law for law in _TABLE}
 
 
 def resolve(name: str, options: Options) -> tuple[Law, dict[str, Any]]:
-    """The law with its options applied, and all its options. Raises ValueError or TypeError naming law,
-    option, value.
-    """
+    """The law with its options applied, and all options. Raises ValueError or TypeError naming the option."""
     checks.choice("law", name, tuple(LAWS))
     law = LAWS[name]
     for option in options:
@@ -243,7 +236,7 @@ def _check_t(options: Options) -> None:
 
 
 def check_samples(law: Law, options: Options, samples: int) -> None:
-    """Raises ValueError where K samples do not fit the law."""
+    """Raises ValueError if the law cannot have this number of samples."""
     if law.pairs_from is not None and (samples - law.pairs_from) % 2:
         raise ValueError(f"samples must be {'odd' if law.pairs_from else 'even'} for law={law.name!r}, got {samples}")
     if law.name == "coupled" and samples < 3:

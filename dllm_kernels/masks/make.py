@@ -32,57 +32,62 @@ def make_mask_plan(
 
     Args:
         input_ids_BS: clean ids, int `[B, S]`.
-        completion_mask_BS: bool `[B, S]`, the tokens that may be hidden and are scored; never the prompt or
+        completion_mask_BS: bool `[B, S]`, the tokens that may be hidden and scored; neither prompt nor
             padding.
-        law: see below. samples: K; None where the given trace or the segments say it.
-        seed: 32-bit key word; equal seeds and sequence ids give equal masks anywhere.
+        law: see below. samples: K; None where a trace or segments determine it.
+        seed: 32-bit key word; equal seeds and sequence ids give equal masks everywhere.
         sequence_ids: int64 `[B]` from `noise.sequence_ids`, distinct.
-        mask_id: the id written at hidden positions; it must not occur among the completion's tokens.
+        mask_id: the id written at hidden positions; must not occur in the completions.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        prompt_noise: probability with which each prompt token is hidden, never scored. None: the law's own,
-            0.15 for `full` and `block`, else 0.
+        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`
+            and `block`, else 0.
         iteration: inner iteration; the samples of different iterations are independent.
-        attention_mask_BS: bool or int `[B, S]`, False at padding. Without it every token before the
-            completion is prompt.
-        eos_id: None scores the whole completion, its EOS tail included. Given: what follows a completion's
-            first EOS is never scored and stays visible, or, for `full`, `block`, `trace` and `segments`, is
-            hidden as published.
-        options: of the law, any other is an error.
+        attention_mask_BS: bool or int `[B, S]`, False at padding. Without it, every token before the
+            completion counts as prompt.
+        eos_id: None scores whole completions with their EOS tail. Given, tokens after the first EOS are never
+            scored; they stay visible, or are hidden, as published, for `full`, `block`, `trace` and
+            `segments`.
+        options: of the law; any other is an error.
 
-    Laws (L scored tokens, n of them hidden in a sample; the score of a sequence is the mean over its K
-    samples unless said otherwise; `unbiased` is for `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m} log
-    p(y_l | y^m)`):
+    Laws (L scorable tokens, n of them hidden in a sample; the score of a sequence is the mean over its K
+    samples unless stated otherwise; `unbiased` refers to `ELBO = sum_{n=1..L} (1/n) E_{|m|=n} sum_{l in m}
+    log p(y_l | y^m)`):
 
-        bernoulli   each token with probability t ~ U(t_min, 1], or with the `t` given; weight 1/t, unbiased but for t_min.
-                    weight="L/count": biased, L / (L + 1) times the ELBO. (LLaDA, arXiv 2502.09992, eq. 3)
-        exact       n ~ U{1..L}, stratified over the samples or pairing="independent"; L/n; unbiased. (LLaDA eq. 6, BGPO)
+        bernoulli   each token with probability t ~ U(t_min, 1], or with the `t` given; weight 1/t, unbiased
+                    but for t_min. weight="L/count": biased, L / (L + 1) times the ELBO. (LLaDA, arXiv
+                    2502.09992, eq. 3)
+        exact       n ~ U{1..L}, stratified over the samples or pairing="independent"; L/n; unbiased. (LLaDA
+                    eq. 6, BGPO)
         exact_zero  n ~ U{0..L}, same; (L+1)/n, 0 for n = 0; unbiased. (ESPO, arXiv 2512.03759)
-        antithetic  pairs: such a mask, then its complement with weight (L+1)/(L-n); unbiased. weight="dmpo": Bernoulli with
-                    t ~ U(t_min = 0.1, 1] and L/count; biased. K even. (ESPO; DMPO, arXiv 2510.08233)
-        coupled     all tokens, then pairs of Bernoulli(t) and its complement, t ~ U(t_low = 0.2, t_high = 0.8) or given, of
-                    weights 1/t, 1/(1-t); half the first plus the mean half-sum of a pair: no ELBO,
-                    DiffuCoder's score summed over tokens. K odd. (arXiv 2506.20639)
-        quadrature  Gauss-Legendre `nodes` (1..5) t with weights w on [0, 1], K / nodes masks of int(t L) tokens at each
-                    (counts="round": rounded half up); w/t, or weight="wL/count"; summed over nodes; biased,
-                    nodes without a token contribute 0. Sample k belongs to node k mod nodes. (GDPO, arXiv
-                    2510.08554)
+        antithetic  pairs: such a mask, then its complement with weight (L+1)/(L-n); unbiased. weight="dmpo":
+                    Bernoulli with t ~ U(t_min = 0.1, 1] and L/count; biased. K even. (ESPO; DMPO, arXiv
+                    2510.08233)
+        coupled     all tokens, then pairs of Bernoulli(t) and its complement, t ~ U(t_low = 0.2, t_high =
+                    0.8) or given, of weights 1/t, 1/(1-t); half the first plus the mean half-sum of a pair:
+                    no ELBO, DiffuCoder's score summed over tokens. K odd. (arXiv 2506.20639)
+        quadrature  Gauss-Legendre `nodes` (1..5) t with weights w on [0, 1], K / nodes masks of int(t L)
+                    tokens at each (counts="round": rounded half up); w/t, or weight="wL/count"; summed over
+                    nodes; biased, nodes without a token contribute 0. Sample k belongs to node k mod nodes.
+                    (GDPO, arXiv 2510.08554)
         full        all tokens; 1; no ELBO. (d1, arXiv 2504.12216; wd1, arXiv 2507.08838)
-        block       one block of `block_length` = 32 tokens, from a random order of the blocks: n ~ U{1..its size} of it, all
-                    later tokens, earlier ones as the prompt; all hidden tokens are scored; 1 / their number;
-                    no ELBO. (SPG, arXiv 2510.09541)
-        trace       the states of a rollout: `step_map_BS` (int64, the step that committed each token, -1 outside). Sample s
-                    hides the tokens of steps >= s, scores those of step s; 1; the score is the sum.
-                    `steps_BJ` (int64, -1 none) picks steps; `shrink` merges that many consecutive steps.
-                    (TraceRL, arXiv 2509.06949; EGSPO)
-        segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own last + 1): step
-                    s is in part s N // T; each is scored in its first state. (d2, arXiv 2509.21474)
+        block       one block of `block_length` = 32 tokens, from a random order of the blocks: n ~ U{1..its
+                    size} of it, all later tokens, earlier ones as the prompt; all hidden tokens are scored; 1
+                    / their number; no ELBO. (SPG, arXiv 2510.09541)
+        trace       the states of a rollout: `step_map_BS` (int64, the step that committed each token, -1
+                    outside). Sample s hides the tokens of steps >= s, scores those of step s; 1; the score is
+                    the sum. `steps_BJ` (int64, -1 none) picks steps; `shrink` merges that many consecutive
+                    steps. (TraceRL, arXiv 2509.06949; EGSPO)
+        segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own
+                    last + 1): step s is in part s N // T; each is scored in its first state. (d2, arXiv
+                    2509.21474)
 
     Raises ValueError or TypeError naming the argument.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> completion = torch.tensor([[False, True, True, True]])
-        >>> plan = make_mask_plan(ids, completion, law="exact", samples=3, seed=0, sequence_ids=torch.tensor([1]), mask_id=9)
+        >>> plan = make_mask_plan(ids, completion, law="exact", samples=3, seed=0,
+        ...                       sequence_ids=torch.tensor([1]), mask_id=9)
         >>> sorted(plan.counts[:, 0].tolist())
         [1, 2, 3]
     """

@@ -1,8 +1,7 @@
-"""Mask plans: which tokens each Monte-Carlo sample hides and scores, at which weight; made once, shared by
-every policy.
+"""Mask plans: which tokens each Monte-Carlo sample hides and scores, and with which weights.
 
-A plan stores law, keys and ids; masks, rows and weights are computed where they are read, for the cut that is
-read. The laws and their formulas are in `laws.py`.
+A plan is made once and shared by all policies. It stores law, keys and ids; masks, rows and weights are
+computed on access, for the cut at hand. The laws and their formulas are in `laws.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from dllm_kernels.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """K masks for each of B sequences. Make it with `make_mask_plan`; read the properties; `cut` it into
-    micro-batches.
+    """K masks for each of B sequences; made by `make_mask_plan`, `cut` into micro-batches.
 
-    Noise on tokens is keyed by their ordinal inside completion or prompt, so padding and batching do not
-    change a bit.
+    Token noise is keyed by the ordinal within completion or prompt, so padding and batching change no bit.
     """
 
     input_ids_BS: Tensor
@@ -45,9 +42,9 @@ class MaskPlan:
     iteration: int
     prompt_noise: float
     prompt_mask_BS: Tensor | None = None  # real prompt tokens, where prompt_noise > 0
-    tail_mask_BS: Tensor | None = None  # hidden and never scored: what follows the first EOS, for some laws
-    state_BS: Tensor | None = None  # of a given trace: when each token was committed, -1 never
-    state_BK: Tensor | None = None  # of a given trace: the state of each of the `samples`, -1 none
+    tail_mask_BS: Tensor | None = None  # hidden but never scored: tokens after the first EOS, for some laws
+    state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
+    state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,12 +67,12 @@ class MaskPlan:
 
     @cached_property
     def level(self) -> draws.Level:
-        """How much each sample hides; for laws whose hidden tokens are not given."""
+        """How much each sample hides, for laws that draw it."""
         return draws.level(self.rule, self.options, self._keys, self.lengths_B)
 
     @cached_property
     def masked(self) -> Tensor:
-        """bool `[K, B, S]`: hidden in this sample, be it completion or prompt."""
+        """bool `[K, B, S]`: hidden in this sample, in completion or prompt."""
         hidden_KBS = self._hidden_KBS
         if self.tail_mask_BS is not None:
             hidden_KBS = hidden_KBS | self._hidden_tail_KBS
@@ -86,7 +83,7 @@ class MaskPlan:
 
     @cached_property
     def _hidden_KBS(self) -> Tensor:
-        """Of the tokens that may be scored."""
+        """bool `[K, B, S]`: the hidden ones of the tokens that may be scored."""
         if self.rule.level == "steps":
             return self.completion_mask_BS & self._after_KBS
         if self.rule.level == "block":
@@ -105,7 +102,7 @@ class MaskPlan:
 
     @property
     def _after_KBS(self) -> Tensor:
-        """Tokens that the given trace commits in a sample's state or later."""
+        """Tokens that the trace commits in a sample's state or later."""
         assert self.state_BS is not None
         return (self._state_KB1 >= 0) & (self.state_BS >= self._state_KB1)
 
@@ -128,10 +125,10 @@ class MaskPlan:
 
     @property
     def p_mask_KB(self) -> Tensor:
-        """Probability that a completion token is hidden given the level, fp32: t, or n / L (1 for an empty
-        completion).
+        """Probability of hiding a completion token at the level, fp32: t, or n / L (1 if the completion is
+        empty).
 
-        For `block`, `trace` and `segments`, which do not treat all tokens alike: the share that is hidden.
+        For `block`, `trace` and `segments`, which do not treat all tokens alike: the hidden share.
         """
         if self.rule.level not in ("block", "steps"):
             return self.level.own_t().float()
@@ -139,18 +136,14 @@ class MaskPlan:
 
     @cached_property
     def weight_KB(self) -> Tensor:
-        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n and so on, see
-        `laws.LAWS`.
-        """
+        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n ..., see `laws.LAWS`."""
         scored_KB = self.counts if self.rule.weight in draws.REALISED else None
         level = None if self.rule.level in ("block", "steps") else self.level
         return draws.weights(self.rule, self.options, self._keys, level, self.lengths_B, scored_KB).float()
 
     @property
     def share_K(self) -> Tensor:
-        """Weight of each sample in its sequence's score, fp32 `[K]`: 1 / samples of the whole plan for most
-        laws.
-        """
+        """Weight of each sample in its sequence's score, fp32 `[K]`; mostly 1 / (samples of the plan)."""
         return self._share_K.float()
 
     @property
@@ -159,12 +152,10 @@ class MaskPlan:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows to score, ordered by (sample, sequence, position); the logit shift is resolved here and
-        nowhere else.
-        """
+        """The rows to score, by (sample, sequence, position); the one place where the shift is resolved."""
         K, B, S = self.shape
         flat_N = self.scored.reshape(-1).nonzero()[:, 0]
-        # one-dimensional look-ups: indexing by (sample, sequence, position) takes twice as long
+        # one-dimensional lookups: indexing by (sample, sequence, position) takes twice as long
         pair_N = torch.repeat_interleave(self.counts.reshape(-1), output_size=len(flat_N))
         pairs = torch.arange(K * B, device=flat_N.device)
         sample_N, sequence_N = (pairs // B).index_select(0, pair_N), (pairs % B).index_select(0, pair_N)
@@ -177,30 +168,25 @@ class MaskPlan:
         )
 
     def elbo(self, logp_N: Tensor) -> Tensor:
-        """Per-sample ELBOs `[B, K]`: `weight * sum of logp` over the rows of each; differentiable,
-        order-independent.
-        """
+        """Per-sample ELBOs `[B, K]`: `weight * sum of logp`; differentiable, whatever the order of rows."""
         K, B, S = self.shape
         checks.shape("logp_N", logp_N, [len(self.rows.index)])
         scattered = logp_N.new_zeros(K * B * S).index_copy(0, self.rows.index + self.shift, logp_N * self.rows.weight)
         return scattered.view(K, B, S).sum(-1).t()
 
     def score(self, logp_N: Tensor) -> Tensor:
-        """Scores `[B]`: `sum_k share_k elbo_bk`, the law's estimate. The scores of cuts along the samples add
-        up.
-        """
+        """Scores `[B]`: the estimate `sum_k share_k elbo_bk`. Scores of cuts along the samples add up."""
         elbo_BK = self.elbo(logp_N)
         return (elbo_BK * self._share_K.to(elbo_BK.dtype)).sum(-1)
 
     def standard_error(self, elbo_BK: Tensor) -> Tensor:
-        """Standard errors `[B]` of the scores, from the per-sample ELBOs of all K samples; NaN where K does
-        not tell.
+        """Standard errors `[B]` of the scores, from the per-sample ELBOs of all K samples.
 
-        The standard deviation of the independent draws over the root of their number. A draw is a sample; for
-        pairs of complements (`antithetic`, `coupled`) the mean of a pair; for `quadrature` the draws of each
-        node, whose variances add up, so that the rule's own error is not in it. Strata (`exact`,
-        `exact_zero`, `antithetic`) and the distinct blocks of `block` make the true error smaller than what
-        is returned. `full`, `trace` and `segments` have no draws to compare: NaN.
+        The standard deviation of independent draws over the square root of their number. A draw is a sample;
+        for complementary pairs (`antithetic`, `coupled`) the mean of a pair; for `quadrature` a sample of a
+        node, and the variances of the nodes add up (the error of the quadrature rule itself is not included).
+        With strata (`exact`, `exact_zero`, `antithetic`) and with the distinct blocks of `block`, the true
+        error is smaller. NaN for a single draw, and for `full`, `trace` and `segments`, which draw nothing.
         """
         K, B, _ = self.shape
         checks.shape("elbo_BK", elbo_BK, [B, K])
@@ -209,7 +195,7 @@ class MaskPlan:
         return draws.standard_error(self.rule, self.options, elbo_BK[:, torch.argsort(self.sample_K)])
 
     def cut(self, *, samples: slice | Tensor = slice(None), sequences: slice | Tensor = slice(None)) -> MaskPlan:
-        """The plan of some samples and sequences, with the very bits they have in the whole."""
+        """The plan of a subset of samples and sequences, with the same bits as in the whole plan."""
         for name, part in (("samples", samples), ("sequences", sequences)):
             if not isinstance(part, slice) and not (isinstance(part, Tensor) and part.dim() == 1):
                 raise TypeError(f"{name} must be a slice or a 1-d tensor of indices, got {part!r}")
@@ -217,40 +203,38 @@ class MaskPlan:
         return replace(self, **parts, sample_K=self.sample_K[samples])
 
     def to(self, device: torch.device | str) -> MaskPlan:
-        """The same plan, the same masks, on another device."""
+        """The same plan with the same masks on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The plan's tensors by field; what is not there is None."""
+        """The plan's tensors by field, without those that are None."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def describe(
         self, *, hidden_size: int | None = None, vocabulary: int | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> str:
-        """Law, expected rows and memory in words; with the head's H and V also its FLOPs, and the logits it
-        never builds.
+        """Law, expected rows and memory in words; with H and V also the head's FLOPs and the logits avoided.
 
         Example:
             >>> from dllm_kernels import make_mask_plan
             >>> ids = torch.arange(8)[None]
-            >>> plan = make_mask_plan(ids, ids > 3, law="exact", samples=2, seed=0, sequence_ids=torch.tensor([1]), mask_id=9)
+            >>> plan = make_mask_plan(ids, ids > 3, law="exact", samples=2, seed=0,
+            ...                       sequence_ids=torch.tensor([1]), mask_id=9)
             >>> print(plan.describe(hidden_size=16, vocabulary=100).splitlines()[3])
             rows        5 expected, 31.2% of the positions
         """
         return _describe(self, hidden_size, vocabulary, dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, and tensors on the CPU that share no memory with the plan's."""
+        """Plain values, and copies of the tensors on the CPU."""
         state: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         state |= {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors().items()}
         return {**state, "options": dict(self.options), "format": files.FORMAT}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskPlan:
-        """The plan that gave this state, on the CPU. Raises ValueError naming what is missing, unknown or
-        does not fit.
-        """
+        """The plan of a `state_dict`, on the CPU. Raises ValueError for missing, unknown or wrong fields."""
         values = dict(state)
         if (found := values.pop("format", None)) != files.FORMAT:
             raise ValueError(f"state must be a mask plan of format {files.FORMAT}, got format {found!r}")
@@ -268,8 +252,8 @@ class MaskPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskPlan:
-        """A saved plan, on the CPU; no code of the file is run. Raises ValueError for a file that is none or
-        damaged.
+        """A saved plan, on the CPU; runs no code from the file. Raises ValueError for any other or damaged
+        file.
         """
         try:
             return cls.from_state_dict(files.read(path))
@@ -301,16 +285,12 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def noise_stride(rule: Law, samples: int) -> int:
-    """Noise samples per iteration. A trace has as many samples as its batch's longest has states: no noise
-    may depend on it.
-    """
+    """Noise samples per iteration; constant for traces, whose number of samples depends on the batch."""
     return 1 << 16 if rule.level == "steps" else samples
 
 
 def expected_rows(plan: MaskPlan) -> float:
-    """Mean number of scored tokens under the law; the number itself where the law leaves no choice, and for
-    `block`.
-    """
+    """Expected number of scored tokens; the actual number where it is not random, and for `block`."""
     rule, options, lengths_B = plan.rule, plan.options, plan.lengths_B.double()
     if rule.level in ("all", "nodes", "steps", "block"):
         return float(plan.counts.sum())

@@ -17,10 +17,9 @@ from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
 
 
 class _Tap:
-    """Stands in for the head's forward: keeps its input, and hands on one column, too small to matter.
+    """Replaces the head's forward: keeps its input and returns a single column of it.
 
-    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) then works on that column
-    alone.
+    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) costs one column.
     """
 
     def __init__(self, shards: Shards | None, head: WholeHead) -> None:
@@ -31,12 +30,10 @@ class _Tap:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
-        return hidden[..., :1].clone()  # not a view: OLMo-style code, LLaDA's too, may scale its logits in place
+        return hidden[..., :1].clone()  # not a view: OLMo-style code (LLaDA) may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """A forward hook of FSDP's root: the hidden states are its output, by whose gradient FSDP knows that
-        backward begins.
-        """
+        """Forward hook of FSDP's root, which must output hidden states for FSDP to notice their backward."""
         if self.hidden is None:
             return None
         self.column = getattr(output, "logits", None)
@@ -44,9 +41,7 @@ class _Tap:
 
 
 class _LinearTap(TorchFunctionMode):
-    """The same for a model whose head is its input embedding itself, used by `F.linear` (LLaDA's
-    `weight_tying`).
-    """
+    """The same where `F.linear` with the input embedding is the head (LLaDA's `weight_tying`)."""
 
     def __init__(self, weight: Tensor, tap: _Tap) -> None:
         super().__init__()
@@ -59,10 +54,10 @@ class _LinearTap(TorchFunctionMode):
 
 
 class Body:
-    """A model without its head. Call it for hidden states; `weight`, `bias` and `options` are the head's.
+    """A model without its head, made by `headless`. Calling it returns hidden states.
 
-    `options` holds what `score_tokens` and `sample_tokens` need to reproduce the model's logits: bias,
-    softcap, temperature. Made by `headless`.
+    `weight` is the head's; with `options` (bias, softcap, temperature), `score_tokens` and `sample_tokens`
+    reproduce the model's own logits.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
@@ -73,7 +68,7 @@ class Body:
         embed = getattr(model, "get_input_embeddings", None)
         try:
             embedding = embed() if callable(embed) else None
-        except NotImplementedError:  # transformers found none (MDLM's own code names it vocab_embed)
+        except NotImplementedError:  # transformers finds none (MDLM's own code calls it vocab_embed)
             embedding = None
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
         # the input embedding may have more rows than the head
@@ -90,11 +85,10 @@ class Body:
 
     @property
     def weight(self) -> Tensor:
-        """`[V, H]`, the parameter itself; of a sharded one a whole copy, in the dtype of the hidden states
-        last computed.
+        """`[V, H]`: the parameter, or a full copy of a sharded one in the dtype of the last hidden states.
 
-        What it gets of gradients goes to the sharded parameter, summed over ranks, when the outermost
-        `headless` ends.
+        The gradient of a copy is summed over ranks into the sharded parameter when the outermost `headless`
+        ends.
         """
         weight = self._tap.head.get("weight")
         assert weight is not None
@@ -102,7 +96,7 @@ class Body:
 
     @property
     def bias(self) -> Tensor | None:
-        """`[V]` or None; treated as the weight."""
+        """`[V]` or None; as the weight."""
         return self._tap.head.get("bias")
 
     @property
@@ -115,11 +109,10 @@ class Body:
         return self._tap.head.taker("weight")
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model hands them to its
-        head.
+        """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model feeds its head.
 
-        Leading dimensions, such as `[K, B]`, become one batch for the model; an `attention_mask` of the ids'
-        shape too.
+        Leading dimensions, such as `[K, B]`, are flattened into one batch; so are those of an
+        `attention_mask`.
         """
         if not self._tap.active:
             raise ValueError("body must be called inside its headless context, which has ended")
@@ -131,12 +124,12 @@ class Body:
         checks.in_range("input_ids", input_ids, 0, self.vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is the model's own affair
+        if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = self._tap.column = None
         own_embedding = isinstance(self.head, nn.Embedding)
         with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
-            if self.shards is not None:  # of views that are changed in place after the forward: these are not
+            if self.shards is not None:  # warns of views changed in place later; these are not
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             output = self.model(input_ids=flat, **kwargs)
         hidden, self._tap.hidden = self._tap.hidden, None
@@ -146,15 +139,13 @@ class Body:
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
         self._check_logits(hidden, getattr(output, "logits", None) if column is None else column)
-        if torch.is_autocast_enabled(hidden.device.type):  # where the head's own product would cast its operands to one dtype
+        if torch.is_autocast_enabled(hidden.device.type):  # autocast would bring both operands to one dtype
             hidden = hidden.to(self.parameter.dtype)
-        self._tap.head.get("weight", hidden.dtype)  # here, where all ranks that share a model come by
+        self._tap.head.get("weight", hidden.dtype)  # a collective, which all ranks call here
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
-        """One call for the sake of the ranks that share the model and have more to do; it adds exactly 0 to
-        every gradient.
-        """
+        """A call that adds exactly 0 to every gradient, to keep step with ranks that have more to do."""
         device = self.parameter.device
         ones = {name: tensor.new_ones(1, *tensor.shape[1:]) for name, tensor in model_kwargs.items()}
         with torch.set_grad_enabled(backward):
@@ -163,7 +154,7 @@ class Body:
                 hidden.backward(torch.zeros_like(hidden))
 
     def _check_logits(self, hidden: Tensor, column: Tensor | None) -> None:
-        """What the model made of the one column that the tap returned must be what `options` say."""
+        """Check that the model did to the tap's column only what `options` say."""
         if not isinstance(column, Tensor) or column.shape != (*hidden.shape[:-1], 1) or not checks.may_read(column):
             return
         want = hidden.detach()[..., :1].float()
@@ -175,17 +166,16 @@ class Body:
 
 @contextmanager
 def headless(model: nn.Module) -> Iterator[Body]:
-    """Within the context, the model's output embedding does nothing and logits are never built.
+    """Within the context, the model's output embedding is bypassed and logits are never built.
 
     Args:
-        model: any module with Hugging Face's `get_output_embeddings()`; tied heads and softcapped logits
-            included.
+        model: any module with Hugging Face's `get_output_embeddings()`, also with a tied head or softcapped
+            logits.
 
-    Yields a `Body`. The model is restored on exit, after an exception too. Its modules, parameters, state
-    dict and hooks stay in place meanwhile (only the head's forward is replaced), so training and saving work
-    as usual.
+    Yields a `Body`. The model is restored on exit, also after an exception. Only the head's forward is
+    replaced: modules, parameters, state dict and hooks stay in place, so training and saving work as usual.
 
-    Raises TypeError when `model` is no module, ValueError when it has no output embedding.
+    Raises TypeError if `model` is not a module, ValueError if it has no output embedding.
 
     Example:
         >>> import torch
@@ -207,7 +197,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
             + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
         )
-    previous = head.__dict__.get("forward")  # accelerate and others patch instances too
+    previous = head.__dict__.get("forward")  # accelerate and others patch instances, too
     outer = previous if isinstance(previous, _Tap) else None
     if outer is not None:
         tap = _Tap(outer.shards, outer.head)
@@ -216,7 +206,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
         tap = _Tap(shards, WholeHead(head.weight, getattr(head, "bias", None)))
         tap.head.get("bias")
     checks.shape("model's output embedding weight", head.weight, [None, None])
-    if isinstance(head, nn.Embedding):  # its forward is the input's lookup, and must stay
+    if isinstance(head, nn.Embedding):  # its forward is the input lookup and must stay
         if tap.shards is not None:
             raise ValueError(
                 f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
@@ -242,27 +232,25 @@ def headless(model: nn.Module) -> Iterator[Body]:
         tap.active = False
         if tap.shards is not None:
             tap.shards.reshard()
-    if outer is None and tap.shards is not None:  # not after an error, at which the other ranks may be elsewhere
+    if outer is None and tap.shards is not None:  # not after an error: other ranks may be elsewhere
         tap.head.reduce(tap.shards)
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, which a multimodal one holds inside its own; None where there is none."""
+    """The language model's config, nested in that of a multimodal model; None where there is none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The number of positions that the model's configuration allows; None where it names none."""
+    """The largest number of positions according to the config; None where it states none."""
     config = text_config(model)
     stated = (getattr(config, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
     return min((length for length in stated if isinstance(length, int) and length > 0), default=None)
 
 
 def dropout_names(model: nn.Module) -> list[str]:
-    """What makes two forward passes of a training model differ: active dropout modules and dropout rates of
-    the config.
-    """
+    """Active dropout modules and dropout rates of the config: with any, two forward passes differ."""
     if not model.training:
         return []
     active = [

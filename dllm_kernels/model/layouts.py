@@ -1,8 +1,7 @@
-"""Where the tokens of a rollout lie, and how the model is called on them: padded, packed into one row, or
-with a cache.
+"""The layouts of a rollout's tokens and how the model is called on them: padded, packed, or with a cache.
 
-Each form has `ids` (all tokens), `column_BL` (where a completion's tokens lie), `write`, `hidden` (one call
-of the model) and `rows` (where a completion token's prediction lies in what `hidden` returned).
+Each has `ids` (all tokens), `column_BL` (columns of the completions' tokens), `write`, `hidden` (one call of
+the model) and `rows` (the rows of its result that predict given completion tokens).
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ids and what is real among them, bool, or None where everything is. Ragged prompts are padded on the
-    right.
-    """
+    """Ids, and a bool mask of real tokens (None: all). Ragged prompts are padded on the right."""
 
     ids_BP: Tensor
     keep_BP: Tensor | None
@@ -38,14 +35,14 @@ class Prompts:
         return Prompts(self.ids_BP[span], None if self.keep_BP is None else self.keep_BP[span], self.ragged)
 
     def first_columns(self) -> Tensor:
-        """Where completions begin, `[B]`: after each prompt where they are ragged, else in one column."""
+        """First columns of the completions, `[B]`: after each ragged prompt, else all the same."""
         if self.ragged and self.keep_BP is not None:
             return self.lengths_B
         return torch.full((len(self.ids_BP),), self.ids_BP.shape[1], device=self.ids_BP.device)
 
 
 def collect(prompts: Sequence[Tensor], width: int | None) -> Prompts:
-    """Ragged prompts, one-dimensional, as one tensor of `width` columns or as many as the longest has."""
+    """Stack one-dimensional prompts, padded to `width` columns or to the longest prompt."""
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths) if width is None else width
     ids_BP = torch.stack([torch.nn.functional.pad(prompt, (0, width - len(prompt))) for prompt in prompts])
@@ -56,7 +53,7 @@ def collect(prompts: Sequence[Tensor], width: int | None) -> Prompts:
 
 
 class Padded:
-    """One row per sequence. With `guidance`, a second half of rows whose prompts are hidden."""
+    """One row per sequence; with `guidance`, a second half of rows with hidden prompts."""
 
     def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int, *, guidance: float = 0.0) -> None:
         self.body, self.shift, self.guidance, self.mask_id = body, shift, guidance, mask_id
@@ -86,13 +83,14 @@ class Padded:
         return self.body(ids, **kwargs)
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
-        """Flat rows `[A, R]` of a `hidden(who_A)`, or of a `hidden(None)` where `whole`."""
+        """Flat rows `[A, R]` of `hidden(who_A)`, or of `hidden(None)` if `whole`."""
         row_A = who_A if whole else torch.arange(len(who_A), device=who_A.device)
         return row_A[:, None] * self.ids.shape[1] + self.column_BL[who_A].gather(1, place_AR) - self.shift
 
     def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
-        """Hidden states `[N, H]` of these rows: `h + guidance (h - h without prompt)`, whose logits the
-        linear head makes.
+        """Hidden states `[N, H]` of these rows, with guidance `h + guidance (h - h without prompt)`.
+
+        The head is linear, so this is guidance of the logits.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         chosen_NH = flat.index_select(0, row_N)
@@ -103,10 +101,10 @@ class Padded:
 
 
 class Packed:
-    """All sequences in one row, without padding; positions restart, attention stays within a sequence.
+    """All sequences in one row without padding; positions restart and attention stays within a sequence.
 
-    flash-attn's variable-length kernel finds the sequences by their positions; other kernels get a mask of
-    pairs, which is as exact and no faster.
+    flash-attn's variable-length kernel finds the sequences by their positions; other kernels get a
+    block-diagonal mask, which is as exact and no faster.
     """
 
     def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int) -> None:
@@ -150,12 +148,11 @@ class Packed:
 
 
 class Cached:
-    """Block-causal models with the keys and values of finished blocks kept; blocks count from the start of
-    the prompt.
+    """Block-causal models with a cache of finished blocks; blocks count from the start of the prompt.
 
-    All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so that those of
-    other lengths begin their completions in the same block of the grid. The first step of a block sends the
-    block before it along, whose keys and values are then final: one call of the model a step.
+    All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so all
+    completions begin in the same block. The first step of a block recomputes the block before it, whose keys
+    and values are final by then: one call of the model per step.
     """
 
     def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, block_length: int) -> None:
@@ -182,7 +179,7 @@ class Cached:
         self.position_BC = (torch.arange(columns, device=device) - offset_B[:, None]).clamp(min=0)
         self.cache = DynamicCache()
         self.cached = 0  # columns
-        self.block = 0  # of the completion, see `enter`
+        self.block = 0  # of the completion, set by `enter`
         self._window = 0
 
     def enter(self, block: int) -> None:
@@ -196,7 +193,7 @@ class Cached:
         column_C = torch.arange(last, device=self.ids.device)
         query_Q = column_C[first:]
         sees_QC = column_C // self.block_length <= (query_Q // self.block_length)[:, None]
-        # padding looks at itself, so that its softmax has something to divide by
+        # padding attends to itself, or its softmax would be empty
         sees_BQC = sees_QC & self.keep_BC[:, None, :last] | (query_Q[:, None] == column_C)
         self._window = first
         hidden = self.body(
@@ -219,9 +216,7 @@ class Cached:
 
 
 def _additive(sees: Tensor, body: Body) -> Tensor:
-    """0 where a query sees a key, the least number of the dtype elsewhere: what every attention kernel of
-    transformers takes.
-    """
+    """Additive mask as transformers takes it: 0 where a query sees a key, else the dtype's minimum."""
     dtype = next(body.model.parameters()).dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 

@@ -1,10 +1,9 @@
-"""Models whose parameters are sharded over ranks (FSDP2, or any DTensors): the head in one piece, and ranks
-in step.
+"""Models sharded over ranks (FSDP2, or any DTensors): gathering the head and keeping ranks in step.
 
-A forward under FSDP2 is a chain of collectives, so ranks must call the model equally often, and in the same
-order of calls with and without a gradient. The head is gathered once while `headless` lasts, and its gradient
-is added up at full size and reduced once, when `headless` ends. All gradients are summed over ranks, never
-averaged: the engine divides by the denominator of the whole optimizer step.
+A forward under FSDP2 is a sequence of collectives, so ranks must make the same calls, with and without a
+gradient, in the same order. The head is gathered once per `headless` context; its gradient is accumulated
+unsharded and reduced once when the context ends. All gradients are summed over ranks, not averaged:
+`accumulate` divides by the denominator of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether it is a DTensor; `torch.distributed.tensor` takes long to import, and is there if one exists."""
+    """Whether it is a DTensor; avoids the slow import of `torch.distributed.tensor`, loaded if any exists."""
     return "torch.distributed.tensor" in sys.modules and isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor)
 
 
@@ -34,7 +33,7 @@ def find_shards(model: nn.Module) -> Shards | None:
         kind = getattr(sys.modules["torch.distributed.fsdp"], "FSDPModule", ())
         modules = [module for module in model.modules() if isinstance(module, kind)]
     for module in modules:
-        module.reshard()  # after a forward without backward the root's parameters are still whole
+        module.reshard()  # after a forward without backward the root is still unsharded
     sharded = next((p for p in model.parameters() if is_sharded(p)), None)
     if sharded is None:
         return None
@@ -42,16 +41,16 @@ def find_shards(model: nn.Module) -> Shards | None:
 
 
 class Shards:
-    """Who holds the parts of a model, and when its gradients are reduced."""
+    """The ranks that hold the shards of a model, and when its gradients are reduced."""
 
     def __init__(self, modules: list[Any], mesh: Any) -> None:
         self.modules, self.mesh = modules, mesh  # FSDP modules, parents first
-        self.unreduced = False  # whether whole gradients wait for a backward that reduces them
+        self.unreduced = False  # whether unsharded gradients wait for a reducing backward
         self._reduces = True
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """All ranks that hold a part. Raises ValueError where no single process group is known to have them."""
+        """All ranks that hold a shard. Raises ValueError where no known process group consists of them."""
         if self.mesh.ndim == 1:
             return self.mesh.get_group()  # type: ignore[no-any-return]
         world = dist.group.WORLD
@@ -60,7 +59,7 @@ class Shards:
         return world
 
     def most(self, count: int) -> int:
-        """The largest of all ranks' counts: one small collective."""
+        """The maximum over ranks: one small collective."""
         value = torch.tensor(count, dtype=torch.int64, device=self.mesh.device_type)
         for dimension in range(self.mesh.ndim):
             dist.all_reduce(value, dist.ReduceOp.MAX, group=self.mesh.get_group(dimension))
@@ -71,23 +70,22 @@ class Shards:
             module.reshard()
 
     def sum_gradients(self) -> None:
-        """FSDP averages over ranks by default; from here on it sums."""
+        """From now on sum gradients over ranks; FSDP averages by default."""
         for module in self.modules:
             name = "set_gradient_divide_factor"
-            getattr(module, name if hasattr(module, name) else "set_reduce_scatter_divide_factor")(1.0)  # until torch 2.7
-            if hasattr(module, "set_force_sum_reduction_for_comms"):  # gloo knows no other way
+            # the second name is that of torch up to 2.7
+            getattr(module, name if hasattr(module, name) else "set_reduce_scatter_divide_factor")(1.0)
+            if hasattr(module, "set_force_sum_reduction_for_comms"):  # gloo needs it
                 module.set_force_sum_reduction_for_comms(True)
 
     def reduce_gradients(self, now: bool) -> None:
-        """Whether the next backwards reduce-scatter their gradients, or keep them whole and add them up."""
+        """Whether the next backwards reduce-scatter gradients or accumulate them unsharded."""
         for module in self.modules:
             module.set_requires_gradient_sync(now, recurse=False)
         self._reduces = now
 
     def before_call(self, *, backward: bool, reduce: bool) -> None:
-        """reduce: the gradients that were kept whole so far are reduced by the backward of the call that
-        comes.
-        """
+        """reduce: the backward of the next call also reduces the gradients kept unsharded so far."""
         if reduce:
             self.reduce_gradients(now=True)
         if backward:
@@ -95,9 +93,7 @@ class Shards:
 
 
 class WholeHead:
-    """A head's weight and bias in one piece, and what they got of gradients so far. Plain tensors are passed
-    on as they are.
-    """
+    """A head's gathered weight and bias, and their gradients so far. Plain tensors are passed through."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.parameters = {"weight": weight, "bias": bias}
@@ -106,24 +102,24 @@ class WholeHead:
         self._versions: dict[str, tuple[int, int]] = {}
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """The parameter, gathered anew where it was updated since or is wanted in another dtype: a
-        collective.
+        """The parameter; a sharded one is gathered again after an update or for another dtype. A collective.
 
-        dtype: of the copy; None for the one that is there, else the parameter's.
+        dtype: of the copy; None takes the existing copy's, else the parameter's.
         """
         parameter = self.parameters[name]
         if parameter is None or not is_sharded(parameter):
             return parameter
-        version = parameter._version, _local(parameter)._version  # of updates as a whole, and of the part alone
+        version = parameter._version, _local(parameter)._version  # of the DTensor and of its shard
         known = self._whole.get(name)
         if known is not None and self._versions[name] == version and dtype in (None, known.dtype):
             return known
         dtype = dtype or (parameter.dtype if known is None else known.dtype)
         self._collect(name)
-        whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]  # of one rank, its own part
+        # detached again, as with one rank it is a view of the shard
+        whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]
         if parameter.requires_grad:
             whole.requires_grad_(True)
-            if dtype not in _WIDE:  # what comes another way must not be added up in 16 bits
+            if dtype not in _WIDE:  # gradients that autograd delivers must not accumulate in 16 bits
                 whole.register_post_accumulate_grad_hook(lambda _: self._collect(name))
         self._whole[name], self._versions[name] = whole, version
         return whole
@@ -142,7 +138,7 @@ class WholeHead:
             self._buffers[name] = gradient if gradient.dtype in _WIDE else gradient.float()
 
     def _collect(self, name: str) -> None:
-        """Takes what autograd accumulated in the copy."""
+        """Move what autograd accumulated on the copy into the buffer."""
         whole = self._whole.get(name)
         if whole is not None and whole.grad is not None:
             self._add(name, whole.grad)

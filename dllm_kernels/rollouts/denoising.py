@@ -1,4 +1,4 @@
-"""The loop of a rollout: one call of the model per step, and the head on the rows that this step may commit."""
+"""The loop of a rollout: per step one call of the model, and the head on the rows that may be committed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OnStep = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode; checked by `generate`."""
+    """The settings of a rollout, checked by `generate`."""
 
     sampler: Sampler
     length: int
@@ -39,7 +39,7 @@ class Decoding:
 
 
 class Denoiser:
-    """The state of a micro-batch. `run` fills it; afterwards its tensors are the rollout's."""
+    """The state of a micro-batch; after `run`, its tensors are the rollout's."""
 
     def __init__(
         self, canvas: Padded | Packed | Cached, sequence_ids_B: Tensor, prompt_lengths_B: Tensor, decoding: Decoding
@@ -68,14 +68,12 @@ class Denoiser:
             self._chance_BL = noise.row_bits(d.seed, Stream.REMASK, sequence_ids_B[:, None], zero, place_L)
         origin_B1 = prompt_lengths_B[:, None] % d.block_length if d.sampler.blocks == "sequence" else zero
         self._block_BL = ((origin_B1 + place_L) // d.block_length).expand(B, L)
-        # a static schedule without early stop keeps ranks in step by itself, but where one has no sequences
+        # ranks are in step under a static schedule without early stop, unless one has no sequences
         self._may_idle = not d.sampler.static or d.eos_id is not None or d.uneven
         self._late = torch.tensor(d.commit_last, device=device)
 
     def run(self, on_step: OnStep | None = None) -> None:
-        """Every rank that shares the model goes through the same steps, idly where it has nothing to do in
-        one.
-        """
+        """Run all steps; ranks that share the model make the same calls, some of them idle."""
         if self.decoding.sampler.static:
             self._run_static(on_step)
         else:
@@ -88,7 +86,7 @@ class Denoiser:
         self.commit_step_BL.masked_fill_(self.failed_B[:, None], -1)
 
     def _run_static(self, on_step: OnStep | None) -> None:
-        """Every sequence has the same number of masked tokens left, so their places need no host sync."""
+        """All sequences have the same number of masked tokens left, so finding them needs no host sync."""
         block, left, who_A = 0, self.decoding.length, self._everyone
         for step in self._schedule:
             if step.block != block:
@@ -108,15 +106,14 @@ class Denoiser:
         self._after_block(block)
 
     def _run_dynamic(self, on_step: OnStep | None) -> None:
-        """How much is left is known only after a step: one small host read before each, which also finds who
-        is finished.
-        """
+        """The masked tokens left are known only after a step: one small host read before each step."""
         d = self.decoding
         by_chance = d.sampler.commit == "chance"
         assert d.steps is not None or d.sampler.least == "one"
         shares = transfer_shares(d.steps, d.sampler.options["eps"]).tolist() if by_chance and d.steps else []
         per_step = commits_per_step(d.block_length, d.steps) if d.steps and not by_chance else []
-        first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0  # at most so much of a prompt lies in the first block
+        # the most tokens of a prompt that the first block may hold
+        first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0
         for block in range(-(-(first + d.length) // d.block_length)):
             if isinstance(self.canvas, Cached):
                 self.canvas.enter(block)
@@ -142,7 +139,7 @@ class Denoiser:
             self._after_block(block)
 
     def _most(self, count: int) -> int:
-        """The largest count of all ranks that share the model; this rank's where nobody does."""
+        """The maximum over the ranks that share the model."""
         shards = self.canvas.body.shards
         return count if shards is None or not self._may_idle else shards.most(count)
 
@@ -158,7 +155,7 @@ class Denoiser:
         return self._first_places(self.masked_BL[who_A], int(self.masked_BL[who_A].sum(-1).max()))
 
     def _chosen(self, step: int, share: float) -> Tensor:
-        """bool `[B, L]`: each token with probability `share`, by its own noise of this step."""
+        """bool `[B, L]`: each token with probability `share`, by its own noise for this step."""
         high_N = noise.element_bits(self._chance_BL.reshape(-1), 1, step=step, tag=0)[:, 0]
         low_N = noise.element_bits(self._chance_BL.reshape(-1), 1, step=step, tag=1)[:, 0]
         return noise.bernoulli(high_N << 32 | low_N, share).view(self._chance_BL.shape)
@@ -172,9 +169,7 @@ class Denoiser:
         least: int,
         all_places_AM: Tensor | None,
     ) -> None:
-        """Call the model on these sequences, draw at these places (all, or the valid ones), commit the most
-        trusted.
-        """
+        """Call the model on these sequences, draw at their (valid) places, commit the most trusted tokens."""
         d, sampler = self.decoding, self.decoding.sampler
         whole = d.deterministic or len(who_A) == len(self._everyone) or isinstance(self.canvas, Cached)
         hidden = self.canvas.hidden(None if whole else who_A)
@@ -200,7 +195,7 @@ class Denoiser:
 
         rank_AR = self._rank(drawn, who_A, place_AR, valid_AR, number)
         order_AR = rank_AR.argsort(dim=1, descending=True, stable=True)
-        if valid_AR is None and sampler.commit == "schedule":  # the same number in every row: nothing to choose between
+        if valid_AR is None and sampler.commit == "schedule":  # the same number in every row
             order_AR = order_AR[:, :least]
         sorted_AR, entropy_AR = rank_AR.gather(1, order_AR), entropy_AR.gather(1, order_AR)
         drawn_entropy_AR = -sorted_AR if sampler.rank == "drawn_entropy" else entropy_AR
@@ -220,7 +215,7 @@ class Denoiser:
         self.steps_B[who_A] += 1
 
     def _pick(self, hidden: Tensor, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, *, whole: bool) -> Tensor:
-        """Hidden states of the rows to draw at. What is not finite becomes 0 and marks its sequence as
+        """Hidden states of the rows to draw at; rows that are not finite become 0 and mark their sequence
         failed.
         """
         picked_NH = self.canvas.pick(hidden, _among(self.canvas.rows(who_A, place_AR, whole=whole), valid_AR))
@@ -229,7 +224,7 @@ class Denoiser:
         return torch.where(finite_N[:, None], picked_NH, 0.0)
 
     def _rank(self, drawn: Samples, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, number: int) -> Tensor:
-        """What is committed first, `[A, R]`; places that are not valid come last."""
+        """The rank `[A, R]` by which tokens are committed, largest first; invalid places come last."""
         d, sampler = self.decoding, self.decoding.sampler
         if sampler.rank == "random":
             rank_AR = self._chance_BL[who_A].gather(1, place_AR)
@@ -251,7 +246,7 @@ class Denoiser:
         return rank_AR if valid_AR is None else rank_AR.masked_fill(~valid_AR, lowest)
 
     def _keep_greedy(self, hidden: Tensor, who_A: Tensor, place_AM: Tensor, *, whole: bool) -> None:
-        """EGSPO-SA's completion in one step: the likeliest token at every masked place, from this very pass."""
+        """EGSPO-SA's one-step completion: the likeliest token at every masked place, from the same pass."""
         assert self.greedy_BTL is not None
         masked_AM = None if self.decoding.sampler.static else self.masked_BL[who_A].gather(1, place_AM)
         picked_NH = self._pick(hidden, who_A, place_AM, masked_AM, whole=whole)
@@ -264,9 +259,7 @@ class Denoiser:
         self.greedy_BTL[who_A, self.steps_B[who_A]] = ids_AL.scatter(1, place_AM, best_AM).int()
 
     def _after_block(self, block: int) -> Tensor:
-        """Who goes on. With `eos_id`, a sequence whose decided blocks hold EOS is finished and filled up;
-        reads it back.
-        """
+        """The unfinished sequences. With `eos_id`, finish and fill those with an EOS so far: a host sync."""
         eos = self.decoding.eos_id
         if eos is None:
             return self._everyone

@@ -1,6 +1,4 @@
-"""`generate`: rollouts of a masked diffusion model without logits; the head sees only rows that may be
-committed in a step.
-"""
+"""`generate`: rollouts of a masked diffusion model without logits."""
 
 from __future__ import annotations
 
@@ -51,60 +49,56 @@ def generate(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Rollout:
-    """Completions of a batch of prompts: one call of the model per denoising step, the head on candidate rows
-    alone.
+    """Complete a batch of prompts: one model call per denoising step, the head on candidate rows only.
 
     Args:
         model: a Hugging Face masked language model in eval mode.
-        prompt_ids: int64 `[B, P]`, all of one length or left-padded with attention_mask `[B, P]`; or a
-            sequence of int64 `[P_b]`, which are padded on the right, so that positions are those of the
-            prompt alone. They hold no mask_id.
-        length: L, tokens to generate. mask_id: written at undecided places; never drawn unless
-            suppress_mask=False (parity with LLaDA's own code).
+        prompt_ids: int64 `[B, P]`, all of one length, or left-padded with attention_mask `[B, P]`; or a
+            sequence of int64 `[P_b]`, padded on the right, which leaves positions as in the prompt alone.
+            Must not hold mask_id.
+        length: L, tokens to generate. mask_id: marks undecided places; never drawn unless suppress_mask=False
+            (parity with LLaDA's own code).
         sampler, steps, block_length, options: see below; an option of another sampler is an error.
         temperature: 0 greedy, else Gumbel-max. top_k, top_p: as in `sample_tokens`.
-        seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required where noise is
-            drawn.
-        suppress: more ids with probability 0. commit_last: ids (EOS, EoT) that are trusted last, whatever
-            their confidence.
-        guidance: classifier-free, `z + guidance (z - z without prompt)`; two rows per sequence in the one
-            call.
+        seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required if noise is drawn.
+        suppress: more ids with probability 0. commit_last: ids (EOS, EoT) to commit last, whatever their
+            confidence.
+        guidance: classifier-free, `z + guidance (z - z without prompt)`; doubles the rows of a call.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        eos_id: given, a sequence is finished with the block that decides its first EOS, and the rest is
-            filled with it.
+        eos_id: if given, a sequence ends with the block of its first EOS, and the rest is filled with EOS.
         micro_batch: sequences per model call. Finished sequences leave the batch; with `deterministic` they
-            stay, and the last micro-batch is filled up, so that every call has the same shape. width: columns
-            of ragged prompts, for the same end.
-        packed: ragged prompts in one row without padding (flash-attn's variable-length kernel where the model
-            uses it).
-        cache: keys and values of finished blocks are kept, for block-causal models that take
-            `past_key_values`; sampler "sdar".
-        greedy: also keep `greedy_BTL`, the likeliest completion as seen before each step (EGSPO-SA), from the
-            same passes: the head then runs on all masked rows too.
-        on_step: called with the step's number and the completions so far `[B, L]`, after each step of a
-            micro-batch.
+            stay and the last micro-batch is filled up, so all calls have the same shape. width: columns of
+            ragged prompts, for the same purpose.
+        packed: all sequences in one row without padding, for ragged prompts (with flash-attn's
+            variable-length kernel if the model uses flash-attn).
+        cache: keep keys and values of finished blocks; for block-causal models that take `past_key_values`,
+            with sampler "sdar".
+        greedy: also return `greedy_BTL`, the likeliest completion before each step (EGSPO-SA), from the same
+            passes; the head then runs on all masked rows.
+        on_step: called with the step's number and the completions so far `[B, L]` after each step.
 
-    Samplers (a block is `block_length` consecutive tokens; it is decided before the next one begins):
+    Samplers (a block is `block_length` consecutive tokens, decided before the next block begins):
 
-        llada          blocks, which must divide the length; `steps` in all, a multiple of the blocks, remainders to the
-                       earliest steps of a block. remasking="low_confidence" (probability of the token drawn,
-                       at temperature 1) or "random".
-        dream          no blocks; `steps` along t from 1 to eps=1e-3. alg="origin" (each token with probability 1 - s/t),
-                       "maskgit_plus", "topk_margin", "entropy", all of the distribution that is drawn from;
-                       alg_temp > 0 draws the order instead of sorting it. Use shift=1 for Dream's own models.
-        fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more, at least one.
-        sdar           blocks count from the start of the prompt, so the first and the last may be partial; `steps` per block.
-                       remasking="low_confidence_dynamic" (all above threshold=0.9, at least what the schedule
-                       says), "low_confidence_static" or "sequential"; probabilities of the distribution that
-                       is drawn from.
-        entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less the largest, within
-                       bound=0.1 nats, at least one.
+        llada          blocks, which must divide the length; `steps` in all, a multiple of the blocks,
+                       remainders to the earliest steps of a block. remasking="low_confidence" (probability of
+                       the token drawn, at temperature 1) or "random".
+        dream          no blocks; `steps` along t from 1 to eps=1e-3. alg="origin" (each token with
+                       probability 1 - s/t), "maskgit_plus", "topk_margin", "entropy", all of the distribution
+                       that is drawn from; alg_temp > 0 draws the order instead of sorting it. Use shift=1 for
+                       Dream's own models.
+        fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more,
+                       at least one.
+        sdar           blocks count from the start of the prompt, so the first and the last may be partial;
+                       `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.9, at
+                       least what the schedule says), "low_confidence_static" or "sequential"; probabilities
+                       of the distribution that is drawn from.
+        entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less
+                       the largest, within bound=0.1 nats, at least one.
 
-    Noise depends on (seed, sequence id, step, position) alone. With `llada` and `dream` (but "origin") and
-    without eos_id nothing is read back from a GPU; the others read the number of undecided tokens before each
-    step, eos_id after each block. A sequence whose hidden states are not finite is marked in `failed_B`; the
-    others are unharmed (packed without flash-attn, one row is one sequence to the attention, and all of it is
-    marked).
+    Noise depends on (seed, sequence id, step, position) only. `llada` and `dream` (except "origin") without
+    eos_id never synchronise with a GPU; other samplers do before each step, eos_id after each block.
+    Sequences with hidden states that are not finite are marked in `failed_B` and do not affect the others
+    (except packed without flash-attn, where attention spans the row and the whole row is marked).
 
     Raises ValueError or TypeError naming the argument.
 
@@ -112,7 +106,8 @@ def generate(
         >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
         >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
         ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
-        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4,
+        ...                    mask_id=10)
         >>> rollout.completion_BL.shape, sorted(rollout.commit_step_BL[0].tolist())
         (torch.Size([1, 4]), [0, 0, 1, 1])
     """
@@ -153,7 +148,7 @@ def generate(
         )
         rounds = -(-B // micro_batch)
         idle, uneven = 0, False
-        if body.shards is not None:  # ranks that share the model call it equally often
+        if body.shards is not None:  # ranks that share the model must call it equally often
             idle = body.shards.most(rounds) - rounds
             uneven = bool(body.shards.most(idle))
         decoding = Decoding(
@@ -176,7 +171,7 @@ def generate(
         parts = []
         for b in range(0, (rounds + idle) * micro_batch, micro_batch):
             span = torch.arange(min(b, B), min(b + micro_batch, B), device=sequence_ids.device)
-            if deterministic and 0 < len(span) < micro_batch:  # to the same shape, by sequences that are thrown away
+            if deterministic and 0 < len(span) < micro_batch:  # filled up with copies that are dropped
                 span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
             part = prompts.part(span)
             canvas: Padded | Packed | Cached
@@ -277,7 +272,7 @@ def _check_model(
 
 
 def _assemble(parts: list[Denoiser], prompts: Prompts, sequence_ids: Tensor, mask_id: int, settings: dict[str, Any]) -> Rollout:
-    """One rollout of all micro-batches, in the layout in which the prompts came."""
+    """Join the micro-batches into one rollout, in the layout of the prompts."""
     B = len(prompts.ids_BP)
     most = max(part.masked_entropy_BT.shape[1] for part in parts)
 
@@ -313,6 +308,6 @@ def _assemble(parts: list[Denoiser], prompts: Prompts, sequence_ids: Tensor, mas
 
 
 def _padded(values: Tensor, steps: int, fill: float) -> Tensor:
-    """`[B, T, ...]` with more steps."""
+    """`[B, T, ...]` padded to `steps` steps."""
     more = values.new_full((len(values), steps - values.shape[1], *values.shape[2:]), fill)
     return torch.cat([values, more], dim=1)

@@ -1,7 +1,6 @@
-"""Samplers as data: which masked tokens a denoising step may decide, in which order they are trusted, how
-many are committed.
+"""Samplers as data: the candidates of a denoising step, their order, and how many are committed.
 
-Published samplers are rows of one table; their options say the rest. What runs them is `denoising.py`.
+Published samplers are rows of one table, refined by options. `denoising.py` runs them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from dllm_kernels import checks
 
 Options = Mapping[str, Any]
-TRUSTED_LAST = -1e30  # below any rank, above that of places which are no candidates
+TRUSTED_LAST = -1e30  # below any rank, above the rank of places that are no candidates
 Rank = Literal["confidence", "drawn_logp", "drawn_entropy", "margin", "random", "position"]
 
 
@@ -27,29 +26,27 @@ class Sampler:
 
     name: str
     source: str
-    # "completion": blocks counted from its first token; "sequence": from the prompt's; None: every masked
-    # token at once
+    # "completion": blocks count from its first token; "sequence": from the prompt's; None: no blocks
     blocks: Literal["completion", "sequence"] | None
-    # what is committed first: the probability of the token drawn (of the model's distribution, or of the one
-    # drawn from), the least entropy of the one drawn from, the lead of its best id, chance, the leftmost
+    # order of commits: probability of the token drawn (under the model, or under the sampling distribution),
+    # lowest entropy or largest top-2 margin of the sampling distribution, random, left to right
     rank: Rank
-    # how many: numbers that are known beforehand; all above a threshold; while the cumulated entropy is
-    # small; by chance
+    # how many: known beforehand; all above a threshold; while the accumulated entropy is small; random
     commit: Literal["schedule", "threshold", "entropy", "chance"]
-    # the least that a step commits: what the schedule says, or one token
+    # minimum per step: as scheduled, or one token
     least: Literal["schedule", "one"] = "schedule"
-    strict: bool = False  # the threshold must be passed, not only reached
+    strict: bool = False  # above the threshold; else at or above
     top_p_first: bool = False
     options: Options = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
-        """Whether the number of tokens that each step commits is known beforehand: then nothing is read back."""
+        """Whether the tokens committed per step are known beforehand, so that no host sync is needed."""
         return self.commit == "schedule" and self.blocks != "sequence"
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws more than tokens."""
+        """Whether it draws anything but tokens."""
         return self.rank == "random" or self.commit == "chance" or bool(self.options.get("alg_temp"))
 
 
@@ -103,7 +100,7 @@ SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
 
 def resolve(name: str, options: Options) -> Sampler:
-    """The sampler with its options applied. Raises ValueError or TypeError naming sampler, option and value."""
+    """The sampler with its options applied. Raises ValueError or TypeError naming the option."""
     checks.choice("sampler", name, tuple(SAMPLERS))
     sampler = SAMPLERS[name]
     for option in options:
@@ -157,7 +154,7 @@ _APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {"llada": _llada, "dr
 class Step(NamedTuple):
     """One step of a static schedule."""
 
-    number: int  # counts every step of the schedule, those that commit nothing too
+    number: int  # counts all steps of the schedule, also those without a commit
     block: int
     remaining: int  # masked tokens of the block before the step
     commit: int
@@ -192,13 +189,13 @@ def check_steps(sampler: Sampler, length: int, steps: int | None, block_length: 
 
 
 def commits_per_step(block_length: int, steps: int) -> list[int]:
-    """Tokens of a block that each of its steps commits: as even as can be, remainders in the earliest steps."""
+    """Tokens per step of a block: as even as possible, remainders in the earliest steps."""
     base, extra = divmod(block_length, steps)
     return [base + (step < extra) for step in range(steps)]
 
 
 def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> list[Step]:
-    """Every step of a static sampler that commits something."""
+    """The steps of a static sampler that commit a token."""
     if sampler.blocks is None:
         counts = [times_commit(length, steps, sampler.options["eps"])]
     else:
@@ -217,9 +214,7 @@ def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> li
 
 
 def transfer_shares(steps: int, eps: float) -> Tensor:
-    """Dream's share of the masked tokens that each step decides, fp32 `[steps]`: `1 - s / t` along t from 1
-    to eps, last 1.
-    """
+    """Dream's share of masked tokens per step, fp32 `[steps]`: `1 - s / t`, t from 1 to eps; 1 at the end."""
     t = torch.linspace(1, eps, steps + 1)
     shares = 1 - t[1:] / t[:-1]
     shares[-1] = 1.0
@@ -227,9 +222,7 @@ def transfer_shares(steps: int, eps: float) -> Tensor:
 
 
 def times_commit(length: int, steps: int, eps: float) -> list[int]:
-    """How many tokens Dream's ranked algorithms commit per step: the share of what is masked, rounded down in
-    fp32.
-    """
+    """Tokens per step of Dream's ranked algorithms: the share of masked tokens, rounded down in fp32."""
     remaining, counts = length, []
     for share in transfer_shares(steps, eps):
         counts.append(int(remaining * share))
@@ -238,16 +231,15 @@ def times_commit(length: int, steps: int, eps: float) -> list[int]:
 
 
 def committed(sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int) -> Tensor:
-    """bool `[A, R]`: of candidates sorted from the first to be committed to the last, which are; at least
-    `least`.
-    """
+    """bool `[A, R]`: which of the candidates, sorted by rank, are committed; at least `least`."""
     place_R = torch.arange(rank_AR.shape[1], device=rank_AR.device)
     first_R = place_R < least
     if sampler.commit == "threshold":
         bound = sampler.options["threshold"]
         probability_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
         return first_R | (probability_AR > bound if sampler.strict else probability_AR >= bound)
-    if sampler.commit == "entropy":  # the largest entropy of the set is that of its last
+    if sampler.commit == "entropy":  # the last of the set has its largest entropy
         within_AR = entropy_AR.cumsum(-1) - entropy_AR <= sampler.options["bound"]
-        return first_R | within_AR & (rank_AR > TRUSTED_LAST)  # a sum cannot say it: what is trusted last drowns the others
+        # at 1e30 the difference of sums cancels, so tokens that are trusted last are excluded by their rank
+        return first_R | within_AR & (rank_AR > TRUSTED_LAST)
     return first_R.expand_as(rank_AR)

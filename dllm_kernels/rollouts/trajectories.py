@@ -1,6 +1,6 @@
-"""Rollouts and their trajectories: what was committed when, how sure the policy was, and the states between.
+"""Rollouts and their trajectories: what was committed when, with what confidence, and the states between.
 
-A state is not stored: the ids of the end and the step map say what every state showed.
+States are not stored: they follow from the final ids and the step map.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ SELECTIONS = ("entropy", "uniform", "random")
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions of L tokens and their history; small tensors, all detached.
+    """B completions of L tokens and their history; all tensors are small and detached.
 
-    Steps are numbered from 0 for each sequence, by the model calls that it took part in. T is the largest
-    number of them.
+    Steps of a sequence count the model calls that it took part in, from 0. T is the largest number of steps.
     """
 
-    ids_BS: (
-        Tensor  # int64: prompt and completion, in the layout of the prompts that came: left-padded, or ragged and right-padded
-    )
+    # int64: prompts and completions, padded as the prompts were: on the left, or on the right where ragged
+    ids_BS: Tensor
     completion_mask_BS: Tensor  # bool: the L tokens of each completion
-    commit_step_BL: Tensor  # int32: the step that committed each token; -1 where none did (failed, or filled up after EOS)
-    commit_logp_BL: Tensor  # its log-probability then, at temperature 1, nats
-    commit_entropy_BL: Tensor  # entropy of its row then, at temperature 1, nats
-    masked_entropy_BT: Tensor  # mean entropy of the masked tokens that a step could have committed; NaN where there was no step
-    steps_B: Tensor  # int64: model calls of each sequence
-    failed_B: Tensor  # bool: not-a-number met in its hidden states; its completion is mask ids
+    commit_step_BL: Tensor  # int32: the step that committed each token; -1 if failed or filled up after EOS
+    commit_logp_BL: Tensor  # log-probability at its commit, at temperature 1, nats
+    commit_entropy_BL: Tensor  # entropy of its row at its commit, at temperature 1, nats
+    masked_entropy_BT: Tensor  # mean entropy of a step's candidate tokens; NaN where there was no step
+    steps_B: Tensor  # int64: model calls per sequence
+    failed_B: Tensor  # bool: hidden states were not finite; the completion is mask ids
     sequence_ids_B: Tensor
     mask_id: int
     attention_mask_BS: Tensor | None = None  # bool, False at padding; None where there is none
-    greedy_BTL: Tensor | None = None  # int32, on request: the likeliest completion as seen before each step, decided tokens kept
+    # int32, on request: the likeliest completion before each step, decided tokens kept
+    greedy_BTL: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,12 +49,14 @@ class Rollout:
 
     @property
     def step_map_BS(self) -> Tensor:
-        """int64: the step of each completion token, -1 elsewhere. What was filled up counts to the last step."""
+        """int64: the step of each completion token, -1 elsewhere; tokens filled up after EOS get the last
+        step.
+        """
         steps_BL = torch.where(self.commit_step_BL < 0, self.steps_B[:, None] - 1, self.commit_step_BL.long())
         return torch.full_like(self.ids_BS, -1).masked_scatter(self.completion_mask_BS, steps_BL)
 
     def state_at(self, step: int | Tensor) -> Tensor:
-        """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw when it decided it."""
+        """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw in that step."""
         if isinstance(step, Tensor):
             checks.dtype("step", step, [torch.int64])
             checks.shape("step", step, [len(self.ids_BS)])
@@ -65,7 +66,7 @@ class Rollout:
         return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
 
     def kept(self, index_N: Tensor) -> Rollout:
-        """The rollouts of these indices."""
+        """The rollouts at these indices."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         parts: dict[str, Any] = {name: value[index_N] for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **parts)
@@ -75,15 +76,15 @@ def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: in
     """`H_k = mean over the tokens that step k revealed of -sum_v p_v log p_v`, fp32 `[T, B]`, in nats (EGSPO,
     arXiv 2603.12554).
 
-    The entropies are those of the untempered distribution before the step, as a rollout keeps them: T x B
-    floats where the published code keeps the probability rows of the vocabulary.
+    Entropies are at temperature 1 before the step, as rollouts keep them. The published code stores whole
+    probability rows over the vocabulary instead.
 
     Args:
         commit_entropy_BL: float `[B, L]`, `Rollout.commit_entropy_BL`. commit_step_BL: int32 or int64 `[B,
-            L]`; -1 for a token that no step revealed. steps: T; None takes the last step + 1, which reads it
-            back from a GPU.
+            L]`; -1 for tokens that no step revealed. steps: T; None takes the last step + 1, a host sync on a
+            GPU.
 
-    NaN where a step revealed nothing of a sequence. Raises ValueError or TypeError naming the argument.
+    NaN where a step revealed no token of a sequence. Raises ValueError or TypeError naming the argument.
 
     Example:
         >>> step_entropy(torch.tensor([[1.0, 3.0, 0.5]]), torch.tensor([[0, 0, 1]]))
@@ -99,7 +100,7 @@ def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: in
         steps = max(1, int(commit_step_BL.max()) + 1) if commit_step_BL.numel() else 1
     checks.count("steps", steps)
     checks.in_range("commit_step_BL", commit_step_BL, -1, steps)
-    index_BL = commit_step_BL.long() + 1  # column 0 takes what no step revealed
+    index_BL = commit_step_BL.long() + 1  # column 0: revealed by no step
     total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1)
     count_BT = torch.zeros_like(total_BT)
     revealed_BL = index_BL > 0
@@ -116,11 +117,12 @@ def select_steps(
 
     Args:
         entropy_TB: `[T, B]` from `step_entropy`, NaN where there is no step.
-        how: "entropy": the k largest, in descending order, of equal ones the earlier; "uniform": spread
-            evenly; "random": uniformly drawn, keyed by seed and sequence_ids `[B]`. The last two hold the
-            last step, and ascend.
+        how: "entropy": the k largest, descending, ties to the earlier step; "uniform": spread evenly;
+            "random": drawn uniformly, keyed by seed and sequence_ids `[B]`. The last two include the last
+            step and are ascending.
 
-    -1 where a sequence has fewer than k steps. Raises ValueError or TypeError naming the argument.
+    Filled with -1 where a sequence has fewer than k steps. Raises ValueError or TypeError naming the
+    argument.
 
     Example:
         >>> select_steps(torch.tensor([[0.1], [0.9], [0.5]]), 2)
@@ -155,7 +157,7 @@ def select_steps(
         places_BT = torch.where(drawn_BT, steps_T, T).sort(dim=-1).values
         places_BT = torch.nn.functional.pad(places_BT, (0, max(0, k - T)), value=T)[:, :k]
         return torch.where(places_BT < T, places_BT, -1)
-    order_BT = torch.where(there_BT, 0, 1).argsort(dim=-1, stable=True)  # the steps there are, ascending
+    order_BT = torch.where(there_BT, 0, 1).argsort(dim=-1, stable=True)  # existing steps, ascending
     return torch.where(rank_BK < 0, -1, order_BT.gather(1, rank_BK.clamp(min=0)))
 
 
@@ -168,16 +170,16 @@ def trajectory_rows(
     shift: int | None = None,
     eos_id: int | None = None,
 ) -> MaskPlan:
-    """The states of a rollout and the tokens decided in them, as a `MaskPlan` whose samples are the states.
+    """The states of a rollout and the tokens decided in each, as a `MaskPlan` with states as samples.
 
     Args:
-        steps_BJ: int64 `[B, J]` from `select_steps`, -1 for none: those steps only (EGSPO). None: all.
-        shrink: how many consecutive steps make one state (TraceRL). segments: into how many equal parts the
-            steps are cut instead (d2; law "segments"); each is scored in its first state.
-        shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: what follows
-            the first EOS is not scored; None takes that of the rollout's early stop.
+        steps_BJ: int64 `[B, J]` from `select_steps`, -1 for none: only those steps (EGSPO). None: all steps.
+        shrink: number of consecutive steps per state (TraceRL). segments: number of equal parts of the steps
+            instead (d2; law "segments"), each scored in its first state.
+        shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: tokens after
+            the first EOS are not scored; None takes that of the rollout.
 
-    Sequences that failed cannot be scored: take them out first (`rollout.kept`). Raises ValueError or
+    Failed sequences cannot be scored: remove them first (`rollout.kept`). Raises ValueError or
     TypeError naming the argument.
 
     Example:
@@ -185,7 +187,8 @@ def trajectory_rows(
         >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
         >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
         ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
-        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4,
+        ...                    mask_id=10)
         >>> chosen = select_steps(step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL), 1)
         >>> trajectory_rows(rollout, chosen).counts
         tensor([[2]])
@@ -218,19 +221,18 @@ def trajectory_rows(
 
 
 def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
-    """Log-probs `[B, K]` of what each state of `trajectory_rows(rollout, steps_BJ)` decided, as the rollout
-    saw them.
+    """Log-probs `[B, K]` of the tokens decided in each state of `trajectory_rows`, as seen by the rollout.
 
-    The scores of the policy that generated, without a second pass over the model: `old_sample_elbo` of EGSPO.
-    Exact where states are single steps; with `shrink` above 1 or segments the rollout saw later states, and a
-    ValueError says so.
+    The scores of the sampling policy without another pass over the model: `old_sample_elbo` of EGSPO. States
+    must be single steps: with `shrink` or segments the rollout saw later states, which is a ValueError.
 
     Example:
         >>> from dllm_kernels import generate
         >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
         >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
         ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
-        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4, mask_id=10)
+        >>> rollout = generate(model, torch.tensor([[1, 2, 3]]), length=4, steps=2, block_length=4,
+        ...                    mask_id=10)
         >>> trajectory_logp(rollout, trajectory_rows(rollout)).shape
         torch.Size([1, 2])
     """

@@ -1,4 +1,5 @@
-"""Run by test_passes.py in a process of its own, which becomes two: each rank accumulates its share of a batch.
+"""Run by test_passes.py in a process of its own, which becomes two: each rank accumulates its share of a
+batch.
 
 python -m tests.accumulation.ranked_accumulation STORE OUT: rank 0 saves each case's loss and gradients,
 summed over the ranks, to OUT.

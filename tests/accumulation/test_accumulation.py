@@ -10,6 +10,7 @@ from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head import plans
 from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo
 from tests import oracle
+from tests.accumulation.runs import run
 from tests.tiny import eurobert, gradients, worst_gradient_error
 
 F64 = torch.float64
@@ -40,12 +41,6 @@ def full_graph(model, loss_of_logp, plan):
     loss = loss_of_logp(oracle.plan_logps(model, plan))
     loss.backward()
     return loss.detach(), gradients(model)
-
-
-def run(model, plan, objective, batch, **options):
-    model.zero_grad()
-    report = accumulate(model, plan, objective, batch, **options)
-    return report, gradients(model)
 
 
 CUTS = [{}, {"samples_per_pass": 3}, {"sequences_per_pass": 1}, {"samples_per_pass": 100, "sequences_per_pass": 2}]
@@ -190,7 +185,8 @@ def test_a_ratio_objective_on_policy_needs_one_pass_and_has_the_full_graph_s_gra
     report, got = run(model, plan, RATIO, batch)
     assert (report.passes, report.forwards, report.backwards) == (1, 4, 4)
     assert worst_gradient_error(got, want) < 1e-10
-    # one sample at a time the ratio of the K-sample ELBO is never seen whole, and yet the loss is that of the objective
+    # one sample at a time the ratio of the K-sample ELBO is never seen whole, and yet the loss is that of the
+    # objective
     assert float(report.loss) == pytest.approx(float(want_loss), rel=1e-12)
 
 

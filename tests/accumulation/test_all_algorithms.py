@@ -3,26 +3,14 @@
 import pytest
 import torch
 
-from dllm_kernels import accumulate, generate, make_mask_plan
+from dllm_kernels import generate, make_mask_plan
 from dllm_kernels.objectives import Batch, dmpo, effective_sample_size, egspo_objective, wdce_baseline, wdce_weights
-from tests import algorithms, oracle
+from tests import algorithms
+from tests.accumulation.runs import full_graph, run
 from tests.algorithms import RECIPES, VARIANTS
-from tests.tiny import eurobert, gradients, worst_gradient_error
+from tests.tiny import eurobert, worst_gradient_error
 
 F64 = torch.float64
-
-
-def run(model, plan, objective, batch, **options):
-    model.zero_grad()
-    report = accumulate(model, plan, objective, batch, **options)
-    return report, gradients(model)
-
-
-def full_graph(model, plan, objective, batch):
-    model.zero_grad()
-    loss = objective.contributions(oracle.plan_logps(model, plan), plan, batch) / algorithms.denominator_of(objective, plan)
-    loss.backward()
-    return float(loss.detach()), gradients(model)
 
 
 def predicted(objective, plan, batch, samples_per_pass, sequences_per_pass):
@@ -42,7 +30,7 @@ def check(variant, samples, on_policy, cuts):
     model = eurobert(layers=1)
     K = algorithms.nearest_samples(variant, samples)
     objective, plan, batch = algorithms.small(variant, model, K, on_policy=on_policy)
-    want_loss, want = full_graph(model, plan, objective, batch)
+    want_loss, want = full_graph(model, plan, objective, batch, algorithms.denominator_of(objective, plan))
     assert any(float(g.norm()) > 1e-6 for g in want.values()), "nothing to compare"
     for per_pass, sequences in cuts(K):
         options = {"samples_per_pass": per_pass, "sequences_per_pass": sequences}
@@ -87,7 +75,7 @@ def test_the_accumulated_gradient_is_the_full_graph_s_for_64_samples(variant):
 def test_a_shifted_head_too(variant):
     model = eurobert(layers=1)
     objective, plan, batch = algorithms.small(variant, model, algorithms.nearest_samples(variant, 3), shift=1)
-    want_loss, want = full_graph(model, plan, objective, batch)
+    want_loss, want = full_graph(model, plan, objective, batch, algorithms.denominator_of(objective, plan))
     report, got = run(model, plan, objective, batch)
     assert worst_gradient_error(got, want) < 1e-10
     assert float(report.loss) == pytest.approx(want_loss, rel=1e-9)
@@ -131,7 +119,9 @@ def test_the_couplings_are_those_of_the_design():
 
 
 def gradient_moments(baseline, group):
-    """(expectation, total variance) of DMPO's gradient over all groups that a categorical policy of 5 answers can draw."""
+    """(expectation, total variance) of DMPO's gradient over all groups that a categorical policy of 5 answers
+    can draw.
+    """
     logits = torch.tensor([0.5, 0.0, -0.3, 0.2, -1.0], dtype=F64, requires_grad=True)
     rewards = torch.tensor([0.1, 0.0, 0.02, 0.0, 0.05], dtype=F64)
     draws = torch.cartesian_prod(*[torch.arange(5)] * group)
@@ -167,7 +157,9 @@ def test_dmpo_s_baselines_reduce_the_gradient_s_variance_in_small_groups(group):
 
 
 def half_random_model(length=8):
-    """A model that learnt sequences whose second half repeats the first: half the steps are sure, half are open."""
+    """A model that learnt sequences whose second half repeats the first: half the steps are sure, half are
+    open.
+    """
     model = eurobert(vocab=12, hidden=32, layers=2, dtype=torch.float32).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +176,9 @@ def half_random_model(length=8):
 
 
 def squared_errors(length=8, budget=4, sequences=32):
-    """Relative squared errors `[B]` of each sequence's gradient of `budget` steps, against all steps, by how they are chosen."""
+    """Relative squared errors `[B]` of each sequence's gradient of `budget` steps, against all steps, by how
+    they are chosen.
+    """
     model = half_random_model(length)
     ids = torch.arange(sequences)
     rollout = generate(
@@ -226,7 +220,8 @@ def squared_errors(length=8, budget=4, sequences=32):
 def test_entropy_guided_steps_have_a_smaller_gradient_error_than_uniform_ones_at_equal_budget():
     """Measured, 4 of 8 steps: median 0.0004 against 0.48 (mean 0.24 of all squared norms against 0.39).
 
-    The mean hangs on few draws: an improbable token of a sure step has a huge gradient, which no choice by entropy sees.
+    Few draws dominate the mean: an improbable token of a low-entropy step has a huge gradient, which
+    selection by entropy misses.
     """
     errors = squared_errors()
     assert float(errors["entropy"].median()) < 0.05

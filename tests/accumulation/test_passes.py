@@ -1,4 +1,6 @@
-"""What `accumulate` leaves out, divides by and reports; several ranks; references without a second copy of the weights."""
+"""What `accumulate` leaves out, divides by and reports; several ranks; references without a second copy of
+the weights.
+"""
 
 import contextlib
 import subprocess
@@ -26,6 +28,7 @@ from dllm_kernels.objectives import (
 )
 from tests import oracle
 from tests.accumulation import ranked_accumulation
+from tests.accumulation.runs import full_graph, run
 from tests.plans import plan_of
 from tests.tiny import eurobert, gradients, worst_gradient_error
 
@@ -36,20 +39,6 @@ SOME = torch.tensor([1.0, 0.0, 2.0, -0.5], dtype=F64)  # the second has no advan
 
 def model_of(**options):
     return eurobert(vocab=100, **options)
-
-
-def run(model, plan, objective, batch, **options):
-    model.zero_grad()
-    report = accumulate(model, plan, objective, batch, **options)
-    return report, gradients(model)
-
-
-def full_graph(model, plan, objective, batch, denominator):
-    """Loss and gradients where every row runs, by plain autograd."""
-    model.zero_grad()
-    loss = objective.contributions(oracle.plan_logps(model, plan), plan, batch) / denominator
-    loss.backward()
-    return float(loss.detach()), gradients(model)
 
 
 CASES = {
@@ -131,7 +120,7 @@ def test_steps_without_an_advantage_are_dropped_one_by_one():
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_rows_of_a_part_of_a_cut_are_the_rows_of_that_part(shift):
-    """Pairs with few tokens and with none, in one cut: each row stays with its own sequence, shifted or not."""
+    """Pairs with few tokens and with none, in one cut: each row stays with its sequence, shifted or not."""
     model, plan = model_of(), plan_of(LENGTHS, law="bernoulli", t=0.2, samples=6, shift=shift)
     assert (plan.counts == 0).any()
     assert (plan.counts > 0).any()
@@ -184,7 +173,8 @@ def test_groups_that_cannot_be_counted_need_a_denominator():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_by_formula_are_those_that_torch_counts_but_for_attention(frozen, monkeypatch):
-    # 512 rows, since the head pads to blocks; a vocabulary against which attention, which the formula leaves out, is small
+    # 512 rows, since the head pads to blocks; a vocabulary against which attention, which the formula leaves
+    # out, is small
     model, plan = eurobert(vocab=4000, hidden=64, layers=1), plan_of([64] * 8, law="full", samples=2)
     advantages = torch.linspace(-1, 2, 8, dtype=F64)
     model.get_output_embeddings().weight.requires_grad_(not frozen)

@@ -22,7 +22,8 @@ class Listing(NamedTuple):
 def listings(source: str) -> list[Listing]:
     """Three or more head options in one call, literal, signature or class body, in the order of lines.
 
-    What a call gets by `*` of a literal, or by `**` of a dict that its own function builds, counts as the call's.
+    Options passed by `*` of a literal, or by `**` of a dict built in the same function, count as listed in
+    the call.
     """
     visitor = _Visitor()
     visitor.visit(ast.parse(source))
@@ -116,7 +117,7 @@ class _Visitor(ast.NodeVisitor):
     visit_List = visit_Set = visit_Tuple
 
     def _keys(self, value: ast.expr) -> set[str]:
-        """The keys of a dict as far as its expression shows them; its literals count as parts of what is around it."""
+        """The keys of a dict as far as its expression shows them; nested literals are counted once."""
         if isinstance(value, ast.Name):
             return set().union(*(scope.get(value.id, ()) for scope in self._built))
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):

@@ -1,4 +1,4 @@
-"""Who imports whom, read from the syntax trees: imports inside functions and under TYPE_CHECKING count as any others."""
+"""Imports between modules, from the syntax tree, including those in functions and under TYPE_CHECKING."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Import:
 
 
 def find_modules(root: Path, packages: Collection[str]) -> dict[str, Path]:
-    """The modules of the packages under `root`, by dotted name; a package goes by its own name, without `__init__`."""
+    """The modules of the packages under `root` by dotted name; a package has its own name, without
+    `__init__`.
+    """
     found = {}
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):
@@ -31,9 +33,10 @@ def find_modules(root: Path, packages: Collection[str]) -> dict[str, Path]:
 
 
 def find_imports(root: Path, packages: Collection[str], aliases: Mapping[str, str] | None = None) -> list[Import]:
-    """All imports among the modules of the packages. `aliases`: other names under which packages are imported.
+    """All imports among the modules of the packages. `aliases`: other names under which packages are
+    imported.
 
-    That `import a.b` runs a's `__init__` too is left out: a face imports all that is under it.
+    Ignored: `import a.b` also runs the `__init__` of a, which may import everything below it.
     """
     modules = find_modules(root, packages)
     found = []

@@ -1,4 +1,4 @@
-"""The options of a head are listed by name where users give them and where torch.library needs them, nowhere else."""
+"""Head options are listed by name only in public signatures and in the schema that torch.library needs."""
 
 from pathlib import Path
 

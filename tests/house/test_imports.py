@@ -10,8 +10,8 @@ from tests.house.imports import find_circle, find_imports, find_modules
 ROOT = Path(__file__).resolve().parents[2]
 ALIASES = {"dllm_trainer": "trainer"}
 
-# Rooms, lowest floor first: a module imports from its own room and from the floors below it. A room is a module, or a folder
-# with all that is in it; one that has other rooms in it stands for its `__init__` alone.
+# Rooms, lowest floor first: a module imports from its own room and from the floors below it. A room is a
+# module, or a folder with all that is in it; one that has other rooms in it stands for its `__init__` alone.
 GROUND = ("dllm_kernels.version", "dllm_kernels.checks", "dllm_kernels.noise", "dllm_kernels.rows")
 FLOORS = (
     GROUND,

@@ -1,4 +1,4 @@
-"""The trainer's two names, `dllm_trainer` where it is installed and `trainer` in a checkout, are one package in a process."""
+"""The trainer's two names, `dllm_trainer` (installed) and `trainer` (checkout), are one package a process."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("dllm_trainer", "trainer")
 BOTH_WAYS = [NAMES, NAMES[::-1]]
 
-# how a process begins that has everything on its path, and ends: no module may be there twice
+# prepended to the code of a process: `check` fails if a module is loaded twice
 ONE_OF_EACH = """
 import sys
 
@@ -60,7 +60,9 @@ def installed() -> Place:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The checkout alone: another environment sees the installed packages as plain folders, whose .pth files do nothing."""
+    """An uninstalled checkout: a fresh environment with our site-packages on PYTHONPATH, so without .pth
+    files.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     packages = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]

@@ -1,4 +1,5 @@
-"""Run by test_plan_anywhere.py in a process of its own, which becomes four: each rank plans its share of a batch.
+"""Run by test_plan_anywhere.py in a process of its own, which becomes four: each rank plans its share of a
+batch.
 
 python -m tests.masks.masks_on_ranks STORE OUT: rank 0 saves the masks of all ranks of 1, 2 and 4 to OUT.
 """

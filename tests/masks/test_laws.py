@@ -1,4 +1,6 @@
-"""Each preset draws what its paper says: levels, pairs, nodes, blocks and states, weights and shares; options checked."""
+"""Each preset draws what its paper says: levels, pairs, nodes, blocks and states, weights and shares; options
+checked.
+"""
 
 import itertools
 import math
@@ -70,8 +72,9 @@ def test_a_score_is_the_share_weighted_sum_and_adds_up_over_cuts(name):
 @pytest.mark.parametrize(("length", "samples"), [(4, 5), (5, 2), (5, 3), (6, 4), (4, 7), (3, 12)])
 @pytest.mark.parametrize("law", ["exact", "exact_zero"])
 def test_floor_strata_see_every_count_and_rounded_ones_half_of_them(law, length, samples):
-    """ALGORITHMS.md 0.2: `round(linspace)` rounds half to even, so at a half-integer stratum about half of the counts is
-    never drawn. By enumeration of the offsets; the plan's own counts are those of one offset."""
+    """ALGORITHMS.md 0.2: `round(linspace)` rounds half to even, so at a half-integer stratum about half of
+    the counts is never drawn. By enumeration of the offsets; the plan's own counts are those of one offset.
+    """
     choices = length + (law == "exact_zero")
     counts = plan_of([length] * 400, law=law, samples=samples).counts
     seen = [set(counts[k].tolist()) for k in range(samples)]
@@ -85,7 +88,9 @@ def test_floor_strata_see_every_count_and_rounded_ones_half_of_them(law, length,
 
 
 def test_the_half_integer_rows_of_others_see_129_of_257_counts():
-    """ESPO with L = 256: row 1 of 2, row 2 of 4, row 3 of 6 (ALGORITHMS.md 0.2); ours sees all 257 everywhere."""
+    """ESPO with L = 256: row 1 of 2, row 2 of 4, row 3 of 6 (ALGORITHMS.md 0.2); ours sees all 257
+    everywhere.
+    """
     for batch, row in ((2, 1), (4, 2), (6, 3)):
         offset = torch.arange(257).double()
         assert len((offset + row * 257 / batch).round().remainder(257).unique()) == 129
@@ -167,7 +172,9 @@ def test_coupled_score_of_one_pair_is_diffucoder_s():
 
 
 def test_coupled_levels_vary_with_pair_sequence_seed_and_iteration():
-    """DARE's port draws `random.uniform(0.2, 0.8)` after seeding with a default of 42: every ratio is 0.58366."""
+    """DARE's port draws `random.uniform(0.2, 0.8)` after seeding with a default of 42: every ratio is
+    0.58366.
+    """
     levels = [level_of(plan_of([6] * 500, law="coupled", samples=5, **o)).t_KB[1::2] for o in ({}, {"seed": 1}, {"iteration": 1})]
     t = torch.cat([level.flatten() for level in levels])
     assert len(t.unique()) == 3 * 2 * 500
@@ -315,7 +322,9 @@ def test_trace_of_chosen_steps_is_ragged():
 
 
 def test_trace_merges_consecutive_steps_that_committed_something():
-    """TraceRL: unique steps 0, 2, 5 of the first sequence; two to a state; what has an order >= the state is hidden."""
+    """TraceRL: unique steps 0, 2, 5 of the first sequence; two to a state; what has an order >= the state is
+    hidden.
+    """
     plan = trace(shrink=2)
     assert plan.shape[0] == 2
     assert plan.masked[:, 0].tolist() == [(step_map[0] >= 0).tolist(), (step_map[0] >= 5).tolist()]
@@ -350,7 +359,9 @@ def test_standard_errors_are_those_of_the_scores(name):
 
 
 def test_strata_make_the_standard_error_an_upper_bound():
-    """A token is the less probable the more are hidden, as in every trained model; strata then cancel the counts' part."""
+    """A token is the less probable the more are hidden, as in every trained model; strata then cancel the
+    counts' part.
+    """
     plan = plan_of([6] * 2000, samples=6, prompt=0)
     logp = -(plan.counts[:, :, None].expand(plan.shape) ** 2)[plan.scored].double()
     assert float(plan.standard_error(plan.elbo(logp)).square().mean()) > 100 * float(plan.score(logp).var())

@@ -26,7 +26,9 @@ def test_exact_with_as_many_samples_as_tokens_has_every_count_once(length):
 
 @pytest.mark.parametrize(("length", "samples"), [(5, 1), (5, 2), (5, 3), (6, 4), (4, 7), (7, 14)])
 def test_exact_counts_are_one_offset_plus_the_strata(length, samples):
-    """Every sequence's counts are `1 + (c + floor(k L / K)) mod L` for one c, and every c occurs equally often."""
+    """Every sequence's counts are `1 + (c + floor(k L / K)) mod L` for one c, and every c occurs equally
+    often.
+    """
     sequences = 4000
     counts = plan_of([length] * sequences, samples=samples).counts
     offset = counts[0] - 1

@@ -1,4 +1,6 @@
-"""A plan is one thing wherever it is read: cut, moved, saved, on other ranks; EOS tails, prompts, and what others got wrong."""
+"""A plan is one thing wherever it is read: cut, moved, saved, on other ranks; EOS tails, prompts, and what
+others got wrong.
+"""
 
 import itertools
 import math
@@ -210,7 +212,9 @@ def test_on_1_2_and_4_processes_the_masks_are_identical(tmp_path):
 
 
 def bitwise_body(seed=0):
-    """Hidden states that depend on a token and its place alone, bit by bit, and a head: what is left is the library's."""
+    """Hidden states that depend on a token and its place alone, bit by bit, and a head: what is left is the
+    library's.
+    """
     g = torch.Generator().manual_seed(seed)
     embedding, position, weight = (torch.randn(n, 16, generator=g) for n in (MASK + 1, 16, MASK + 1))
     return lambda ids_KBS: embedding[ids_KBS] + position[: ids_KBS.shape[-1]], weight
@@ -250,7 +254,7 @@ def test_policy_old_and_reference_see_the_same_masks(name):
     """A plan is read by each; one made anew from the same keys, as after a resume, is the same too."""
     plan, again = (preset(name, [5, 3, 7], iteration=4, prompt_noise=0.3) for _ in range(2))
     policy = plan.noisy_ids.clone()
-    torch.rand(100)  # somebody samples in between
+    torch.rand(100)  # another user of the global generator
     plan.cut(samples=slice(0, 1)).rows  # noqa: B018
     assert torch.equal(plan.noisy_ids, policy)
     assert_same(again, plan)
@@ -260,8 +264,9 @@ def test_policy_old_and_reference_see_the_same_masks(name):
 
 
 def test_a_micro_batch_planned_alone_has_the_masks_of_the_whole_batch():
-    """unturtle #40: micro-batch masks differed from those of the rollout; dllm #109: the iteration index advanced per
-    micro-batch under gradient accumulation, so old and new scores had different masks."""
+    """unturtle #40: micro-batch masks differed from those of the rollout; dllm #109: the iteration index
+    advanced per micro-batch under gradient accumulation, so old and new scores had different masks.
+    """
     ids = torch.arange(40, 46)
     whole = plan_of([5, 3, 7, 2, 6, 4], samples=4, ids=ids, iteration=2)
     for b in range(0, 6, 2):
@@ -294,7 +299,9 @@ def test_every_iteration_has_its_own_masks_under_every_law(name):
 
 
 def test_scores_belong_to_their_own_sequence_and_sample():
-    """unturtle #40: log-probs were sliced on the wrong dimension. Three sizes that differ, and a log-prob that names its row."""
+    """unturtle #40: log-probs were sliced on the wrong dimension. Three sizes that differ, and a log-prob
+    that names its row.
+    """
     plan = plan_of([5, 3, 7], samples=4)
     rows = plan.rows
     logp = (100 * rows.sequence + rows.sample).double() / rows.weight.double()
@@ -303,7 +310,9 @@ def test_scores_belong_to_their_own_sequence_and_sample():
 
 
 def test_a_weight_is_what_the_law_says_and_no_hidden_floor_bounds_it():
-    """Pitfall 12: 1 / t explodes near 0 and repositories clip it silently. Here t_min, or counts, bound it; weights are out."""
+    """Pitfall 12: 1 / t explodes near 0 and repositories clip it silently. Here t_min, or counts, bound it;
+    weights are out.
+    """
     tiny = plan_of([4], law="bernoulli", t=1e-12, samples=2)
     assert tiny.weight_KB.tolist() == [[pytest.approx(1e12)], [pytest.approx(1e12)]]
     floored = plan_of([4] * 5000, law="bernoulli", t_min=0.05, samples=4)
@@ -372,7 +381,9 @@ def test_no_python_loop_runs_over_sequences_or_samples(name):
 
 @pytest.mark.slow
 def test_a_plan_takes_less_than_a_twentieth_of_one_forward_pass_of_the_demo_model():
-    """B = 64, K = 16, L = 512: the whole plan, with rows and weights, against one forward of one of its 16 samples."""
+    """B = 64, K = 16, L = 512: the whole plan, with rows and weights, against one forward of one of its 16
+    samples.
+    """
     from transformers import EuroBertConfig, EuroBertForMaskedLM
 
     config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -1,8 +1,10 @@
-"""Unbiasedness by exact enumeration: every outcome of the noise, times its probability, through the library's own laws.
+"""Unbiasedness by exact enumeration: every outcome of the noise, times its probability, through the library's
+own laws.
 
-The noise is replaced by a table. Sequence b of a batch is outcome b: its level bits and its mask bits are given, and its
-probability is known, so that levels, pairing, masks, weights and shares are those of `dllm_kernels.masks.laws` and
-`draws`, in float64. Continuous levels are integrated by a Gauss-Legendre rule, which is exact for these polynomials.
+The noise is replaced by a table. Sequence b of a batch is outcome b: its level bits and its mask bits are
+given, and its probability is known, so that levels, pairing, masks, weights and shares are those of
+`dllm_kernels.masks.laws` and `draws`, in float64. Continuous levels are integrated by a Gauss-Legendre rule,
+which is exact for these polynomials.
 """
 
 import itertools
@@ -38,7 +40,9 @@ class Outcomes:
     probability_B: torch.Tensor
 
     def row_bits(self, seed, stream, sequence_id, sample, position):
-        """Stands in for `noise.row_bits`; the samples of a sequence share their outcome, as an expectation may."""
+        """Stands in for `noise.row_bits`; the samples of a sequence share their outcome, as an expectation
+        may.
+        """
         sequence_id, _, position = torch.broadcast_tensors(sequence_id, sample, position)
         if stream == Stream.LEVEL:
             return self.level_bits_B[sequence_id]
@@ -76,7 +80,9 @@ def outcomes_of(law, options, length):
 
 
 def table(length, seed=0):
-    """A toy denoiser: a log-prob of token l under mask m for every (m, l); `scores[code of m]` is their sum, float64."""
+    """A toy denoiser: a log-prob of token l under mask m for every (m, l); `scores[code of m]` is their sum,
+    float64.
+    """
     generator = torch.Generator().manual_seed(seed)
     logp_ML = -3 * torch.rand(2**length, length, generator=generator, dtype=torch.float64)
     hidden_ML = (torch.arange(2**length)[:, None] >> torch.arange(length)) % 2 == 1
@@ -101,7 +107,9 @@ def exact_elbo(scores_ML):
 
 
 def expectations(name, options, samples, scores_ML, monkeypatch):
-    """(score, each sample's own weighted sum `[K]`), averaged over every outcome, by the library's laws in float64."""
+    """(score, each sample's own weighted sum `[K]`), averaged over every outcome, by the library's laws in
+    float64.
+    """
     length = scores_ML.shape[1]
     law, full = laws.resolve(name, options)
     laws.check_samples(law, full, samples)
@@ -172,7 +180,9 @@ def test_no_law_of_a_drawn_level_was_forgotten():
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("name", "options", "samples"), CLAIMS, ids=str)
 def test_every_single_sample_is_unbiased(name, options, samples, length, monkeypatch):
-    """Also the complement of an antithetic pair, and every stratum: rounding half to even would hide counts from some."""
+    """Also the complement of an antithetic pair, and every stratum: rounding half to even would hide counts
+    from some.
+    """
     scores = table(length, seed=1)
     _, sample_K = expectations(name, options, samples, scores, monkeypatch)
     assert sample_K.tolist() == pytest.approx([exact_elbo(scores)] * samples, **TOLERANCE)
@@ -209,7 +219,9 @@ def test_bernoulli_over_its_realised_count_is_l_over_l_plus_1_of_the_bound(lengt
 
 
 def count_law(length, n, low, high, *, power=0):
-    """`1 / (high - low) * integral from low to high of t^-power C(L, n) t^n (1 - t)^(L - n)`, a rational number."""
+    """`1 / (high - low) * integral from low to high of t^-power C(L, n) t^n (1 - t)^(L - n)`, a rational
+    number.
+    """
     terms = (
         Fraction((-1) ** j * math.comb(length - n, j), n - power + j + 1)
         * (high ** (n - power + j + 1) - low ** (n - power + j + 1))
@@ -229,7 +241,9 @@ def test_bernoulli_above_t_min_lacks_the_levels_below(length, t_min, monkeypatch
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_dmpo_s_realised_counts_reweight_the_noise_levels(length, monkeypatch):
-    """lambda is uniform on [0.1, 1]: count n comes with probability q_n instead of 1 / L; in the complement, q_{L - n}."""
+    """lambda is uniform on [0.1, 1]: count n comes with probability q_n instead of 1 / L; in the complement,
+    q_{L - n}.
+    """
     scores = table(length)
     score, (first, complement) = expectations("antithetic", {"weight": "dmpo"}, 2, scores, monkeypatch)
     q = [count_law(length, n, Fraction(1, 10), Fraction(1)) for n in range(length + 1)]
@@ -251,7 +265,9 @@ def test_dmpo_s_first_half_prefers_high_levels_and_its_complement_low_ones():
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_coupled_is_half_the_full_mask_and_half_a_middle_of_the_bound(length, monkeypatch):
-    """DiffuCoder's sum of s_l: `S(all) / 2` plus the mean over t in [0.2, 0.8] of `S(m) / t` (its complement's mean is equal)."""
+    """DiffuCoder's sum of s_l: `S(all) / 2` plus the mean over t in [0.2, 0.8] of `S(m) / t` (its
+    complement's mean is equal).
+    """
     scores = table(length)
     score, sample_K = expectations("coupled", {}, 5, scores, monkeypatch)
     low, high = Fraction(2, 10), Fraction(8, 10)
@@ -267,7 +283,9 @@ def test_coupled_is_half_the_full_mask_and_half_a_middle_of_the_bound(length, mo
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_quadrature_is_the_sum_over_its_nodes(length, nodes, counts, weight, draws, monkeypatch):
-    """`sum_i w_i / t_i E_{|m| = int(t_i L)} S(m)`: a rule for the integral, and a node without a token gives nothing."""
+    """`sum_i w_i / t_i E_{|m| = int(t_i L)} S(m)`: a rule for the integral, and a node without a token gives
+    nothing.
+    """
     scores = table(length)
     options = {"nodes": nodes, "counts": counts, "weight": weight}
     score, _ = expectations("quadrature", options, nodes * draws, scores, monkeypatch)
@@ -298,7 +316,9 @@ def test_quadrature_s_bias_at_the_published_nodes():
 
 @pytest.mark.parametrize(("name", "options", "samples"), CLAIMS, ids=str)
 def test_a_plan_s_score_has_that_expectation(name, options, samples, monkeypatch):
-    """`make_mask_plan` to `plan.score` over every outcome, prompt and padding included; fp32 weights, so to 1e-6."""
+    """`make_mask_plan` to `plan.score` over every outcome, prompt and padding included; fp32 weights, so to
+    1e-6.
+    """
     length, prompt = 4, 2
     scores = table(length)
     law, full = laws.resolve(name, options)

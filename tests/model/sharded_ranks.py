@@ -1,7 +1,7 @@
 """Run by test_sharded.py: the same checks in a process without ranks (size 0) and in worlds of several sizes.
 
-python -m tests.model.sharded_ranks OUT WORK SIZE...: WORK is the name of a function here, of `Ranks`; what rank 0 of each world
-returns is saved to OUT as {size: result}.
+python -m tests.model.sharded_ranks OUT WORK SIZE...: WORK is the name of a function here, of `Ranks`; what
+rank 0 of each world returns is saved to OUT as {size: result}.
 """
 
 from __future__ import annotations
@@ -322,7 +322,9 @@ class Collectives(TorchDispatchMode):
 
 
 def gathers(ranks):
-    """(gathers, reductions) of the head in an optimizer step of several calls; then its gradient, and that of one call."""
+    """(gathers, reductions) of the head in an optimizer step of several calls; then its gradient, and that of
+    one call.
+    """
     model = shard(model_of("untied"), ranks)
     objective, plan, batch = case("sequence")
     mine = ranks.share(B)

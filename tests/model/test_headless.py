@@ -1,4 +1,6 @@
-"""`headless`: hidden states and head of any Hugging Face model, such that scoring them equals the model's own logits."""
+"""`headless`: hidden states and head of any Hugging Face model, such that scoring them equals the model's own
+logits.
+"""
 
 import pytest
 import torch

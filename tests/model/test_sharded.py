@@ -1,4 +1,6 @@
-"""Models under FSDP2: every gradient, loss, rollout and advantage is that of one process, however many ranks there are."""
+"""Models under FSDP2: every gradient, loss, rollout and advantage is that of one process, however many ranks
+there are.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""Which rows reach the head and what is built of them, the law of what is drawn, and one broken sequence among others."""
+"""Which rows reach the head and what is built of them, the law of what is drawn, and one broken sequence
+among others.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def head_rows(monkeypatch):
 
 @each_recipe
 def test_no_logits_of_the_whole_text_exist(backend, recipe, monkeypatch):
-    """B S is 1040 here; what is as wide as the vocabulary has one block of rows, or no more than there are candidates."""
+    """B S is 1040 here; what is as wide as the vocabulary has one block of rows, or no more than there are
+    candidates.
+    """
     monkeypatch.setattr(ops, "observed", lambda *tensors: False)  # else the head would be one operation, seen from outside
     vocabulary = 600
     model = eurobert(vocab=vocabulary, layers=1, hidden=16, dtype=torch.float32)
@@ -140,7 +144,9 @@ def test_one_token_follows_the_softmax_at_the_temperature(model, recipe, tempera
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_two_tokens_in_random_order_follow_the_mixture_over_orders(model, temperature):
-    """Drawn by the chain rule along an order that is itself by chance: the joint law is the mean over both orders."""
+    """Drawn by the chain rule along an order that is itself by chance: the joint law is the mean over both
+    orders.
+    """
     rollout = many(model, 2, block_length=2, steps=2, remasking="random", temperature=temperature)
     joint = torch.zeros(V, V, dtype=torch.float64)
     alone = law(model, [MASK, MASK], temperature)
@@ -196,7 +202,9 @@ def test_a_sequence_that_is_not_a_number_is_told_and_the_others_are_unharmed(mod
 
 
 def test_a_sequence_may_break_in_the_middle(model):
-    """A token whose embedding is no number is drawn by some: whoever sees it in a later step fails, and nobody else."""
+    """A token whose embedding is no number is drawn by some: whoever sees it in a later step fails, and
+    nobody else.
+    """
     options = {"length": 8, "mask_id": MASK, "temperature": 1.0, "sequence_ids": torch.arange(24), "block_length": 8, "steps": 4}
     prompts = [RAGGED[1 + b % 2] for b in range(24)]
     clean = generate(model, prompts, **options)
@@ -226,7 +234,9 @@ def test_a_broken_sequence_leaves_its_neighbours_in_a_cached_batch_alone():
 
 
 def test_a_broken_sequence_breaks_the_one_row_that_it_is_packed_into_and_says_so():
-    """Attention multiplies what it must not see by 0, and 0 times not-a-number is none: no sequence of the row is trusted."""
+    """Attention multiplies what it must not see by 0, and 0 times not-a-number is none: no sequence of the
+    row is trusted.
+    """
     options = {"length": 8, "mask_id": MASK, "block_length": 4, "steps": 4, "suppress": (POISON,), "packed": True}
     rollout = generate(poisoned(eurobert(layers=1, hidden=16)), RAGGED, **options)
     assert rollout.failed_B.all()

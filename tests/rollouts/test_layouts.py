@@ -1,4 +1,6 @@
-"""Batches, padding, packing, caches: what surrounds a prompt changes none of its tokens, and what leaves the batch is gone."""
+"""Batches, padding, packing, caches: what surrounds a prompt changes none of its tokens, and what leaves the
+batch is gone.
+"""
 
 from __future__ import annotations
 
@@ -215,7 +217,9 @@ LENGTHS = [torch.randint(3, 10, (n,), generator=torch.Generator().manual_seed(n)
 @pytest.mark.parametrize("remasking", ["low_confidence_dynamic", "sequential"])
 @pytest.mark.parametrize(("block_length", "steps", "length"), [(4, 3, 7), (3, 2, 6), (8, 5, 8), (1, 1, 3)])
 def test_the_cache_changes_nothing_of_a_block_causal_rollout(cached_model, block_length, steps, length, remasking):
-    """Prompts of every length modulo the block, against one call per step on the whole text with a 4-d mask, uncached."""
+    """Prompts of every length modulo the block, against one call per step on the whole text with a 4-d mask,
+    uncached.
+    """
     options = {
         "sampler": "sdar",
         "block_length": block_length,

@@ -1,4 +1,6 @@
-"""Every sampler token for token against the published loops with full logits: tokens, steps, logps, entropies, states, greedy."""
+"""Every sampler token for token against the published loops with full logits: tokens, steps, logps,
+entropies, states, greedy.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ def test_dream_s_order_may_be_drawn(model, alg, alg_temp):
 
 
 def test_dream_s_nucleus_is_that_of_all_ids_and_sdar_s_of_the_k_largest(model):
-    """The orders leave other ids: of the two largest, SDAR's nucleus holds 0.6 of their own mass, Dream's of everybody's."""
+    """The orders leave other ids: of the two largest, SDAR's nucleus holds 0.6 of their own mass, Dream's of
+    everybody's.
+    """
     restriction = {"top_k": 2, "top_p": 0.6, "temperature": 1.0}
     for seed in range(2):
         both(model, sampler="dream", steps=4, alg="maskgit_plus", seed=seed, **restriction)

@@ -1,4 +1,6 @@
-"""What a rollout keeps of its steps against replayed states and brute force: entropies, logps, greedy ids, chosen steps."""
+"""What a rollout keeps of its steps against replayed states and brute force: entropies, logps, greedy ids,
+chosen steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def rollout_of(model, recipe="llada", *, layout="ragged", **options):
 
 @torch.no_grad()
 def replayed(model, rollout, step):
-    """Log-softmax `[B, L, V]` in fp64 of the state before a step, the mask id ruled out; shift as the rollout's."""
+    """Log-softmax `[B, L, V]` in fp64 of the state before a step, the mask id ruled out; shift as the
+    rollout's.
+    """
     z = model(rollout.state_at(step), attention_mask=rollout.attention_mask_BS.long()).logits.double()
     z[..., MASK] = -math.inf
     shift = rollout.settings["shift"]

@@ -1,4 +1,4 @@
-"""Between a task's texts and a model's ids: prompts of any length, answers and completions of one."""
+"""Between texts and ids: prompts of any length, answers and completions of a fixed one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Codec:
             self._tokenizer.chat_template = None
 
     def prompts(self, examples: Sequence[Example]) -> list[Tensor]:
-        """int64 `[P_b]` each. Raises UserError for one that is empty, holds the mask token, or leaves a
-        completion no room.
+        """int64 `[P_b]` each. Raises UserError for a prompt that is empty, holds the mask token or is too
+        long.
         """
         encoded = encode(self._tokenizer, examples, **self._options)
         for example, ids in zip(examples, encoded, strict=True):
@@ -59,9 +59,7 @@ class Codec:
 
 
 def joined(prompts: Sequence[Tensor], answers_BL: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids `[B, S]`, which of them are completion, and which are real (None: all): prompts and answers, padded
-    on the right.
-    """
+    """Prompts and answers padded on the right: ids `[B, S]`, mask of answers, mask of real tokens or None."""
     rows = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers_BL, strict=True)]
     ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     first_B1 = torch.tensor([len(prompt) for prompt in prompts])[:, None]
@@ -78,12 +76,11 @@ def encode(
     shots: Sequence[Example] = (),
     longest: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt: `system`, the solved `shots`, and what the user says.
+    """Token ids of each prompt: `system`, the solved `shots`, and the example's prompt.
 
-    A tokenizer with a chat template gets them as turns of a chat, `system` before the first; one without gets
-    them as plain text with a blank line between them, and a prompt alone as it is. Raises UserError for a
-    prompt of more than `longest` tokens, which would have to be cut, and for characters that the tokenizer
-    does not know.
+    With a chat template they become turns of a chat, `system` at the start of the first; without one, plain
+    text separated by blank lines. Raises UserError for a prompt of more than `longest` tokens (nothing is
+    ever cut) and for characters that the tokenizer does not know.
 
     Example:
         >>> from dllm_trainer.models.tokenizer import make_tokenizer
@@ -107,11 +104,9 @@ def encode(
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, length: int, eos_id: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each demonstration, with its end of turn where there is a chat template, then `eos_id` up
-    to `length`.
+    """Token ids of each demonstration: answer, the chat template's end of turn, `eos_id` up to `length`.
 
-    An answer may fill the length, with no room for an end; one that is longer raises UserError, as does an
-    empty one.
+    An answer may fill the length without an EOS; a longer one raises UserError, as does an empty one.
     """
     end = tokenizer.eos_token_id if eos_id is None else eos_id
     encoded = []
@@ -147,12 +142,12 @@ def _turns(example: Example, system: str, shots: Sequence[Example]) -> list[dict
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
-    except Exception as error:  # a template may raise what it likes
+    except Exception as error:  # a template may raise anything
         raise UserError(f"the tokenizer's chat template failed: {' '.join(str(error).split())}") from error
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """What the chat template writes after an answer, without the white space before the next turn."""
+    """What the chat template writes after an answer, without trailing white space."""
     if tokenizer.chat_template is None:
         return ""
     turns = [*_turns(example, "", ()), {"role": "assistant", "content": example.answer}]

@@ -1,6 +1,6 @@
-"""What published modelling code needs to run under current transformers and to be called alike.
+"""Patches that let published modelling code run under current transformers, behind one calling convention.
 
-Every patch touches the loaded class, its module or the loaded model, and only where its symptom would show.
+Each patch touches only the loaded class, its module or the model, and only where its symptom would show.
 """
 
 from __future__ import annotations
@@ -51,15 +51,13 @@ def patch_class(cls: type[PreTrainedModel], config: Any) -> None:
     # "'LLaDAConfig' object has no attribute 'use_cache'" in LLaDA's forward: no default since transformers 5
     if not hasattr(config, "use_cache"):
         config.use_cache = False
-    # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ does not end in
-    # post_init()
+    # "'LLaDAModelLM' object has no attribute 'all_tied_weights_keys'": its __init__ has no post_init()
     if not hasattr(cls, "all_tied_weights_keys") and not _calls_post_init(cls):
         cls.all_tied_weights_keys = {}
     # "tie_weights() got an unexpected keyword argument 'missing_keys'"
     if not _accepts(cls.tie_weights, "missing_keys"):
         cls.tie_weights = _without_keywords(cls.tie_weights)
-    # "'list' object has no attribute 'keys'" where such a model ties its embeddings: today's form says to
-    # what
+    # "'list' object has no attribute 'keys'" where a model ties its embeddings: it is a dict by now
     if isinstance(keys := cls._tied_weights_keys, (list, tuple)):
         cls._tied_weights_keys = None
         with _weightless():
@@ -87,9 +85,7 @@ def _without_keywords(method: Any) -> Any:
 
 
 def _patch_rope(module: Any) -> None:
-    """`KeyError: 'default'` in the rotary embedding of code that was written for transformers 4 (Dream, SDAR,
-    LLaDA2).
-    """
+    """`KeyError: 'default'` in rotary embeddings written for transformers 4 (Dream, SDAR, LLaDA2)."""
     if hasattr(module, "ROPE_INIT_FUNCTIONS") and "default" not in ROPE_INIT_FUNCTIONS:
         module.ROPE_INIT_FUNCTIONS = {**ROPE_INIT_FUNCTIONS, "default": _default_rope}
 
@@ -102,12 +98,11 @@ def _default_rope(config: Any, device: Any = None, **kwargs: Any) -> tuple[Tenso
 
 
 def restore_buffers(model: PreTrainedModel) -> None:
-    """Give remote code the buffers that its checkpoint does not hold.
+    """Recompute the buffers of remote code that its checkpoint does not hold.
 
-    Symptom: none, but wrong logits. transformers 5 builds the model without memory and leaves such buffers
-        uninitialised; the
-    rotary frequencies of Dream, SDAR and LLaDA2 are whatever lay there. What a second, weightless instance
-    computes is right.
+    Without it logits are silently wrong: transformers 5 builds models on the meta device and leaves such
+    buffers uninitialised, such as the rotary frequencies of Dream, SDAR and LLaDA2. They are copied from a
+    second instance without weights.
     """
     with _weightless():
         fresh = type(model)(model.config)
@@ -123,7 +118,7 @@ def restore_buffers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _weightless() -> Iterator[None]:
-    """Within the context, new modules have parameters without memory and real buffers."""
+    """Within the context, new modules have meta parameters but real buffers."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -140,9 +135,7 @@ def _weightless() -> Iterator[None]:
 
 
 def declare_ties(model: PreTrainedModel) -> None:
-    """LLaDA's tie_weights() makes an alias that nobody knows of: "The weights trying to be saved contained
-    shared tensors".
-    """
+    """LLaDA ties without declaring it: "The weights trying to be saved contained shared tensors"."""
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(parameter, name)) != name:
@@ -154,21 +147,20 @@ def declare_ties(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """What a model's forward wants instead of a `[B, S]` mask."""
+    """The form of attention mask that a model's forward takes instead of `[B, S]`."""
 
     kind: str  # Facts.attention_mask
-    block_length: int | None  # None: everyone sees everyone
+    block_length: int | None  # None: bidirectional
 
     @property
     def keyword(self) -> str:
         return "attention_bias" if self.kind == "bias" else "attention_mask"
 
     def __call__(self, mask_BS: Tensor | None, ids_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """`[B, 1, S, S]`, or `[B, 1, 1, S]` where everyone sees everyone; None where nothing has to be said.
+        """`[B, 1, S, S]`, or `[B, 1, 1, S]` if bidirectional; None where no mask is needed.
 
-        Of a mask of four dimensions, such as the rollouts' own for packed and cached canvases, only the dtype
-        changes. Blocks count from a sequence's first token that is no padding, as in training without
-        padding.
+        A mask with four dimensions, as rollouts pass for packed and cached layouts, only changes its dtype.
+        Blocks count from a sequence's first real token, as in training without padding.
         """
         if mask_BS is not None and mask_BS.dim() == 4:
             if self.kind == "none":
@@ -192,14 +184,13 @@ class AttentionForm:
 
 
 def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
-    """Let `model(input_ids=, attention_mask=[B, S])` give each family the mask that its own forward takes.
+    """Let `model(input_ids=, attention_mask=[B, S])` pass each family the mask that its forward takes.
 
-    The class's forward is wrapped, rather than hooked, since peft calls the forward of the model that it
-    wraps.
+    The forward of the class is wrapped, not hooked, since peft calls the forward of the model that it wraps.
     """
     if facts.attention_mask == "int" and facts.topology == "bidirectional":
         return
-    if facts.attention_mask == "int":  # two dimensions cannot say what a block sees
+    if facts.attention_mask == "int":  # two dimensions cannot express what a block sees
         raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
     block_length = facts.block_length if facts.topology == "block_causal" else None
     setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
@@ -224,9 +215,7 @@ def _with_form(forward: Any) -> Any:
 
 
 def adapt_head(model: PreTrainedModel, facts: Facts) -> None:
-    """Let `get_output_embeddings()` find a head that only the table knows; its class's own answer comes
-    first.
-    """
+    """Let `get_output_embeddings()` find the head by the table of facts, unless the class finds it itself."""
     if model.get_output_embeddings() is None and facts.head is not None:
         path = facts.head
         model.get_submodule(path)  # AttributeError where there is none
@@ -237,16 +226,14 @@ def adapt_head(model: PreTrainedModel, facts: Facts) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
-    """Recompute each transformer block in backward instead of keeping its activations; returns the number of
-    blocks.
+    """Recompute each transformer block in backward instead of storing activations; returns their number.
 
-    From outside, for every model alike: LLaDA's class has no checkpointing, and transformers' own works in
-    training mode only.
+    Works for every model: LLaDA's class has no checkpointing, and that of transformers needs training mode.
     """
     _, blocks = find_blocks(model)
     for block in blocks:
         if not isinstance(block.forward, functools.partial):
-            # a partial of a bound method follows a deep copy of the model, which a closure would not
+            # unlike a closure, a partial of a bound method follows a deep copy of the model
             block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
     return len(blocks)
 

@@ -1,8 +1,7 @@
-"""Models: any Hugging Face masked-diffusion checkpoint, the demo's EuroBERT at toy size, and what of them is
-trained.
+"""Loading any Hugging Face masked-diffusion checkpoint, and building the demo's toy-size EuroBERT.
 
-`load` gives a model whose forward takes `input_ids` and an optional `[B, S]` attention mask whatever its
-family is, its tokenizer with the mask token, and its `Facts`.
+`load` returns a model whose forward takes `input_ids` and an optional `[B, S]` attention mask, whatever its
+family, its tokenizer with the mask token, and its `Facts`.
 """
 
 from __future__ import annotations
@@ -47,10 +46,9 @@ class Loaded:
     facts: Facts
 
     def call_kwargs(self, attention_mask_BS: Tensor | None) -> dict[str, Tensor]:
-        """What every model call takes beside the ids: the mask in the dtype that this model's mask has.
+        """Keywords of every model call beside the ids: the attention mask in this model's dtype.
 
-        Nothing where nothing is padded, for which attention has faster kernels, or where the model takes no
-        mask.
+        Empty where nothing is padded (attention then has faster kernels) or the model takes no mask.
         """
         if attention_mask_BS is None or self.facts.attention_mask == "none" or bool(attention_mask_BS.all()):
             return {}
@@ -59,7 +57,7 @@ class Loaded:
 
     @property
     def suppressed(self) -> tuple[int, ...]:
-        """Ids that are never predicted, beside the mask id: the table's, and what lies beyond the text."""
+        """Ids that are never predicted beside the mask id: the table's, and rows beyond the vocabulary."""
         with headless(self.model) as body:
             rows = len(body.parameter)
         return (*self.facts.suppress, *range(self.facts.valid_vocab or rows, rows))
@@ -80,15 +78,15 @@ def load(
     Args:
         dtype: of the weights. trust_remote_code: run the modelling code that the checkpoint carries.
             revision: of the hub.
-        facts: overrides of the table, the config's `model.facts`; a run's own checkpoint takes those that the
-            run began with, `dataclasses.asdict(loaded.facts)`, since the name that may tell the family is not
+        facts: overrides of the table, the config's `model.facts`. For a run's own checkpoint pass the facts
+            of its start, `dataclasses.asdict(loaded.facts)`: the name that identified the family is not
             saved.
         four_bit: QLoRA's quantised weights, by bitsandbytes.
 
-    The model stays in eval mode while it trains: some published forwards do something else in training mode
+    The model stays in eval mode during training: some published forwards behave differently in training mode
     (SDAR's makes masks of its own), and dropout would make two scores of the same tokens differ.
 
-    Raises UserError: no such checkpoint, one that is damaged, code that is not trusted, no mask id known.
+    Raises UserError: missing or damaged checkpoint, untrusted code, unknown mask id.
     """
     name = str(source)
     config, tokenizer, found, cls = recognise(name, trust_remote_code=trust_remote_code, revision=revision, facts=facts)
@@ -98,12 +96,12 @@ def load(
             model, report = cls.from_pretrained(
                 name, config=config, dtype=dtype, revision=revision, output_loading_info=True, **quantised
             )
-            if cls._auto_class is not None:  # code of the checkpoint's own
+            if cls._auto_class is not None:  # the checkpoint's own code
                 compat.restore_buffers(model)
                 compat.declare_ties(model)
         _refuse_missing(name, model, report["missing_keys"])
     if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # Dream's blocks append to it once more when they are recomputed in backward
+        model.config.use_cache = False  # Dream's blocks would append to it again when recomputed in backward
     compat.adapt_forward(model, found)
     compat.adapt_head(model, found)
     _add_mask_token(tokenizer, found.mask_id)
@@ -111,9 +109,7 @@ def load(
 
 
 def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Weights that no file holds are drawn at random, with no more than a table in the log. Tied ones are
-    held elsewhere.
-    """
+    """Weights missing in the files would be random, with a mere table in the log. Tied ones may be absent."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = {id(parameter) for key, parameter in parameters.items() if key not in missing}
     lost = sorted(key for key in missing if key in parameters and id(parameters[key]) not in held)
@@ -125,7 +121,7 @@ def _refuse_missing(name: str, model: PreTrainedModel, missing: Collection[str])
 def recognise(
     name: str, *, trust_remote_code: bool, revision: str | None, facts: Mapping[str, Any] | None
 ) -> tuple[Any, PreTrainedTokenizerBase, Facts, type[PreTrainedModel]]:
-    """A checkpoint's configuration, tokenizer, facts and class, without its weights. Raises as `load` does."""
+    """A checkpoint's configuration, tokenizer, facts and class, without weights. Raises as `load` does."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     label = Path(name).resolve().name if Path(name).is_dir() else name
     with _sentences(name):
@@ -146,7 +142,7 @@ def _sentences(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever the libraries raise over a damaged file
+    except Exception as error:  # damaged files raise all kinds of errors
         if "trust_remote_code" in str(error):
             raise _untrusted(name) from error
         raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
@@ -157,9 +153,7 @@ def _untrusted(name: str) -> UserError:
 
 
 def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool) -> type[PreTrainedModel]:
-    """The class with the head: the one of `architectures`, from the checkpoint's own code, if trusted, or
-    from transformers.
-    """
+    """The class named by `architectures`, from the checkpoint's own code if trusted, else transformers."""
     architectures = list(getattr(config, "architectures", None) or [])
     mapped = {auto: reference for auto, reference in (getattr(config, "auto_map", None) or {}).items() if auto in AUTO_CLASSES}
     by_class = {reference.rpartition(".")[2]: auto for auto, reference in mapped.items()}
@@ -167,10 +161,10 @@ def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool)
     if chosen is not None and trusted:
         with compat.removed_names():
             cls = get_class_from_dynamic_module(mapped[chosen], name, revision=revision)
-        cls.register_for_auto_class(chosen)  # so that its file is saved along
+        cls.register_for_auto_class(chosen)  # so that its code is saved with the weights
         compat.patch_class(cls, config)
         return cls
-    for auto in AUTO_CLASSES:  # what a package registered when it was imported
+    for auto in AUTO_CLASSES:  # classes registered by an imported package
         if (
             type(config) in (mapping := getattr(transformers, auto)._model_mapping)
             and mapping[type(config)].__name__ in architectures
@@ -189,11 +183,10 @@ def _model_class(config: Any, name: str, revision: str | None, *, trusted: bool)
 
 
 def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
-    """Give the tokenizer the mask token that only the configuration names (LLaDA). The embedding is not
-    resized.
+    """Give the tokenizer a mask token that only the configuration names (LLaDA), without resizing embeddings.
 
-    An id far beyond the tokenizer's last one cannot be given to a token; decoding then shows nothing there. A
-    token of ordinary text stays one, so that `check_mask_id` can refuse it.
+    An id far beyond the tokenizer's last cannot be assigned to a token; it decodes to nothing. A token of
+    ordinary text is left as it is, for `check_mask_id` to refuse.
     """
     if tokenizer.mask_token_id == mask_id:
         return
@@ -205,7 +198,7 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> EuroBertForMaskedLM:
-    """Random weights, a function of (config, seed) alone; the global random state is left as it was."""
+    """Random weights, a function of (config, seed); leaves the global random state alone."""
     settings = EuroBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

@@ -1,6 +1,4 @@
-"""LoRA by peft: adapters on every linear layer of the transformer blocks, the head frozen, the bare model as
-the reference.
-"""
+"""LoRA by peft: adapters on all linear layers of the blocks, a frozen head, the bare model as reference."""
 
 from __future__ import annotations
 
@@ -17,13 +15,12 @@ from transformers import PreTrainedModel
 from ..distributed import find_blocks
 from ..errors import UserError, first_line
 
-ROUTERS = ("gate", "router")  # a MoE's: what they choose is not differentiable, and a reference with other experts is none
+# of a MoE: their choice is not differentiable, and the reference must use the same experts
+ROUTERS = ("gate", "router")
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers within the transformer blocks, such as q_proj, as the model has them;
-    routers left out.
-    """
+    """Names of the linear layers of the transformer blocks, such as q_proj, without routers."""
     _, blocks = find_blocks(model)
     names = (name.rpartition(".")[2] for name, module in blocks.named_modules() if isinstance(module, nn.Linear))
     return sorted({name for name in names if name not in ROUTERS})
@@ -37,15 +34,14 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
 ) -> Any:
-    """A `peft.PeftModel` around `model` whose adapters alone are trained; `disable_adapter()` gives the
-    reference policy.
+    """A `peft.PeftModel` around `model` that trains adapters only; `disable_adapter()` is the reference.
 
     Args:
-        rank, alpha: of LoRA (arXiv 2106.09685); an adapter is scaled by alpha / rank.
-        dropout: 0, or what is scored twice differs: two passes and rollouts then need the model in eval mode.
-        targets: names of linear layers; default: all in the blocks. One that does not exist is an error: the
-            list that d1 and its descendants pass names four of LLaDA's seven layers, and peft says nothing of
-            the rest.
+        rank, alpha: of LoRA (arXiv 2106.09685); adapters are scaled by alpha / rank.
+        dropout: with any, two passes and rollouts need the model in eval mode.
+        targets: names of linear layers; default: all in the blocks. An unknown name is an error: the list of
+            d1 and its descendants covers only four of LLaDA's seven layers, and peft ignores the other names
+            silently.
     """
     peft = _peft()
     path, _ = find_blocks(model)
@@ -58,7 +54,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        # by path: a list of names would take LLaDA's head too, an ff_out like the one of every block
+        # by path: a list of names would match LLaDA's head too, an ff_out like that of every block
         target_modules=rf"{re.escape(path)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, wanted))})",
         bias="none",
     )
@@ -66,7 +62,7 @@ def add_lora(
 
 
 def load_lora(model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> Any:
-    """`model` with the adapters of a PEFT folder."""
+    """Load the adapters of a PEFT folder onto `model`."""
     try:
         return _peft().PeftModel.from_pretrained(model, str(directory), is_trainable=trainable).eval()
     except UserError:
@@ -76,9 +72,7 @@ def load_lora(model: PreTrainedModel, directory: str | Path, *, trainable: bool 
 
 
 def four_bit_options(dtype: torch.dtype, head: str | None) -> dict[str, Any]:
-    """QLoRA's weights (arXiv 2305.14314) for `from_pretrained`; the head stays as it is, since we multiply
-    with it ourselves.
-    """
+    """Options of `from_pretrained` for QLoRA (arXiv 2305.14314); the head is left as it is."""
     if find_spec("bitsandbytes") is None:
         raise UserError("model.four_bit needs the package bitsandbytes and a GPU: pip install bitsandbytes, or set it to false")
     from transformers import BitsAndBytesConfig

@@ -1,6 +1,4 @@
-"""What is checked of a model before a run: its alignment and its mask id. A wrong one of either trains, and
-learns nothing.
-"""
+"""Checks of a model before a run: alignment and mask id. With a wrong one a run trains but learns nothing."""
 
 from __future__ import annotations
 
@@ -42,14 +40,14 @@ class ShiftVerdict:
 def shift_self_test(
     loaded: Loaded, ids_BS: Tensor, *, seed: int, attention_mask_BS: Tensor | None = None, share: float = 0.15
 ) -> ShiftVerdict:
-    """Score clean text with both alignments, at the tokens that were masked in it, and compare.
+    """Mask a few tokens of clean text and compare their scores under both alignments.
 
     Args:
         ids_BS: token ids of real text, 100 tokens or more. attention_mask_BS: False at padding, where nothing
             is masked.
-        share: how much of it is masked, lightly, so that a trained model knows the answers.
+        share: fraction to mask; small, so that a trained model knows the answers.
 
-    Raises UserError, with the figures, where the text contradicts `facts.shift`.
+    Raises UserError with the figures if they contradict `facts.shift`.
     """
     facts, model = loaded.facts, loaded.model
     B, S = ids_BS.shape
@@ -59,7 +57,7 @@ def shift_self_test(
     bits_BS = noise.row_bits(seed, Stream.MASK, sequence[:, None], zero, torch.arange(S, device=ids_BS.device))
     masked_BS = noise.bernoulli(bits_BS, share) & real_BS & real_BS.roll(1, dims=1)
     masked_BS[:, 0] = False
-    masked_BS &= ~masked_BS.roll(1, dims=1)  # the row before shows its token, as the alignments need it
+    masked_BS &= ~masked_BS.roll(1, dims=1)  # the token before each masked one must be visible
     index_N = masked_BS.flatten().nonzero()[:, 0]
     if len(index_N) < 2:
         return ShiftVerdict(None, math.nan, math.nan, math.nan, len(index_N))
@@ -80,7 +78,7 @@ def shift_self_test(
 
 
 def check_mask_id(loaded: Loaded) -> None:
-    """Raises UserError for a mask id that the model does not have, or that ordinary text holds too."""
+    """Raises UserError for a mask id outside the model or one that occurs in ordinary text."""
     mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
     with headless(loaded.model) as body:
         sizes = {"embedding": body.vocabulary, "head": len(body.parameter)}

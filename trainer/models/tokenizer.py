@@ -1,6 +1,4 @@
-"""A tokenizer of single characters for models built from scratch, saved and loaded as an ordinary Hugging
-Face tokenizer.
-"""
+"""A character tokenizer for models built from scratch, saved and loaded like any Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ SPECIAL = {"unk_token": "[UNK]", "mask_token": "[MASK]", "pad_token": "[PAD]", "
 
 
 def make_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """Ids are places in the alphabet; the special tokens come after it."""
+    """Ids are positions in the alphabet, followed by the special tokens."""
     vocabulary = {token: index for index, token in enumerate([*alphabet, *SPECIAL.values()])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

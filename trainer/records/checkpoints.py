@@ -1,13 +1,13 @@
-"""Checkpoints: a folder that `from_pretrained` reads, and beside the weights what is needed to go on bit for
-bit.
+"""Checkpoints: folders that `from_pretrained` reads, with the state for a bit-exact resume beside the
+weights.
 
-FOLDER/step-00000120/    config.json, *.safetensors, tokenizer, remote code; adapters in PEFT's layout for LoRA
+FOLDER/step-00000120/    config.json, *.safetensors, tokenizer, remote code; LoRA adapters in PEFT's layout
     state/               optimiser and random states by torch.distributed.checkpoint, each rank its shards
-    trainer_state.json   step, metrics and what the caller wants to find again
+    trainer_state.json   step, metrics and the caller's state
     manifest.json        size and sha256 of every file above, written last
 
-A checkpoint is written aside, flushed to disk and renamed, so what bears the name is whole; what the disk
-does to it later, the manifest tells.
+A checkpoint is written aside, flushed to disk and renamed, so a folder of that name is complete; the manifest
+reveals later damage.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _CHUNK = 1 << 22
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - a state of a folder
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint is missing or has changed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found to be whole. `path` is what `from_pretrained` takes."""
+    """A checkpoint found to be complete; `from_pretrained` takes its `path`."""
 
     path: Path
     step: int
@@ -58,12 +58,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those of one run. All methods are collective: every rank calls them.
+    """The checkpoints of a run. All methods are collective: every rank calls them.
 
-    keep_last: how many of the newest stay, at least 1; with 2, damage to the newest costs one interval.
-        keep_best: how many
-    more stay for having the best `metric` of those saved with it, the larger the better unless
-    `smaller_is_better`.
+    keep_last: number of newest checkpoints to keep, at least 1; with 2, damage to the newest costs one
+        interval. keep_best: number of further ones to keep by their `metric`, larger being better unless
+        `smaller_is_better`.
     """
 
     folder: Path
@@ -89,9 +88,9 @@ class Checkpoints:
         state: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Writes a checkpoint of what all ranks hold, drops what need not be kept, and returns its folder.
+        """Write a checkpoint of all ranks' state, delete those not to be kept, and return its folder.
 
-        state, metrics: whatever JSON can hold. Raises OSError where the disk is full or not to be written to.
+        state, metrics: JSON values. Raises OSError if the disk is full or not writable.
         """
         first = self.ranks.is_first
         with self.ranks.together():
@@ -121,7 +120,7 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole one, as `latest`."""
+        """The newest complete one, as `latest`."""
         return latest(self.folder, self.ranks)
 
     def _drop_old(self) -> None:
@@ -134,15 +133,13 @@ class Checkpoints:
             keep |= {saved[-number] for _, number in ranked[: self.keep_best]}
         for path in saved:
             if path not in keep:
-                doomed = path.with_name(f".{path.name}.part")  # not to be found half deleted
+                doomed = path.with_name(f".{path.name}.part")  # never found half deleted
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
 
 def save_model(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks | None = None) -> None:
-    """A folder that `from_pretrained` loads; an older one of that name stays whole until the new one is. A
-    collective.
-    """
+    """Write a folder for `from_pretrained`, replacing an older one only when complete. A collective."""
     ranks = ranks or Ranks()
     weights = _whole_weights(model, keep=ranks.is_first)
     with ranks.together(), _disk_errors(target):
@@ -164,9 +161,9 @@ def _replace(target: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase 
 
 
 def latest(folder: Path, ranks: Ranks | None = None) -> Checkpoint | None:
-    """The newest checkpoint of `folder` that is whole, for `--resume auto`; None where none was ever saved.
+    """The newest complete checkpoint of `folder`, for `--resume auto`; None where none was saved.
 
-    A damaged one is passed over with a warning. Raises UserError where all are damaged.
+    Damaged ones are skipped with a warning. Raises UserError if all are damaged.
     """
     ranks = ranks or Ranks()
     found: Checkpoint | None = None
@@ -189,16 +186,14 @@ def _newest_whole(folder: Path) -> Checkpoint | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises DamagedCheckpoint where a file is missing or is not what was
-    written.
-    """
+    """The checkpoint in a folder. Raises DamagedCheckpoint for a file that is missing or has changed."""
     verify(path)
     content = json.loads((path / _STATE).read_text())
     return Checkpoint(path, content["step"], content["metrics"], content["state"])
 
 
 def verify(path: Path, pattern: str = "*") -> None:
-    """Raises DamagedCheckpoint where a file of this pattern is missing or is not what was written."""
+    """Raises DamagedCheckpoint where a file of this pattern is missing or has changed."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -217,19 +212,16 @@ def verify(path: Path, pattern: str = "*") -> None:
 
 
 def verify_weights(source: str) -> None:
-    """The same for the weights of a folder that a run saved; of what else a checkpoint holds, users may
-    change the text.
-    """
+    """Verify the weights of a folder saved by a run; users may edit its text files."""
     if (Path(source) / _MANIFEST).is_file():
         verify(Path(source), "*.safetensors")
 
 
 def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
-    """Puts optimiser and random states back; on another number of ranks than saved them, the former are
-    resharded.
+    """Restore optimiser and random states; the former are resharded to the number of ranks.
 
-    Weights come from `from_pretrained(checkpoint.path)`, before the model is sharded. Random states are those
-    that this rank saved; ranks that were not there then take those of the others in turn.
+    Weights come from `from_pretrained(checkpoint.path)` before the model is sharded. A rank gets the random
+    state that it saved; new ranks take those of the old ones in turn.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -249,7 +241,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
             dcp.load(states, checkpoint_id=folder, no_dist=not ranks.launched)
         if "optimizer" in states:
             set_optimizer_state_dict(model, optimizer, states["optimizer"])
-    except (Exception, dcp.CheckpointException) as error:  # what it raises depends on what is wrong, and on torch's version
+    except (Exception, dcp.CheckpointException) as error:  # depends on the defect and on torch's version
         raise UserError(f"{folder} does not fit this model and optimiser ({first_line(error)})") from error
     _set_random({key.rpartition(".")[2]: states[key] for key in mine})
 
@@ -258,9 +250,7 @@ def load_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.
 
 
 def _whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The state dict gathered tensor by tensor, on the CPU of the rank that keeps it. What is tied is one
-    tensor there too.
-    """
+    """The state dict, gathered tensor by tensor to the CPU of the rank that keeps it; ties are preserved."""
     find_shards(model)
     parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     whole: dict[str, Tensor] = {}
@@ -287,7 +277,7 @@ def _write_pretrained(
 
 @contextmanager
 def _own_classes(model: nn.Module) -> Iterator[None]:
-    """FSDP puts a class of its own before a module's; names and remote code are those of the module's own."""
+    """Undo FSDP's replacement of module classes, for names and remote code to be saved correctly."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     changed = [(module, type(module)) for module in model.modules() if isinstance(module, kind)]
     try:
@@ -307,12 +297,12 @@ def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     states: dict[str, Any] = {f"random.{ranks.rank}.{name}": value for name, value in _get_random().items()}
-    if optimizer.state:  # before the first step there is none, and asking for it would make a step
+    if optimizer.state:  # empty before the first step, and querying it then would make a step
         states["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
         with _no_warning_of_being_alone():
             dcp.save(states, checkpoint_id=folder, no_dist=not ranks.launched)
-    except dcp.CheckpointException as error:  # no Exception; it holds those of all ranks
+    except dcp.CheckpointException as error:  # not an Exception; holds those of all ranks
         causes = [cause for cause, _ in error.failures.values()]
         raise OSError(f"saving {folder} failed, {first_line(causes[0] if causes else error)}") from error
 
@@ -358,7 +348,7 @@ def _from_bytes(tensor: Tensor) -> Any:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """By step, then by how often it was saved."""
+    """Checkpoint folders, ordered by step and by number of saves of it."""
     matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir()]
     return [path for *_, path in sorted((int(match[1]), int(match[2] or 0), path) for match, path in matches if match)]
 
@@ -379,7 +369,7 @@ def _read_metrics(path: Path) -> Mapping[str, float]:
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file and folder to disk, with a manifest of what they hold."""
+    """Write a manifest of all files, and flush files and folders to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": _sha256(f)} for f in files}
     (folder / _MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
@@ -407,5 +397,5 @@ def _flush(path: Path) -> None:
 def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors tell of a full disk
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         raise OSError(f"saving {target} failed, {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a run ran on, for its files and for `dllm-kernels env`."""
+"""The environment of a run, for its files and `dllm-kernels env`, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dllm_kernels.backends import cpu
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, and the code path of the head; plain values, ready for JSON."""
+    """Versions, machine and code path of the head, as JSON values."""
     return {
         "dllm_kernels": dllm_kernels.__version__,
         "git_commit": _git_commit(),
@@ -39,17 +39,17 @@ def head_path() -> str:
 
 
 def peak_memory_mb() -> float:
-    """Largest memory of this process so far: the allocator's where there is a GPU, else the resident set."""
+    """Peak memory of this process so far: the allocator's on a GPU, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resident_bytes(peak=True)
-    if peak is None:  # on Linux no less than the parent's at the time of the fork
+    if peak is None:  # on Linux this would include the parent's peak before the fork
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak / 2**20
 
 
 def resident_bytes(*, peak: bool = False) -> int | None:
-    """The resident set of this process now, or the largest so far; None where there is no /proc."""
+    """The resident set of this process, or its peak so far; None where there is no /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -66,10 +66,10 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str | None:
-    """Of the checkout that this package runs from; None for an installed one."""
+    """Commit of the checkout that this package runs from; None if installed."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
-    try:  # a virtual environment may lie inside somebody else's checkout
+    try:  # the virtual environment may lie inside another project's checkout
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=5, check=True)
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""curves.png: what moved during both phases, from metrics.jsonl."""
+"""curves.png: the training curves of both phases, from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ _RL = (("elbo", "ELBO of rollouts", "nats"), ("loss", "loss", ""), ("grad_norm",
 
 
 def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: Path) -> None:
-    """Two rows, SFT and RL. Thin lines are single steps, thick ones their running mean; dots are the full
-    evaluations.
-    """
+    """Two rows, SFT and RL: single steps (thin), running means (thick), full evaluations (dots)."""
     by_phase = {phase: [r for r in records if r["phase"] == phase] for phase in ("sft", "rl")}
     figure = Figure(figsize=(19, 7), layout="constrained")
     axes = figure.subplots(2, 5)
@@ -57,9 +55,7 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
 
 
 def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
-    """Reward of rollouts against forwards made, a panel per algorithm: its runs' mean and range, the other
-    algorithms in grey.
-    """
+    """Rollout reward over forwards, one panel per algorithm: mean and range of runs, the others in grey."""
     curves = {}
     for name, records in runs.items():
         rows = [[r for r in own if r["phase"] == "rl"] for own in records]
@@ -97,7 +93,7 @@ def _means(rows: Iterable[Sequence[float]]) -> list[float]:
 
 
 def _running(values: Sequence[float], share: int = 20) -> list[float]:
-    """Means over the last `1 / share` of all values."""
+    """Running means over a `1 / share` of all values."""
     width = max(1, len(values) // share)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
 

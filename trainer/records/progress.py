@@ -1,6 +1,4 @@
-"""Progress on the screen: bars with ETA and running figures on a terminal, a plain line every few seconds
-elsewhere.
-"""
+"""Progress: bars with ETA and figures on a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Bar:
-    """One task on the screen; `advance` moves it on."""
+    """One task on the screen, moved by `advance`."""
 
     def __init__(self, console: Console, name: str, total: int, done: int, rich: tuple[Progress, TaskID] | None):
         self._console, self._name, self._total, self._rich = console, name, total, rich

@@ -1,4 +1,4 @@
-"""report.md and the last table on the screen."""
+"""report.md and the final table on the screen."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ _PARTS = {
     "report": "curves",
 }
 _HEADINGS = ("test set", "decoding", "SFT", "+ RL", "gain [95 %]")
-_KNOWN = ("examples", "correct", "decoding", "solved")  # of an evaluation; the rest are the task's own metrics
+_KNOWN = ("examples", "correct", "decoding", "solved")  # the rest of an evaluation are the task's metrics
 
 
 def result_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per test set and decoding: share of right answers before and after RL, paired gain, the task's
-    first metric.
-    """
+    """Rows by test set and decoding: right answers before and after RL, paired gain, first metric."""
     rows: list[tuple[str, ...]] = []
     before = evaluations[0]
     after = evaluations[1] if len(evaluations) > 1 else None

@@ -23,12 +23,12 @@ PHASES = ("sft", "rl")
 
 @dataclass
 class State:
-    """Where a run stands: `step` steps of `phase` are done."""
+    """Progress of a run: `step` steps of `phase` are done."""
 
     phase: str = PHASES[0]
     step: int = 0
     tokens: int = 0  # through the model so far, rollouts and gradients
-    seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, over all its sittings
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, summed over resumes
 
     def is_past(self, phase: str, step: int) -> bool:
         return (PHASES.index(phase), step) <= (PHASES.index(self.phase), self.step)
@@ -42,7 +42,7 @@ class RunDir:
         self._wandb_run: Any = None
         self._metrics: Any = None
         self._events: Any = None
-        self._kept: list[dict[str, Any]] | None = None  # of an earlier sitting, for TensorBoard
+        self._kept: list[dict[str, Any]] | None = None  # records before a resume, for TensorBoard
         self._warned = False
 
     @classmethod
@@ -72,7 +72,7 @@ class RunDir:
         return cls(path)
 
     def write_text(self, name: str, text: str) -> None:
-        """All or nothing: written aside, flushed to disk, renamed."""
+        """Atomic: written aside, flushed to disk, renamed."""
         target = self.path / name
         aside = target.with_name(f".{target.name}.part")
         with aside.open("w") as file:
@@ -109,8 +109,8 @@ class RunDir:
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            # Both phases count from 1, so a purge from the resumed step on would drop too much: all is shown
-            # anew.
+            # both phases count from 1, so purging from the resumed step on would drop too much: log
+            # everything again
             again = None if self._kept is None else 0
             self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
             for earlier in self._kept or ():
@@ -124,7 +124,7 @@ class RunDir:
             self._events.add_scalar(name, value, record["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; damaged ones are skipped with a warning."""
+        """The records of metrics.jsonl; damaged lines are skipped with a warning."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text(errors="replace").split("\n")[:-1] if file.is_file() else []
         records = [record for record in map(_record, lines) if record is not None]
@@ -134,9 +134,7 @@ class RunDir:
         return records
 
     def rewind(self, state: State) -> None:
-        """Drop the lines of steps that were logged after the last saved state: they will be made again,
-        alike.
-        """
+        """Drop the records after the last saved state: these steps will be repeated identically."""
         records = self.metrics()
         kept = [record for record in records if state.is_past(record["phase"], record["step"])]
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
@@ -144,9 +142,7 @@ class RunDir:
             self._kept = kept
 
     def drop_if_empty(self) -> None:
-        """Frees the name of a run that failed before its first step, whose config is wrong and not to be
-        resumed.
-        """
+        """Remove the folder of a run that failed before its first step and cannot be resumed."""
         if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl"}:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -159,7 +155,7 @@ class RunDir:
 
 
 def _claim(path: Path) -> bool:
-    """Make an empty folder, or take one that is empty already."""
+    """Create the folder, or take an existing empty one; whether that worked."""
     try:
         path.mkdir()
     except FileExistsError:

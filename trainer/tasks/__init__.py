@@ -1,7 +1,6 @@
-"""Tasks: examples, and rewards that are pure functions of texts. `make_task` makes the one that a config
-describes.
+"""Tasks: examples, and rewards that are pure functions of texts. `make_task` makes one from its config.
 
-Importing this package loads neither torch nor a data set: `dllm-kernels --help` reads the configs through it.
+Importing this package loads neither torch nor a data set, which keeps `dllm-kernels --help` fast.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ MODULES = {
 
 
 def make_task(config: AnyTaskConfig, *, seed: int) -> Task:
-    """The task that `config` describes, its rewards checked; the same for the same config, seed and files, on
-    every machine.
+    """The task of a config, with checked rewards; a function of config, seed and files on every machine.
 
-    Raises UserError naming the key or the file and line that is wrong.
+    Raises UserError naming the wrong key, or the file and line.
     """
     made: Task = importlib.import_module(MODULES[config.kind], __name__).make(config, seed=seed)
     return replace(

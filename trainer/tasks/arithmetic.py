@@ -1,4 +1,4 @@
-"""Arithmetic expressions of untrusted text: parsed to a tree and walked, never evaluated by Python itself."""
+"""Arithmetic of untrusted text: parsed to a tree and walked, never evaluated by Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-LONGEST = 200  # characters; a text of that length cannot nest deep enough to hurt, nor make a number that is slow to compute
+LONGEST = 200  # characters; rules out harmful nesting and numbers that are slow to compute
 _CHARACTERS = frozenset("0123456789+-*/() ")
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -18,9 +18,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 
 def parse(text: str) -> ast.expr | None:
-    """The tree of an expression of integers, + - * / and parentheses; None for anything else, or more than
-    LONGEST characters.
-    """
+    """The tree of an expression of integers, + - * / and parentheses; None for anything else or too long."""
     if len(text) > LONGEST or not set(text) <= _CHARACTERS:
         return None
     try:
@@ -41,7 +39,7 @@ def _allowed(node: ast.AST) -> bool:
 
 
 def value(tree: ast.expr) -> Fraction | None:
-    """The exact value of a tree of `parse`; None where it divides by zero.
+    """The exact value of a tree from `parse`; None if it divides by zero.
 
     Example:
         >>> value(parse("(1 + 2) / 4"))
@@ -64,7 +62,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def integers(tree: ast.expr) -> Iterator[int]:
-    """The integers that stand in a tree of `parse`."""
+    """The integers in a tree from `parse`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             yield node.value

@@ -1,4 +1,4 @@
-"""The config sections of the tasks, told apart by `kind`; Sudoku where none is given."""
+"""The config sections of the tasks, distinguished by `kind`; Sudoku by default."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from ..sections import Positive, Section, Share, Text
 
-Rows = Annotated[int, Field(ge=1)] | None  # None: all of them
+Rows = Annotated[int, Field(ge=1)] | None  # None: all
 
 
 class SudokuConfig(Section):
     kind: Literal["sudoku"] = "sudoku"
-    style: Literal["characters", "words"] = "characters"  # a model from scratch reads digits, a chat model a sentence
+    style: Literal["characters", "words"] = "characters"  # for a model from scratch, or for a chat model
     clues_min: Annotated[int, Field(ge=4, le=15)] = 6
     clues_max: Annotated[int, Field(ge=4, le=15)] = 9
     held_out_grids: Annotated[int, Field(ge=1, le=287)] = 32
@@ -22,7 +22,8 @@ class SudokuConfig(Section):
     careless_share: Share = 0.55
     careless_forget: Literal["boxes", "columns", "columns_and_boxes"] = "columns"
     careless_pick: Literal["first", "random"] = "first"
-    train_file: Text | None = None  # CSV with columns Puzzle and Solution in place of drawn puzzles; careless_share applies
+    # CSV with columns Puzzle and Solution instead of drawn puzzles; careless_share applies
+    train_file: Text | None = None
     test_file: Text | None = None
 
     @model_validator(mode="after")
@@ -41,14 +42,15 @@ class CountdownConfig(Section):
     operations: Annotated[str, Field(pattern=r"^[-+*/]{1,4}$")] = "+-*"
     train_problems: Positive = 5000
     test_problems: Annotated[int, Field(ge=2)] = 256
-    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of all problems; the tests are drawn from them
-    careless_share: Share = 0.5  # share of demonstrations by somebody who leaves out parentheses
-    test_file: Text | None = None  # JSONL in d1's format, {"input": "30,100,93", "output": "23"}, as a further test set
+    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1  # of all problems, for tests
+    careless_share: Share = 0.5  # share of demonstrations without parentheses
+    # a further test set: JSONL in d1's format, {"input": "30,100,93", "output": "23"}
+    test_file: Text | None = None
 
 
 class Gsm8kConfig(Section):
     kind: Literal["gsm8k"] = "gsm8k"
-    style: Literal["characters", "words"] = "words"  # characters: those of the texts, for a model from scratch
+    style: Literal["characters", "words"] = "words"  # characters: for a model from scratch
     train: Text = "hub:openai/gsm8k:main:train"  # or a path: .jsonl, .parquet
     test: Text = "hub:openai/gsm8k:main:test"
     train_rows: Rows = None
@@ -70,11 +72,11 @@ class FileConfig(Section):
     train: Text
     tests: dict[str, Text] = Field({})  # name of the test set -> path
     prompt_column: Text = "prompt"
-    answer_column: Text | None = "answer"  # None: no demonstrations, for RL alone
+    answer_column: Text | None = "answer"  # None: no demonstrations, RL only
     id_column: Text | None = None  # None: the row's number
     train_rows: Rows = None
     test_rows: Rows = None
-    correct: Text = "exact_match"  # or "module:function": what evaluation counts
+    correct: Text = "exact_match"  # or "module:function"; counted by evaluation
     timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that `module:function` may take for one batch
     system: str = ""  # instructions before every prompt
     completion_length: Positive = 256

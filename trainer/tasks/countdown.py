@@ -1,6 +1,4 @@
-"""Countdown: reach the target with +, -, * and / from numbers that must all be used once; made so that it can
-be solved.
-"""
+"""Countdown: reach a target with +, -, * and / from numbers to be used once each; always solvable."""
 
 from __future__ import annotations
 
@@ -21,19 +19,19 @@ from .tags import TAGS, final_answer
 from .task import Example, Task
 
 _CHUNK = 2048
-_FRUITLESS = 16  # chunks without a new problem, after which there is none
+_FRUITLESS = 16  # give up after so many chunks without a new problem
 _SENTENCE = (
     "Use each of the numbers {numbers} exactly once, with +, -, *, / and parentheses, to make {target}. "
     "Answer with the expression alone, without an equals sign."
 )
-_PARTIAL = 0.1  # d1's credit for an answer that is wrong
+_PARTIAL = 0.1  # d1's credit for a wrong answer
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """An expression with its value; `text` has the parentheses it needs, `careless` none."""
+    """An expression with its value; `text` has the necessary parentheses, `careless` none."""
 
-    top: int  # its value is top / bottom, not reduced: millions are drawn, and a Fraction is slow
+    top: int  # the value is top / bottom, not reduced: a Fraction is slow, and millions are drawn
     bottom: int
     text: str
     careless: str
@@ -50,9 +48,7 @@ class Term:
 
 
 def combine(left: Term, operation: str, right: Term) -> Term | None:
-    """`left operation right`, or `right operation left` where that is the same and comes first; None if it
-    divides by zero.
-    """
+    """`left operation right`, operands of + and * in the problem's order; None if it divides by zero."""
     if operation in "+*" and right.place < left.place:
         left, right = right, left
     if operation == "/" and right.top == 0:
@@ -87,16 +83,16 @@ def make(config: CountdownConfig, *, seed: int) -> Task:
 
 
 def longest(numbers: int, width: int) -> int:
-    """Characters of the longest expression without needless parentheses."""
+    """Length of the longest expression without redundant parentheses."""
     return numbers * width + (numbers - 1) + 2 * max(0, numbers - 2)
 
 
 def examples(config: CountdownConfig, name: str, count: int, *, seed: int) -> list[Example]:
-    """`count` problems, each with the expression it was made from; a function of (config, name, seed).
+    """`count` problems with the expressions they were made from; a function of (config, name, seed).
 
-    A problem, whatever the order of its numbers, is held out for tests or never, by a hash of it. A share of
-    the training demonstrations leaves out the parentheses, as somebody writes who forgets about precedence:
-    now and then still right.
+    A hash of the problem, independent of the order of its numbers, decides whether it is held out for tests.
+    A share of the training demonstrations omits parentheses, as if precedence did not matter; some are right
+    nevertheless.
     """
     found: list[Example] = []
     seen: set[tuple[tuple[int, ...], int]] = set()
@@ -120,7 +116,7 @@ def examples(config: CountdownConfig, name: str, count: int, *, seed: int) -> li
 
 
 def held_out(numbers: Iterable[int], target: int, share: float) -> bool:
-    """Whether a problem belongs to the tests: the same for every seed and every order of its numbers."""
+    """Whether a problem belongs to the tests; independent of the seed and the order of its numbers."""
     key = ",".join(map(str, sorted(numbers)))
     return noise.sequence_id(f"countdown/{key}>{target}") % 2**32 < share * 2**32
 
@@ -128,9 +124,7 @@ def held_out(numbers: Iterable[int], target: int, share: float) -> bool:
 def _candidates(
     config: CountdownConfig, name: str, chunk: int, *, seed: int
 ) -> Iterator[tuple[tuple[int, ...], int, Term, float]]:
-    """Numbers, target, the expression that gives it and a draw for the demonstration's quality, of each that
-    is in range.
-    """
+    """(numbers, target, expression, draw for the demonstration's quality) of the problems in range."""
     most = max(config.numbers)
     sequence = torch.tensor(noise.sequence_id(f"countdown/{name}"))
     sample = torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)[:, None]
@@ -146,7 +140,7 @@ def _candidates(
 
 
 def _build(terms: list[Term], operations: str, draws: Iterator[float]) -> Term | None:
-    """Random operations on random pairs until one expression is left."""
+    """Combine random pairs by random operations until one expression is left."""
     while len(terms) > 1:
         left = terms.pop(int(next(draws) * len(terms)))
         right = terms.pop(int(next(draws) * len(terms)))
@@ -178,7 +172,7 @@ def read_d1(path: str, style: str) -> list[Example]:
 
 
 def grade(example: Example, completion: str) -> tuple[bool, bool, bool]:
-    """Whether it is an expression, of exactly these numbers, and one with the target as its value."""
+    """Whether it is an expression, whether it uses exactly these numbers, and whether it makes the target."""
     tagged = final_answer(completion)
     tree = arithmetic.parse(completion if tagged is None else tagged)
     if tree is None:
@@ -188,7 +182,7 @@ def grade(example: Example, completion: str) -> tuple[bool, bool, bool]:
 
 
 def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """1.0 for an expression of exactly these numbers that makes the target."""
+    """1.0 for an expression of exactly these numbers with the target as its value."""
     return [float(grade(example, text)[2]) for example, text in zip(examples, completions, strict=True)]
 
 

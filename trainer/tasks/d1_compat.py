@@ -1,7 +1,6 @@
-"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) as published, defects included, for
-comparisons.
+"""The rewards of d1 (github dllm-reasoning/d1 @837888f, `diffu-grpo/`) with their defects, for comparisons.
 
-Nothing here is a default. Each defect is named where it is; the corrected rewards are those of the tasks.
+Nothing here is a default. Each defect is described where it occurs; the tasks have corrected rewards.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any
 from .task import Example
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# Defect: no DOTALL, so a completion in the layout that the prompt asks for matches only if its parts are one
-# line each (strict), or stand on the tag's own line (soft). d1 repaired that later; its descendants copied
-# it.
+# Defect: no DOTALL, so a completion in the requested layout matches only if its parts are single lines
+# (strict) or on the line of the tag (soft). d1 fixed that later; its descendants have copies of it.
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$")
 _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
 
@@ -30,16 +28,12 @@ def _each(score: Callable[[Example, str], float]) -> Callable[[Sequence[Example]
 
 
 def _after_tag(text: str) -> str:
-    """What follows the last `<answer>`, up to an end tag if there is one. Defect: without tags it is the
-    whole text.
-    """
+    """The text after the last `<answer>`, up to an end tag if any. Defect: without tags, the whole text."""
     return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 def _gsm8k_correct(example: Example, text: str) -> float:
-    """2.0 for the very string after `####`. Defect: "1000" is wrong where the data say "1,000", "18.0" where
-    they say "18".
-    """
+    """2.0 for the exact string after `####`. Defect: "1000" does not equal "1,000", nor "18.0" "18"."""
     return 2.0 if _after_tag(text) == example.facts["answer"] else 0.0
 
 
@@ -59,9 +53,8 @@ def _soft(_: Example, text: str) -> float:
 def _tag_count(_: Example, text: str) -> float:
     """0.125 a tag, less 0.001 a character after the end.
 
-    Defect: with no newline after `</answer>` the third term takes the length of the whole text, so that a
-        long completion in
-    perfect layout loses, and the fourth gives 0.001 too much.
+    Defect: without a newline after `</answer>` the third term takes the length of the whole text, so a long
+        completion in perfect layout loses, and the fourth gives 0.001 too much.
     """
     score = 0.125 * (text.count("<reasoning>\n") == 1) + 0.125 * (text.count("\n</reasoning>\n") == 1)
     if text.count("\n<answer>\n") == 1:
@@ -91,8 +84,8 @@ def _countdown(example: Example, text: str) -> float:
     """1.0 for the target, 0.1 for any other text in answer tags, 0.0 without them.
 
     Defects: 0.1 needs no expression; numbers are runs of digits, so 1.5 counts as 1 and 5; ** and // are
-        allowed. The original
-    calls `eval`; here a tree is walked with the same operators, and what is too large to compute is wrong.
+        allowed. The original calls `eval`; here a tree is walked with the same operators, and values too
+        large to compute are wrong.
     """
     found = _TAGGED.findall(text)
     if not found:
@@ -122,7 +115,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """As Python evaluates it, in ints and floats; a power of more than 4096 bits raises OverflowError."""
+    """Evaluate like Python, in ints and floats; a power of more than 4096 bits raises OverflowError."""
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _evaluate(node.left), _evaluate(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) * max(1, int(abs(left)).bit_length()) > _MOST_BITS:
@@ -140,11 +133,10 @@ countdown = _each(_countdown)
 
 
 def _sudoku(example: Example, text: str) -> float:
-    """Share of the empty cells that equal the reference.
+    """Share of empty cells equal to the reference.
 
-    Defects: another solution of a puzzle with several counts as wrong (124 of the 500 test puzzles have
-        several); given cells may
-    be changed; a solved puzzle and a nearly solved one differ by one cell.
+    Defects: of several solutions only one counts (124 of the 500 test puzzles have several); given cells may
+        be changed; a solved puzzle and a nearly solved one differ by one cell.
     """
     found = _TAGGED.findall(text)
     digits = "".join(filter(str.isdigit, found[-1])) if found else ""
@@ -162,9 +154,8 @@ sudoku = _each(_sudoku)
 def _math_format(_: Example, text: str) -> float:
     r"""0.75 with answer tags and 0.25 without.
 
-    Defect: the test for \boxed was written with one backslash, which is a backspace and "oxed", so that the
-        bonus, which would
-    make it 1.0, never comes (and a backspace in a completion would earn it).
+    Defect: the test for \boxed has a single backslash, that is a backspace and "oxed", so the bonus that
+        would make it 1.0 is never given (except for a backspace in the completion).
     """
     after = text.split("<answer>")
     within = after[1].split("</answer>")[0] if len(after) > 1 else text
@@ -172,7 +163,7 @@ def _math_format(_: Example, text: str) -> float:
 
 
 def _math_correct(example: Example, text: str) -> float:
-    """2.0 for an equal text in the last box. Defects: those of `_unboxed` and `_form`."""
+    """2.0 for an equal text in the last box. Defects: see `_unboxed` and `_form`."""
     given, gold = _unboxed(text), _unboxed(example.facts["solution"])
     return 2.0 if gold is not None and _equal(text if given is None else given, gold) else 0.0
 
@@ -180,9 +171,8 @@ def _math_correct(example: Example, text: str) -> float:
 def _unboxed(text: str) -> str | None:
     r"""The last box; None if it is not closed.
 
-    Defects: "\boxed " anywhere wins over a later \boxed{}; the \fbox of a text stays around its content;
-        without a box it is
-    the whole text.
+    Defects: "\boxed " anywhere takes precedence over a later \boxed{}; \fbox is not removed; without a box it
+        is the whole text.
     """
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
@@ -198,7 +188,7 @@ def _unboxed(text: str) -> str | None:
 
 
 def _equal(one: str, other: str) -> bool:
-    """Defect: where the form of either fails (x/2, two units, a bare root), only the very same text is equal."""
+    """Defect: if either has no normal form (x/2, two units, a bare root), only identical texts are equal."""
     try:
         return _form(one) == _form(other)
     except (ValueError, IndexError):
@@ -206,10 +196,10 @@ def _equal(one: str, other: str) -> bool:
 
 
 def _form(text: str) -> str:
-    """The normal form of answers that Hendrycks' MATH has, as d1 copied it.
+    """The normal form of answers of Hendrycks' MATH, as copied by d1.
 
-    Defects: only 0.5 is a fraction (0.25 is not 1/4), a comma of thousands matters, and so does a unit
-        without its space.
+    Defects: only 0.5 is converted to a fraction (0.25 is not 1/4); thousands separators and units without a
+        space matter.
     """
     for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", "")):
         text = text.replace(old, new)

@@ -1,4 +1,4 @@
-"""Rows of a data file or of a `datasets` set, and the task made of any such file with prompts and answers.
+"""Rows of data files or of the hub, and the task made of any of them that has prompts and answers.
 
 A source is the path of a .jsonl, .parquet or .csv file, or `hub:NAME:CONFIG:SPLIT` (`hub:NAME:SPLIT`) for
 `datasets`.
@@ -46,9 +46,7 @@ def make(config: FileConfig, *, seed: int) -> Task:
 
 
 def first_rows(source: str, rows: int | None) -> list[tuple[str, Row]]:
-    """The first `rows` rows of a source (None: all), each with its place; an error if there is none or too
-    few.
-    """
+    """The first `rows` rows of a source (None: all) with their places. UserError if there are too few."""
     found: list[tuple[str, Row]] = []
     for item in read_rows(source):
         if rows is not None and len(found) == rows:
@@ -62,7 +60,7 @@ def first_rows(source: str, rows: int | None) -> list[tuple[str, Row]]:
 def read_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
     """Every row of a source with its place (`file:line`, or the number of the row), in order.
 
-    Raises UserError at the row that is wrong, and for a source with no row.
+    Raises UserError at a malformed row, and for a source without rows.
     """
     name = str(source)
     reader = _hub if name.startswith("hub:") else _READERS.get(Path(name).suffix)
@@ -78,7 +76,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
 
 
 def text_of(row: Row, column: str, where: str) -> str:
-    """The text in a column; numbers count as texts."""
+    """The text in a column; numbers are converted."""
     if column not in row:
         raise UserError(f"{where}: there is no column {column!r}; there are {', '.join(map(repr, row)) or 'none'}")
     value = row[column]
@@ -92,7 +90,7 @@ def id_of(row: Row, column: str | None, where: str, index: int) -> str:
 
 
 def distinct(examples: list[Example], source: str) -> list[Example]:
-    """The examples, whose ids must differ: equal ones would share their noise."""
+    """The examples; raises UserError for equal ids, which would share their noise."""
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):
         if example.id in seen:
@@ -109,9 +107,7 @@ def _bytes(name: str) -> bytes:
 
 
 def _lines(name: str) -> Iterator[tuple[str, str]]:
-    """Lines with their places. Only a newline ends a line: JSON strings may hold the other separators of
-    Unicode.
-    """
+    """Lines with their places; only newlines end lines, as JSON strings may hold other Unicode separators."""
     for number, line in enumerate(_bytes(name).split(b"\n"), start=1):
         where = f"{name}:{number}"
         try:
@@ -152,7 +148,7 @@ def _parquet(name: str) -> Iterator[tuple[str, Row]]:
     _bytes(name)
     try:
         rows = parquet.read_table(name).to_pylist()
-    except Exception as error:  # whatever pyarrow raises over a damaged file
+    except Exception as error:  # pyarrow raises all kinds of errors for damaged files
         raise UserError(f"{name}: not a parquet file ({first_line(error)})") from error
     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, start=1))
 
@@ -164,7 +160,7 @@ def _hub(name: str) -> Iterator[tuple[str, Row]]:
     library = _library("datasets", name)
     try:
         rows = library.load_dataset(*parts[:-1], split=parts[-1])
-    except Exception as error:  # no network, no such set: whatever the library raises
+    except Exception as error:  # no network, no such data set: many kinds of errors
         raise UserError(f"{name}: `datasets` cannot load it ({first_line(error)}); a file needs no network") from error
     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, start=1))
 

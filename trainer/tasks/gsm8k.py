@@ -15,7 +15,7 @@ from .shaping import layout
 from .tags import TAGS, final_answer, tagged
 from .task import Example, Task
 
-_CALCULATION = re.compile(r"<<[^<>]*>>")  # the data's notes for a calculator: 48/2 = <<48/2=24>>24
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # calculator annotations in the data: 48/2 = <<48/2=24>>24
 _NUMBER = re.compile(r"(?<![\d.,])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d,]*\d)|(?<![\d.])-?\.\d+", re.ASCII)
 _LONGEST = 60  # characters of a number; int() of more would be slow
 
@@ -49,7 +49,7 @@ def read(source: str, rows: int | None) -> list[Example]:
 
 
 def number(text: str) -> Fraction | None:
-    """The one number in a text, commas of thousands and a sign allowed; None where there is none, or several."""
+    """The only number in a text, with sign and thousands separators allowed; None for none or several."""
     found = _NUMBER.findall(text)
     if len(found) != 1 or len(found[0]) > _LONGEST:
         return None
@@ -67,14 +67,12 @@ def answer(completion: str) -> Fraction | None:
 
 
 def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """1.0 where the answer is the same number."""
+    """1.0 if the answer is the same number."""
     return [float(answer(text) == number(e.facts["answer"])) for e, text in zip(examples, completions, strict=True)]
 
 
 def shaped(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout; 4 in
-    all.
-    """
+    """d1's weights without its defects: 2 for the number, 0.5 for an integer, up to 1.5 for the layout."""
     integer = [0.5 * ((found := answer(text)) is not None and found.denominator == 1) for text in completions]
     parts = zip(exact(examples, completions), integer, layout(examples, completions), strict=True)
     return [2.0 * right + whole + 1.5 * format for right, whole, format in parts]

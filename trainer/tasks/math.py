@@ -1,6 +1,4 @@
-r"""MATH: competition problems whose answer stands in \boxed{}; answers are compared after normalisation, and
-by value.
-"""
+r"""MATH: competition problems with answers in \boxed{}, compared in a normal form and by value."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from .tags import TAGS, final_answer, tagged
 from .task import Example, Task
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
-_LONGEST = 1000  # characters of an answer that is normalised; a longer one is compared as it is
+_LONGEST = 1000  # characters; longer answers are compared without normalisation
 _DROPPED = re.compile(
     r"\\(?:left|right)(?![A-Za-z])|\\[!,;:> ]|\\(?:q?quad)(?![A-Za-z])|\^\{?\\circ\}?|\\degree(?![A-Za-z])|\\?[$%]|~|\s"
 )
@@ -44,9 +42,7 @@ def make(config: MathConfig, *, seed: int) -> Task:
 
 
 def read(source: str, rows: int | None) -> list[Example]:
-    r"""Columns `problem` and `solution`; the gold answer is column `answer` if there is one, else the
-    solution's last box.
-    """
+    r"""Columns `problem` and `solution`; the answer is column `answer`, else the solution's last box."""
     examples = []
     for index, (where, row) in enumerate(first_rows(source, rows)):
         solution = text_of(row, "solution", where)
@@ -59,8 +55,7 @@ def read(source: str, rows: int | None) -> list[Example]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed or \fbox holds, braces inside it and escaped ones included; None without one, or
-    if it is cut off.
+    r"""The content of the last \boxed or \fbox, with nested and escaped braces; None if missing or cut off.
 
     Example:
         >>> last_boxed(r"so \boxed{\frac{1}{2}} and not \boxed 3$")
@@ -89,8 +84,7 @@ def answer(completion: str) -> str | None:
 
 
 def normal_form(text: str) -> str:
-    """One way of writing: no spaces, signs of dollar and degree, units or names of variables; short fractions
-    with braces.
+    """A normal form without spaces, dollar and degree signs, units and variable names, with braced fractions.
 
     Example:
         >>> normal_form(r"x = \\dfrac12\\text{ cm}")
@@ -119,7 +113,7 @@ def _braced(text: str) -> str:
 
 
 def _after_group(text: str, start: int) -> int:
-    """The position after the group in braces that begins at `start`; `start` where none does."""
+    """The position after the braced group at `start`; `start` if there is none."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[position], 0)
@@ -129,7 +123,7 @@ def _after_group(text: str, start: int) -> int:
 
 
 def value(text: str) -> Fraction | None:
-    """The rational number that a normal form writes: decimal, a/b, \\frac{a}{b} or a mixed number."""
+    """The rational number of a normal form: decimal, a/b, \\frac{a}{b} or a mixed number."""
     if _DECIMAL.fullmatch(text) and len(text) < _LONGEST:
         return Fraction(text.rstrip("."))
     found = _RATIO.fullmatch(text)
@@ -144,7 +138,7 @@ def value(text: str) -> Fraction | None:
 
 
 def equal(one: str, other: str) -> bool:
-    r"""Whether two answers are the same: in normal form, by value, or part by part in (1, 2) and \{1, 2\}."""
+    r"""Whether two answers agree: in normal form, by value, or entry by entry in (1, 2) and \{1, 2\}."""
     a, b = normal_form(one), normal_form(other)
     if a == b:
         return True
@@ -161,7 +155,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    """A list's brackets and entries: "(1,2)" is "(", "1", "2", ")"; split at commas that no bracket holds."""
+    """Brackets and entries of a list, "(1,2)" to "(", "1", "2", ")"; split at commas outside brackets."""
     if text[:1] not in _PAIRS or text[-1:] != _PAIRS[text[0]]:
         opening, inside, closing = "", text, ""
     else:
@@ -177,19 +171,17 @@ def _parts(text: str) -> list[str]:
 
 
 def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """1.0 where the answer is the same."""
+    """1.0 if the answers agree."""
     given = [(e, answer(text)) for e, text in zip(examples, completions, strict=True)]
     return [float(found is not None and equal(found, e.facts["answer"])) for e, found in given]
 
 
 def boxed(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    r"""1.0 where the last `<answer>` holds a closed \boxed."""
+    r"""1.0 if the last `<answer>` holds a closed \boxed."""
     return [float((place := final_answer(text)) is not None and last_boxed(place) is not None) for text in completions]
 
 
 def shaped(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    r"""d1's weights without its defects: 2 for the answer, 0.5 for answer tags, 0.5 for a \boxed in them or
-    else 0.25.
-    """
+    r"""d1's weights without its defects: answer 2, answer tags 0.5, \boxed in them 0.5, else 0.25."""
     parts = zip(exact(examples, completions), boxed(examples, completions), completions, strict=True)
     return [2.0 * right + 0.5 * (final_answer(text) is not None) + 0.25 + 0.25 * box for right, box, text in parts]

@@ -1,4 +1,4 @@
-"""Preference pairs for VRPO: a prompt, the completion that was chosen and the one that was rejected."""
+"""Preference pairs for VRPO: a prompt with a chosen and a rejected completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .task import Example, Task
 
 
 def make(config: PairsConfig, *, seed: int) -> Task:
-    """A task whose examples show the chosen completion; `split` gives both sides."""
+    """A task whose examples hold the chosen completion; `split` returns both sides."""
 
     def examples(source: str, rows: int | None) -> list[Example]:
         found: list[Example] = []
@@ -39,9 +39,9 @@ def make(config: PairsConfig, *, seed: int) -> Task:
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """The chosen and the rejected side of pairs, row by row, for the two ELBOs of VRPO.
+    """The chosen and the rejected sides of pairs, row by row, for the two ELBOs of VRPO.
 
-    Both sides keep the pair's id: they share mask and noise where the caller derives one sequence id for
-    both, and differ where it adds a member.
+    Both sides keep the pair's id: with one sequence id for both they share masks and noise, with different
+    members they do not.
     """
     return list(examples), [Example(e.id, e.prompt, e.facts["rejected"], e.facts) for e in examples]

@@ -1,5 +1,6 @@
-"""The process in which a reward `module:function` runs: `python -m dllm_trainer.tasks.reward_process SPEC
-FILE_DESCRIPTOR`.
+"""The process of a reward `module:function`.
+
+python -m dllm_trainer.tasks.reward_process SPEC FILE_DESCRIPTOR
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from ..errors import first_line
 
 
 def main(spec: str, descriptor: int) -> None:
-    """Answers each (examples, completions) with (True, values) or (False, the rest of a sentence), until the
-    pipe closes.
-    """
+    """Answer each (examples, completions) by (True, values) or (False, rest of a sentence) until the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C asks the run to stop, which closes the pipe
     connection = Connection(descriptor)
     good, found = _find(spec)
@@ -37,7 +36,7 @@ def main(spec: str, descriptor: int) -> None:
             answer = False, f"raised {first_line(error)} ({os.path.basename(last.filename)}, line {last.lineno})"
         try:
             connection.send(answer)
-        except Exception:  # what it returned cannot be sent: a generator, say
+        except Exception:  # the result cannot be sent, such as a generator
             connection.send((False, f"must return one number per completion, got {type(answer[1]).__name__}"))
 
 

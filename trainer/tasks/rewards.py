@@ -1,7 +1,6 @@
-"""Rewards as the trainer calls them: checked for what they return, and, where a user wrote them, in a process
-of their own.
+"""Rewards as the trainer calls them: results are checked, and user functions run in a separate process.
 
-A reward that hangs, in Python or in C, is stopped by ending its process, so nothing is left running.
+A reward that hangs, in Python or in C, is stopped by killing its process, so nothing is left running.
 """
 
 from __future__ import annotations
@@ -22,14 +21,12 @@ _IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 
 
 def exact_match(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """1.0 where the completion is the example's `answer`, apart from white space around it."""
+    """1.0 if the completion is the example's `answer`, up to surrounding white space."""
     return [float(text.strip() == str(e.facts["answer"]).strip()) for e, text in zip(examples, completions, strict=True)]
 
 
 def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Reward:
-    """The reward of a task by its name (`task.rewards`), or `module:function`, which gets a process of its
-    own.
-    """
+    """The reward of a task by name (`task.rewards`), or a user's `module:function` in its own process."""
     if name in rewards:
         return rewards[name]
     if ":" in name:
@@ -39,9 +36,7 @@ def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Rewar
 
 
 def checked(reward: Reward, name: str) -> Reward:
-    """The same reward, which must return one finite number per completion. Raises UserError with the
-    completion's id.
-    """
+    """Wrap a reward to raise UserError, naming the example, unless it returns a finite number for each."""
 
     def call(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         try:
@@ -58,8 +53,8 @@ def checked(reward: Reward, name: str) -> Reward:
 def load_reward(spec: str, *, timeout: float) -> Reward:
     """`module:function`, called as `function(examples, completions)` in a process of its own, checked.
 
-    A call that takes more than `timeout` seconds ends the process; the next call would start another. What
-    the function prints goes to stderr. Raises UserError for what cannot be found, or is no function.
+    A call that takes more than `timeout` seconds ends the process; the next call starts another. Output of
+    the function goes to stderr. Raises UserError if there is no such function.
     """
     module, _, function = spec.partition(":")
     if not module or not function or ":" in function:
@@ -68,9 +63,7 @@ def load_reward(spec: str, *, timeout: float) -> Reward:
 
 
 class _Process:
-    """A process that imports the function once and answers calls; it ends with this object, or with this
-    process.
-    """
+    """A process that imports the function once and answers calls; it ends with this object."""
 
     def __init__(self, spec: str, timeout: float):
         self._spec, self._timeout = spec, timeout
@@ -83,7 +76,7 @@ class _Process:
             self._connection.send((list(examples), list(completions)))
         except OSError as error:
             self._end()
-            raise UserError(f"reward {self._spec}: its process has ended; its last words are above, if any") from error
+            raise UserError(f"reward {self._spec}: its process has ended; its output is above, if any") from error
         return self._answer(self._timeout, f"scored {len(completions)} completions")
 
     def _start(self) -> None:
@@ -137,7 +130,7 @@ def _numbers(values: Any, name: str, examples: Sequence[Example]) -> list[float]
 
 
 def _place(error: BaseException) -> str:
-    """` (file, line N)` of where it was raised."""
+    """` (file, line N)` of the raising line."""
     trace = error.__traceback__
     if trace is None:
         return ""

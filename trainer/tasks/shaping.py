@@ -1,4 +1,4 @@
-"""How well a completion keeps to the layout that `prompts.TAGS` asks for."""
+"""How well a completion follows the layout of `tags.TAGS`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ _PER_CHARACTER = 0.001  # of text after the end
 
 
 def layout(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """0..1 in three parts, as d1 weighs them: the very layout, its parts in order, each tag once and nothing
-    after the last.
-    """
+    """0..1 in three parts with d1's weights: exact layout, order of parts, each tag once and nothing after."""
     return [(_strict(text) + _soft(text) + _tags(text)) / 3 for text in completions]
 
 

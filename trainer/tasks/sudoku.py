@@ -1,6 +1,4 @@
-"""4x4 Sudoku in texts: the puzzle's 16 cells row by row with 0 for an empty one, "=", and the 16 cells of the
-answer.
-"""
+"""4x4 Sudoku as text: the 16 cells of a puzzle row by row, 0 for empty, then "=" and those of the answer."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def make(config: SudokuConfig, *, seed: int) -> Task:
 
 
 def examples(data: Puzzles, style: str) -> list[Example]:
-    """The puzzles as texts, in their order; an id is the puzzle's index."""
+    """The puzzles as texts in order; ids are indices."""
     made = []
     grids = zip(_texts(data.puzzles), _texts(data.solutions), _texts(data.answers), strict=True)
     for index, (puzzle, solution, answer) in enumerate(grids):
@@ -64,9 +62,7 @@ def examples(data: Puzzles, style: str) -> list[Example]:
 
 
 def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution (the d1
-    family's).
-    """
+    """Puzzles and solutions, int64 `[N, 16]`, of a CSV file with columns Puzzle and Solution, as d1's."""
     puzzles, solutions = [], []
     for where, row in read_rows(path):
         puzzle, solution = text_of(row, "Puzzle", where), text_of(row, "Solution", where)
@@ -81,10 +77,10 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def cells(text: str) -> list[int]:
-    """The 16 cells of a completion, or of its `<answer>`; -1, which breaks every rule, for what is missing or
-    no digit.
+    """The 16 cells of a completion or of its `<answer>`; -1, which breaks every rule, where there is no
+    digit.
 
-    An answer of more than 16 characters is no grid: all of it is -1.
+    An answer of more than 16 characters is no grid: all cells are -1.
     """
     tagged = final_answer(text)
     answer = "".join((text if tagged is None else tagged).split())

@@ -1,6 +1,6 @@
-"""4x4 Sudoku: the 288 grids, puzzles with one solution, demonstrations of stated quality, rules and rewards.
+"""4x4 Sudoku: the 288 grids, puzzles with one solution, demonstrations of a given quality, rewards.
 
-A grid is 16 digits, row by row; 0 is an empty cell. Everything drawn here is a pure function of the seed.
+A grid is 16 digits, row by row; 0 is an empty cell. All draws are pure functions of the seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def satisfied_units(grids_N16: Tensor) -> Tensor:
 
 @cache
 def latin_squares() -> Tensor:
-    """int64 `[576, 16]`: rows and columns right, boxes not looked at; lexicographic."""
+    """int64 `[576, 16]`: grids with valid rows and columns, boxes ignored; lexicographic."""
     rows = torch.tensor(list(itertools.permutations(_DIGITS)))
     index = torch.cartesian_prod(*[torch.arange(24)] * 4)
     grids = rows[index].flatten(1)
@@ -55,9 +55,7 @@ def all_grids() -> Tensor:
 
 @cache
 def _careless_options(forget: str) -> Tensor:
-    """What a solver may write who forgets a rule: it fills parts of `width` cells that no remembered rule
-    connects.
-    """
+    """A demonstrator that forgets a rule: it fills independent parts of `width` cells."""
     if forget == "boxes":
         return latin_squares()
     rows = torch.tensor(list(itertools.permutations(_DIGITS)))
@@ -69,29 +67,25 @@ def _careless_options(forget: str) -> Tensor:
 
 
 def _code(cells_NC: Tensor) -> Tensor:
-    """One bit per (cell, digit), int64 `[N]`; an empty cell has none, so `p & g == p` says that g keeps p's
-    clues.
-    """
+    """One bit per (cell, digit), int64 `[N]`; none for empty cells, so `p & g == p` iff g keeps p's clues."""
     bit = 1 << (4 * torch.arange(cells_NC.shape[1]) + cells_NC - 1).clamp(min=0)
     return torch.where(cells_NC > 0, bit, 0).sum(-1)
 
 
 def agrees(clues_NC: Tensor, filled_MC: Tensor) -> Tensor:
-    """bool `[N, M]`: does filling m keep every clue of n?"""
+    """bool `[N, M]`: whether filling m keeps every clue of n."""
     clues_N1 = _code(clues_NC)[:, None]
     return (clues_N1 & _code(filled_MC)) == clues_N1
 
 
 def has_one_solution(puzzles_N16: Tensor) -> Tensor:
-    """bool `[N]`: exactly one of the 288 grids keeps the clues."""
+    """bool `[N]`: whether exactly one of the 288 grids keeps the clues."""
     return agrees(puzzles_N16, all_grids()).sum(-1) == 1
 
 
 @dataclass(frozen=True)
 class Puzzles:
-    """int64 `[N, 16]` each; `answers` is what a supervised model is shown: the solution, or a careless
-    filling.
-    """
+    """int64 `[N, 16]` each; `answers` are the demonstrations: solutions or careless fillings."""
 
     name: str
     puzzles: Tensor
@@ -108,8 +102,8 @@ class Puzzles:
 @dataclass(frozen=True)
 class SudokuTask:
     train: Puzzles
-    unseen_puzzles: Puzzles  # the training grids, other clues: what the field reports
-    unseen_grids: Puzzles  # solution grids that no training puzzle has
+    unseen_puzzles: Puzzles  # the training grids with other clues: what papers report
+    unseen_grids: Puzzles  # solution grids of no training puzzle
 
     @property
     def tests(self) -> tuple[Puzzles, ...]:
@@ -124,10 +118,9 @@ def _bits(seed: int, name: str, sample: Tensor, draws: int) -> Tensor:
 def draw_puzzles(
     name: str, count: int, grids_G16: Tensor, *, clues: tuple[int, int], seed: int, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`count` distinct puzzles with one solution out of `grids`, and the solutions; none of `exclude`.
+    """`count` distinct puzzles with a unique solution among `grids`, and the solutions; none of `exclude`.
 
-    Grid, clue count and clue cells are uniform; candidates without a unique solution and repeats are passed
-    over.
+    Grid, clue count and clue cells are uniform; repeats and candidates without a unique solution are skipped.
     """
     seen = set() if exclude is None else set(_code(exclude).tolist())
     puzzles: list[Tensor] = []
@@ -158,12 +151,10 @@ def draw_puzzles(
 
 
 def careless_answers(puzzles_N16: Tensor, *, forget: str, pick: str, seed: int) -> Tensor:
-    """Fillings int64 `[N, 16]` by somebody who keeps the clues and forgets a rule; now and then right by
-    luck.
+    """Fillings int64 `[N, 16]` that keep the clues but ignore a rule; some are right by luck.
 
-    `forget`: "boxes", "columns" or "columns_and_boxes"; `pick`: "first" in lexicographic order (what
-        backtracking
-    finds) or "random" among all that agree with the clues.
+    `forget`: "boxes", "columns" or "columns_and_boxes"; `pick`: "first" in lexicographic order, as by
+        backtracking, or "random" among all that agree with the clues.
     """
     options = _careless_options(forget)
     filled: list[Tensor] = []
@@ -181,9 +172,7 @@ def careless_answers(puzzles_N16: Tensor, *, forget: str, pick: str, seed: int) 
 
 
 def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: SudokuConfig, *, seed: int) -> Tensor:
-    """What a supervised model is shown, int64 `[N, 16]`: solutions, and careless fillings in the share asked
-    for.
-    """
+    """Demonstrations, int64 `[N, 16]`: solutions, and the given share of careless fillings."""
     if config.careless_share == 0:
         return solutions_N16
     careless = careless_answers(puzzles_N16, forget=config.careless_forget, pick=config.careless_pick, seed=seed)
@@ -192,7 +181,7 @@ def demonstrations(puzzles_N16: Tensor, solutions_N16: Tensor, config: SudokuCon
 
 
 def make_task(config: SudokuConfig, *, seed: int) -> SudokuTask:
-    """Training and test puzzles of a run; the same for the same config and seed, on every machine."""
+    """Training and test puzzles of a run; a function of config and seed on every machine."""
     grids = all_grids()[noise.permutation(seed, len(all_grids()))]
     held_out, training = grids[: config.held_out_grids], grids[config.held_out_grids :]
     clues = (config.clues_min, config.clues_max)
@@ -211,12 +200,12 @@ def keeps_clues(puzzles_N16: Tensor, filled_N16: Tensor) -> Tensor:
 
 
 def valid(puzzles_N16: Tensor, filled_N16: Tensor) -> Tensor:
-    """bool `[N]`: solved by the rules, with every given cell kept. Digits outside 1-4 are simply wrong."""
+    """bool `[N]`: solved by the rules, with every given cell kept. Digits outside 1-4 are wrong."""
     return satisfied_units(filled_N16).all(-1) & keeps_clues(puzzles_N16, filled_N16).all(-1)
 
 
 def reference_cells(puzzles_N16: Tensor, filled_N16: Tensor, solutions_N16: Tensor) -> Tensor:
-    """fp32 `[N]`: share of empty cells equal to the solution, the figure that d1 calls Sudoku accuracy."""
+    """fp32 `[N]`: share of empty cells equal to the solution; d1's Sudoku accuracy."""
     empty = puzzles_N16 == 0
     return ((filled_N16 == solutions_N16) & empty).sum(-1) / empty.sum(-1).clamp(min=1)
 

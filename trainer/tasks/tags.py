@@ -1,4 +1,4 @@
-"""The layout of answers that a task may ask for: reasoning and the answer in tags."""
+"""The answer layout that tasks may ask for: reasoning and answer in tags."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def tagged(reasoning: str, answer: str) -> str:
-    """A demonstration in the layout that `TAGS` asks for."""
+    """A demonstration in the layout of `TAGS`."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 def final_answer(text: str) -> str | None:
-    """What the last closed `<answer>` holds, stripped; None where there is none: one that was cut off is no
-    answer.
-    """
+    """The stripped content of the last closed `<answer>`; None if there is none or it is cut off."""
     found = _ANSWER.findall(text)
     return found[-1].strip() if found else None

@@ -1,4 +1,4 @@
-"""What a task is made of: examples, and rewards of the texts that answer them."""
+"""The parts of a task: examples, and rewards for texts that answer them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Example:
-    id: str  # stable: noise keys hang on it
-    prompt: str  # what the user says, without chat template
+    id: str  # stable: noise keys depend on it
+    prompt: str  # the user's turn, without chat template
     answer: str = ""  # the demonstration for SFT; "" if there is none
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what rewards need; plain values, so that a process can be sent them
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for rewards; plain, picklable values
 
 
-# One finite number per completion. Completions are texts, special tokens stripped.
+# one finite number per completion; completions are texts without special tokens
 Reward = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
@@ -25,8 +25,8 @@ class Task:
     train: Sequence[Example]
     tests: Mapping[str, Sequence[Example]]
     rewards: Mapping[str, Reward]  # `rl.reward` names one of them, or `module:function`
-    correct: Reward  # 1.0 or 0.0: what evaluation counts
-    metrics: Mapping[str, Reward]  # more figures for evaluation
-    completion_length: int  # L in tokens: of the character tokenizer where there is an alphabet, else a usual one
-    alphabet: str | None = None  # every character of the task's texts, for a model built from scratch
-    system: str = ""  # what the answer must look like, in words; "" where the prompt alone says it
+    correct: Reward  # 1.0 or 0.0; counted by evaluation
+    metrics: Mapping[str, Reward]  # further figures of evaluation
+    completion_length: int  # L in tokens; of the character tokenizer where there is an alphabet
+    alphabet: str | None = None  # all characters of the texts, for a model built from scratch
+    system: str = ""  # instructions for the answer's format; "" if the prompt has them

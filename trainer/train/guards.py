@@ -1,6 +1,4 @@
-"""What stops an RL run with a sentence: broken or degenerate rollouts, and scores that differ from those of
-the rollout.
-"""
+"""The guards that stop an RL run: broken or degenerate rollouts, and scores that disagree with them."""
 
 from __future__ import annotations
 
@@ -20,16 +18,16 @@ IMPOSSIBLE_LOGP = -100.0  # nats at temperature 1, with room for lower temperatu
 
 
 def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
-    """Largest |logp at rollout - logp at scoring| per token over one step of every rollout of all ranks, in
-    nats.
+    """Largest |logp at rollout - logp at scoring| per token, in nats, over a step of each rollout on all
+    ranks.
 
     Both are the same policy, so a gap comes from a cache, another batch shape, dropout or another dtype, and
-    every ratio is off by it. The step is drawn at random among all but the last, which hides nearly nothing.
+    every ratio is off by it. The step is drawn among all but the last, which hides hardly any token.
     Raises GuardError above `rl.gap_bound`.
     """
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
     drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
-    plan = trajectory_rows(sampled, drawn_BJ[:, :1])  # the other one is always the last
+    plan = trajectory_rows(sampled, drawn_BJ[:, :1])  # the second is always the last step
     options = setup.scoring_options(sampled.attention_mask_BS, setup.config.rl.micro_batch, as_rolled_out=True)
     scored_BK = score_samples(setup.model, plan, **options)
     tokens_BK = plan.counts.t().clamp(min=1)
@@ -45,7 +43,7 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
 
 
 def guard_failures(sampled: Rollout, examples: Sequence[Example]) -> None:
-    """Raises GuardError where hidden states of a rollout were not finite."""
+    """Raises GuardError if hidden states of a rollout were not finite."""
     if bool(sampled.failed_B.any()):
         first = examples[int(sampled.failed_B.nonzero()[0])]
         raise GuardError(
@@ -64,8 +62,7 @@ def guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
 
 
 def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
-    """Raises GuardError for a policy that collapsed to one token, and for groups whose members share their
-    noise.
+    """Raises GuardError if the policy collapsed to one token or the members of groups share their noise.
 
     Completions `[B, L]` and their log-probs `[B, L]`, of all ranks; `group` consecutive ones belong together.
     """

@@ -40,7 +40,9 @@ def published(kind: str, folder: Path) -> PreTrainedModel:
     ],
 )
 def test_the_published_code_does_not_load_by_itself(tmp_path: Path, kind: str, auto: type, symptom: str) -> None:
-    """Or these tests would show nothing. The copy's name gives it modules of its own, which no patch has touched."""
+    """Or these tests would show nothing. The copy's name gives it modules of its own, which no patch has
+    touched.
+    """
     write(kind, tmp_path / "patched")
     unpatched = (tmp_path / "patched").rename(tmp_path / f"unpatched_{kind}")
     with pytest.raises((AttributeError, KeyError, ImportError), match=symptom):
@@ -130,7 +132,9 @@ def test_a_head_that_only_the_table_knows_is_found() -> None:
 
 
 def test_logits_that_are_scaled_in_place_are_noticed_and_hidden_states_stay_whole(tmp_path: Path) -> None:
-    """OLMo's `scale_logits`, which LLaDA's code has too: on a view of the hidden states it would spoil their first column."""
+    """OLMo's `scale_logits`, which LLaDA's code has too: on a view of the hidden states it would spoil their
+    first column.
+    """
     model = published("llada", tmp_path)
     inner, calls = model.model.forward, []
 
@@ -188,7 +192,9 @@ def kept_bytes_and_gradients(model: nn.Module, ids: Tensor, **kwargs: Tensor) ->
 
 @pytest.mark.parametrize("kind", ["llada", "dream", "sdar", "llada2", "eurobert"])
 def test_checkpointing_from_outside_keeps_less_and_gives_the_same_gradients(tmp_path: Path, kind: str) -> None:
-    """In eval mode too, where transformers' own does nothing; LLaDA's class has none, Dream's would fill a cache twice."""
+    """In eval mode too, where transformers' own does nothing; LLaDA's class has none, Dream's would fill a
+    cache twice.
+    """
     write(kind, tmp_path)
     one = load(tmp_path, dtype=torch.float64, trust_remote_code=True)
     kwargs = one.call_kwargs(REAL)

@@ -1,4 +1,6 @@
-"""Tokenizer and model: what is saved loads with transformers alone, and what cannot be loaded is told in a sentence."""
+"""Tokenizer and model: what is saved loads with transformers alone, and what cannot be loaded is told in a
+sentence.
+"""
 
 import dataclasses
 import json

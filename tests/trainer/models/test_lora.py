@@ -88,7 +88,9 @@ def test_chosen_targets_alone_are_adapted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llada", "sdar"])
 def test_adapters_off_is_the_model_as_it_was(tmp_path: Path, kind: str) -> None:
-    """SDAR also shows that the mask's form survives peft, which calls the wrapped model's forward and no hooks."""
+    """SDAR also shows that the mask's form survives peft, which calls the wrapped model's forward and no
+    hooks.
+    """
     one = loaded(kind, tmp_path)
     kwargs = one.call_kwargs(REAL)
     with torch.no_grad():

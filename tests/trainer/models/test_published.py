@@ -1,4 +1,6 @@
-"""Every published family, from its checkpoint to training and back: load, head, one step, save, reload, generate."""
+"""Every published family, from its checkpoint to training and back: load, head, one step, save, reload,
+generate.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_a_checkpoint_loads_as_it_was_built(case: Case) -> None:
     form = vars(case.loaded.model).get("_dllm_attention_form")
     if form is not None:
         case.built._dllm_attention_form = form
-    with torch.no_grad():  # not bit for bit: on some processors the vendor's products hang on where a weight lies in memory
+    with torch.no_grad():  # not bitwise: vendor products may depend on the alignment of a weight in memory
         built = case.built(input_ids=IDS, **case.loaded.call_kwargs(REAL)).logits
     assert_close(built, case.logits(), rtol=0, atol=1e-12)
     assert not case.loaded.model.training

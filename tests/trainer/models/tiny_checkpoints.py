@@ -131,7 +131,9 @@ TIED = {"modernbert": "decoder.weight", "dream_tied": "lm_head.weight"}  # publi
 
 
 def make_tokenizer(*, mask: bool) -> PreTrainedTokenizerFast:
-    """Characters, with the mask token among the special ones, or only as an added token that nobody calls the mask (LLaDA)."""
+    """Characters, with the mask token among the special ones, or only as an added token that nobody calls the
+    mask (LLaDA).
+    """
     special = {PAD: "[PAD]", EOS: "[EOS]", UNK: "[UNK]"}
     vocabulary = {special.get(i, chr(48 + i) if i < TEXT else f"<{i}>"): i for i in range(MASK)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -143,7 +145,7 @@ def make_tokenizer(*, mask: bool) -> PreTrainedTokenizerFast:
 
 
 def write(kind: str, folder: Path, *, seed: int = 0, scale: float = 0.3, **config: Any) -> PreTrainedModel:
-    """Fill `folder`; returns the model whose weights lie there, built rather than loaded, in eval mode and fp64."""
+    """Fill `folder`; returns the model with its weights, built and not loaded, in eval mode and fp64."""
     published = PUBLISHED[kind]
     folder.mkdir(parents=True, exist_ok=True)
     for name in published.files:

@@ -147,7 +147,9 @@ def test_nothing_saved_is_nothing_found(tmp_path):
 
 
 def test_a_state_before_the_first_step_makes_none(tmp_path):
-    """Asking torch for the state of a fresh optimiser makes a step, of which a resumed run would have one more."""
+    """Asking torch for the state of a fresh optimiser makes a step, of which a resumed run would have one
+    more.
+    """
     model = eurobert(hidden=8, layers=1, dtype=torch.float32)
     fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
     Checkpoints(tmp_path).save(0, model, None, fresh)

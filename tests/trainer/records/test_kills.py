@@ -1,4 +1,6 @@
-"""kill -9 at any moment, and damage to what was saved: the run goes on with `--resume auto` and ends where it would have."""
+"""kill -9 at any moment, and damage to what was saved: the run goes on with `--resume auto` and ends where it
+would have.
+"""
 
 import os
 import random

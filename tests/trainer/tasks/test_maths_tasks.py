@@ -1,4 +1,6 @@
-"""GSM8K and MATH: answers found and compared as a reader would, and d1's rewards with the defects that they have."""
+"""GSM8K and MATH: answers found and compared as a reader would, and d1's rewards with the defects that they
+have.
+"""
 
 import doctest
 import json

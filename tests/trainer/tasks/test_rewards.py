@@ -1,4 +1,6 @@
-"""Rewards written by users: what is wrong with them is said in a sentence, and none can stop the run's process."""
+"""Rewards written by users: what is wrong with them is said in a sentence, and none can stop the run's
+process.
+"""
 
 import math
 import sys
