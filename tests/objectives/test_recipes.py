@@ -18,8 +18,8 @@ def loss_of(name):
 
 @pytest.mark.parametrize("name", objectives.RECIPES)
 def test_a_recipe_makes_its_objective(name):
-    recipe, factory = objectives.RECIPES[name], objectives.FACTORIES[name]
-    objective = factory(**recipe.defaults)
+    recipe = objectives.RECIPES[name]
+    objective = recipe.make()
     assert recipe.name == objective.name == name
     assert callable(loss_of(name))
     entries = {*objective.per_sequence, *objective.per_sample, *objective.per_token}
@@ -46,7 +46,7 @@ def test_the_entries_of_a_batch_are_detached(name):
     entries = {entry: torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True) for entry in ENTRIES[name]}
     ids = {"group_ids": torch.tensor([1, 1, 2, 2, 3, 3]), "chosen": torch.tensor([True, False] * 3)} if name == "vrpo" else {}
     logp = loops.row_logps(plan)
-    objectives.FACTORIES[name](**recipe.defaults).contributions(logp, plan, objectives.Batch(entries | ids)).backward()
+    recipe.make().contributions(logp, plan, objectives.Batch(entries | ids)).backward()
     assert (logp.grad != 0).any()
     assert all(tensor.grad is None for tensor in entries.values())
 
@@ -64,10 +64,10 @@ def test_a_recipe_is_of_a_law_and_an_advantage_that_exist_and_says_what_was_veri
     assert recipe.inner_iterations >= 1
 
 
-@pytest.mark.parametrize("name", objectives.FACTORIES)
+@pytest.mark.parametrize("name", objectives.RECIPES)
 def test_hyperparameters_are_keywords_with_the_names_and_defaults_of_the_loss(name):
     """A factory's epsilon is the function's; what one of them has alone says how it gets its tensors."""
-    of_factory = inspect.signature(objectives.FACTORIES[name]).parameters
+    of_factory = inspect.signature(objectives.RECIPES[name].objective).parameters
     of_loss = inspect.signature(loss_of(name)).parameters
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in of_factory.values())
     for shared in set(of_factory) & set(of_loss):
