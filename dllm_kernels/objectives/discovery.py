@@ -37,11 +37,9 @@ def installed() -> dict[str, EntryPoint]:
     """By algorithm; read once per process (`installed.cache_clear()` forgets it)."""
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
-        if point.name in points and point.value != points[point.name].value:
-            raise AlgorithmError(
-                f"two installed packages have an algorithm {point.name}: {points[point.name].value}, {point.value}"
-            )
-        points[point.name] = point
+        first = points.setdefault(point.name, point)
+        if first.value != point.value:
+            raise AlgorithmError(f"two entry points of {GROUP} are called {point.name}: {first.value} and {point.value}")
     return points
 
 

@@ -235,7 +235,7 @@ def _entries(update: Update, options: Options) -> dict[str, Tensor]:
     return entries
 
 
-def _figures(update: Update, batch: Batch) -> dict[str, float]:
+def _figures(update: Update, batch: Batch, options: Options) -> dict[str, float]:
     weights_B, _ = update.gather(batch.per_sequence["weights"])
     return {"ess": effective_sample_size(weights_B, update.rewards.group_ids_B).mean().item()}
 

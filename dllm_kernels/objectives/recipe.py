@@ -65,12 +65,12 @@ class Recipe:
     inner_iterations: int  # optimizer steps per rollout
     options: type[Any] = NoOptions  # a frozen dataclass of bool, int, float, str or None; defaults are as published
     from_run: Callable[[int, int], Mapping[str, object]] | None = None  # options that (L, denoising steps) of a run give
-    signal: Callable[[Rewards, Objective], Signal] = advantage_signal
+    signal: Callable[[Rewards, Objective, Any], Signal] = advantage_signal
     pairs: bool = False  # learns from one chosen and one rejected completion of a prompt: given pairs will do
     trajectory: Trajectory | None = None  # None: masks are drawn by the law
     greedy: bool = False  # wants the greedy completion of every state of a rollout
     entries: Callable[[Update, Any], dict[str, Tensor]] | None = None  # beyond the signal's and old and reference scores
-    figures: Callable[[Update, Batch], dict[str, float]] | None = None  # to log, of each optimizer step
+    figures: Callable[[Update, Batch, Any], dict[str, float]] | None = None  # to log, of each optimizer step
     clip: Callable[[Any], Clip] | None = None
     notes: str = ""  # a sentence on the status, then the published group size, learning rate and the like
 

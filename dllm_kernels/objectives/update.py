@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +56,12 @@ def signal_of(entries: dict[str, Tensor], rewards: Rewards, objective: Objective
     return Signal(kept_N, {name: value[kept_N] for name, value in entries.items()}, counts[objective.denominator])
 
 
-def advantage_signal(rewards: Rewards, objective: Objective) -> Signal:
+def advantage_signal(rewards: Rewards, objective: Objective, options: Any) -> Signal:
     """Group-relative advantages: what most algorithms learn from."""
     return signal_of({"advantages": rewards.advantages()}, rewards, objective)
 
 
-def later_signal(rewards: Rewards, objective: Objective) -> Signal:
+def later_signal(rewards: Rewards, objective: Objective, options: Any) -> Signal:
     """All rollouts, without entries: those need scores or rewards of states, and are made by `Recipe.entries`."""
     return signal_of({}, rewards, objective)
 

@@ -121,7 +121,7 @@ class Options:
     normalize: bool = True
 
 
-def _best_and_worst(rewards: Rewards, objective: Objective) -> Signal:
+def _best_and_worst(rewards: Rewards, objective: Objective, options: Options) -> Signal:
     """Pairs of the best and the worst rollout of each group whose rewards differ."""
     values_B, group_ids_B = rewards.values_B, rewards.group_ids_B
     chosen: list[int] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import NoOptions, Recipe
 from dllm_kernels.objectives.update import Rewards, Signal, signal_of
 
 __all__ = ["wd1", "wd1_objective", "wd1_weights"]
@@ -74,7 +74,7 @@ def wd1_objective() -> Objective:
     )
 
 
-def _signal(rewards: Rewards, objective: Objective) -> Signal:
+def _signal(rewards: Rewards, objective: Objective, options: NoOptions) -> Signal:
     return signal_of({"weights": wd1_weights(rewards.advantages(), rewards.group_ids_B)}, rewards, objective)
 
 

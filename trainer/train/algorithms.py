@@ -37,7 +37,7 @@ class Algorithm:
         return Rewards(values_B, group_ids_B, length, self.config.advantage, self.config.positive_only)
 
     def signal(self, rewards: Rewards) -> Signal:
-        return self.recipe.signal(rewards, self.objective)
+        return self.recipe.signal(rewards, self.objective, self.options)
 
     def states(self, rollout: Rollout, here_N: Tensor, seed: int) -> States | None:
         """Of those `here_N` of these rollouts; None where masks are drawn by a law."""
@@ -50,7 +50,7 @@ class Algorithm:
 
     def figures(self, update: Update, batch: Batch) -> dict[str, float]:
         """The algorithm's own, of an optimizer step."""
-        return {} if self.recipe.figures is None else self.recipe.figures(update, batch)
+        return {} if self.recipe.figures is None else self.recipe.figures(update, batch, self.options)
 
 
 def choose_algorithm(config: RlConfig, length: int, steps: int) -> Algorithm:
