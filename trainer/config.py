@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from .errors import ConfigError, telling_of_algorithms
-from .sections import Count, Positive, Section, Share, Text
+from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks import MODULES
 from .tasks.config import AnyTaskConfig
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
-Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -158,7 +155,7 @@ class RlConfig(OptimizerConfig):
 
 
 def _recipes() -> Mapping[str, Recipe]:
-    from dllm_kernels.objectives import RECIPES  # with torch, which `--help` does without
+    from dllm_kernels.objectives import RECIPES  # loads torch, which `--help` does without
 
     return RECIPES
 

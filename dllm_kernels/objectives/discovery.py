@@ -52,9 +52,8 @@ class Recipes(Mapping[str, Recipe]):
     def __init__(self, own: list[Recipe]) -> None:
         self._own: dict[str, Recipe] = {}
         for recipe in own:
-            if recipe.name in self._own:
+            if self._own.setdefault(recipe.name, recipe) is not recipe:  # a file may import another's
                 raise ValueError(f"two algorithms are called {recipe.name}")
-            self._own[recipe.name] = recipe
 
     def __getitem__(self, name: str) -> Recipe:
         points = self._points()

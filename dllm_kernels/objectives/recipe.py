@@ -47,8 +47,8 @@ class Trajectory:
 class Recipe:
     """One algorithm: where it was published, how surely it is that, and what it makes of rollouts and rewards.
 
-    The callables get `options`, an instance of the dataclass of that name; a new algorithm that learns from group advantages
-    and scores of masks needs none of them but `objective`.
+    A new algorithm that learns from group advantages and from scores under drawn masks needs no callable but `objective`. What
+    is typed `Any` here is the run's options, an instance of the dataclass `options`.
     """
 
     name: str  # of the function and of `dllm-kernels rl --algorithm`

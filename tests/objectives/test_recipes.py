@@ -1,6 +1,7 @@
 """What the package lists of its algorithms fits together."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -62,6 +63,42 @@ def test_a_recipe_is_of_a_law_and_an_advantage_that_exist_and_says_what_was_veri
     assert len(recipe.arxiv) == 10
     assert recipe.needs_trajectory == (recipe.law in ("trace", "segments"))
     assert recipe.inner_iterations >= 1
+
+
+PORT_S = {("vrpo", "normalize")}  # the function's default is the paper's
+
+
+@pytest.mark.parametrize("name", objectives.RECIPES)
+def test_every_keyword_of_the_factory_is_an_option_with_its_default(name):
+    recipe = objectives.RECIPES[name]
+    for keyword, parameter in inspect.signature(recipe.objective).parameters.items():
+        assert keyword in recipe.option_names
+        if parameter.default is not parameter.empty and (name, keyword) not in PORT_S:
+            assert recipe.defaults[keyword] == parameter.default, keyword
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        ({"segmets": 3}, ValueError, "segmets is unknown: the nearest is segments; allowed: epsilon, beta, segments"),
+        ({"segments": True}, TypeError, "segments must be an integer, got True"),
+        ({"beta": True}, TypeError, "beta must be a finite number, got True"),
+        ({"beta": float("nan")}, TypeError, "beta must be a finite number, got nan"),
+        ({"beta": -1}, ValueError, "beta must be finite and at least 0, got -1"),
+        ({"epsilon": "0.2"}, TypeError, "epsilon must be a finite number, got '0.2'"),
+    ],
+)
+def test_a_wrong_option_is_told_in_a_sentence(given, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        objectives.RECIPES["d2"].choose(given)
+
+
+def test_an_option_may_be_of_several_kinds():
+    recipe = objectives.RECIPES["trace_rl"]
+    assert recipe.choose({"mode": "sdar", "window": 8}).window == 8
+    assert recipe.choose({"window": None}).window is None
+    with pytest.raises(TypeError, match=r"window must be an integer or null, got 2\.5"):
+        recipe.choose({"window": 2.5})
 
 
 @pytest.mark.parametrize("name", objectives.RECIPES)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,8 +169,10 @@ def test_two_packages_with_one_name_are_an_error(install: Callable[..., None]) -
 
 
 def test_two_recipes_of_one_name_in_a_package_are_an_error() -> None:
+    recipe = RECIPES["bgpo"]
+    assert recipe is discovery.Recipes([recipe, recipe])["bgpo"]
     with pytest.raises(ValueError, match="two algorithms are called bgpo"):
-        discovery.Recipes([RECIPES["bgpo"], RECIPES["bgpo"]])
+        discovery.Recipes([recipe, replace(recipe, title="another")])
 
 
 def test_a_file_in_the_package_is_found_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
