@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dllm_kernels.objectives import FACTORIES, RECIPES
+from dllm_kernels.objectives import RECIPES
 
 BEGIN, END = "<!-- algorithms: benchmarks/algorithms_table.py -->", "<!-- end of algorithms -->"
 _STATUS = {"verified against the paper": "paper", "verified against the code": "code", "unverified": "unverified"}
@@ -23,8 +23,7 @@ def table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, recipe in RECIPES.items():
-        options = dict(recipe.defaults)
-        objective = FACTORIES[name](**options)
+        objective = recipe.make()
         coupling = objective.coupling
         if objective.on_policy_coupling != coupling:
             coupling += f", {objective.on_policy_coupling}"

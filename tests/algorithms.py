@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from dllm_kernels import make_mask_plan
-from dllm_kernels.objectives import FACTORIES, RECIPES, Batch
+from dllm_kernels.objectives import RECIPES, Batch
 from tests import oracle
 
 F64 = torch.float64
 
-# name: keywords of its factory over the recipe's defaults; the algorithm is what comes before the comma
+# name: options over the recipe's own; the algorithm is what comes before the comma
 VARIANTS = {
     **{name: {} for name in RECIPES},
     "coupled_grpo, no KL": {"beta": 0.0},
@@ -32,8 +32,8 @@ def algorithm(variant):
 
 
 def objective_of(variant):
-    name = algorithm(variant)
-    return FACTORIES[name](**{**RECIPES[name].defaults, **VARIANTS[variant]})
+    recipe = RECIPES[algorithm(variant)]
+    return recipe.make(recipe.choose(VARIANTS[variant]))
 
 
 def nearest_samples(variant, samples):

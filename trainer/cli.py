@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from .config import RunConfig, load_config, shipped_configs
-from .errors import Stopped, UserError, first_line
+from .errors import Stopped, UserError, first_line, telling_of_algorithms
 
 if TYPE_CHECKING:
     from .distributed import Ranks
@@ -216,8 +216,10 @@ def algorithms() -> None:
 
     from dllm_kernels.objectives import RECIPES
 
+    with _sentences(), telling_of_algorithms():
+        recipes = list(RECIPES.values())
     table = Table("name", "paper", "arXiv", "status", "law", "samples", "needs")
-    for recipe in RECIPES.values():
+    for recipe in recipes:
         wanted = {"old": recipe.needs_old, "reference": recipe.needs_reference, "trajectory": recipe.needs_trajectory}
         needs = ", ".join(name for name, needed in wanted.items() if needed) or "-"
         samples = "-" if recipe.samples is None else str(recipe.samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from .errors import ConfigError
-from .sections import Count, Positive, Section, Share, Text
+from .errors import ConfigError, telling_of_algorithms
+from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks import MODULES
 from .tasks.config import AnyTaskConfig
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
-Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -127,12 +124,7 @@ class RlConfig(OptimizerConfig):
     positive_only: bool
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
-    options: dict[str, Any] = Field(default_factory=dict)  # of the objective, over its recipe: beta, epsilon ...
-    selected_steps: Positive = 8  # EGSPO: denoising steps of each rollout that are trained on
-    step_selection: Literal["entropy", "uniform", "random"] = "entropy"
-    stepwise: NotNegative = 0.5  # EGSPO-SA: lambda of its returns
-    shrink: Positive = 8  # TraceRL: steps that make one state
-    segments: Positive = 8  # d2: parts of a trajectory
+    options: dict[str, Any] = Field(default_factory=dict)  # the algorithm's own, over those of its recipe: beta, epsilon ...
     gap_every: Count = 10  # updates between checks that scoring gives what the rollout saw; 0 is never
     gap_bound: Annotated[float, Field(gt=0.0)] = 0.05  # nats per token, beyond which the run stops
 
@@ -145,7 +137,7 @@ class RlConfig(OptimizerConfig):
             near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
             raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
         recipe = recipes[self.algorithm]
-        if recipe.needs_trajectory and self.law not in TRACES:
+        if recipe.needs_trajectory and self.law != recipe.law:
             raise ValueError(f"law must be {recipe.law} for algorithm {self.algorithm}, got {self.law}")
         if self.law in TRACES and not recipe.needs_trajectory:
             those = ", ".join(name for name, other in recipes.items() if other.needs_trajectory)
@@ -162,8 +154,8 @@ class RlConfig(OptimizerConfig):
         return {**options, "t_min": self.t_min} if self.law == "bernoulli" else options
 
 
-def _recipes() -> dict[str, Recipe]:
-    from dllm_kernels.objectives import RECIPES  # with torch, which `--help` does without
+def _recipes() -> Mapping[str, Recipe]:
+    from dllm_kernels.objectives import RECIPES  # loads torch, which `--help` does without
 
     return RECIPES
 
@@ -240,6 +232,10 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
+        try:
+            _recipes()[self.rl.algorithm].choose(self.rl.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rl.options of {self.rl.algorithm}: {error}") from error
         return self
 
     @property
@@ -256,11 +252,13 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+@telling_of_algorithms()
 def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base: str | None = None) -> RunConfig:
     """The demo's defaults (or `base`, a YAML text), then `file`, then `overrides` such as `rl.updates=10`.
 
     `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
-    out; where one chooses `rl.algorithm`, its recipe's law, samples and advantages come right after the base.
+    out, and `rl.options` where one chooses another `rl.algorithm`; whose recipe's law, samples and advantages come right after
+    the base.
 
     Raises ConfigError naming the key, what came and what is allowed.
     """
@@ -275,7 +273,8 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         _reject_unknown(layers)
-        _drop_other_tasks(layers)
+        _drop_others(layers, "task.kind", "sudoku", "task")
+        _drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
         layers.insert(1, _defaults_of_algorithm(layers[1:]))
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except OSError as error:
@@ -290,20 +289,21 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
         raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
 
 
-def _drop_other_tasks(layers: Sequence[DictConfig]) -> None:
-    """Keys of a task that a later layer replaces by one of another kind."""
-    kinds = [OmegaConf.select(layer, "task.kind") for layer in layers]
-    last = next((kind for kind in reversed(kinds) if kind is not None), "sudoku")
-    kind = "sudoku"
-    for layer, chosen in zip(layers, kinds, strict=True):
-        kind = kind if chosen is None else chosen
-        if kind != last and "task" in layer:
-            layer.task = {}
+def _drop_others(layers: Sequence[DictConfig], choice: str, first: str, section: str) -> None:
+    """Empties the section of layers whose choice, at first `first`, is not the one that is made in the end."""
+    choices = [OmegaConf.select(layer, choice) for layer in layers]
+    last = next((made for made in reversed(choices) if made is not None), first)
+    current = first
+    for layer, made in zip(layers, choices, strict=True):
+        current = current if made is None else made
+        if current != last and OmegaConf.select(layer, section) is not None:
+            OmegaConf.update(layer, section, {}, merge=False)
 
 
 def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
     """The recipe of an algorithm that these layers choose: its law, samples and advantages, which their other keys override."""
-    recipe = _recipes().get(OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm"))
+    name = OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm")
+    recipe = _recipes().get(name) if isinstance(name, str) else None
     if recipe is None:  # nothing chosen, or an error later
         return OmegaConf.create({})
     keys = {"law": recipe.law, "samples": recipe.samples, "advantage": recipe.advantage}
@@ -364,6 +364,8 @@ def _reject_unknown(layers: Sequence[DictConfig]) -> None:
 
 def _unknown(key: str, allowed: list[str]) -> str:
     section, _, name = key.rpartition(".")
+    if section == "rl" and (those := [recipe.name for recipe in _recipes().values() if name in recipe.option_names]):
+        return f"unknown config key {key}: it is rl.options.{name}, of {', '.join(those)}"
     same_name = [other for other in allowed if other.rpartition(".")[2] == name]  # the right name, the wrong section
     near = (same_name or difflib.get_close_matches(key, allowed, n=1, cutoff=0.0))[0]
     while section and not _children(section, allowed):

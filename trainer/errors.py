@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """An error that the user can fix; the CLI prints the sentence and exits with status 2."""
@@ -13,6 +16,17 @@ class ConfigError(UserError, ValueError):
 
 class GuardError(UserError, RuntimeError):
     """Training failed in a way that more steps would not repair (see `optimization.py` and `guards.py`)."""
+
+
+@contextmanager
+def telling_of_algorithms() -> Iterator[None]:
+    """An installed algorithm that cannot be used becomes a sentence."""
+    from dllm_kernels.objectives import AlgorithmError
+
+    try:
+        yield
+    except AlgorithmError as error:
+        raise UserError(str(error)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ from benchmarks.suites import step_published
 from benchmarks.suites.step_inputs import Lesson
 from dllm_kernels import MaskPlan, accumulate, bgpo_loss, headless, make_mask_plan
 from dllm_kernels.accumulation.scores import score_samples
-from dllm_kernels.objectives import BGPO, FACTORIES, RECIPES, Batch, Objective
+from dllm_kernels.objectives import BGPO, RECIPES, Batch, Objective
 
 SAMPLES = (1, 4, 16)
 SAMPLES_IN_FULL = (1, 2, 4, 8, 16, 32)
@@ -255,7 +255,7 @@ def _errors(result: Result, true: Result) -> dict[str, float]:
 
 def _setup_coupled(sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, algorithm: str) -> Prepared:
     x = _inputs(sizes, dtype, device)
-    objective = FACTORIES[algorithm](**RECIPES[algorithm].defaults)
+    objective = RECIPES[algorithm].make()
     old_elbo_B, pairs_B = x.old_elbo_BK.mean(1), torch.arange(sizes["B"], device=device)
     entries = {
         "advantages": x.advantages_B,

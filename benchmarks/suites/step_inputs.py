@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from dllm_trainer.config import RlConfig, load_config
-from dllm_trainer.train.algorithms import Scores, make_objective, make_trajectory, signal
+from dllm_trainer.distributed import Ranks
+from dllm_trainer.train.algorithms import Algorithm, Scores, choose_algorithm, make_batches
 from torch import Tensor, nn
 
 from benchmarks.registry import Result, multiplied_parameters, small_model
 from dllm_kernels import Rollout, make_mask_plan
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives import RECIPES, group_advantages, stepwise_returns, wdce_baseline, wdce_weights
+from dllm_kernels.objectives import RECIPES, Update
 
 SEED = 5
 TEMPERATURE = 0.9  # d1's
@@ -59,14 +60,21 @@ class Inputs:
     """One step's givens. The three policies have one architecture, and weights that differ a little."""
 
     sizes: Mapping[str, int]
-    config: RlConfig
-    objective: Objective
+    algorithm: Algorithm
     model: nn.Module  # learns; every parameter has its `.grad` already
     behaviour: nn.Module  # rolls out and is the old policy
     reference: nn.Module
     optimizer: torch.optim.Optimizer
     prompts_BP: Tensor
     agreed: Rollout | None = None  # what all learn from, where 16 bits let samplers differ
+
+    @property
+    def config(self) -> RlConfig:
+        return self.algorithm.config
+
+    @property
+    def objective(self) -> Objective:
+        return self.algorithm.objective
 
     @property
     def mask_id(self) -> int:
@@ -102,19 +110,19 @@ def rl_config(algorithm: str, selected: int) -> RlConfig:
 
     GDPO is in the form of its published trainer.
     """
-    overrides = [f"rl.algorithm={algorithm}", f"rl.selected_steps={selected}", f"rl.segments={selected}", "rl.shrink=1"]
+    options = {"selected_steps": selected, "segments": selected, "shrink": 1}
     if algorithm == "gdpo":  # the paper's, a ratio of whole ELBOs, is at the mercy of fp32 sums of a thousand nats
-        overrides.append("rl.options.mode=code")
-    return load_config(None, overrides).rl
+        options["mode"] = "code"
+    known = RECIPES[algorithm].option_names
+    overrides = [f"rl.options.{name}={value}" for name, value in options.items() if name in known]
+    return load_config(None, [f"rl.algorithm={algorithm}", *overrides]).rl
 
 
 def samples_of(algorithm: str, wanted: int, steps: int) -> int:
     """K: the nearest number of samples, from `wanted` on, that the algorithm's law takes; of trajectories, their states."""
     law = RECIPES[algorithm].law
-    if algorithm == "trace_rl":
-        return steps
     if law == "trace":
-        return min(wanted, steps)
+        return min(wanted, steps) if "selected_steps" in RECIPES[algorithm].option_names else steps
     if law == "full":
         return 1
     if law == "coupled":
@@ -167,13 +175,11 @@ def make_inputs(algorithm: str, sizes: Mapping[str, int], dtype: torch.dtype, de
     model = small_model(
         V=sizes["V"], H=sizes["H"], layers=sizes["layers"], dtype=dtype, device=device, expand=EXPAND, sharpen=SHARPEN
     )
-    config = rl_config(algorithm, sizes["K"])
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, sizes["V"] - 1, (sizes["B"] // sizes["G"], sizes["P"]), generator=generator)
     return Inputs(
         sizes,
-        config,
-        make_objective(config, sizes["L"] / sizes["T"]),
+        choose_algorithm(rl_config(algorithm, sizes["K"]), sizes["L"], sizes["T"]),
         model,
         _nearby(model, 2),
         _nearby(model, 3),
@@ -197,54 +203,38 @@ class Lesson:
 
 
 def make_lesson(x: Inputs, rollout: Rollout, scores: Scores, clock: Clock) -> Lesson:
-    """Advantages, masks, and the old and reference scores that the objective declares, off-policy.
+    """Advantages, masks, and the old and reference scores that the objective declares, off-policy: made by the trainer.
 
-    As the trainer's updates make it. `scores` asks the behaviour policy and the reference; EGSPO and TraceRL have their old
-    scores from the rollout.
+    `scores` asks the behaviour policy and the reference; states that are single steps have their old scores from the rollout.
     """
-    config, objective = x.config, x.objective
+    algorithm, vocabulary = x.algorithm, x.sizes["V"]
     rollout = x.agreed or rollout
-    rewards_B = reward(rollout.completion_BL, x.sizes["V"])
-    found = signal(config, objective, rewards_B, x.group_ids_B, x.sizes["L"])
-    kept_N, per_sequence = found.kept_N, dict(found.entries)
-    per_sample: dict[str, Tensor] = {}
-    trajectory = make_trajectory(config, rollout, kept_N, SEED)
-    if trajectory is None:
-        plan = masks(config, x.sizes, rollout.ids_BS).cut(sequences=kept_N)
-    else:
-        plan = trajectory.plan
-    if config.algorithm == "dmpo":
-        other = masks(config, x.sizes, rollout.ids_BS, iteration=1)  # of the weights, whose loss draws its own
+    rewards = algorithm.rewards(reward(rollout.completion_BL, vocabulary), x.group_ids_B, x.sizes["L"])
+    found = algorithm.signal(rewards)
+    states = algorithm.states(rollout, found.kept_N, SEED)
+
+    def drawn(iteration: int) -> MaskPlan:
+        return masks(x.config, x.sizes, rollout.ids_BS, iteration).cut(sequences=found.kept_N)
+
+    def old(plan: MaskPlan, name: str) -> Tensor:
         with clock("old"):
-            elbo_B = scores.old(other, "old_elbo")
+            return scores.old(plan, name)
+
+    def ref(plan: MaskPlan, name: str) -> Tensor:
         with clock("reference"):
-            ref_B = scores.ref(other, "ref_elbo")
-        arguments = rewards_B.to(elbo_B), elbo_B, ref_B, x.group_ids_B
-        per_sequence["weights"] = wdce_weights(*arguments)
-        per_sequence["baseline"] = wdce_baseline("neg", *arguments)
-    for names, into in (
-        (objective.per_sequence, per_sequence),
-        ((*objective.per_sample, *objective.per_token), per_sample),
-    ):
-        for name in names:
-            if name == objective.old_scores:
-                with clock("old"):
-                    known = None if trajectory is None else trajectory.old_scores(name)
-                    into[name] = scores.old(plan, name) if known is None else known
-            elif name.startswith("ref_"):
-                with clock("reference"):
-                    into[name] = scores.ref(plan, name)
-            elif name == "step_advantages":
-                assert trajectory is not None
-                into[name] = _step_advantages(x, rollout, rewards_B, trajectory.steps_BJ)
-    denominator = found.denominator or max(1.0, float((plan.counts > 0).sum()))
-    return Lesson(plan, Batch(per_sequence, per_sample), denominator)
+            return scores.ref(plan, name)
 
-
-def _step_advantages(x: Inputs, rollout: Rollout, rewards_B: Tensor, steps_BJ: Tensor | None) -> Tensor:
-    """EGSPO-SA's, from the rewards of the greedy completions at the chosen steps."""
-    assert rollout.greedy_BTL is not None
-    assert steps_BJ is not None
-    greedy_BJL = rollout.greedy_BTL.gather(1, steps_BJ[:, :, None].expand(-1, -1, x.sizes["L"]))
-    returns_BJ = stepwise_returns(rewards_B, reward(greedy_BJL, x.sizes["V"]), lam=x.config.stepwise)
-    return group_advantages(returns_BJ, x.group_ids_B, kind="mean")
+    plan = drawn(0) if states is None else states.plan
+    update = Update(
+        rewards,
+        found.kept_N,
+        states,
+        old,
+        ref,
+        fresh_plan=lambda: drawn(1),
+        reward=lambda completion_BJL: reward(completion_BJL, vocabulary),
+        gather=Ranks().gather,
+    )
+    entries = found.entries | algorithm.entries(update)
+    (batch,) = make_batches(x.objective, [plan], entries, old, ref, states=states, off_policy=True)
+    return Lesson(plan, batch, found.denominator or max(1.0, float((plan.counts > 0).sum())))

@@ -1,122 +1,55 @@
-"""RL objectives: pure functions of small tensors, and how the engine drives them. One file per algorithm."""
+# ruff: noqa: F403
+"""RL objectives: pure functions of small tensors, and how engine and trainer drive them. One file per algorithm.
 
-from collections.abc import Callable
+The files are found, not listed: a module here that holds a `Recipe` is an algorithm, and what its `__all__` names can be
+imported from here. `RECIPES` has them by name, those of installed packages too (see `discovery`).
+"""
+
+from typing import TYPE_CHECKING
 
 from dllm_kernels.accumulation.objective import Batch, Objective
-from dllm_kernels.objectives import bgpo as _bgpo
-from dllm_kernels.objectives import coupled_grpo as _coupled_grpo
-from dllm_kernels.objectives import d2 as _d2
-from dllm_kernels.objectives import diffu_grpo as _diffu_grpo
-from dllm_kernels.objectives import dmpo as _dmpo
-from dllm_kernels.objectives import egspo as _egspo
-from dllm_kernels.objectives import espo as _espo
-from dllm_kernels.objectives import gdpo as _gdpo
-from dllm_kernels.objectives import rspo as _rspo
-from dllm_kernels.objectives import spg as _spg
-from dllm_kernels.objectives import trace_rl as _trace_rl
-from dllm_kernels.objectives import unigrpo as _unigrpo
-from dllm_kernels.objectives import vrpo as _vrpo
-from dllm_kernels.objectives import wd1 as _wd1
 from dllm_kernels.objectives.advantages import group_advantages
-from dllm_kernels.objectives.bgpo import BGPO, bgpo, bgpo_objective
-from dllm_kernels.objectives.coupled_grpo import coupled_grpo, coupled_grpo_objective, coupled_scores
-from dllm_kernels.objectives.d2 import d2, d2_objective
-from dllm_kernels.objectives.diffu_grpo import diffu_grpo, diffu_grpo_objective
-from dllm_kernels.objectives.dmpo import dmpo, dmpo_objective, effective_sample_size, wdce_baseline, wdce_weights
-from dllm_kernels.objectives.egspo import egspo, egspo_objective, egspo_sa_objective, stepwise_returns
-from dllm_kernels.objectives.espo import espo, espo_objective
-from dllm_kernels.objectives.gdpo import gdpo, gdpo_objective
-from dllm_kernels.objectives.recipe import Recipe
-from dllm_kernels.objectives.rspo import rspo, rspo_objective
-from dllm_kernels.objectives.spg import spg, spg_objective
-from dllm_kernels.objectives.trace_rl import trace_rl, trace_rl_objective
-from dllm_kernels.objectives.unigrpo import unigrpo, unigrpo_objective
-from dllm_kernels.objectives.vrpo import vrpo, vrpo_objective
-from dllm_kernels.objectives.wd1 import wd1, wd1_objective, wd1_weights
+from dllm_kernels.objectives.discovery import AlgorithmError, Recipes, algorithm_modules, recipes_of
+from dllm_kernels.objectives.recipe import Clip, Recipe, Trajectory
+from dllm_kernels.objectives.update import Rewards, Signal, States, Update, advantage_signal, later_signal, signal_of
 
-ALGORITHMS: dict[str, Objective] = {objective.name: objective for objective in (BGPO,)}
-
-# by name; `FACTORIES[name](**RECIPES[name].defaults)` is the objective as published
-FACTORIES: dict[str, Callable[..., Objective]] = {
-    "bgpo": bgpo_objective,
-    "coupled_grpo": coupled_grpo_objective,
-    "d2": d2_objective,
-    "diffu_grpo": diffu_grpo_objective,
-    "dmpo": dmpo_objective,
-    "egspo": egspo_objective,
-    "egspo_sa": egspo_sa_objective,
-    "espo": espo_objective,
-    "gdpo": gdpo_objective,
-    "rspo": rspo_objective,
-    "spg": spg_objective,
-    "trace_rl": trace_rl_objective,
-    "unigrpo": unigrpo_objective,
-    "vrpo": vrpo_objective,
-    "wd1": wd1_objective,
-}
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _bgpo.RECIPE,
-        _coupled_grpo.RECIPE,
-        _d2.RECIPE,
-        _diffu_grpo.RECIPE,
-        _dmpo.RECIPE,
-        _egspo.RECIPE,
-        _egspo.RECIPE_SA,
-        _espo.RECIPE,
-        _gdpo.RECIPE,
-        _rspo.RECIPE,
-        _spg.RECIPE,
-        _trace_rl.RECIPE,
-        _unigrpo.RECIPE,
-        _vrpo.RECIPE,
-        _wd1.RECIPE,
-    )
-}
+if TYPE_CHECKING:  # type checkers cannot follow what is found at run time; a file that is not here works all the same
+    from dllm_kernels.objectives.bgpo import *
+    from dllm_kernels.objectives.coupled_grpo import *
+    from dllm_kernels.objectives.d2 import *
+    from dllm_kernels.objectives.diffu_grpo import *
+    from dllm_kernels.objectives.dmpo import *
+    from dllm_kernels.objectives.egspo import *
+    from dllm_kernels.objectives.espo import *
+    from dllm_kernels.objectives.gdpo import *
+    from dllm_kernels.objectives.rspo import *
+    from dllm_kernels.objectives.spg import *
+    from dllm_kernels.objectives.trace_rl import *
+    from dllm_kernels.objectives.unigrpo import *
+    from dllm_kernels.objectives.vrpo import *
+    from dllm_kernels.objectives.wd1 import *
 
 __all__ = [
-    "ALGORITHMS",
-    "BGPO",
-    "FACTORIES",
     "RECIPES",
+    "AlgorithmError",
     "Batch",
+    "Clip",
     "Objective",
     "Recipe",
-    "bgpo",
-    "bgpo_objective",
-    "coupled_grpo",
-    "coupled_grpo_objective",
-    "coupled_scores",
-    "d2",
-    "d2_objective",
-    "diffu_grpo",
-    "diffu_grpo_objective",
-    "dmpo",
-    "dmpo_objective",
-    "effective_sample_size",
-    "egspo",
-    "egspo_objective",
-    "egspo_sa_objective",
-    "espo",
-    "espo_objective",
-    "gdpo",
-    "gdpo_objective",
+    "Rewards",
+    "Signal",
+    "States",
+    "Trajectory",
+    "Update",
+    "advantage_signal",
     "group_advantages",
-    "rspo",
-    "rspo_objective",
-    "spg",
-    "spg_objective",
-    "stepwise_returns",
-    "trace_rl",
-    "trace_rl_objective",
-    "unigrpo",
-    "unigrpo_objective",
-    "vrpo",
-    "vrpo_objective",
-    "wd1",
-    "wd1_objective",
-    "wd1_weights",
-    "wdce_baseline",
-    "wdce_weights",
+    "later_signal",
+    "signal_of",
 ]
+
+_found = algorithm_modules(__name__, __path__)  # noqa: F405 - the package's own
+RECIPES = Recipes([recipe for module in _found for recipe in recipes_of(module)])
+for _module in _found:
+    _names = getattr(_module, "__all__", [])
+    globals().update({name: getattr(_module, name) for name in _names})
+    __all__ += _names

@@ -19,6 +19,8 @@ from dllm_kernels.losses import bgpo_terms
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 
+__all__ = ["BGPO", "bgpo", "bgpo_objective"]
+
 
 def bgpo(
     sample_elbo_BK: Tensor,
@@ -117,13 +119,13 @@ RECIPE = Recipe(
     title="BGPO: boundary-guided policy optimization for memory-efficient RL of diffusion LLMs",
     arxiv="2510.11683",
     status="verified against the paper",
+    objective=bgpo_objective,
     law="exact",
     law_options={},
     samples=16,
     advantage="std",
     needs_old=True,
     needs_reference=False,
-    needs_trajectory=False,
     inner_iterations=1,
     notes="The paper's text was read in full, and two ports; its own repository is not reachable. Exact counts, stratified, are "
     "the port's, t ~ U[0, 1] the paper's. Groups of 8, 16 prompts, learning rate 5e-7, full fine-tuning, 32 samples for Sudoku.",

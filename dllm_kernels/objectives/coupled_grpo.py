@@ -5,6 +5,8 @@ Verified against the public code (apple/ml-diffucoder at f735e01, src/open_r1/co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import check_ratio_options, mean_token_loss, old_and_reference, shares_K11, token_terms
+
+__all__ = ["coupled_grpo", "coupled_grpo_objective", "coupled_scores"]
 
 
 def coupled_scores(logp_full_BL: Tensor, logp_pair_BL: Tensor, first_mask_BL: Tensor, t: float | Tensor) -> Tensor:
@@ -134,20 +138,26 @@ def coupled_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.01) -> Objec
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.5
+    beta: float = 0.01
+
+
 RECIPE = Recipe(
     name="coupled_grpo",
     title="DiffuCoder: Understanding and Improving Masked Diffusion Models for Code Generation",
     arxiv="2506.20639",
     status="verified against the code",
+    objective=coupled_grpo_objective,
     law="coupled",
     law_options={"t_low": 0.2, "t_high": 0.8},
     samples=3,
     advantage="loo",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=2,
-    defaults={"epsilon": 0.5, "beta": 0.01},
+    options=Options,
     notes="The code was read; it draws one t for the whole batch, the law one per sequence. Groups of 10, learning rate 1e-6 "
     "to 10 % by a cosine, full fine-tuning, completions of 256 tokens, temperature 1.",
 )

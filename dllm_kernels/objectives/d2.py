@@ -8,13 +8,19 @@ Verified against the public code (kuleshov-group/d2 at 381b9f1, diffu-grpo/diffu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Objective
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_mask, check_policy
 from dllm_kernels.objectives.tokens import mean_token_loss, token_objective
+from dllm_kernels.objectives.update import States
+from dllm_kernels.rollouts.trajectories import Rollout, trajectory_rows
+
+__all__ = ["d2", "d2_objective"]
 
 
 def d2(
@@ -79,20 +85,39 @@ def d2_objective(*, epsilon: float = 0.5, beta: float = 0.04) -> Objective:
     return token_objective("d2", epsilon, beta)
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.5
+    beta: float = 0.04
+    segments: int = 8  # parts of a trajectory
+
+    def __post_init__(self) -> None:
+        checks.count("segments", self.segments)
+
+
+def _segments(rollout: Rollout, options: Options, seed: int) -> States:
+    return States(rollout, trajectory_rows(rollout, segments=options.segments))
+
+
+def _segment_tokens(options: Options, length: int, steps: int) -> int:
+    return -(-length // options.segments)
+
+
 RECIPE = Recipe(
     name="d2",
     title="d2: Improved Techniques for Training Reasoning Diffusion Language Models",
     arxiv="2509.21474",
     status="verified against the code",
+    objective=d2_objective,
     law="segments",
-    law_options={"segments": 8},
+    law_options={"segments": Options.segments},
     samples=None,
     advantage="mean",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=True,
     inner_iterations=12,
-    defaults={"epsilon": 0.5, "beta": 0.04},
+    options=Options,
+    trajectory=Trajectory(_segments, _segment_tokens),
     notes="The code was read. 8 segments for GSM8K, 16 for Countdown; the rest as diffu-GRPO. "
     "The any-order variant for a causal model is not here.",
 )

@@ -8,11 +8,15 @@ Verified against the public code (dllm-reasoning/d1 at 837888f, diffu-grpo/diffu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.tokens import mean_token_loss, token_objective
+
+__all__ = ["diffu_grpo", "diffu_grpo_objective"]
 
 
 def diffu_grpo(
@@ -69,20 +73,26 @@ def diffu_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.04) -> Objecti
     return token_objective("diffu_grpo", epsilon, beta)
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.5
+    beta: float = 0.04
+
+
 RECIPE = Recipe(
     name="diffu_grpo",
     title="d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
     arxiv="2504.12216",
     status="verified against the code",
+    objective=diffu_grpo_objective,
     law="full",
     law_options={},
     samples=1,
     advantage="mean",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=12,
-    defaults={"epsilon": 0.5, "beta": 0.04},
+    options=Options,
     notes="The code was read. Prompt noise 0.15, a new one per inner iteration, shared by policy, old and reference. "
     "Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

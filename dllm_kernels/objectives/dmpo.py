@@ -10,6 +10,7 @@ Verified against the code (yuchen-zhu-zyc/DMPO at 96af1a4). Its `ddo` loss and a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.update import Update, later_signal
+
+__all__ = ["dmpo", "dmpo_objective", "effective_sample_size", "wdce_baseline", "wdce_weights"]
 
 BASELINES = ("none", "neg", "mean", "unbias")
 
@@ -139,6 +143,10 @@ def _check_rollout(
     surrogates.check_values("rewards_B", rewards_B, [B], elbo_B)
     surrogates.check_values("ref_elbo_B", ref_elbo_B, [B], elbo_B)
     surrogates.check_group_ids(group_ids_B, [B], elbo_B)
+    _check_tilt(alpha, kappa)
+
+
+def _check_tilt(alpha: float, kappa: float) -> None:
     if checks.number("alpha", alpha) < 0 and alpha != -1:
         raise ValueError(f"alpha must be above 0, 0 or -1, got {alpha}")
     checks.number("kappa", kappa, above=0)
@@ -201,20 +209,54 @@ def dmpo_objective(*, baseline: str = "neg", strength: float = 1.0) -> Objective
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    baseline: str = "neg"
+    strength: float = 1.0
+    alpha: float = 0.04  # of `wdce_weights` and `wdce_baseline`, as kappa
+    kappa: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tilt(self.alpha, self.kappa)
+
+
+def _entries(update: Update, options: Options) -> dict[str, Tensor]:
+    """Weights, and what the baseline needs, from ELBOs under one set of masks of their own."""
+    plan = update.fresh_plan()
+    elbo_B, mine = update.gather(update.old(plan, "old_elbo"))
+    ref_elbo_B, _ = update.gather(update.ref(plan, "ref_elbo"))
+    arguments = update.rewards.values_B, elbo_B, ref_elbo_B, update.rewards.group_ids_B
+    entries = {"weights": wdce_weights(*arguments, alpha=options.alpha, kappa=options.kappa)[mine]}
+    if options.baseline == "unbias":
+        return entries | {"old_elbo": elbo_B[mine], "group_ids": update.rewards.group_ids_B[mine]}
+    if options.baseline != "none":
+        baseline_B = wdce_baseline(options.baseline, *arguments, alpha=options.alpha, kappa=options.kappa)
+        entries["baseline"] = baseline_B[mine]
+    return entries
+
+
+def _figures(update: Update, batch: Batch, options: Options) -> dict[str, float]:
+    weights_B, _ = update.gather(batch.per_sequence["weights"])
+    return {"ess": effective_sample_size(weights_B, update.rewards.group_ids_B).mean().item()}
+
+
 RECIPE = Recipe(
     name="dmpo",
     title="DMPO: distribution matching policy optimization",
     arxiv="2510.08233",
     status="verified against the code",
+    objective=dmpo_objective,
     law="antithetic",
     law_options={"weight": "dmpo"},
     samples=4,
     advantage=None,
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=8,
-    defaults={"baseline": "neg", "strength": 1.0},
+    options=Options,
+    signal=later_signal,
+    entries=_entries,
+    figures=_figures,
     notes="The official code was read; its `ddo` loss and adaptive coefficient are left out. Weights: alpha 0.04, kappa 1. Old "
     "and reference ELBOs are taken once, at rollout, with masks of their own. 16 completions a prompt, learning rate 1e-6, "
     "temperature 0.2.",

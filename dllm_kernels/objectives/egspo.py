@@ -9,15 +9,22 @@ notes were read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.advantages import group_advantages
+from dllm_kernels.objectives.recipe import Clip, Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import SCORES, check_clip, check_policy, check_values, clipped_ratio_term, k3
 from dllm_kernels.objectives.tokens import check_reference
+from dllm_kernels.objectives.update import States, Update, later_signal
+from dllm_kernels.rollouts.trajectories import SELECTIONS, Rollout, select_steps, step_entropy, trajectory_rows
+
+__all__ = ["egspo", "egspo_objective", "egspo_sa_objective", "stepwise_returns"]
 
 
 def egspo(
@@ -157,37 +164,83 @@ def _check_options(epsilon_low: float, epsilon_high: float, beta: float, tokens_
     checks.number("tokens_per_step", tokens_per_step, above=0)
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.5
+    beta: float = 0.04
+    tokens_per_step: float = 2.0  # a run's own, where it is not given
+    selected_steps: int = 8  # denoising steps of each rollout that are trained on
+    step_selection: str = "entropy"
+
+    def __post_init__(self) -> None:
+        checks.count("selected_steps", self.selected_steps)
+        checks.choice("step_selection", self.step_selection, SELECTIONS)
+
+
+@dataclass(frozen=True)
+class OptionsSA(Options):
+    stepwise: float = 0.5  # lambda of `stepwise_returns`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("stepwise", self.stepwise, least=0)
+
+
+def _selected_steps(rollout: Rollout, options: Options, seed: int) -> States:
+    most, ids_B = rollout.masked_entropy_BT.shape[1], rollout.sequence_ids_B
+    entropy_TB = step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL, steps=most)
+    steps_BJ = select_steps(entropy_TB, options.selected_steps, options.step_selection, seed=seed, sequence_ids=ids_B)
+    return States(rollout, trajectory_rows(rollout, steps_BJ), steps_BJ)
+
+
+def _step_tokens(options: Options, length: int, steps: int) -> int:
+    return -(-length // steps)
+
+
+def _step_advantages(update: Update, options: OptionsSA) -> dict[str, Tensor]:
+    """`[B, J]`: returns centred by group and entropy rank, from rewards of the greedy completions at the chosen steps."""
+    states = update.states
+    assert states is not None
+    steps_BJ, greedy_BTL = states.steps_BJ, states.rollout.greedy_BTL
+    assert steps_BJ is not None
+    assert greedy_BTL is not None
+    index_BJL = steps_BJ.clamp(min=0)[:, :, None].expand(-1, -1, greedy_BTL.shape[-1])
+    # a step that a short rollout does not have gets 0, and is no action
+    seen_BJ = torch.where(steps_BJ < 0, 0.0, update.reward(greedy_BTL.gather(1, index_BJL)))
+    final_B = update.rewards.values_B[update.kept_N]
+    everyone, mine = update.gather(stepwise_returns(final_B, seen_BJ, lam=options.stepwise))
+    return {"step_advantages": group_advantages(everyone, update.rewards.group_ids_B, kind="mean")[mine]}
+
+
 RECIPE = Recipe(
     name="egspo",
     title="Reinforcement Learning for Diffusion LLMs with Entropy-Guided Step Selection and Stepwise Advantages",
     arxiv="2603.12554",
     status="verified against the code",
+    objective=egspo_objective,
     law="trace",
     law_options={},
     samples=None,
     advantage="mean",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=True,
     inner_iterations=1,
-    defaults={"epsilon_low": 0.2, "epsilon_high": 0.5, "beta": 0.04, "tokens_per_step": 2},
+    options=Options,
+    from_run=lambda length, steps: {"tokens_per_step": length / steps},
+    trajectory=Trajectory(_selected_steps, _step_tokens),
+    clip=lambda options: Clip(options.epsilon_low, options.epsilon_high),
     notes="The code was read in full, of the paper the abstract and notes. The 8 steps of highest entropy of 128, for 256 "
     "tokens; the code takes 2 of the 8 per optimizer step, we take all. Groups of 8, learning rate 3e-5, LoRA, temperature "
     "0.9.",
 )
-RECIPE_SA = Recipe(
+RECIPE_SA = replace(
+    RECIPE,
     name="egspo_sa",
-    title=RECIPE.title,
-    arxiv=RECIPE.arxiv,
-    status=RECIPE.status,
-    law=RECIPE.law,
-    law_options=RECIPE.law_options,
-    samples=None,
-    advantage="mean",
-    needs_old=True,
-    needs_reference=True,
-    needs_trajectory=True,
-    inner_iterations=1,
-    defaults=RECIPE.defaults,
+    objective=egspo_sa_objective,
+    options=OptionsSA,
+    signal=later_signal,
+    greedy=True,
+    entries=_step_advantages,
     notes=RECIPE.notes + " Advantages are of `stepwise_returns` with lam 0.5, normalised, by entropy rank.",
 )

@@ -7,13 +7,17 @@ Verified against the code (ML-GSAI/ESPO at b5f2dac).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import Clip, Recipe
+
+__all__ = ["espo", "espo_objective"]
 
 
 def espo(
@@ -102,20 +106,28 @@ def espo_objective(*, epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.01
+
+
 RECIPE = Recipe(
     name="espo",
     title="ESPO: ELBO-based sequence-level policy optimization",
     arxiv="2512.03759",
     status="verified against the code",
+    objective=espo_objective,
     law="antithetic",
     law_options={"weight": "espo"},
     samples=4,
     advantage="loo",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=8,
-    defaults={"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.01},
+    options=Options,
+    clip=lambda options: Clip(options.epsilon_low, options.epsilon_high, per_token=True),
     notes="The official code was read. Two pairs of complements a sequence; epsilon 0 on Countdown; beta 1e-3 for mathematics, "
     "3e-3 for Countdown, 1e-2 for Sudoku and code; 6 completions a prompt (16 mathematics, 10 code), learning rate 3e-6.",
 )

@@ -8,13 +8,17 @@ normalises several rewards.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import Clip, Recipe
+
+__all__ = ["gdpo", "gdpo_objective"]
 
 MODES = ("paper", "code")
 
@@ -116,20 +120,28 @@ def gdpo_objective(*, epsilon: float = 0.5, beta: float = 0.0, mode: str = "pape
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.5
+    beta: float = 0.0
+    mode: str = "paper"
+
+
 RECIPE = Recipe(
     name="gdpo",
     title="GDPO: Group diffusion policy optimization",
     arxiv="2510.08554",
     status="verified against the code",
+    objective=gdpo_objective,
     law="quadrature",
     law_options={"nodes": 3},
     samples=3,
     advantage="mean",
     needs_old=True,
     needs_reference=False,
-    needs_trajectory=False,
     inner_iterations=12,
-    defaults={"epsilon": 0.5, "beta": 0.0, "mode": "paper"},
+    options=Options,
+    clip=lambda options: Clip(options.epsilon, options.epsilon, per_token=options.mode == "code"),
     notes="The official code was read, the paper's form (no length inside the ratio, 1/|y| outside) is secondhand. "
     "Code: 6 completions a prompt, learning rate 3e-7, 256 tokens, LoRA 128.",
 )

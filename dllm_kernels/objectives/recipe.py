@@ -1,29 +1,121 @@
-"""What it takes to train with an algorithm as its authors did, as data."""
+"""What it takes to train with an algorithm as its authors did: its file's declaration to the engine and to a trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import difflib
+import inspect
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.objectives.update import Rewards, Signal, States, Update, advantage_signal
+from dllm_kernels.rollouts.trajectories import Rollout
 
 Status = Literal["verified against the paper", "verified against the code", "unverified"]
+_KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", NoneType: "null"}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of an algorithm that has none."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Which ratio an objective of ELBOs clips, and where: for a run's figures alone."""
+
+    low: float = math.inf  # the ratio is clipped to [1 - low, 1 + high]
+    high: float = math.inf
+    per_token: bool = False  # the ratio is of ELBOs over the completion's length
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How rollouts become the states that are trained on, and what that costs."""
+
+    states: Callable[[Rollout, Any, int], States]  # (rollout, options, seed)
+    tokens: Callable[[Any, int, int], int]  # (options, L, denoising steps) -> about how many tokens a state decides
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One algorithm: where it was published, how surely it is that, and what it wants of the data."""
+    """One algorithm: where it was published, how surely it is that, and what it makes of rollouts and rewards.
+
+    A new algorithm that learns from group advantages and from scores under drawn masks needs no callable but `objective`. What
+    is typed `Any` here is the run's options, an instance of the dataclass `options`.
+    """
 
     name: str  # of the function and of `dllm-kernels rl --algorithm`
     title: str
     arxiv: str  # number
     status: Status  # notes says what was read, and what was not
+    objective: Callable[..., Objective]  # the factory: its keywords are options of the same names
     law: str  # of `make_mask_plan`
     law_options: Mapping[str, object]
     samples: int | None  # K of an inner iteration; None where the trajectory says it
     advantage: str | None  # kind of `group_advantages`; None for what makes its own weights of the rewards
     needs_old: bool
     needs_reference: bool
-    needs_trajectory: bool
     inner_iterations: int  # optimizer steps per rollout
-    defaults: Mapping[str, object] = field(default_factory=dict)  # keywords of the objective's factory
+    options: type[Any] = NoOptions  # a frozen dataclass of bool, int, float, str or None; defaults are as published
+    from_run: Callable[[int, int], Mapping[str, object]] | None = None  # options that (L, denoising steps) of a run give
+    signal: Callable[[Rewards, Objective, Any], Signal] = advantage_signal
+    pairs: bool = False  # learns from one chosen and one rejected completion of a prompt: given pairs will do
+    trajectory: Trajectory | None = None  # None: masks are drawn by the law
+    greedy: bool = False  # wants the greedy completion of every state of a rollout
+    entries: Callable[[Update, Any], dict[str, Tensor]] | None = None  # beyond the signal's and old and reference scores
+    figures: Callable[[Update, Batch, Any], dict[str, float]] | None = None  # to log, of each optimizer step
+    clip: Callable[[Any], Clip] | None = None
     notes: str = ""  # a sentence on the status, then the published group size, learning rate and the like
+
+    @property
+    def needs_trajectory(self) -> bool:
+        return self.trajectory is not None
+
+    @property
+    def option_names(self) -> list[str]:
+        return [field.name for field in fields(self.options)]
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """Keywords of the objective's factory, as published."""
+        return self._keywords(self.options())
+
+    def choose(self, given: Mapping[str, Any]) -> Any:
+        """The options with these in place of the published ones.
+
+        Raises ValueError or TypeError naming an option that does not exist, or whose value the algorithm refuses.
+        """
+        kinds = typing.get_type_hints(self.options)
+        known = self.option_names
+        for name, value in given.items():
+            if name not in known:
+                if not known:
+                    raise ValueError(f"{name} is unknown: {self.name} has no options")
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{name} is unknown: the nearest is {near}; allowed: {', '.join(known)}")
+            allowed = typing.get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
+            if not any(_is(value, kind) for kind in allowed):
+                raise TypeError(f"{name} must be {' or '.join(_KINDS[kind] for kind in allowed)}, got {value!r}")
+        options = self.options(**given)
+        self.make(options)  # refuses what is out of bounds
+        return options
+
+    def make(self, options: Any = None) -> Objective:
+        """The objective for the engine, as published or with other options."""
+        return self.objective(**self._keywords(self.options() if options is None else options))
+
+    def _keywords(self, options: Any) -> dict[str, object]:
+        return {name: getattr(options, name) for name in inspect.signature(self.objective).parameters}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

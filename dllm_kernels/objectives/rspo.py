@@ -7,6 +7,7 @@ Unverified: no official code was found and the paper's equations were not read. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import sequence_scores
+
+__all__ = ["rspo", "rspo_objective"]
 
 
 def rspo(elbo_B: Tensor, ref_elbo_B: Tensor, advantages_B: Tensor, lengths_B: Tensor, *, lam: float = 0.01) -> Tensor:
@@ -82,20 +85,25 @@ def rspo_objective(*, lam: float = 0.01) -> Objective:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    lam: float = 0.01
+
+
 RECIPE = Recipe(
     name="rspo",
     title="RSPO: relative score policy optimization",
     arxiv="2605.10218",
     status="unverified",
+    objective=rspo_objective,
     law="bernoulli",
     law_options={"weight": "L/count"},
     samples=4,
     advantage="std",
     needs_old=False,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=1,
-    defaults={"lam": 0.01},
+    options=Options,
     notes="Abstract, a digest and one third-party port agree on the form; no official code, equations and hyper-parameters not "
     "checked. The port redraws empty masks, here they score 0. Group size, learning rate and inner iterations are not known.",
 )

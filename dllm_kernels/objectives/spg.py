@@ -9,6 +9,7 @@ Verified against the public code (facebookresearch/SPG at a1c7120, spg/spg_train
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.surrogates import check_mask, check_policy, check_values, dense_logp, masked_sum
+
+__all__ = ["spg", "spg_objective"]
 
 NEGATIVES = ("mix", "elbo", "eubo", "zero")
 
@@ -135,20 +138,27 @@ def _check_options(omega: float, eubo_beta: float, negative: str) -> None:
     checks.choice("negative", negative, NEGATIVES)
 
 
+@dataclass(frozen=True)
+class Options:
+    omega: float = 0.5
+    eubo_beta: float = 1.5
+    negative: str = "mix"
+
+
 RECIPE = Recipe(
     name="spg",
     title="SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
     arxiv="2510.09541",
     status="verified against the code",
+    objective=spg_objective,
     law="block",
     law_options={"block_length": 32},
     samples=2,
     advantage="mean",
     needs_old=False,
     needs_reference=False,
-    needs_trajectory=False,
     inner_iterations=4,
-    defaults={"omega": 0.5, "eubo_beta": 1.5, "negative": "mix"},
+    options=Options,
     notes="The code was read. Prompt noise 0.15, also on earlier blocks of the completion. eubo_beta 1 for Sudoku, 2 with "
     "negative='eubo' for Countdown. Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

@@ -8,13 +8,15 @@ model of the SDAR runs is left out on purpose; its advantages per token can be g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import (
     check_mask,
     check_policy,
@@ -25,6 +27,10 @@ from dllm_kernels.objectives.surrogates import (
     masked_difference,
 )
 from dllm_kernels.objectives.tokens import check_ratio_options
+from dllm_kernels.objectives.update import States
+from dllm_kernels.rollouts.trajectories import Rollout, trajectory_rows
+
+__all__ = ["trace_rl", "trace_rl_objective"]
 
 MODES = ("llada", "sdar")
 DELTA_BOUND = 10.0  # of the SDAR code
@@ -123,20 +129,41 @@ def trace_rl_objective(*, epsilon: float = 0.2, beta: float = 0.01, mode: str = 
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.2
+    beta: float = 0.01
+    mode: str = "llada"
+    window: int | None = None
+    shrink: int = 8  # steps that make one state
+
+    def __post_init__(self) -> None:
+        checks.count("shrink", self.shrink)
+
+
+def _merged_steps(rollout: Rollout, options: Options, seed: int) -> States:
+    return States(rollout, trajectory_rows(rollout, shrink=options.shrink))
+
+
+def _state_tokens(options: Options, length: int, steps: int) -> int:
+    return -(-length * options.shrink // steps)
+
+
 RECIPE = Recipe(
     name="trace_rl",
     title="Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models",
     arxiv="2509.06949",
     status="verified against the code",
+    objective=trace_rl_objective,
     law="trace",
-    law_options={"shrink": 8},
+    law_options={"shrink": Options.shrink},
     samples=None,
     advantage="population_std",
     needs_old=True,
     needs_reference=False,
-    needs_trajectory=True,
     inner_iterations=1,
-    defaults={"epsilon": 0.2, "beta": 0.01, "mode": "llada"},
+    options=Options,
+    trajectory=Trajectory(_merged_steps, _state_tokens),
     notes="The code was read; its value model is left out. 8 steps are merged for LLaDA, 1 for TraDo. 32 prompts of 8 rollouts, "
     "learning rate 1e-6, full fine-tuning, 512 tokens, temperature 0.8; prompts solved less than 20 % or more than 80 % of "
     "the time are dropped.",

@@ -8,14 +8,18 @@ KL is k3, and that the ratio is taken of the mean, are our choice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import Clip, Recipe
 from dllm_kernels.objectives.surrogates import check_policy, check_values, clipped_ratio_term, k3
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference
+
+__all__ = ["unigrpo", "unigrpo_objective"]
 
 
 def unigrpo(
@@ -95,20 +99,27 @@ def unigrpo_objective(*, epsilon: float = 0.2, beta: float = 0.01) -> Objective:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    epsilon: float = 0.2
+    beta: float = 0.01
+
+
 RECIPE = Recipe(
     name="unigrpo",
     title="MMaDA: Multimodal Large Diffusion Language Models",
     arxiv="2505.15809",
     status="unverified",
+    objective=unigrpo_objective,
     law="bernoulli",
     law_options={"weight": "L/count"},
     samples=1,
     advantage="std",
     needs_old=True,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=1,
-    defaults={"epsilon": 0.2, "beta": 0.01},
+    options=Options,
+    clip=lambda options: Clip(options.epsilon, options.epsilon),
     notes="No RL code is public and the paper's equations were not checked: form of the KL, advantages, hyper-parameters and the "
     "number of inner iterations are guesses. Mask ratios after the first inner iteration are uniformly spaced: give the "
     "law's t. dLLM-RL's random_masking is the closest form that runs.",

@@ -9,6 +9,7 @@ Unverified against its authors' code, which is closed: the loss is the paper's, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
 from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.update import Rewards, Signal
+
+__all__ = ["vrpo", "vrpo_objective"]
 
 
 def vrpo(
@@ -111,20 +115,45 @@ def _check_pairs(chosen_B: Tensor, group_ids_B: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Options:
+    beta: float = 0.2
+    normalize: bool = True
+
+
+def _best_and_worst(rewards: Rewards, objective: Objective, options: Options) -> Signal:
+    """Pairs of the best and the worst rollout of each group whose rewards differ."""
+    values_B, group_ids_B = rewards.values_B, rewards.group_ids_B
+    chosen: list[int] = []
+    rejected: list[int] = []
+    for group in group_ids_B.unique():
+        members = (group_ids_B == group).nonzero()[:, 0]
+        best, worst = members[values_B[members].argmax()], members[values_B[members].argmin()]
+        if values_B[best] > values_B[worst]:
+            chosen.append(int(best))
+            rejected.append(int(worst))
+    pairs = torch.arange(len(chosen), device=values_B.device)
+    is_chosen = torch.arange(2 * len(chosen), device=values_B.device) < len(chosen)
+    kept = torch.tensor(chosen + rejected, dtype=torch.int64, device=values_B.device)
+    return Signal(kept, {"chosen": is_chosen, "group_ids": torch.cat([pairs, pairs])}, float(max(1, len(chosen))))
+
+
 RECIPE = Recipe(
     name="vrpo",
     title="VRPO: variance-reduced preference optimization (LLaDA 1.5)",
     arxiv="2505.19223",
     status="unverified",
+    objective=vrpo_objective,
     law="exact",
     law_options={},
     samples=4,
     advantage=None,
     needs_old=False,
     needs_reference=True,
-    needs_trajectory=False,
     inner_iterations=1,
-    defaults={"beta": 0.2, "normalize": True},
+    options=Options,
+    signal=_best_and_worst,
+    pairs=True,
     notes="The training code is closed; a public port was read, whose defaults these are (the paper divides by no length). "
     "Port: learning rate 5e-7, 64 pairs a step, 10 epochs. It trains on pairs of completions, not on groups.",
 )

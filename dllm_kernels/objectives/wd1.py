@@ -12,7 +12,10 @@ from torch import Tensor
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
-from dllm_kernels.objectives.recipe import Recipe
+from dllm_kernels.objectives.recipe import NoOptions, Recipe
+from dllm_kernels.objectives.update import Rewards, Signal, signal_of
+
+__all__ = ["wd1", "wd1_objective", "wd1_weights"]
 
 
 def wd1(logp_BL: Tensor, advantages_B: Tensor, completion_mask_BL: Tensor, group_ids_B: Tensor) -> Tensor:
@@ -71,19 +74,24 @@ def wd1_objective() -> Objective:
     )
 
 
+def _signal(rewards: Rewards, objective: Objective, options: NoOptions) -> Signal:
+    return signal_of({"weights": wd1_weights(rewards.advantages(), rewards.group_ids_B)}, rewards, objective)
+
+
 RECIPE = Recipe(
     name="wd1",
     title="wd1: weighted policy optimization for reasoning in diffusion language models",
     arxiv="2507.08838",
     status="verified against the code",
+    objective=wd1_objective,
     law="full",
     law_options={},
     samples=1,
     advantage="mean",
     needs_old=False,
     needs_reference=False,
-    needs_trajectory=False,
     inner_iterations=8,
+    signal=_signal,
     notes="The official code was read; wd1++ is left out. Prompt noise 0.15 is the law's own; 6 completions a prompt, learning "
     "rate 3e-6, 8 to 12 inner iterations.",
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_kernels import make_mask_plan
-from dllm_kernels.objectives import ALGORITHMS, BGPO, Batch, bgpo, group_advantages
+from dllm_kernels.objectives import BGPO, RECIPES, Batch, bgpo, group_advantages
 from tests import oracle
 
 F64 = torch.float64
@@ -243,7 +243,7 @@ def test_the_objective_s_contributions_are_the_function_s_sum_whatever_the_cut()
 
 
 def test_bgpo_declares_what_the_engine_needs():
-    assert ALGORITHMS["bgpo"] is BGPO
+    assert RECIPES["bgpo"].make() is BGPO
     assert (BGPO.coupling, BGPO.on_policy_coupling, BGPO.denominator) == ("sample", "none", "sequences")
     assert BGPO.is_on_policy(Batch({"advantages": torch.ones(2)}))
     assert not BGPO.is_on_policy(Batch({"advantages": torch.ones(2)}, {"old_sample_elbo": torch.ones(2, 3)}))

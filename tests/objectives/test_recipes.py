@@ -1,6 +1,7 @@
 """What the package lists of its algorithms fits together."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ def loss_of(name):
 
 @pytest.mark.parametrize("name", objectives.RECIPES)
 def test_a_recipe_makes_its_objective(name):
-    recipe, factory = objectives.RECIPES[name], objectives.FACTORIES[name]
-    objective = factory(**recipe.defaults)
+    recipe = objectives.RECIPES[name]
+    objective = recipe.make()
     assert recipe.name == objective.name == name
     assert callable(loss_of(name))
     entries = {*objective.per_sequence, *objective.per_sample, *objective.per_token}
@@ -46,7 +47,7 @@ def test_the_entries_of_a_batch_are_detached(name):
     entries = {entry: torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True) for entry in ENTRIES[name]}
     ids = {"group_ids": torch.tensor([1, 1, 2, 2, 3, 3]), "chosen": torch.tensor([True, False] * 3)} if name == "vrpo" else {}
     logp = loops.row_logps(plan)
-    objectives.FACTORIES[name](**recipe.defaults).contributions(logp, plan, objectives.Batch(entries | ids)).backward()
+    recipe.make().contributions(logp, plan, objectives.Batch(entries | ids)).backward()
     assert (logp.grad != 0).any()
     assert all(tensor.grad is None for tensor in entries.values())
 
@@ -64,10 +65,46 @@ def test_a_recipe_is_of_a_law_and_an_advantage_that_exist_and_says_what_was_veri
     assert recipe.inner_iterations >= 1
 
 
-@pytest.mark.parametrize("name", objectives.FACTORIES)
+PORT_S = {("vrpo", "normalize")}  # the function's default is the paper's
+
+
+@pytest.mark.parametrize("name", objectives.RECIPES)
+def test_every_keyword_of_the_factory_is_an_option_with_its_default(name):
+    recipe = objectives.RECIPES[name]
+    for keyword, parameter in inspect.signature(recipe.objective).parameters.items():
+        assert keyword in recipe.option_names
+        if parameter.default is not parameter.empty and (name, keyword) not in PORT_S:
+            assert recipe.defaults[keyword] == parameter.default, keyword
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        ({"segmets": 3}, ValueError, "segmets is unknown: the nearest is segments; allowed: epsilon, beta, segments"),
+        ({"segments": True}, TypeError, "segments must be an integer, got True"),
+        ({"beta": True}, TypeError, "beta must be a finite number, got True"),
+        ({"beta": float("nan")}, TypeError, "beta must be a finite number, got nan"),
+        ({"beta": -1}, ValueError, "beta must be finite and at least 0, got -1"),
+        ({"epsilon": "0.2"}, TypeError, "epsilon must be a finite number, got '0.2'"),
+    ],
+)
+def test_a_wrong_option_is_told_in_a_sentence(given, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        objectives.RECIPES["d2"].choose(given)
+
+
+def test_an_option_may_be_of_several_kinds():
+    recipe = objectives.RECIPES["trace_rl"]
+    assert recipe.choose({"mode": "sdar", "window": 8}).window == 8
+    assert recipe.choose({"window": None}).window is None
+    with pytest.raises(TypeError, match=r"window must be an integer or null, got 2\.5"):
+        recipe.choose({"window": 2.5})
+
+
+@pytest.mark.parametrize("name", objectives.RECIPES)
 def test_hyperparameters_are_keywords_with_the_names_and_defaults_of_the_loss(name):
     """A factory's epsilon is the function's; what one of them has alone says how it gets its tensors."""
-    of_factory = inspect.signature(objectives.FACTORIES[name]).parameters
+    of_factory = inspect.signature(objectives.RECIPES[name].objective).parameters
     of_loss = inspect.signature(loss_of(name)).parameters
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in of_factory.values())
     for shared in set(of_factory) & set(of_loss):

@@ -94,7 +94,22 @@ def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
         ("rl.law=trace", r"rl: law trace is for the trajectories of .*egspo.*, got algorithm bgpo"),
         ("rl.algorithm=egspo rl.law=exact", r"rl: law must be trace for algorithm egspo, got exact"),
         ("rl.group=1", r"rl\.group must be greater than or equal to 2, got 1"),
-        ("rl.step_selection=best", r"rl\.step_selection must be 'entropy', 'uniform' or 'random', got 'best'"),
+        (
+            "rl.algorithm=egspo rl.options.step_selection=best",
+            r"rl\.options of egspo: step_selection must be one of 'entropy', 'uniform', 'random', got 'best'",
+        ),
+        ("rl.algorithm=d2 rl.options.segments=0", r"rl\.options of d2: segments must be at least 1, got 0"),
+        ("rl.algorithm=d2 rl.options.segments=2.5", r"rl\.options of d2: segments must be an integer, got 2\.5"),
+        ("rl.algorithm=dmpo rl.options.alpha=-2", r"rl\.options of dmpo: alpha must be above 0, 0 or -1, got -2"),
+        ("rl.algorithm=espo rl.options.beta=yes", r"rl\.options of espo: beta must be a finite number, got "),
+        (
+            "rl.algorithm=egspo_sa rl.options.stepwize=1",
+            r"rl\.options of egspo_sa: stepwize is unknown: the nearest is stepwise; allowed: .*, selected_steps, ",
+        ),
+        ("rl.options.beta=1", r"rl\.options of bgpo: beta is unknown: bgpo has no options"),
+        ("rl.selected_steps=4", r"unknown config key rl\.selected_steps: it is rl\.options\.selected_steps, of egspo, egspo_sa"),
+        ("rl.stepwise=1", r"unknown config key rl\.stepwise: it is rl\.options\.stepwise, of egspo_sa"),
+        ("rl.shrink=1", r"unknown config key rl\.shrink: it is rl\.options\.shrink, of trace_rl"),
         ("checkpoints.keep_last=0", r"checkpoints\.keep_last must be greater than or equal to 1, got 0"),
         ("rollout.temperature=0", r"rollout\.temperature must be above 0 for reinforcement learning"),
         ("rl.updates", r"an override has the form key=value .*, got 'rl\.updates'"),
@@ -130,3 +145,12 @@ def test_an_unreadable_config_file_is_told(tmp_path: Path) -> None:
 
 def test_the_schema_can_be_printed() -> None:
     assert RunConfig.model_json_schema()["additionalProperties"] is False
+
+
+def test_options_of_an_algorithm_go_where_a_later_layer_chooses_another() -> None:
+    base = load_config(overrides=["rl.algorithm=egspo", "rl.options.selected_steps=4"])
+    assert base.rl.options == {"selected_steps": 4}
+    assert load_config(base=base.to_yaml()).rl.options == {"selected_steps": 4}
+    assert load_config(base=base.to_yaml(), overrides=["rl.algorithm=bgpo"]).rl.options == {}
+    again = load_config(base=base.to_yaml(), overrides=["rl.algorithm=gdpo", "rl.options.mode=code"])
+    assert again.rl.options == {"mode": "code"}

@@ -30,7 +30,7 @@ from dllm_kernels.objectives import RECIPES
 
 from ..config import RunConfig, load_config
 from ..distributed import Ranks
-from ..errors import GuardError, Stopped, UserError
+from ..errors import GuardError, Stopped, UserError, telling_of_algorithms
 from ..records.environment import environment
 from ..records.plots import draw_rewards
 from ..records.report import markdown_table
@@ -108,6 +108,7 @@ def compare_algorithms(
     return rows
 
 
+@telling_of_algorithms()
 def _names(algorithms: str) -> list[str]:
     names = list(RECIPES) if algorithms == "all" else list(dict.fromkeys(n.strip() for n in algorithms.split(",") if n.strip()))
     for name in names:

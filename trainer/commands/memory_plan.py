@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dllm_kernels import explain, make_mask_plan
 from dllm_kernels.objectives import RECIPES
 
-from ..config import TRACES, RunConfig
+from ..config import RunConfig
 from ..distributed import Ranks
 from ..errors import UserError
 from ..models import compat, lora
@@ -199,9 +199,9 @@ def _works(setup: Setup, ranks: int) -> list[Work]:
 def _most_rows(setup: Setup, sequences: int) -> int:
     """Scored tokens of the Monte-Carlo sample that has most; of trajectories, about what a state decides."""
     config, L = setup.config.rl, setup.length
-    if config.law in TRACES:
-        states = setup.steps if config.law == "trace" else config.segments
-        return sequences * -(-L * (config.shrink if config.algorithm == "trace_rl" else 1) // states)
+    recipe = RECIPES[config.algorithm]
+    if recipe.trajectory is not None:
+        return sequences * recipe.trajectory.tokens(recipe.choose(config.options), L, setup.steps)
     ids = torch.zeros(sequences, L, dtype=torch.int64)
     plan = make_mask_plan(
         ids,

@@ -1,9 +1,9 @@
-"""What each RL algorithm makes of rollouts and rewards: the entries that its objective declares, and who is scored for them."""
+"""An algorithm with the options of a run, and what the trainer does for any of them: scores, entries, figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,88 +11,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
+from dllm_kernels import Rollout
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.accumulation.report import Report
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives import (
-    FACTORIES,
-    RECIPES,
-    effective_sample_size,
-    group_advantages,
-    stepwise_returns,
-    wd1_weights,
-    wdce_baseline,
-    wdce_weights,
-)
+from dllm_kernels.objectives import RECIPES, Clip, Recipe, Rewards, Signal, States, Update
+from dllm_kernels.objectives.update import ScoreOf
 
-from ..config import TRACES, RlConfig
+from ..config import RlConfig
 from ..distributed import Ranks
 from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What rewards say about the rollouts of all ranks before any model is asked."""
+class Algorithm:
+    """A recipe as one run uses it."""
 
-    kept_N: Tensor  # rollouts that the objective learns from, indices
-    entries: dict[str, Tensor]  # per sequence, of those
-    denominator: float | None  # of the optimizer step, rollouts that were dropped included; None: the plans' steps
+    config: RlConfig
+    recipe: Recipe
+    options: Any  # an instance of `recipe.options`
+    objective: Objective
 
-    def of(self, mine: slice) -> tuple[dict[str, Tensor], Tensor]:
-        """Entries and indices of those within a rank's part, counted from its start."""
-        here_N = (self.kept_N >= mine.start) & (self.kept_N < mine.stop)
-        return {name: value[here_N] for name, value in self.entries.items()}, self.kept_N[here_N] - mine.start
+    def rewards(self, values_B: Tensor, group_ids_B: Tensor, length: int) -> Rewards:
+        return Rewards(values_B, group_ids_B, length, self.config.advantage, self.config.positive_only)
+
+    def signal(self, rewards: Rewards) -> Signal:
+        return self.recipe.signal(rewards, self.objective, self.options)
+
+    def states(self, rollout: Rollout, here_N: Tensor, seed: int) -> States | None:
+        """Of those `here_N` of these rollouts; None where masks are drawn by a law."""
+        trajectory = self.recipe.trajectory
+        return None if trajectory is None else trajectory.states(rollout, self.options, seed).kept(here_N)
+
+    def entries(self, update: Update) -> dict[str, Tensor]:
+        """Those that need more than rewards, old and reference scores."""
+        return {} if self.recipe.entries is None else self.recipe.entries(update, self.options)
+
+    def figures(self, update: Update, batch: Batch) -> dict[str, float]:
+        """The algorithm's own, of an optimizer step."""
+        return {} if self.recipe.figures is None else self.recipe.figures(update, batch, self.options)
 
 
-def make_objective(config: RlConfig, tokens_per_step: float) -> Objective:
-    """With the hyper-parameters of its recipe and, over them, those of `rl.options`."""
-    options = dict(RECIPES[config.algorithm].defaults)
-    if "tokens_per_step" in options:
-        options["tokens_per_step"] = tokens_per_step
+def choose_algorithm(config: RlConfig, length: int, steps: int) -> Algorithm:
+    """The config's, for completions of `length` tokens in so many denoising steps.
+
+    `rl.options` come over what the run itself says, that over the recipe.
+    """
+    recipe = RECIPES[config.algorithm]
+    of_run = {} if recipe.from_run is None else recipe.from_run(length, steps)
     try:
-        return FACTORIES[config.algorithm](**{**options, **config.options})
+        options = recipe.choose({**of_run, **config.options})
     except (TypeError, ValueError) as error:
-        allowed = ", ".join(options) or "none"
-        raise ConfigError(f"rl.options of {config.algorithm}: {error}; its options are {allowed}") from error
-
-
-def signal(config: RlConfig, objective: Objective, rewards: Tensor, group_ids: Tensor, length: int) -> Signal:
-    """Advantages, weights or pairs of `rewards` `[B]`. Rollouts without an advantage are dropped where nothing else is learnt."""
-    if "chosen" in objective.per_sequence:
-        return _pairs(rewards, group_ids)
-    groups = len(group_ids.unique())
-    counts = {"sequences": len(rewards), "tokens": len(rewards) * length, "groups": groups, "steps": None}
-    denominator = counts[objective.denominator]
-    everyone = torch.arange(len(rewards), device=rewards.device)
-    if config.algorithm in ("dmpo", "egspo_sa"):  # whose weights need ELBOs, or the rewards of single steps
-        return Signal(everyone, {}, denominator)
-    advantages = group_advantages(rewards, group_ids, kind=config.advantage)
-    if config.positive_only:
-        advantages = advantages.clamp(min=0.0)
-    values, name = advantages, "advantages"
-    if "weights" in objective.per_sequence:
-        values, name = wd1_weights(advantages, group_ids), "weights"
-    kept = everyone if objective.scale is None else values.nonzero()[:, 0]
-    return Signal(kept, {name: values[kept]}, denominator)
-
-
-def _pairs(rewards: Tensor, group_ids: Tensor) -> Signal:
-    """The best and the worst rollout of each group whose rewards differ."""
-    chosen: list[int] = []
-    rejected: list[int] = []
-    for group in group_ids.unique():
-        members = (group_ids == group).nonzero()[:, 0]
-        best, worst = members[rewards[members].argmax()], members[rewards[members].argmin()]
-        if rewards[best] > rewards[worst]:
-            chosen.append(int(best))
-            rejected.append(int(worst))
-    pairs = torch.arange(len(chosen), device=rewards.device)
-    is_chosen = torch.arange(2 * len(chosen), device=rewards.device) < len(chosen)
-    entries = {"chosen": is_chosen, "group_ids": torch.cat([pairs, pairs])}
-    kept = torch.tensor(chosen + rejected, dtype=torch.int64, device=rewards.device)
-    return Signal(kept, entries, float(max(1, len(chosen))))
+        raise ConfigError(f"rl.options of {config.algorithm}: {error}") from error
+    return Algorithm(config, recipe, options, recipe.make(options))
 
 
 class Scores:
@@ -119,146 +91,71 @@ class Scores:
         return elbo_BK if kind == "sample_elbo" else (elbo_BK * plan.share_K).sum(-1)
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """The states of this rank's rollouts that are trained on."""
+def make_batches(
+    objective: Objective,
+    plans: Sequence[MaskPlan],
+    entries: Mapping[str, Tensor],
+    old: ScoreOf,
+    ref: ScoreOf,
+    *,
+    states: States | None = None,
+    off_policy: bool = False,
+) -> list[Batch]:
+    """What travels with each plan: these entries, and the scores that the objective declares beside them.
 
-    rollout: Rollout
-    plan: MaskPlan
-    steps_BJ: Tensor | None  # EGSPO's choice
-
-    def old_scores(self, name: str) -> Tensor | None:
-        """What the rollout itself saw, where that is what a scoring pass would give: states are single steps."""
-        if self.plan.law != "trace" or self.plan.options["shrink"] != 1:
-            return None
-        if name == "old_sample_elbo":
-            return trajectory_logp(self.rollout, self.plan)
-        logp_BS = torch.zeros_like(self.rollout.ids_BS, dtype=torch.float32)
-        logp_BS = logp_BS.masked_scatter(self.rollout.completion_mask_BS, self.rollout.commit_logp_BL)
-        return torch.where(self.plan.scored, logp_BS, 0.0).transpose(0, 1)
-
-
-def make_trajectory(config: RlConfig, rollout: Rollout, here_N: Tensor, seed: int) -> Trajectory | None:
-    """Of those `here_N` of this rank's rollouts; None for laws that draw their own masks."""
-    if config.law not in TRACES:
-        return None
-    steps_BJ = None
-    if config.law == "segments":
-        plan = trajectory_rows(rollout, segments=config.segments)
-    elif config.algorithm == "trace_rl":
-        plan = trajectory_rows(rollout, shrink=config.shrink)
-    else:
-        most = rollout.masked_entropy_BT.shape[1]
-        entropy_TB = step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL, steps=most)
-        ids = rollout.sequence_ids_B
-        steps_BJ = select_steps(entropy_TB, config.selected_steps, config.step_selection, seed=seed, sequence_ids=ids)
-        plan = trajectory_rows(rollout, steps_BJ)
-    return Trajectory(rollout.kept(here_N), plan.cut(sequences=here_N), None if steps_BJ is None else steps_BJ[here_N])
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update, as this rank sees it. Rewards and group ids are those of all ranks."""
-
-    config: RlConfig
-    objective: Objective
-    ranks: Ranks
-    rewards: Tensor
-    group_ids: Tensor
-    mine: slice  # of all rollouts
-    here_N: Tensor  # of this rank's, those that are kept
-    entries: dict[str, Tensor]
-    trajectory: Trajectory | None
-    step_rewards_BJ: Tensor | None  # EGSPO-SA: of the greedy completions at the chosen steps
-
-    def batches(self, plans: Sequence[MaskPlan], rollout_plan: Callable[[], MaskPlan], scores: Scores) -> list[Batch]:
-        """What travels with each inner iteration's plan, scored before the first step, under the policy that made the rollouts.
-
-        A single iteration is on-policy: its old scores are the current ones, and cost no pass. `rollout_plan` makes the
-        masks of DMPO's weights, whose loss draws its own.
-        """
-        entries, objective = dict(self.entries), self.objective
-        if self.config.algorithm == "dmpo":
-            entries |= self._dmpo_entries(rollout_plan(), scores)
-        batches = []
-        for plan in plans:
-            per_sequence = dict(entries)
-            per_sample: dict[str, Tensor] = {}
-            declared = ((objective.per_sequence, per_sequence), ((*objective.per_sample, *objective.per_token), per_sample))
-            for names, into in declared:
-                for name in names:
-                    if name == objective.old_scores and len(plans) > 1:
-                        known = None if self.trajectory is None else self.trajectory.old_scores(name)
-                        into[name] = scores.old(plan, name) if known is None else known
-                    elif name.startswith("ref_"):
-                        into[name] = scores.ref(plan, name)
-                    elif name == "step_advantages":
-                        into[name] = self._step_advantages()
-            batches.append(Batch(per_sequence, per_sample))
-        return batches
-
-    def _step_advantages(self) -> Tensor:
-        """EGSPO-SA's, `[B, J]`: returns centred by group and entropy rank."""
-        assert self.step_rewards_BJ is not None
-        mine_B = self.rewards[self.mine][self.here_N]
-        everyone, place = self.ranks.gather(stepwise_returns(mine_B, self.step_rewards_BJ, lam=self.config.stepwise))
-        return group_advantages(everyone, self.group_ids, kind="mean")[place]
-
-    def _dmpo_entries(self, plan: MaskPlan, scores: Scores) -> dict[str, Tensor]:
-        """Weights and the recipe's baseline, from ELBOs under one set of masks of their own."""
-        elbo_B, mine = self.ranks.gather(scores.old(plan, "old_elbo"))
-        ref_B, _ = self.ranks.gather(scores.ref(plan, "ref_elbo"))
-        arguments = self.rewards, elbo_B, ref_B, self.group_ids
-        entries = {"weights": wdce_weights(*arguments)[mine]}
-        if "baseline" in self.objective.per_sequence:
-            kind = str({**RECIPES["dmpo"].defaults, **self.config.options}["baseline"])
-            entries["baseline"] = wdce_baseline(kind, *arguments)[mine]
-        return entries
-
-    def figures(self, report: Report, plan: MaskPlan, batch: Batch) -> dict[str, float]:
-        """ELBO, ratios and distances of an optimizer step, over what all ranks scored. Ratios are those of the sequence or sample
-        scores that the objective compares; token-wise ratios are not kept by the engine.
-        """
-        elbo_BK = report.sample_elbo_BK  # NaN where a sample was dropped, unscored
-        scored = elbo_BK.isfinite()
-        lengths_B1 = plan.lengths_B[:, None].clamp(min=1)
-        share = plan.counts.t().float() / lengths_B1
-        parts: dict[str, tuple[Tensor, Tensor]] = {"elbo": (elbo_BK, scored), "mask_ratio": (share, torch.ones_like(scored))}
-        entries = {**batch.per_sequence, **batch.per_sample}
-        score_BK = elbo_BK if "old_sample_elbo" in entries or "ref_sample_elbo" in entries else None
-        score_B = (elbo_BK.nan_to_num() * plan.share_K).sum(-1)
-        figures: dict[str, float] = {}
-        for kind in ("old", "ref"):
-            if (other := entries.get(f"{kind}_sample_elbo")) is not None and score_BK is not None:
-                delta, per_token = score_BK - other, (score_BK - other) / lengths_B1
-            elif (other := entries.get(f"{kind}_elbo")) is not None and self.config.algorithm != "dmpo":
-                difference_B1 = (score_B - other)[:, None]
-                per_token = difference_B1 / lengths_B1
-                delta = difference_B1 if self.config.algorithm == "gdpo" and self._options()["mode"] == "paper" else per_token
-            else:
+    Old scores are made where the update is `off_policy`; else they are the current ones, and cost no pass.
+    """
+    per_sample = {*objective.per_sample, *objective.per_token}
+    batches = []
+    for plan in plans:
+        values = dict(entries)
+        for name in (*objective.per_sequence, *objective.per_sample, *objective.per_token):
+            if name in values:
                 continue
-            seen = delta.isfinite()
-            if kind == "ref":
-                parts["kl"] = (per_token, seen)
-            else:
-                worst = max(self.ranks.tell(float(delta[seen].abs().max()) if bool(seen.any()) else 0.0))
-                figures["largest_ratio"] = math.exp(min(worst, 80.0))
-                low, high = self._clip()
-                clipped = ((delta.exp() < 1 - low) | (delta.exp() > 1 + high)).float()
-                parts["clip_fraction"] = (clipped, seen)
-        for name, (values, where) in parts.items():
-            total, count = self.ranks.total(float(values[where].sum())), self.ranks.total(float(where.sum()))
-            figures[name] = total / max(1.0, count)
-        if self.config.algorithm == "dmpo":
-            weights, _ = self.ranks.gather(batch.per_sequence["weights"])
-            figures["ess"] = effective_sample_size(weights, self.group_ids).mean().item()
-        return figures
+            if name == objective.old_scores and off_policy:
+                known = None if states is None else states.old_scores(name)
+                values[name] = old(plan, name) if known is None else known
+            elif name.startswith("ref_"):
+                values[name] = ref(plan, name)
+        batches.append(
+            Batch(
+                {name: value for name, value in values.items() if name not in per_sample},
+                {name: value for name, value in values.items() if name in per_sample},
+            )
+        )
+    return batches
 
-    def _options(self) -> dict[str, Any]:
-        return {**RECIPES[self.config.algorithm].defaults, **self.config.options}
 
-    def _clip(self) -> tuple[float, float]:
-        """Bounds of the ratio's clip; none where the objective has none."""
-        options = self._options()
-        epsilon = options.get("epsilon", math.inf)
-        return float(options.get("epsilon_low", epsilon)), float(options.get("epsilon_high", epsilon))
+def step_figures(algorithm: Algorithm, report: Report, plan: MaskPlan, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """ELBO, ratios and distances of an optimizer step, over what all ranks scored.
+
+    Ratios are those of the sequence or sample scores that the objective compares; token-wise ratios are not kept by the engine.
+    """
+    elbo_BK = report.sample_elbo_BK  # NaN where a sample was dropped, unscored
+    scored = elbo_BK.isfinite()
+    lengths_B1 = plan.lengths_B[:, None].clamp(min=1)
+    share = plan.counts.t().float() / lengths_B1
+    parts: dict[str, tuple[Tensor, Tensor]] = {"elbo": (elbo_BK, scored), "mask_ratio": (share, torch.ones_like(scored))}
+    score_B1 = (elbo_BK.nan_to_num() * plan.share_K).sum(-1)[:, None]
+    clip = Clip() if algorithm.recipe.clip is None else algorithm.recipe.clip(algorithm.options)
+    figures: dict[str, float] = {}
+    for name in filter(None, (algorithm.objective.old_scores, "ref_elbo", "ref_sample_elbo")):
+        if name in batch.per_sample and name.endswith("_sample_elbo"):
+            difference = elbo_BK - batch.per_sample[name]
+        elif name in batch.per_sequence:
+            difference = score_B1 - batch.per_sequence[name][:, None]
+        else:
+            continue
+        seen = difference.isfinite()
+        if name.startswith("ref_"):
+            parts["kl"] = (difference / lengths_B1, seen)
+            continue
+        delta = difference / lengths_B1 if clip.per_token else difference
+        worst = max(ranks.tell(float(delta[seen].abs().max()) if bool(seen.any()) else 0.0))
+        figures["largest_ratio"] = math.exp(min(worst, 80.0))
+        clipped = ((delta.exp() < 1 - clip.low) | (delta.exp() > 1 + clip.high)).float()
+        parts["clip_fraction"] = (clipped, seen)
+    for name, (values, where) in parts.items():
+        total, count = ranks.total(float(values[where].sum())), ranks.total(float(where.sum()))
+        figures[name] = total / max(1.0, count)
+    return figures

@@ -1,4 +1,4 @@
-"""VRPO on preference pairs that are given: no rollouts, one update per batch of pairs."""
+"""Learning from preference pairs that are given: no rollouts, one update per batch of pairs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from dllm_kernels import accumulate, make_mask_plan, noise
-from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.objectives import RECIPES
 
 from ..errors import ConfigError
 from ..models.codec import joined
 from ..tasks.pairs import split
-from .algorithms import Scores, Update, make_objective
+from .algorithms import Scores, choose_algorithm, make_batches, step_figures
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 
@@ -21,11 +21,12 @@ from .setup import Setup
 def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
     """Updates `start`..`rl.updates - 1` of `rl.prompts` pairs each, yielding their figures; a pair stays on one rank."""
     config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
-    if config.algorithm != "vrpo":
-        raise ConfigError(f"rl.algorithm must be vrpo for a task of preference pairs, got {config.algorithm}")
+    if not RECIPES[config.algorithm].pairs:
+        those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
+        raise ConfigError(f"rl.algorithm must be {those} for a task of preference pairs, got {config.algorithm}")
     if config.prompts % ranks.size:
         raise ConfigError(f"rl.prompts must be a multiple of the {ranks.size} ranks, got {config.prompts}")
-    objective = make_objective(config, 1.0)
+    algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
     for update in range(start, config.updates):
         started = time.perf_counter()
         index, epoch = batch_indices("rl", setup.config.seed, len(setup.task.train), config.prompts, update)
@@ -52,17 +53,16 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}
-        batch = Batch({**entries, "ref_elbo": scores.ref(plan, "ref_elbo")})
+        (batch,) = make_batches(algorithm.objective, [plan], entries, scores.old, scores.ref)
         lr = learning_rate(config, update, config.updates)
-        report = accumulate(setup.model, plan, objective, batch, denominator=float(config.prompts), group=ranks.group, **options)
+        denominator = float(config.prompts)
+        report = accumulate(setup.model, plan, algorithm.objective, batch, denominator=denominator, group=ranks.group, **options)
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         seconds = time.perf_counter() - started
         tokens = ranks.total(float(ids.numel() * config.samples * (report.passes + scores.passes)))
-        nothing = torch.empty(0, device=ranks.device)
-        context = Update(config, objective, ranks, nothing, nothing, mine, nothing, entries, None, None)
         yield {
-            **context.figures(report, plan, batch),
+            **step_figures(algorithm, report, plan, batch, ranks),
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,

@@ -8,40 +8,41 @@ rank: ranks take consecutive rollouts of the same global batch, and share reward
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
-from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.objectives import Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..tasks import Example, Reward
 from ..tasks.rewards import choose
-from .algorithms import Scores, Trajectory, Update, make_objective, make_trajectory, signal
+from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 
 
-def prepare_rl(setup: Setup) -> tuple[Objective, Reward]:
-    """The objective and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
+def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
+    """The algorithm and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
     config, task = setup.config.rl, setup.task
     total = config.prompts * config.group
     if total < setup.ranks.size:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
-    objective = make_objective(config, setup.length / max(1, setup.steps))
-    return objective, choose(config.reward, task.rewards, timeout=config.reward_timeout)
+    algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
+    return algorithm, choose(config.reward, task.rewards, timeout=config.reward_timeout)
 
 
 def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
     """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
-    objective, reward = prepare_rl(setup)
+    algorithm, reward = prepare_rl(setup)
     total = config.prompts * config.group
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
@@ -61,7 +62,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
                 [prompt.to(ranks.device) for prompt in prompts],
                 sequence_ids=sequence_ids.to(ranks.device),
                 seed=setup.config.seed,
-                **setup.generate_options(greedy=config.algorithm == "egspo_sa"),
+                **setup.generate_options(greedy=algorithm.recipe.greedy),
             )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
@@ -72,28 +73,14 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
         if config.gap_every and update % config.gap_every == 0:
             figures["on_policy_gap"] = on_policy_gap(setup, sampled)
-        everyone, _ = ranks.gather(rewards)
-        found = signal(config, objective, everyone, index.to(ranks.device), setup.length)
+        everyone = algorithm.rewards(ranks.gather(rewards)[0], index.to(ranks.device), setup.length)
+        found = algorithm.signal(everyone)
         figures |= {"groups_with_signal": len(index[found.kept_N.cpu()].unique()), "sequences_scored": len(found.kept_N)}
         rolled_out = time.perf_counter()
         if len(found.kept_N):
-            entries, here = found.of(mine)
-            kept = sampled.kept(here)
-            trajectory = make_trajectory(config, sampled, here, setup.config.seed)
-            context = Update(
-                config,
-                objective,
-                ranks,
-                everyone,
-                index.to(ranks.device),
-                mine,
-                here,
-                entries,
-                trajectory,
-                _step_rewards(setup, reward, trajectory, [examples[i] for i in here.tolist()]),
-            )
+            reward_of = partial(_rewards_of, setup, reward, examples)
             with calls:
-                figures |= _learn(setup, optimizer, context, sampled, kept, found.denominator, update)
+                figures |= _learn(setup, optimizer, algorithm, sampled, mine, everyone, found, reward_of, update)
             figures["tokens"] += figures.pop("tokens_scored")
         for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
             figures[name] = ranks.total(getattr(calls, name))
@@ -107,18 +94,22 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
 def _learn(
     setup: Setup,
     optimizer: torch.optim.Optimizer,
-    context: Update,
+    algorithm: Algorithm,
     sampled: Rollout,
-    kept: Rollout,
-    denominator: float | None,
-    update: int,
+    mine: slice,
+    rewards: Rewards,
+    found: Signal,
+    reward_of: Callable[[Tensor, Tensor], Tensor],
+    number: int,
 ) -> dict[str, float]:
     """The optimizer steps on one set of rollouts."""
-    config, ranks, trajectory = context.config, context.ranks, context.trajectory
+    config, ranks, objective = setup.config.rl, setup.ranks, algorithm.objective
+    entries, here_N = found.of(mine)
+    kept, states = sampled.kept(here_N), algorithm.states(sampled, here_N, setup.config.seed)
 
     def plan_of(iteration: int) -> MaskPlan:
-        if trajectory is not None:
-            return trajectory.plan
+        if states is not None:
+            return states.plan
         return make_mask_plan(
             sampled.ids_BS,
             sampled.completion_mask_BS,
@@ -131,37 +122,46 @@ def _learn(
             attention_mask_BS=sampled.attention_mask_BS,
             iteration=iteration,
             **config.law_options(),
-        ).cut(sequences=context.here_N)
+        ).cut(sequences=here_N)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
-    options = setup.scoring_options(kept.attention_mask_BS, config.micro_batch, as_rolled_out=trajectory is not None)
+    options = setup.scoring_options(kept.attention_mask_BS, config.micro_batch, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
-    batches = context.batches(plans, lambda: plan_of(len(plans)), scores)
+    update = Update(
+        rewards=rewards,
+        kept_N=here_N + mine.start,
+        states=states,
+        old=scores.old,
+        ref=scores.ref,
+        fresh_plan=lambda: plan_of(len(plans)),
+        reward=partial(reward_of, here_N),
+        gather=ranks.gather,
+    )
+    entries |= algorithm.entries(update)
+    # scored before the first step, under the policy that made the rollouts
+    batches = make_batches(objective, plans, entries, scores.old, scores.ref, states=states, off_policy=len(plans) > 1)
     passes = scores.passes
-    lr = learning_rate(config, update, config.updates)
+    lr = learning_rate(config, number, config.updates)
+    denominator = found.denominator
     if denominator is None:  # steps: what the plans of all ranks hold
         denominator = max(1.0, ranks.total(float((plans[0].counts > 0).sum())))
     figures: dict[str, float] = {}
     for plan, batch in zip(plans, batches, strict=True):
-        report = accumulate(setup.model, plan, context.objective, batch, denominator=denominator, group=ranks.group, **options)
+        report = accumulate(setup.model, plan, objective, batch, denominator=denominator, group=ranks.group, **options)
         passes += report.passes
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
-        figures |= context.figures(report, plan, batch)
+        figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
     scored = kept.ids_BS.numel() * len(plans[0].sample_K) * passes
     return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
 
 
-def _step_rewards(setup: Setup, reward: Reward, trajectory: Trajectory | None, examples: Sequence[Example]) -> Tensor | None:
-    """EGSPO-SA: rewards `[B, J]` of the greedy completions seen before each chosen step; those of a step that is not are 0."""
-    if trajectory is None or trajectory.rollout.greedy_BTL is None or trajectory.steps_BJ is None:
-        return None
-    B, J = trajectory.steps_BJ.shape
-    index_BJL = trajectory.steps_BJ.clamp(min=0)[:, :, None].expand(-1, -1, setup.length)
-    texts = setup.codec.texts(trajectory.rollout.greedy_BTL.gather(1, index_BJL).flatten(0, 1))
-    values = reward([example for example in examples for _ in range(J)], texts)
-    rewards_BJ = torch.tensor(values, dtype=torch.float32, device=index_BJL.device).view(B, J)
-    return torch.where(trajectory.steps_BJ < 0, 0.0, rewards_BJ)
+def _rewards_of(setup: Setup, reward: Reward, examples: Sequence[Example], here_N: Tensor, completion_BJL: Tensor) -> Tensor:
+    """`[B, J]` of J completions for each of the examples `here_N`."""
+    B, J, _ = completion_BJL.shape
+    texts = setup.codec.texts(completion_BJL.flatten(0, 1))
+    values = reward([examples[i] for i in here_N.tolist() for _ in range(J)], texts)
+    return torch.tensor(values, dtype=torch.float32, device=completion_BJL.device).view(B, J)
 
 
 def _rollout_figures(

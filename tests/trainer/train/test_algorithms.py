@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.scores import score_samples
-from dllm_kernels.objectives import RECIPES, effective_sample_size, wd1_weights
+from dllm_kernels.objectives import RECIPES, Signal, States, Update, effective_sample_size, wd1_weights
 from tests.plans import plan_of
 from tests.tiny import eurobert
 from tests.trainer.conftest import TINY
@@ -139,9 +141,13 @@ def test_the_list_shows_every_algorithm() -> None:
 REWARDS, GROUPS = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.0, 1.0, 1.0, 0.0]), torch.tensor([3, 3, 5, 5, 9, 9, 9, 9])
 
 
-def signal_of(name: str) -> algorithms.Signal:
-    config = load_config(overrides=[f"rl.algorithm={name}"]).rl
-    return algorithms.signal(config, algorithms.make_objective(config, 2.0), REWARDS, GROUPS, 16)
+def chosen(name: str, *keys: str) -> algorithms.Algorithm:
+    return algorithms.choose_algorithm(load_config(overrides=[f"rl.algorithm={name}", *keys]).rl, 16, 8)
+
+
+def signal_of(name: str) -> Signal:
+    algorithm = chosen(name)
+    return algorithm.signal(algorithm.rewards(REWARDS, GROUPS, 16))
 
 
 def test_groups_of_equal_rewards_are_dropped_where_nothing_else_is_learnt() -> None:
@@ -162,16 +168,23 @@ def test_pairs_are_the_best_and_the_worst_of_a_group() -> None:
 
 
 def test_dmpo_s_weights_are_of_the_policy_and_the_reference_and_sum_to_1_in_a_group() -> None:
-    config = load_config(overrides=["rl.algorithm=dmpo"]).rl
+    algorithm = chosen("dmpo")
     model, reference = eurobert(vocab=100), eurobert(vocab=100, seed=1)
     plan, groups = plan_of([5, 4, 6, 7], samples=2), torch.tensor([1, 1, 2, 2])
-    objective = algorithms.make_objective(config, 2.0)
     rewards = torch.tensor([0.1, 0.0, 0.0, 0.1])
     scores = algorithms.Scores(model, reference, {})
-    update = algorithms.Update(
-        config, objective, Ranks(), rewards, groups, slice(0, 4), torch.arange(4), {}, trajectory=None, step_rewards_BJ=None
+    update = Update(
+        algorithm.rewards(rewards, groups, 8),
+        torch.arange(4),
+        None,
+        scores.old,
+        scores.ref,
+        fresh_plan=lambda: plan,
+        reward=lambda _: rewards[:, None],
+        gather=Ranks().gather,
     )
-    (batch,) = update.batches([plan], lambda: plan, scores)
+    (batch,) = algorithms.make_batches(algorithm.objective, [plan], algorithm.entries(update), scores.old, scores.ref)
+    assert set(batch.per_sequence) == {"weights", "baseline"}
     weights = batch.per_sequence["weights"]
     torch.testing.assert_close(weights.view(2, 2).sum(1), torch.ones(2, dtype=F64))
     assert scores.passes == 2
@@ -180,42 +193,55 @@ def test_dmpo_s_weights_are_of_the_policy_and_the_reference_and_sum_to_1_in_a_gr
     assert (effective_sample_size(weights, groups) >= 0.5).all()
 
 
+@pytest.mark.parametrize("baseline", ["none", "mean", "unbias"])
+def test_dmpo_trains_with_every_baseline(baseline: str, checkpoint: Path) -> None:
+    keys = ["rl.algorithm=dmpo", f"rl.options.baseline={baseline}", "rl.prompts=2", "rl.inner_iterations=2"]
+    (record,) = train(setup_of(checkpoint, *keys, "rl.updates=1"))
+    assert math.isfinite(record["loss"])
+    assert record["grad_norm"] > 0
+    assert 0 < record["ess"] <= 1
+    assert "largest_ratio" not in record, "it has no ratio"
+
+
 # --- trajectories ------------------------------------------------------------------------------------------------------
 
 
 class Spy:
-    """What training made of each rollout: the trajectories, the entries of each optimizer step, the scoring passes."""
+    """What training made of each rollout: the states, the entries of each optimizer step, rewards of states, scoring passes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.trajectories: list[algorithms.Trajectory] = []
-        self.batches: list[list[algorithms.Batch]] = []
+        self.states: list[States] = []
+        self.batches: list[list[Batch]] = []
+        self.updates: list[Update] = []
+        self.rewards: list[Tensor] = []
         self.old: list[str] = []
         self.fresh: list[Tensor] = []
-        self.updates: list[algorithms.Update] = []
-        make, batches, old = rl.make_trajectory, algorithms.Update.batches, algorithms.Scores.old
+        entries, make, old = algorithms.Algorithm.entries, rl.make_batches, algorithms.Scores.old
 
-        def spy_make(*arguments: Any) -> Any:
-            made = make(*arguments)
-            self.trajectories.append(made)
-            return made
+        def spy_entries(algorithm: algorithms.Algorithm, update: Update) -> dict[str, Tensor]:
+            def reward(completion_BJL: Tensor) -> Tensor:
+                self.rewards.append(update.reward(completion_BJL))
+                return self.rewards[-1]
 
-        def spy_batches(update: algorithms.Update, plans: Any, rollout_plan: Any, scores: algorithms.Scores) -> Any:
-            made = batches(update, plans, rollout_plan, scores)
-            self.batches.append(made)
             self.updates.append(update)
-            if update.objective.old_scores in (
-                "old_sample_elbo",
-                "old_logp",
-            ):  # before the first step: the policy as it rolled out
-                self.fresh.append(scores._scores(scores.model, plans[0], update.objective.old_scores.removeprefix("old_")))
-            return made
+            if update.states is not None:
+                self.states.append(update.states)
+            name = algorithm.objective.old_scores
+            if name in ("old_sample_elbo", "old_logp"):  # before the first step: the policy as it rolled out
+                self.fresh.append(update.old(update.fresh_plan() if update.states is None else update.states.plan, name))
+                self.old.pop()
+            return entries(algorithm, replace(update, reward=reward))
+
+        def spy_make(*arguments: Any, **keywords: Any) -> list[Batch]:
+            self.batches.append(make(*arguments, **keywords))
+            return self.batches[-1]
 
         def spy_old(scores: algorithms.Scores, plan: Any, name: str) -> Tensor:
             self.old.append(name)
             return old(scores, plan, name)
 
-        monkeypatch.setattr(rl, "make_trajectory", spy_make)
-        monkeypatch.setattr(algorithms.Update, "batches", spy_batches)
+        monkeypatch.setattr(algorithms.Algorithm, "entries", spy_entries)
+        monkeypatch.setattr(rl, "make_batches", spy_make)
         monkeypatch.setattr(algorithms.Scores, "old", spy_old)
 
 
@@ -224,20 +250,20 @@ def test_egspo_trains_at_the_steps_of_highest_entropy_and_at_no_other(
     selection: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
-    keys = ["rollout.steps=8", "rl.selected_steps=3", f"rl.step_selection={selection}"]
+    keys = ["rollout.steps=8", "rl.options.selected_steps=3", f"rl.options.step_selection={selection}"]
     train(setup_of(checkpoint, "rl.algorithm=egspo", "rl.updates=1", *keys))
-    (trajectory,) = spy.trajectories
-    rollout, plan = trajectory.rollout, trajectory.plan
+    (states,) = spy.states
+    rollout, plan = states.rollout, states.plan
     assert plan.counts.shape == (3, len(rollout.ids_BS))
     for b in range(len(rollout.ids_BS)):
         entropy, steps = rollout.commit_entropy_BL[b].tolist(), rollout.commit_step_BL[b].tolist()
         means = {k: sum(e for e, s in zip(entropy, steps, strict=True) if s == k) / steps.count(k) for k in set(steps)}
         assert len(means) == 8
         ranked = sorted(means, key=lambda k: -means[k])[:3]
-        assert trajectory.steps_BJ is not None
-        chosen = trajectory.steps_BJ[b].tolist()
-        assert chosen == (ranked if selection == "entropy" else [1, 4, 7])
-        for j, step in enumerate(chosen):
+        assert states.steps_BJ is not None
+        steps_J = states.steps_BJ[b].tolist()
+        assert steps_J == (ranked if selection == "entropy" else [1, 4, 7])
+        for j, step in enumerate(steps_J):
             assert torch.equal(plan.noisy_ids[j][b], rollout.state_at(step)[b])
             assert torch.equal(plan.scored[j][b], rollout.step_map_BS[b] == step)
 
@@ -247,7 +273,8 @@ def test_old_scores_of_later_iterations_come_from_the_rollout_without_a_pass(
     name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
-    train(setup_of(checkpoint, f"rl.algorithm={name}", "rl.updates=2", "rl.inner_iterations=2", "rl.shrink=1"))
+    keys = ["rl.options.shrink=1"] if "shrink" in RECIPES[name].option_names else []
+    train(setup_of(checkpoint, f"rl.algorithm={name}", "rl.updates=2", "rl.inner_iterations=2", *keys))
     assert len(spy.batches) == 2
     assert spy.old == [], "the old policy was scored again"
     for batches, fresh in zip(spy.batches, spy.fresh, strict=True):
@@ -259,16 +286,16 @@ def test_old_scores_of_later_iterations_come_from_the_rollout_without_a_pass(
             torch.testing.assert_close(known, fresh, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("keys", [["rl.algorithm=trace_rl", "rl.shrink=2"], ["rl.algorithm=d2", "rl.segments=2"]])
+@pytest.mark.parametrize("keys", [["rl.algorithm=trace_rl", "rl.options.shrink=2"], ["rl.algorithm=d2", "rl.options.segments=2"]])
 def test_states_of_several_steps_are_scored_once_an_iteration_since_the_rollout_saw_later_ones(
     keys: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
     train(setup_of(checkpoint, *keys, "rl.updates=1", "rl.inner_iterations=2"))
     assert len(spy.old) == 2
-    (trajectory,) = spy.trajectories
-    assert len(trajectory.plan.counts) == 2  # four steps in twos, or in two segments
-    assert (trajectory.plan.counts.sum(0) == 16).all(), "every token of a rollout is scored in one of its states"
+    (states,) = spy.states
+    assert len(states.plan.counts) == 2  # four steps in twos, or in two segments
+    assert (states.plan.counts.sum(0) == 16).all(), "every token of a rollout is scored in one of its states"
     (batches,) = spy.batches
     known = batches[0].per_sample.get("old_sample_elbo", batches[0].per_sample.get("old_logp"))
     assert known is not None
@@ -281,22 +308,20 @@ def test_step_rewards_are_those_of_the_greedy_completion_of_each_chosen_state(
 ) -> None:
     """With a threshold, rollouts differ in their number of steps, and some choices are of none."""
     spy = Spy(monkeypatch)
-    setup = setup_of(
-        checkpoint, "rl.algorithm=egspo_sa", "rl.updates=1", "rl.selected_steps=12", "rl.lr=1e-12", "rollout.steps=16", *keys
-    )
+    keys = ["rl.options.selected_steps=12", "rl.lr=1e-12", "rollout.steps=16", *keys]
+    setup = setup_of(checkpoint, "rl.algorithm=egspo_sa", "rl.updates=1", *keys)
     with torch.no_grad():
         setup.model.lm_head.weight.mul_(30.0)  # a policy that is surer of some tokens than of others
     records = train(setup)
-    (trajectory,), (update,), (batches,) = spy.trajectories, spy.updates, spy.batches
-    rollout, steps_BJ, got_BJ = trajectory.rollout, trajectory.steps_BJ, update.step_rewards_BJ
+    (states,), (update,), (batches,), (got_BJ,) = spy.states, spy.updates, spy.batches, spy.rewards
+    rollout, steps_BJ = states.rollout, states.steps_BJ
     assert steps_BJ is not None
-    assert got_BJ is not None
     reward, found = setup.task.rewards["rules"], torch.zeros(steps_BJ.shape)
     group_examples = {text: e for e in setup.task.train for text in [e.prompt]}
-    for b, chosen in enumerate(steps_BJ.tolist()):
+    for b, steps_J in enumerate(steps_BJ.tolist()):
         prompt_ids = rollout.ids_BS[b][~rollout.completion_mask_BS[b]]
         example = group_examples["".join("01234="[i] for i in prompt_ids.tolist())]
-        for j, step in enumerate(chosen):
+        for j, step in enumerate(steps_J):
             if step < 0:
                 continue
             state = rollout.state_at(step)[b : b + 1]
@@ -305,11 +330,11 @@ def test_step_rewards_are_those_of_the_greedy_completion_of_each_chosen_state(
             best = torch.where(state[0] == setup.facts.mask_id, logits.argmax(-1), state[0])
             (text,) = setup.codec.texts(best[rollout.completion_mask_BS[b]][None])
             (found[b, j],) = reward([example], [text])
-    torch.testing.assert_close(got_BJ, found)
-    assert got_BJ.std() > 0
+    torch.testing.assert_close(torch.where(steps_BJ < 0, 0.0, got_BJ), found)
+    assert found.std() > 0
     missing = (steps_BJ < 0).sum(-1)
-    assert bool(keys) == (int(missing.max()) > int(missing.min()))
-    final = update.rewards
+    assert ("rollout.sampler=fast_dllm" in keys) == (int(missing.max()) > int(missing.min()))
+    final = update.rewards.values_B
     returns = torch.where(steps_BJ < 0, final[:, None], (1.5 * final[:, None] - 0.5 * found) / 1.5)
     grouped = returns.view(-1, 4, returns.shape[1])
     centred = (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
