@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from dllm_trainer.facts import facts_of
 from dllm_trainer.models import loading
-from dllm_trainer.models.tokenizer import make_tokenizer
 from dllm_trainer.records.run_dir import RunDir
-from transformers import EuroBertConfig, EuroBertForMaskedLM
+from transformers import EuroBertConfig
+
+from tests.tiny import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -29,29 +29,6 @@ def how_to(title: str) -> str:
 def block(section: str, language: str) -> str:
     (found,) = re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
     return found
-
-
-def checkpoint(folder: Path, alphabet: str = "0123456789+=") -> Path:
-    """A random model of 14 thousand parameters; ids are places in the alphabet, then unknown, mask, padding, end."""
-    tokenizer = make_tokenizer(alphabet)
-    config = EuroBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        EuroBertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
