@@ -1,34 +1,39 @@
-# Two commands do all set-up: `make demo` and `make test`. PYTHON chooses the interpreter (3.11 or 3.12).
+# Two commands do all set-up: `make demo` and `make test`. `make help` lists the others.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: help demo test test-full lint bench clean
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) must be Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, CONSTRAINTS=constraints.txt, ARGS="..." of demo and bench'
+
+$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --editable '.[train,test]'
 	@touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed ## supervised fine-tuning, then RL, on Sudoku; config keys in ARGS
 	$(BIN)/dllm-kernels demo $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint ## lint, then the tests but for the slow ones
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m 'not slow'
 
-test-full: lint
+test-full: lint ## lint, then all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed ## time, memory and accuracy beside the baselines
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-clean:
+clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info dllm_kernels/*.so

@@ -1,4 +1,4 @@
-"""The list of algorithms of README.md and docs/algorithms.md, from their recipes.
+"""The list of algorithms of docs/algorithms.md, from their recipes.
 
 python benchmarks/algorithms_table.py prints it; tests/test_docs.py compares.
 """

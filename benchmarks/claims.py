@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         seconds = time.perf_counter() - started
         result["claims"][name] = {
             "command": command,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "environment": environment(),
             "checkpoint": settings.checkpoint,

@@ -1,8 +1,8 @@
-"""The demo over several seeds: one result file from finished runs, and the README's table from that file.
+"""The demo over several seeds: one result file from finished runs, and the table of docs/demo.md from that file.
 
 for s in 0 1 2; do dllm-kernels demo --out runs/seed$s seed=$s; done
 python benchmarks/demo_table.py collect runs/seed0 runs/seed1 runs/seed2 --out benchmarks/results/demo-cpu.json
-python benchmarks/demo_table.py write benchmarks/results/demo-cpu.json        puts the table into README.md
+python benchmarks/demo_table.py write benchmarks/results/demo-cpu.json        puts the table into docs/demo.md
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def in_readme(readme: str) -> str:
-    """The table that stands in the README. Raises ValueError when its markers are missing."""
+    """The table that stands in docs/demo.md. Raises ValueError when its markers are missing."""
     found = re.search(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", readme, flags=re.DOTALL)
     if found is None:
-        raise ValueError(f"README.md must hold the markers {BEGIN!r} and {END!r}")
+        raise ValueError(f"docs/demo.md must hold the markers {BEGIN!r} and {END!r}")
     return found.group(1)
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     if arguments.command == "collect":
         arguments.out.write_text(json.dumps(collect(arguments.folders), indent=1) + "\n")
         return
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "demo.md"
     readme = path.read_text()
     path.write_text(readme.replace(in_readme(readme), table(json.loads(arguments.result.read_text()))))
 

@@ -100,7 +100,7 @@ def ratios(entry: Mapping[str, Any]) -> str:
     for model, name in dict.fromkeys((model, name) for model, name, *_ in found):
         nodes = int(name.split()[1].rstrip(","))
         tight = [(L, nodes, over) for L in LENGTHS for over in ("double Monte Carlo", "exact, independent", "exact, stratified")]
-        cells = [cell(found[model, name, *key]) for key in [*tight[:3], (LENGTHS[0], 12, "exact, stratified"), *tight[3:]]]
+        cells = [cell(found[(model, name, *key)]) for key in [*tight[:3], (LENGTHS[0], 12, "exact, stratified"), *tight[3:]]]
         lines.append([model, name, *cells])
     columns = ["double MC", "exact indep.", "exact strat."]
     head = [f"{L} tokens, n passes: over {c}" for L in LENGTHS for c in columns]

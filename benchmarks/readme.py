@@ -1,4 +1,4 @@
-"""The README's table and figure of measurements, and every row in docs/benchmarks.md, from the committed result files.
+"""The table of docs/results.md, the README's figure and every row in docs/benchmarks.md, from the committed result files.
 
     python benchmarks/run.py --out benchmarks/results/default-cpu.json                    the default run
     python benchmarks/run.py --full --threads 2 --out benchmarks/results/cpu.json         an hour; or suite by suite, like
@@ -237,7 +237,7 @@ def in_document(text: str) -> str:
 
 def main() -> None:
     result = load()
-    for name, make in (("README.md", measured), ("docs/benchmarks.md", every_row)):
+    for name, make in (("docs/results.md", measured), ("docs/benchmarks.md", every_row)):
         text = (ROOT / name).read_text()
         (ROOT / name).write_text(text.replace(f"{BEGIN}\n{in_document(text)}\n{END}", f"{BEGIN}\n{make(result)}\n{END}"))
     draw(result, FIGURE, digest())

@@ -1,31 +1,123 @@
-"""The documents are true: their tables and figures are those of the committed results, their files are there."""
+"""The documents are true: their code runs, their figures are those of the committed results, their files are there."""
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
 
+import dllm_kernels
 from benchmarks import algorithms_table, comparison_table, estimators_table, head_table
 from dllm_kernels.objectives import RECIPES
 from tests.accumulation.test_all_algorithms import gradient_moments
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = " ".join((ROOT / "README.md").read_text().split())
+RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 TEXT = (ROOT / "docs" / "estimators.md").read_text()
 PROSE = " ".join(TEXT.split())
 ENTRY = json.loads((ROOT / "benchmarks" / "results" / "estimators-cpu.json").read_text())["suites"]["variance"]
 SFT, RL = "demo/checkpoint_sft", "demo/checkpoint"
 
 
+# --- every page -------------------------------------------------------------------------------------------------------
+
+
+def code(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def run_blocks(page: Path) -> dict[str, object]:
+    """The page's Python blocks, one after the other; returns their names."""
+    names: dict[str, object] = {}
+    for block in code(page):
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+def written_by_hand(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without those between the markers of a generated block."""
+    generated = False
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if line.startswith("<!-- "):
+            generated = not line.startswith("<!-- end of ")
+        elif not generated:
+            yield number, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_have_at_most_110_columns_but_for_tables_and_urls(page):
+    long = {n: line for n, line in written_by_hand(page) if len(line) > 110 and not line.startswith("|") and "://" not in line}
+    assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:benchmarks|trainer|tests|csrc|dllm_kernels|docs|examples|\.github)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_links_into_a_page_find_their_heading():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", page.read_text()):
+            headings = re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert set(re.findall(r"\(([a-z_]+\.md)\)", index)) == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_loop_of_your_own_runs_and_its_ways_agree():
+    names = run_blocks(ROOT / "docs" / "loop.md")
+    report, model, elbo = names["report"], names["model"], names["elbo"]
+    assert (report.passes, report.forwards, report.backwards) == (1, 16, 16)
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    assert_close(elbo, report.sample_elbo_BK, atol=1e-4, rtol=1e-4)
+    assert (names["estimate"].elbo_B - elbo.mean(-1)).abs().max() < 8 * names["estimate"].standard_error_B.max()
+    hidden, weight = names["hidden"].detach().requires_grad_(), names["weight"].clone().requires_grad_()
+    scores = dllm_kernels.score_tokens(hidden, weight, names["plan"].rows.target, rows=names["plan"].rows.index, suppress=(63,))
+    (0.5 * scores.logp.sum()).backward()
+    assert_close(names["dhidden"], hidden.grad, atol=1e-5, rtol=1e-4)
+    assert_close(names["dweight"], weight.grad, atol=1e-5, rtol=1e-4)
+    assert names["drawn"].token.shape == (24,)
+    assert not (names["drawn"].token == names["mask_id"]).any()
+
+
+def test_the_rollouts_of_the_page_are_replayed():
+    names = run_blocks(ROOT / "docs" / "rollouts.md")
+    assert names["entropy"].shape == (8, 3)
+    assert names["old"].shape == (3, 3)
+    assert bool((names["old"] < 0).all())
+
+
+def test_every_python_block_is_run_by_a_test():
+    assert [page.name for page in PAGES if code(page)] == ["CONTRIBUTING.md", "loop.md", "rollouts.md"]
+
+
+def test_every_public_function_is_shown():
+    blocks = "".join("".join(code(ROOT / "docs" / name)) for name in ("loop.md", "rollouts.md"))
+    (diff,) = code(ROOT / "README.md", "diff")
+    shown = {a.name for node in ast.walk(ast.parse(blocks)) if isinstance(node, ast.ImportFrom) for a in node.names}
+    functions = {name for name in dllm_kernels.__all__ if callable(getattr(dllm_kernels, name)) and name.islower()}
+    assert functions <= shown | set(re.findall(r"\w+", diff))
+
+
+# --- estimators.md ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", estimators_table.TABLES)
 def test_each_table_is_that_of_the_committed_run(name):
     assert estimators_table.in_document(TEXT, name) == estimators_table.TABLES[name](ENTRY)
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:\.\./)?((?:benchmarks|tests)/[\w./-]+\w)", TEXT))))
-def test_every_file_it_names_is_there(path):
-    assert (ROOT / path).exists()
 
 
 def test_the_verdict_on_the_share_of_t_is_that_of_the_results():
@@ -34,7 +126,7 @@ def test_the_verdict_on_the_share_of_t_is_that_of_the_results():
     assert f"t makes {t(RL, 16)} of the variance of double Monte Carlo on 16 tokens" in PROSE
     assert f"the count {count(RL, 16)} of that of exact counts; after SFT {t(SFT, 16)} and {count(SFT, 16)}" in PROSE
     assert f"to {t(RL, 256)} and {count(RL, 256)} (after SFT {t(SFT, 256)} and {count(SFT, 256)}) on 256 tokens" in PROSE
-    assert f"({t(RL, 16)} of it after RL, not 96 %)" in README
+    assert f"({t(RL, 16)} of it after RL, not 96 %)" in RESULTS
     assert max(x["level"]["high"] for x in ENTRY["shares_of_variance"]) < 0.7, "far from 96 %"
 
 
@@ -56,7 +148,7 @@ def test_the_verdict_on_quadrature_is_that_of_the_results():
     assert (
         "error is {} to {} of double Monte Carlo's on the trained models".format(*ratios("double Monte Carlo", trained)) in PROSE
     )
-    assert "({} to {} of its squared error on the trained models)".format(*ratios("double Monte Carlo", trained)) in README
+    assert "({} to {} of its squared error on the trained models)".format(*ratios("double Monte Carlo", trained)) in RESULTS
     assert "over exact-count Monte Carlo it is {} to {}".format(*ratios("exact, independent", trained)) in PROSE
     two_or_three = ratios("exact, stratified", trained, nodes=(2, 3))
     assert "which is unbiased, {} to {} with 2 or 3 nodes".format(*two_or_three) in PROSE
@@ -100,16 +192,10 @@ def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/algorithms.md"])
-def test_the_list_of_algorithms_is_that_of_their_recipes(document):
-    assert algorithms_table.in_document((ROOT / document).read_text()) == algorithms_table.table()
+def test_the_list_of_algorithms_is_that_of_their_recipes():
+    assert algorithms_table.in_document(ALGORITHMS) == algorithms_table.table()
     assert len(RECIPES) == 15
     assert "Fifteen" in README
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:dllm_kernels|tests|docs)/[\w./-]+\w)", ALGORITHMS))))
-def test_every_file_that_the_algorithms_name_is_there(path):
-    assert (ROOT / path).exists()
 
 
 def test_dmpo_s_variances_are_those_that_are_measured():

@@ -17,6 +17,7 @@ import dllm_kernels
 from dllm_kernels import backends, score_tokens
 
 ROOT = Path(dllm_kernels.__file__).parent.parent
+PACKAGES = {"dllm_kernels": "dllm_kernels", "dllm_trainer": "trainer"}  # as they install, and their folders
 
 
 def python(code: str, **environment: str) -> str:
@@ -82,6 +83,32 @@ def test_the_version_is_one_of_pep_440_and_needs_no_torch():
     assert module.__version__ == dllm_kernels.__version__
 
 
+def test_every_folder_of_modules_is_installed():
+    rooms = {
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
+        for package, folder in PACKAGES.items()
+        for path in (ROOT / folder).glob("**/__init__.py")
+    }
+    listed = re.search(r"^packages = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert rooms == set(re.findall(r'"(.*)"', listed.group(1)))
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {dllm_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_one_list_of_python_versions():
+    """What pip accepts, the classifiers, the jobs, the wheels and the linters speak of the same interpreters."""
+    project, jobs = (ROOT / "pyproject.toml").read_text(), (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    versions = re.findall(r"Python :: (3\.\d+)", project)
+    assert re.search(r'requires-python = ">=(.*)"', project).group(1) == versions[0]
+    assert re.findall(r"cp3(\d+)-", project) == [version.removeprefix("3.") for version in versions]
+    assert re.search(r"python: \[(.*)\]", jobs).group(1) == ", ".join(f'"{version}"' for version in versions)
+    assert f'target-version = "py{versions[0].replace(".", "")}"' in project
+    assert f'python_version = "{versions[0]}"' in project
+    assert f"Python {versions[0]} to {versions[-1]}" in (ROOT / "README.md").read_text()
+
+
 def score():
     return score_tokens(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])).logp
 
@@ -138,15 +165,17 @@ def test_a_wheel_holds_every_module_and_works_where_it_is_unpacked(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "unpacked")
     wanted = {
-        str(path.relative_to(ROOT))
-        for package in ("dllm_kernels", "trainer")
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for package, folder in PACKAGES.items()
         for pattern in ("**/*.py", "**/py.typed", "**/*.yaml")
-        for path in (ROOT / package).glob(pattern)
+        for path in (ROOT / folder).glob(pattern)
     }
     assert {"dllm_kernels/backends/cpu.py", "dllm_kernels/objectives/bgpo.py", "dllm_kernels/py.typed"} <= wanted
-    assert any(name.startswith("trainer/configs/") for name in wanted)
+    assert any(name.startswith("dllm_trainer/configs/") for name in wanted)
     assert wanted <= names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc", "build"))]
+    assert not [name for name in names if not name.startswith(("dllm_kernels", "dllm_trainer"))]
+    if shutil.which("c++"):
+        assert [name for name in names if re.fullmatch(r"dllm_kernels/_C\..*\.so", name)], "the C++ engine is inside"
     assert any(name.endswith("entry_points.txt") for name in names)
     assert any("LICENSE" in name for name in names)
     said = subprocess.run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 
@@ -27,6 +29,32 @@ def eurobert(vocab=11, hidden=32, layers=2, dtype=torch.float64, seed=0, **optio
     model = EuroBertForMaskedLM(config).to(dtype).eval()
     torch.set_rng_state(state)
     return model
+
+
+def checkpoint(folder: Path, alphabet: str = "0123456789+=") -> Path:
+    """A random model of 14 thousand parameters; ids are places in the alphabet, then unknown, mask, padding, end."""
+    from dllm_trainer.models.tokenizer import make_tokenizer
+    from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+    tokenizer = make_tokenizer(alphabet)
+    config = EuroBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        EuroBertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

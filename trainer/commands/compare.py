@@ -20,7 +20,8 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,8 @@ def _run_all(configs: Iterable[RunConfig], jobs: int, console: Console) -> None:
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([Run.__module__])
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        asked = {pool.submit(_run, config): config for config in pending}
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = {pool.submit(_run_alone, config, context): config for config in pending}
         try:
             for future in as_completed(asked):
                 config, ending = asked[future], future.result()
@@ -192,6 +193,12 @@ def _run_all(configs: Iterable[RunConfig], jobs: int, console: Console) -> None:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _run_alone(config: RunConfig, context: BaseContext) -> str:
+    """`_run` in a process of its own; Python 3.10's executors cannot be told to start one for every task."""
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(_run, config).result()
 
 
 def _is_done(config: RunConfig) -> bool:

@@ -15,14 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    EuroBertConfig,
-    EuroBertForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
@@ -197,8 +190,10 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
         tokenizer.add_special_tokens({"mask_token": token})
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> EuroBertForMaskedLM:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """Random weights, a function of (config, seed); leaves the global random state alone."""
+    from transformers import EuroBertConfig, EuroBertForMaskedLM  # since transformers 5.3; checkpoints load without
+
     settings = EuroBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
