@@ -14,8 +14,8 @@ from dllm_kernels.backends import contract
 from dllm_kernels.head import ops
 from dllm_kernels.rollouts import denoising
 from tests import oracle
-from tests.rollouts.test_layouts import causal, equal
 from tests.rollouts.compare import IDS, MASK, RAGGED, V
+from tests.rollouts.test_layouts import causal, equal
 from tests.rollouts.test_samplers import RECIPES, each_recipe
 from tests.tiny import eurobert
 

@@ -1,6 +1,6 @@
 """Growth of peak memory from 2 to 64 Monte-Carlo samples, for every algorithm: the engine beside the full graph.
 
-python benchmarks/memory_of_algorithms.py --out benchmarks/results/memory-of-algorithms.json        about 4 minutes, Linux
+python -m benchmarks.studies.memory --out benchmarks/results/memory-of-algorithms.json        about 4 minutes, Linux
 
 A fresh process per point, the probe of tests/accumulation/test_memory.py; the PNG lies beside the JSON. Growth is that of
 the peak resident set over a warmed-up baseline at 2 samples, float32, V = 4096, 4 sequences of 32 tokens, off-policy.
@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
+from benchmarks import plots
+from benchmarks.measure import MIB
 
-MIB = 2**20
 WAYS = {"engine": "off-policy", "full graph": "full graph"}
 
 
 def main() -> None:
     from dllm_trainer.records.environment import environment
 
-    from benchmarks.plots import pyplot_module
     from tests.accumulation.test_memory import peaks
     from tests.algorithms import RECIPES
 
@@ -40,18 +37,8 @@ def main() -> None:
         print(row, flush=True)
     out.write_text(json.dumps({"schema": 1, "environment": environment(), "rows": rows}, indent=1) + "\n")
 
-    pyplot = pyplot_module()
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for offset, (way, colour) in zip((-0.2, 0.2), {"engine": "#1b7837", "full graph": "#b35806"}.items(), strict=True):
-        growth = [max(float(str(row[f"{way}, growth MiB"])), 0.1) for row in rows]
-        axes.barh([i + offset for i in range(len(rows))], growth, 0.4, color=colour, label=way)
-    axes.set_yticks(range(len(rows)), [str(row["algorithm"]) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("growth of peak memory from 2 to 64 samples, MiB")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=120)
+    grown = {str(row["algorithm"]): {way: float(str(row[f"{way}, growth MiB"])) for way in WAYS} for row in rows}
+    plots.growth(grown, "growth of peak memory from 2 to 64 samples, MiB", out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
+from benchmarks import registry
+from benchmarks.studies import variance
+from benchmarks.studies.moments import Moments
+from benchmarks.studies.variance import Estimator, L, Scored
 
-from benchmarks import registry  # noqa: E402
-from benchmarks.moments import Moments  # noqa: E402
-from benchmarks.suites import variance  # noqa: E402
-from benchmarks.suites.variance import Estimator, L, Scored  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 CODES = torch.arange(2**L)
 COUNTS_C = sum((CODES >> p) % 2 for p in range(L))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,20 +26,23 @@ from dllm_trainer.train.optimization import make_optimizer
 from dllm_trainer.train.rl import rl_updates
 from torch import Tensor, nn
 
-from benchmarks.claim_studies.common import (
+from benchmarks.report import two_digits
+from benchmarks.studies.common import (
     Claim,
+    Column,
     Figures,
     Group,
     Settings,
     Subject,
-    cell,
+    Tiers,
     decide,
-    digits,
     gradient,
+    lines_of,
     load,
-    markdown,
     moved,
     ratio,
+    shown,
+    table,
 )
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.scores import score_samples
@@ -60,10 +63,10 @@ COLLAPSE = -0.1  # of accuracy
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365}  # 97.5 % quantile by number of seeds
 
 
-def gradient_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 2, "group": 3, "masks": 4, "reference": 8, "near": 1, "far": 2}
-    return {"prompts": 24, "group": 8, "masks": 32, "reference": 256, "near": 4, "far": 40}
+gradient_sizes = Tiers(
+    tiny={"prompts": 2, "group": 3, "masks": 4, "reference": 8, "near": 1, "far": 2},
+    usual={"prompts": 24, "group": 8, "masks": 32, "reference": 256, "near": 4, "far": 40},
+)
 
 
 def gradients(settings: Settings) -> Figures:
@@ -120,7 +123,7 @@ def _rows(updates: int, distance: list[float], errors: dict, norms: dict, silent
     return rows
 
 
-def _scores(subject: Subject, group: Group, policy: nn.Module, sizes: dict[str, int]) -> dict[str, Tensor]:
+def _scores(subject: Subject, group: Group, policy: nn.Module, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Per single mask ELBO `[B, M]`, the old policy's, gradient `[B, M, P]`; and the same from many masks."""
     one = Batch({"advantages": -torch.ones(1)})  # on-policy BGPO with A = -1 is the ELBO itself
     plan = subject.plan(group.rollout, sizes["masks"], 3, **LAW)
@@ -159,23 +162,28 @@ def gradient_verdict(figures: Figures) -> str:
 
 
 def gradient_table(figures: Figures) -> str:
-    keys = dict.fromkeys((r["updates"], r["objective"]) for r in figures["rows"])
     at = {(r["updates"], r["objective"], r["K"]): r for r in figures["rows"]}
-    counts = sorted({r["K"] for r in figures["rows"]})
-    lines = []
-    for updates, name in keys:
-        first = at[updates, name, 1]
-        errors = [cell(at[updates, name, K]["error"]) for K in counts]
-        over = "" if name == "RSPO" else cell(first["over RSPO"])
-        lines.append([str(updates), cell(first["distance"]), name, cell(first["clipped"]), *errors, over])
-    head = ["updates", "mean abs. ELBO difference (nats)", "objective", "share clipped", *(f"error, K = {k}" for k in counts)]
-    return markdown([*head, "K = 1: error over RSPO's"], lines)
+
+    def error(count: int) -> Column:
+        return lambda row: shown(at[row["updates"], row["objective"], count]["error"])
+
+    return lines_of(
+        [row for row in figures["rows"] if row["K"] == 1],
+        {
+            "updates": "updates",
+            "mean abs. ELBO difference (nats)": "distance",
+            "objective": "objective",
+            "share clipped": "clipped",
+            **{f"error, K = {count}": error(count) for count in sorted({r["K"] for r in figures["rows"]})},
+            "K = 1: error over RSPO's": lambda row: "" if row["objective"] == "RSPO" else shown(row["over RSPO"]),
+        },
+    )
 
 
-def training_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"seeds": 2, "updates": 1, "prompts": 2, "inner": 2, "puzzles": 8}
-    return {"seeds": 4, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512}
+training_sizes = Tiers(
+    tiny={"seeds": 2, "updates": 1, "prompts": 2, "inner": 2, "puzzles": 8},
+    usual={"seeds": 4, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512},
+)
 
 
 def training(settings: Settings) -> Figures:
@@ -205,7 +213,7 @@ def training(settings: Settings) -> Figures:
 
 
 def _run(
-    settings: Settings, sizes: dict[str, int], algorithm: str, seed: int, options: list[str], before: dict[int, float]
+    settings: Settings, sizes: Mapping[str, int], algorithm: str, seed: int, options: list[str], before: dict[int, float]
 ) -> Figures:
     """Accuracy on unseen puzzles before and after; the same puzzles, noise and data order by seed for every algorithm."""
     subject = load(
@@ -263,33 +271,21 @@ def training_verdict(figures: Figures) -> str:
     return decide(better and not ours["collapsed"], worse or 2 * ours["collapsed"] > seeds)
 
 
-def training_table(figures: Figures) -> str:
-    def points(x: Figures) -> str:
-        return f"{100 * x['value']:+.1f} [{100 * x['low']:+.1f}, {100 * x['high']:+.1f}]"
+def _points(x: Figures) -> str:
+    return f"{100 * x['value']:+.1f} [{100 * x['low']:+.1f}, {100 * x['high']:+.1f}]"
 
-    return markdown(
-        [
-            "objective",
-            "accuracy before, %",
-            "change, points",
-            "by seed",
-            "collapsed runs",
-            "RSPO minus it, points",
-            "largest ratio",
-        ],
-        [
-            [
-                r["objective"],
-                f"{100 * r['before']:.1f}",
-                points(r["gain"]),
-                ", ".join(f"{100 * g:+.1f}" for g in r["gains"]),
-                f"{r['collapsed']} of {len(r['gains'])}",
-                "" if r["objective"] == "RSPO" else points(r["RSPO minus it"]),
-                "" if r["objective"] == "RSPO" else digits(r["largest ratio"]),
-            ]
-            for r in figures["rows"]
-        ],
-    )
+
+training_table = table(
+    {
+        "objective": "objective",
+        "accuracy before, %": lambda row: f"{100 * row['before']:.1f}",
+        "change, points": lambda row: _points(row["gain"]),
+        "by seed": lambda row: ", ".join(f"{100 * gain:+.1f}" for gain in row["gains"]),
+        "collapsed runs": lambda row: f"{row['collapsed']} of {len(row['gains'])}",
+        "RSPO minus it, points": lambda row: "" if row["objective"] == "RSPO" else _points(row["RSPO minus it"]),
+        "largest ratio": lambda row: "" if row["objective"] == "RSPO" else two_digits(row["largest ratio"]),
+    }
+)
 
 
 NOT_READ = "of a third party's form: the paper's equations were not read"

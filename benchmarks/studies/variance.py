@@ -18,23 +18,24 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import plots
-from benchmarks.moments import Moments
-from benchmarks.registry import ROOT, Row, Settings, Study
+from benchmarks.registry import ROOT, Row, Settings, Sizes, Study
+from benchmarks.report import interval as cell
+from benchmarks.report import markdown, percent
+from benchmarks.studies.moments import Moments
 from dllm_kernels import MaskPlan, generate, headless, make_mask_plan, noise, score_tokens
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
-SIZES = {"B": 8, "R": 32, "M": 4096}
-TINY = {"B": 2, "R": 2, "M": 32}
+USUAL = {"B": 8, "R": 32, "M": 4096}
+SIZES = Sizes({"B": 2, "R": 2, "M": 32}, USUAL, USUAL)
 L = 16  # cells of an answer, all of them scored
 BATCH = 1024  # masked sequences per model call
 RESAMPLES = 2000
@@ -164,14 +165,10 @@ def interval(numerator_B: Tensor, denominator_B: Tensor | None = None) -> dict[s
     return {"value": float(ratio(numerator_B, denominator_B)), "low": low, "high": high}
 
 
-def sizes_of(settings: Settings) -> dict[str, int]:
-    return {**(TINY if settings.tiny else SIZES), **settings.shape}
-
-
 def check(settings: Settings) -> None:
     from dllm_trainer.config import load_config
 
-    sizes, puzzles = sizes_of(settings), load_config().task.test_puzzles
+    sizes, puzzles = SIZES.of(settings), load_config().task.test_puzzles
     if not 2 <= sizes["B"] <= puzzles:
         raise ValueError(f"--shape of variance takes B in 2..{puzzles}, the unseen puzzles, got {sizes['B']}")
     if sizes["R"] < 2 or sizes["M"] < 2 * L or sizes["M"] % L:
@@ -211,7 +208,7 @@ def load(name: str, folder: Path | None, sequences: int) -> Scored:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """The entry of a result file: a row per model, budget and estimator, and what follows from them."""
-    sizes, cases = sizes_of(settings), models(settings)
+    sizes, cases = SIZES.of(settings), models(settings)
     rows: list[Row] = []
     shares: list[dict[str, Any]] = []
     against: list[dict[str, Any]] = []
@@ -312,36 +309,113 @@ def summary(shares: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, 
     return "; ".join(parts)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    found = Table(title=f"variance · {TITLE}", title_justify="left", title_style="bold", header_style="bold")
-    for name in ("model", "passes", "estimator"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bias", "variance", "squared error"):
-        found.add_column(name, justify="right", no_wrap=True)
-    found.add_column("note")
-    for row in rows:
-        cells = [cell(row["figures"][key]) if row["figures"] else "-" for key in ("bias", "variance", "mse")]
-        note = "" if row["status"] == "ok" else f"{row['status'].upper()}: {row['reason']}"
-        found.add_row(row["model"], str(row["sizes"].get("K", "")), row["contestant"], *cells, note)
-    return found
-
-
-def cell(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.2g} [{figure['low']:.2g}, {figure['high']:.2g}]"
-
-
 def listing(settings: Settings) -> list[str]:
     names = ", ".join(estimator.name for estimator in ESTIMATORS)
-    return [f"{name} {','.join(f'{k}={v}' for k, v in sizes_of(settings).items())}: {names}" for name, _ in models(settings)]
+    return [f"{name} {','.join(f'{k}={v}' for k, v in SIZES.of(settings).items())}: {names}" for name, _ in models(settings)]
 
 
-SUITE = Study(
-    name="variance",
-    title=TITLE,
-    check=check,
-    measure=measure,
-    listing=listing,
-    table=table,
-    shape_keys=("B", "R", "M"),
-    plot=plots.squared_errors,
-)
+# --- the tables of docs/estimators.md ---------------------------------------------------------------------------------
+
+PASSES = (1, 2, 3, 4, 8, 12)
+TOLD_LENGTHS = (16, 256)
+
+
+def _shares(entry: Mapping[str, Any]) -> str:
+    names = {"exact, independent": "count", "double Monte Carlo": "t"}
+    return markdown(
+        [
+            "model",
+            "tokens",
+            "estimator",
+            "variance of one pass",
+            "its level",
+            "from the level",
+            "from the count given t",
+            "from masks",
+        ],
+        [
+            [
+                x["model"],
+                str(x["L"]),
+                x["estimator"],
+                cell(x["variance"]),
+                names[x["estimator"]],
+                percent(x["level"]),
+                percent(x["count"]) if names[x["estimator"]] == "t" else "",
+                percent(x["masks"]),
+            ]
+            for x in entry["shares_of_variance"]
+        ],
+    )
+
+
+def _squared_errors(entry: Mapping[str, Any]) -> str:
+    found = {(r["model"], r["contestant"], r["sizes"].get("K")): r["figures"] for r in entry["rows"] if r["status"] == "ok"}
+    pairs = dict.fromkeys((model, name) for model, name, _ in found)
+    return markdown(
+        ["model", "estimator", *(f"{n} pass{'es' * (n > 1)}" for n in PASSES)],
+        [
+            [model, name, *(cell(found[model, name, n]["mse"]) if (model, name, n) in found else "" for n in PASSES)]
+            for model, name in pairs
+        ],
+    )
+
+
+def _at_twelve(entry: Mapping[str, Any]) -> str:
+    return markdown(
+        ["model", "estimator", "bias", "variance", "squared error"],
+        [
+            [r["model"], r["contestant"], *(cell(r["figures"][key]) for key in ("bias", "variance", "mse"))]
+            for r in entry["rows"]
+            if r["status"] == "ok" and r["sizes"]["K"] == 12
+        ],
+    )
+
+
+def _ratios(entry: Mapping[str, Any]) -> str:
+    found = {
+        (x["model"], x["estimator"], x["L"], x["budget"], x["over"]): x["mse_ratio"] for x in entry["quadrature_over_monte_carlo"]
+    }
+    lines = []
+    for model, name in dict.fromkeys((model, name) for model, name, *_ in found):
+        nodes = int(name.split()[1].rstrip(","))
+        tight = [
+            (L, nodes, over) for L in TOLD_LENGTHS for over in ("double Monte Carlo", "exact, independent", "exact, stratified")
+        ]
+        cells = [cell(found[model, name, *key]) for key in [*tight[:3], (TOLD_LENGTHS[0], 12, "exact, stratified"), *tight[3:]]]
+        lines.append([model, name, *cells])
+    columns = ["double MC", "exact indep.", "exact strat."]
+    head = [f"{L} tokens, n passes: over {c}" for L in TOLD_LENGTHS for c in columns]
+    return markdown(["model", "estimator", *head[:3], "16 tokens, 12 passes: over exact strat.", *head[3:]], lines)
+
+
+TABLES = {"shares": _shares, "squared errors": _squared_errors, "twelve passes": _at_twelve, "ratios": _ratios}
+
+
+def blocks(entry: Mapping[str, Any]) -> dict[str, str]:
+    """By the name of their markers, from the study's entry of a result file."""
+    return {name: table(entry) for name, table in TABLES.items()}
+
+
+def _on_screen(key: str) -> Callable[[Row], str]:
+    return lambda row: "{value:.2g} [{low:.2g}, {high:.2g}]".format(**row["figures"][key]) if row["figures"] else "-"
+
+
+SUITES = {
+    "variance": Study(
+        name="variance",
+        title=TITLE,
+        check=check,
+        measure=measure,
+        listing=listing,
+        label=lambda row: row["model"],
+        columns={
+            "passes": lambda row: str(row["sizes"].get("K", "")),
+            "bias": _on_screen("bias"),
+            "variance": _on_screen("variance"),
+            "squared error": _on_screen("mse"),
+        },
+        shape_keys=tuple(USUAL),
+        plot=plots.squared_errors,
+    )
+}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.claim_studies.common import RESULTS, Claim, Figures, Settings, cell, decide, markdown
+from benchmarks.report import percent
+from benchmarks.studies.common import RESULTS, Claim, Figures, Settings, decide, table
 
 SOURCE = RESULTS / "estimators-cpu.json"
 MONTE_CARLO, STRATIFIED = "double Monte Carlo", "exact, stratified"
@@ -39,11 +40,15 @@ def quadrature_verdict(figures: Figures) -> str:
     return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
 
 
-def quadrature_table(figures: Figures) -> str:
-    return markdown(
-        ["model", "tokens", "nodes = passes", "over double Monte Carlo", "over stratified exact counts"],
-        [[r["model"], str(r["tokens"]), str(r["nodes"]), cell(r[MONTE_CARLO]), cell(r[STRATIFIED])] for r in figures["rows"]],
-    )
+quadrature_table = table(
+    {
+        "model": "model",
+        "tokens": "tokens",
+        "nodes = passes": "nodes",
+        "over double Monte Carlo": MONTE_CARLO,
+        "over stratified exact counts": STRATIFIED,
+    }
+)
 
 
 def level(_: Settings) -> Figures:
@@ -62,14 +67,15 @@ def level_verdict(figures: Figures) -> str:
     return decide(all(x["high"] >= least for x in found), all(x["high"] < least for x in found))
 
 
-def level_table(figures: Figures) -> str:
-    def percent(x: dict[str, float]) -> str:
-        return f"{100 * x['value']:.0f} % [{100 * x['low']:.0f}, {100 * x['high']:.0f}]"
-
-    return markdown(
-        ["model", "tokens", "share of t", "share of the count given t", "share of which tokens are hidden"],
-        [[r["model"], str(r["tokens"]), *(percent(r[k]) for k in ("t", "count given t", "masks"))] for r in figures["rows"]],
-    )
+level_table = table(
+    {
+        "model": "model",
+        "tokens": "tokens",
+        "share of t": lambda row: percent(row["t"]),
+        "share of the count given t": lambda row: percent(row["count given t"]),
+        "share of which tokens are hidden": lambda row: percent(row["masks"]),
+    }
+)
 
 
 CLAIMS = (

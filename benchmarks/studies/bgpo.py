@@ -21,23 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.claim_studies.common import (
+from benchmarks.report import two_digits
+from benchmarks.studies.common import (
     RESULTS,
     Claim,
     Figures,
     Group,
     Settings,
-    cell,
+    Tiers,
     decide,
-    digits,
     gradient,
+    lines_of,
     load,
-    markdown,
     moments,
     moved,
     ratio,
     resampled,
     spread,
+    table,
 )
 from dllm_kernels import MaskPlan
 from dllm_kernels.accumulation.objective import Batch, Objective
@@ -49,10 +50,10 @@ COUNTS = (1, 2, 4, 8, 16)  # n_t
 EXACTLY = 1e-9  # of values of order 1, in float64
 
 
-def bound_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 3, "group": 4, "samples": 4, "snapshots": 2}
-    return {"prompts": 32, "group": 8, "samples": 16, "snapshots": len(SNAPSHOTS)}
+bound_sizes = Tiers(
+    tiny={"prompts": 3, "group": 4, "samples": 4, "snapshots": 2},
+    usual={"prompts": 32, "group": 8, "samples": 16, "snapshots": len(SNAPSHOTS)},
+)
 
 
 def _ratio_contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
@@ -132,26 +133,16 @@ def bound_verdict(figures: Figures) -> str:
 
 
 def bound_table(figures: Figures) -> str:
-    return markdown(
-        [
-            "updates since the rollout",
-            "mean abs. ELBO difference (nats)",
-            "violations",
-            "gap, A = 1",
-            "gap, A = -1",
-            "cosine of the batch's gradients",
-        ],
-        [
-            [
-                str(row["updates"]),
-                cell(row["distance"]),
-                f"{row['violations']} of {2 * figures['sequences']}",
-                cell(row["gap +1"]),
-                cell(row["gap -1"]),
-                cell(row["cosine"]),
-            ]
-            for row in figures["rows"]
-        ],
+    return lines_of(
+        figures["rows"],
+        {
+            "updates since the rollout": "updates",
+            "mean abs. ELBO difference (nats)": "distance",
+            "violations": lambda row: f"{row['violations']} of {2 * figures['sequences']}",
+            "gap, A = 1": "gap +1",
+            "gap, A = -1": "gap -1",
+            "cosine of the batch's gradients": "cosine",
+        },
     )
 
 
@@ -193,25 +184,27 @@ def memory_verdict(figures: Figures) -> str:
 
 
 def memory_table(figures: Figures) -> str:
-    lines = []
-    for who, points in figures["peak MiB"].items():
-        growth, step = figures["growth from 2 to 64"][who], slopes(figures, who)
-        lines.append(
-            [
-                "engine" if who == "ours" else who,
-                f"{digits(growth['baseline'])} + {digits(growth['growth'])}",
-                *(digits(points[str(k)]) for k in (2, 4, 8, 16, 32)),
-                f"{min(step):.1f} to {max(step):.1f}",
-            ]
-        )
-    head = ["peak memory, MiB", "2 samples + growth to 64", *(f"n_t = {k}" for k in (2, 4, 8, 16, 32)), "MiB per sample"]
-    return markdown(head, lines)
+    rows = [{"who": who, "step": slopes(figures, who), **points} for who, points in figures["peak MiB"].items()]
+
+    def growth(row: Figures) -> str:
+        found = figures["growth from 2 to 64"][row["who"]]
+        return f"{two_digits(found['baseline'])} + {two_digits(found['growth'])}"
+
+    return lines_of(
+        rows,
+        {
+            "peak memory, MiB": lambda row: "engine" if row["who"] == "ours" else row["who"],
+            "2 samples + growth to 64": growth,
+            **{f"n_t = {k}": lambda row, k=k: two_digits(row[str(k)]) for k in (2, 4, 8, 16, 32)},  # type: ignore[misc]
+            "MiB per sample": lambda row: f"{min(row['step']):.1f} to {max(row['step']):.1f}",
+        },
+    )
 
 
-def samples_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 3, "group": 4, "replicates": 2, "reference": 16}
-    return {"prompts": 48, "group": 8, "replicates": 8, "reference": 256}
+samples_sizes = Tiers(
+    tiny={"prompts": 3, "group": 4, "replicates": 2, "reference": 16},
+    usual={"prompts": 48, "group": 8, "replicates": 8, "reference": 256},
+)
 
 
 def samples(settings: Settings) -> Figures:
@@ -257,16 +250,14 @@ def samples_verdict(figures: Figures) -> str:
     return decide(last["high"] < 1 and falls, last["low"] > 1)
 
 
-def samples_table(figures: Figures) -> str:
-    return markdown(
-        [
-            "n_t",
-            "squared error over squared norm, one group",
-            "over that of n_t = 1",
-            "masks' share of the variance among groups",
-        ],
-        [[str(r["n_t"]), cell(r["error"]), cell(r["over n_t = 1"]), cell(r["share of the batch"])] for r in figures["rows"]],
-    )
+samples_table = table(
+    {
+        "n_t": "n_t",
+        "squared error over squared norm, one group": "error",
+        "over that of n_t = 1": "over n_t = 1",
+        "masks' share of the variance among groups": "share of the batch",
+    }
+)
 
 
 CLAIMS = (

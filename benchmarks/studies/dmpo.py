@@ -18,23 +18,24 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.claim_studies.common import (
+from benchmarks.studies.common import (
     Claim,
+    Column,
     Figures,
     Group,
     Settings,
     Subject,
-    cell,
+    Tiers,
     decide,
     gradient,
+    lines_of,
     load,
-    markdown,
     moments_of_sums,
     moved,
     ratio,
@@ -56,10 +57,10 @@ BLOCK = 64  # groups weighed in one call: memberships are dense
 SINGLE = dmpo_objective(baseline="none")
 
 
-def sizes_of(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"policies": 2, "prompts": 3, "pool": 8, "updates": 1, "largest_group": 4}
-    return {"policies": 32, "prompts": 32, "pool": 64, "updates": 10, "largest_group": 8}
+sizes_of = Tiers(
+    tiny={"policies": 2, "prompts": 3, "pool": 8, "updates": 1, "largest_group": 4},
+    usual={"policies": 32, "prompts": 32, "pool": 64, "updates": 10, "largest_group": 8},
+)
 
 
 def multisets(group: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def _coefficients(elbo_B: Tensor, rewards_B: Tensor, kind: str, group: int) -> T
     return torch.autograd.grad(loss, logp)[0]
 
 
-def exact_rows(sizes: dict[str, int]) -> list[Figures]:
+def exact_rows(sizes: Mapping[str, int]) -> list[Figures]:
     generator = torch.Generator().manual_seed(0)
     policies = [
         (torch.randn(ANSWERS, generator=generator, dtype=F64), 0.1 * torch.rand(ANSWERS, generator=generator, dtype=F64))
@@ -113,7 +114,7 @@ def exact_rows(sizes: dict[str, int]) -> list[Figures]:
     return _rows(EXACT, sizes, columns)
 
 
-def _rows(where: str, sizes: dict[str, int], columns: Callable[[str, int], dict[str, Tensor]]) -> list[Figures]:
+def _rows(where: str, sizes: Mapping[str, int], columns: Callable[[str, int], dict[str, Tensor]]) -> list[Figures]:
     rows = []
     for group in (g for g in (2, 4, 8) if g <= sizes["largest_group"]):
         plain = columns("none", group)
@@ -147,7 +148,7 @@ def _noise(found: dict[str, Tensor], plain: dict[str, Tensor]) -> Figures:
     return spread(float(found_X[0]), found_X[1:])
 
 
-def model_rows(where: str, sizes: dict[str, int], subject: Subject, policy: nn.Module, reference: nn.Module) -> list[Figures]:
+def model_rows(where: str, sizes: Mapping[str, int], subject: Subject, policy: nn.Module, reference: nn.Module) -> list[Figures]:
     scored = [_scores(subject, pool, policy, reference) for pool in subject.groups(sizes["prompts"], sizes["pool"], model=policy)]
 
     def columns(kind: str, group: int) -> dict[str, Tensor]:
@@ -221,17 +222,9 @@ def expectation_verdict(figures: Figures) -> str:
 
 
 def table_of(kinds: tuple[str, ...], *keys: str) -> Callable[[Figures], str]:
-    def table(figures: Figures) -> str:
-        return markdown(
-            ["where", "group", "baseline", *(COLUMNS[key] for key in keys)],
-            [
-                [r["where"], str(r["group"]), r["baseline"], *(cell(r[key]) for key in keys)]
-                for r in figures["rows"]
-                if r["baseline"] in kinds
-            ],
-        )
-
-    return table
+    columns: dict[str, Column] = {"where": "where", "group": "group", "baseline": "baseline"}
+    columns |= {COLUMNS[key]: key for key in keys}
+    return lambda figures: lines_of([r for r in figures["rows"] if r["baseline"] in kinds], columns)
 
 
 COLUMNS = {

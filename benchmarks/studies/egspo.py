@@ -21,21 +21,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.claim_studies.common import (
+from benchmarks.studies.common import (
     Claim,
+    Column,
     Figures,
     Group,
     Settings,
     Subject,
-    cell,
+    Tiers,
     decide,
     gradient,
+    lines_of,
     load,
-    markdown,
     moments,
     ratio,
     resampled,
+    shown,
     spread,
+    table,
 )
 from dllm_kernels import select_steps, step_entropy, trajectory_rows
 from dllm_kernels.accumulation.objective import Batch
@@ -59,8 +62,7 @@ class Steps:
     entropy_TB: Tensor
 
 
-def steps_sizes(settings: Settings) -> dict[str, int]:
-    return {"prompts": 3, "group": 2} if settings.tiny else {"prompts": 32, "group": 8}
+steps_sizes = Tiers(tiny={"prompts": 3, "group": 2}, usual={"prompts": 32, "group": 8})
 
 
 @functools.lru_cache(maxsize=1)
@@ -160,30 +162,20 @@ def steps_verdict(figures: Figures) -> str:
 
 
 def steps_table(figures: Figures) -> str:
-    head = [
-        f"steps of {figures['T']}",
-        "choice",
-        "sequence: median error",
-        "sequence: summed error",
-        "entropy's over it",
-        "group with advantages: summed error",
-        "entropy's over it ",
-    ]
-    return markdown(
-        head,
-        [
-            [
-                str(r["J"]),
-                r["how"],
-                cell(r["median"]),
-                *(
-                    text
-                    for unit in ("sequence", "group")
-                    for text in (cell(r[unit]), "" if r["how"] == "entropy" else cell(r[f"{unit}, entropy over it"]))
-                ),
-            ]
-            for r in figures["rows"]
-        ],
+    def over(unit: str) -> Column:
+        return lambda row: "" if row["how"] == "entropy" else shown(row[f"{unit}, entropy over it"])
+
+    return lines_of(
+        figures["rows"],
+        {
+            f"steps of {figures['T']}": "J",
+            "choice": "how",
+            "sequence: median error": "median",
+            "sequence: summed error": "sequence",
+            "entropy's over it": over("sequence"),
+            "group with advantages: summed error": "group",
+            "entropy's over it ": over("group"),
+        },
     )
 
 
@@ -225,23 +217,24 @@ def bound_verdict(figures: Figures) -> str:
 
 
 def bound_table(figures: Figures) -> str:
-    constant = figures["constant"]
-    return markdown(
-        [
-            "random choices of steps",
-            "rank correlation of error and left-out entropy",
-            "error / entropy: median",
-            "95 %",
-            "largest",
-        ],
-        [[str(figures["choices"]), cell(figures["correlation"]), *(f"{constant[k]:.3g}" for k in ("median", "95 %", "largest"))]],
+    def constant(key: str) -> Column:
+        return lambda row: f"{row['constant'][key]:.3g}"
+
+    return lines_of(
+        [figures],
+        {
+            "random choices of steps": "choices",
+            "rank correlation of error and left-out entropy": "correlation",
+            "error / entropy: median": constant("median"),
+            "95 %": constant("95 %"),
+            "largest": constant("largest"),
+        },
     )
 
 
-def stepwise_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 2, "groups": 3, "group": 2, "steps": 4}
-    return {"prompts": 24, "groups": 16, "group": 8, "steps": 8}
+stepwise_sizes = Tiers(
+    tiny={"prompts": 2, "groups": 3, "group": 2, "steps": 4}, usual={"prompts": 24, "groups": 16, "group": 8, "steps": 8}
+)
 
 
 def stepwise(settings: Settings) -> Figures:
@@ -311,24 +304,16 @@ def stepwise_verdict(figures: Figures) -> str:
     return decide(better, all(x["low"] > 1 for x in found) or all(x["high"] < 1 for x in signal))
 
 
-def stepwise_table(figures: Figures) -> str:
-    return markdown(
-        [
-            "steps",
-            "variance, over that of lambda = 0",
-            "change of the expectation, squared, relative",
-            "signal over noise, lambda = 0",
-            "signal over noise, stepwise",
-            "stepwise over lambda = 0",
-        ],
-        [
-            [
-                r["steps"],
-                *(cell(r[k]) for k in ("variance", "change of the expectation", "signal, plain", "signal, stepwise", "signal")),
-            ]
-            for r in figures["rows"]
-        ],
-    )
+stepwise_table = table(
+    {
+        "steps": "steps",
+        "variance, over that of lambda = 0": "variance",
+        "change of the expectation, squared, relative": "change of the expectation",
+        "signal over noise, lambda = 0": "signal, plain",
+        "signal over noise, stepwise": "signal, stepwise",
+        "stepwise over lambda = 0": "signal",
+    }
+)
 
 
 CLAIMS = (

@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,15 @@ from dllm_trainer.train.run import prepare
 from dllm_trainer.train.setup import Setup
 from torch import Tensor, nn
 
+from benchmarks.registry import ROOT
+from benchmarks.report import interval, markdown
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.accumulation.report import Report
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 RESAMPLES = 2000
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 Figures = dict[str, Any]
 
@@ -44,6 +45,17 @@ class Settings:
     def reward(self) -> str:
         """A random model solves nothing: at --tiny it is rewarded at whim, so that groups have signal."""
         return "whim" if self.tiny else "valid"
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Sizes of an experiment: the smallest, and those of its figures."""
+
+    tiny: Mapping[str, int]
+    usual: Mapping[str, int]
+
+    def __call__(self, settings: Settings) -> Mapping[str, int]:
+        return self.tiny if settings.tiny else self.usual
 
 
 @dataclass(frozen=True)
@@ -258,21 +270,20 @@ def moments_of_sums(weight_RN: Tensor, gram_NN: Tensor) -> tuple[float, float]:
 
 # --- tables ---------------------------------------------------------------------------------------------------------------
 
-
-def digits(value: float) -> str:
-    """Two significant digits."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-4:
-        return f"{value:.1e}"
-    if abs(value) >= 10:
-        return f"{value:.0f}"
-    return f"{float(f'{value:.2g}'):.6f}".rstrip("0").rstrip(".")
+Column = str | Callable[[Figures], object]
 
 
-def cell(figure: Mapping[str, float]) -> str:
-    return f"{digits(figure['value'])} [{digits(figure['low'])}, {digits(figure['high'])}]"
+def shown(value: Any) -> str:
+    """A figure with its interval; numbers and words as they are."""
+    return interval(value) if isinstance(value, dict) else str(value)
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+def lines_of(rows: Sequence[Figures], columns: Mapping[str, Column]) -> str:
+    """A line per row; a column, by its heading, is a key of the row or a function of it."""
+    cells = [[shown(c(row) if callable(c) else row[c]) for c in columns.values()] for row in rows]
+    return markdown(list(columns), cells)
+
+
+def table(columns: Mapping[str, Column]) -> Callable[[Figures], str]:
+    """Of the rows of figures."""
+    return lambda figures: lines_of(figures["rows"], columns)
