@@ -1,4 +1,4 @@
-"""For scripts that are run by path: puts the checkout on the import path, in the place of the script's folder."""
+"""Replaces a script's own folder on the import path by the checkout; imported by scripts run by path."""
 
 import sys
 from pathlib import Path

@@ -2,20 +2,22 @@
 
     python benchmarks/documents.py write                      every block between markers
     python benchmarks/documents.py write measured demo        those of some tables
-    python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out benchmarks/results/demo-cpu.json
-    python benchmarks/documents.py collect head a.json b.json --out benchmarks/results/head-cpu.json
-    python benchmarks/documents.py collect comparison runs/compare-sudoku --command "..." --out compare-sudoku.json
+    python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out demo-cpu.json
+    python benchmarks/documents.py collect head a.json b.json --out head-cpu.json
+    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out compare-sudoku.json
 
-`collect` makes one result file of what several commands measured:
+`collect` makes one result file of what several commands measured, to be kept in benchmarks/results:
 
     demo         for s in 0 1 2; do dllm-kernels demo --out runs/seed$s seed=$s; done
-    head         python benchmarks/run.py --suite head --threads 2 --shape N=512,H=1024,V=126464 --out a.json, and so on
-    comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/compare-sudoku rl.updates=60
+    head         python benchmarks/run.py --suite head --threads 2 --shape N=512,H=1024,V=126464 --out a.json,
+                 and so on
+    comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/compare-sudoku
+                 rl.updates=60
 
-The other result files come from `benchmarks/run.py` and `benchmarks.studies.claims`. "measured" is made of the default run
-(--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out benchmarks/results/cpu.json) and full runs
-of single suites (benchmarks/results/cpu-*.json). Nothing is chosen by its outcome: `LINES` names the cases and who stands
-beside ours before they are run.
+The other result files come from `benchmarks/run.py` and `benchmarks.studies.claims`. "measured" is made of
+the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
+benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
+by its outcome: `LINES` names the cases and who stands beside ours before they are run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def result_of(name: str) -> dict[str, Any]:
     return found
 
 
-# --- blocks between markers -------------------------------------------------------------------------------------------
+# --- blocks between markers ---------------------------------------------------------------------------------
 
 
 def in_document(text: str, name: str) -> str:
@@ -83,11 +85,11 @@ def _marked(text: str, name: str) -> re.Match[str]:
     return found
 
 
-# --- what was measured: the README's lines, and every row --------------------------------------------------------------
+# --- what was measured: the README's lines, and every row ---------------------------------------------------
 
 
 class Line(NamedTuple):
-    """A case by how its label begins and ends, the contestant beside ours, and what the reader is told that it is."""
+    """How a case's label begins and ends, the contestant beside ours, and the name that readers see."""
 
     suite: str
     name: str
@@ -120,7 +122,7 @@ class Pair(NamedTuple):
 
 
 def sources() -> list[Path]:
-    """The default run, the full one, and full ones of single suites: a later one's suite goes over an earlier one's."""
+    """The default run, the full run, full runs of single suites: a later suite replaces an earlier one."""
     return [RESULTS / "default-cpu.json", RESULTS / "cpu.json", *sorted(RESULTS.glob("cpu-*.json"))]
 
 
@@ -158,7 +160,7 @@ def _is(row: Row, line: Line) -> bool:
 
 
 def ratio(pair: Pair, key: str) -> float | None:
-    """Theirs over ours, of "time_ms" (medians) or "memory_mib"; None where one is not known or below a tenth of a MiB."""
+    """Theirs over ours, of "time_ms" (medians) or "memory_mib"; None where unknown or below 0.1 MiB."""
     ours, other = pair.ours[key], pair.other[key]
     if key == "time_ms":
         return float(other["median"] / ours["median"]) if ours and other else None
@@ -188,7 +190,7 @@ def measured(result: Mapping[str, Any]) -> str:
     return "\n\n".join([caption(result), markdown(columns, map(_pair_cells, pairs(result)), "---"), "\n".join(summaries)])
 
 
-# --- the demo over several seeds ---------------------------------------------------------------------------------------
+# --- the demo over several seeds ----------------------------------------------------------------------------
 
 SETS = {"unseen_puzzles": "unseen puzzles", "unseen_grids": "unseen solution grids"}
 DECODINGS = {"rollout": "rollout's temperature", "greedy": "greedy"}
@@ -239,7 +241,7 @@ def demo(result: Mapping[str, Any]) -> str:
     return markdown(["test set, decoding", "seed", "SFT", "after RL", "gain [95 %, paired]"], lines, "---")
 
 
-# --- algorithms --------------------------------------------------------------------------------------------------------
+# --- algorithms ---------------------------------------------------------------------------------------------
 
 
 def algorithms() -> str:
@@ -257,7 +259,7 @@ def algorithms() -> str:
     return markdown(["`--algorithm`", "arXiv", "verified against", "masks", "coupling, on-policy", "learns"], lines, "---")
 
 
-# --- comparisons of algorithms from one checkpoint ---------------------------------------------------------------------
+# --- comparisons of algorithms from one checkpoint ----------------------------------------------------------
 
 TASKS = ("sudoku", "countdown")
 
@@ -292,7 +294,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-# --- the head alone on a CPU -------------------------------------------------------------------------------------------
+# --- the head alone on a CPU --------------------------------------------------------------------------------
 
 BOUNDS = {  # over the floor, by case: bfloat16, float32
     "forward": (1.20, 1.10),
@@ -343,7 +345,7 @@ def _head_cells(dtype: str, rows: Mapping[str, Row]) -> list[str]:
     ]
 
 
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def blocks(table: str) -> dict[str, str]:
@@ -370,7 +372,7 @@ def blocks(table: str) -> dict[str, str]:
 
 
 def write(tables: Sequence[str]) -> None:
-    """Puts the blocks into their documents, and draws the README's figure where the results are others than the ones it shows."""
+    """Fills the documents, and redraws the README's figure if the results have changed since it was drawn."""
     from benchmarks import plots
 
     for table in tables:

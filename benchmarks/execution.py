@@ -14,7 +14,8 @@ from benchmarks import report
 from benchmarks.measure import MIB, Memory, Timing, gflops_per_s, interleave, peak_memory
 from benchmarks.registry import DTYPES, Case, Contestant, Oracle, Row, Runner, Settings, Suite, Work
 
-# a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another job
+# a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another
+# job
 PEER_SLACK = 100.0
 
 
@@ -80,7 +81,7 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
 
 
 def judged(row: Row, case: Case, contestant: Contestant, x: Any, oracle: Oracle, peer_slack: float = PEER_SLACK) -> Work | None:
-    """Sets a contestant up, runs it once, and writes its errors and status into its row. None where it does not run."""
+    """Sets a contestant up, runs it once and fills in its row; returns None if it does not run."""
     try:
         if reason := contestant.applies(x):
             row |= {"status": "absent", "reason": reason}
@@ -127,7 +128,7 @@ def _row(case: Case, name: str, role: str) -> Row:
 
 
 def _counted(runner: Runner) -> dict[str, Any]:
-    """Operations of one call, by torch's counter with the library's formulas; kernels that torch does not see count as 0."""
+    """Operations of one call by torch's counter and the library's formulas; foreign kernels count as 0."""
     try:
         with FlopCounterMode(display=False) as counter:
             runner()
@@ -146,7 +147,7 @@ def _add_phases(row: Row, seconds: Mapping[str, float]) -> None:
 
 
 def _limit(case: Case, settings: Settings) -> Row:
-    """The least arithmetic of the case at the rate of a bare matrix product, which nobody goes below: computed."""
+    """The least arithmetic of the case at the rate of a bare matrix product: computed, not measured."""
     rate = gflops_per_s(DTYPES[case.dtype or settings.dtype], settings.device)
     milliseconds = round(case.flops / rate / 1e6, 5)
     return _row(case, "limit", "floor") | {

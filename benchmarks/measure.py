@@ -61,7 +61,7 @@ def flush_caches(device: str) -> None:
 
 @cache
 def gflops_per_s(dtype: torch.dtype, device: str) -> float:
-    """The rate of a large matrix product by the vendor's library, best of several shapes and runs: the arithmetic's ceiling."""
+    """The rate of a large matrix product, best of several shapes and runs: the ceiling of arithmetic."""
     best = 0.0
     for n, k, m in ((512, 1024, 8192), (2048, 2048, 2048)):
         a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(m, k, device=device).to(dtype).t()
@@ -87,7 +87,7 @@ def _proc(name: str) -> list[str]:
 
 
 def clocks(device: str) -> str:
-    """Of a CPU's cores, as `2596-2601 MHz`; of a GPU clocks, temperature and power. Empty where nobody says."""
+    """A CPU's core clocks as `2596-2601 MHz`; a GPU's clocks, temperature and power; empty if unknown."""
     if device == "cuda":
         return _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
     found = [float(line.partition(":")[2]) for line in _proc("cpuinfo") if line.startswith("cpu MHz")]
@@ -131,15 +131,16 @@ def fastest(layouts: Mapping[str, Callable[[], object]], device: str) -> str:
     return min(layouts, key=lambda name: min(_repeated(layouts[name], device, 3)))
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def interleave(
     runners: Mapping[str, Runner], first_run_s: Mapping[str, float], device: str = "cpu", rounds: int = ROUNDS
 ) -> dict[str, Timing | Exception]:
-    """Time the runners in turn, so that a noisy minute hits all of them; every round starts with another one, from cold caches.
+    """Time the runners in turn from cold caches, each round in another order, so that noise hits all alike.
 
-    Each has run once already, in `first_run_s` seconds. One that raises gets its exception instead of a timing.
+    Each has run once already, in `first_run_s` seconds. One that raises gets its exception instead of a
+    timing.
     """
     sample, warm_s = (_by_events, math.inf) if device == "cuda" else (_by_clock, WARM_S)
     failures: dict[str, Timing | Exception] = {}
@@ -188,7 +189,7 @@ def _by_events(runner: Runner, count: int) -> float:
 
 
 def kernels(runner: Runner, most: int = 4) -> list[str]:
-    """Names of the kernels that take most of a call's time, the slowest first: whether a peer took its fast path."""
+    """The kernels that take most of a call's time, slowest first: whether a peer took its fast path."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         runner()
@@ -200,7 +201,7 @@ def kernels(runner: Runner, most: int = 4) -> list[str]:
     return [name[:80] for name in sorted(spent, key=lambda name: -spent[name])[:most]]
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,13 +226,14 @@ def allocator_peak(runner: Runner) -> Memory:
 
 
 def start_memory_server(preload: Sequence[str]) -> None:
-    """Start the process that `peak_memory` forks from, with these modules imported; once, before the first of them.
+    """Start the process that `peak_memory` forks from, with these modules imported; call it once, first.
 
     What is not imported there is imported again in every child, half a second each.
     """
     root = str(Path(__file__).resolve().parent.parent)
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])  # the server gets no sys.path
+    # the server gets no sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
     multiprocessing.set_forkserver_preload(["torch", "dllm_kernels", "benchmarks.measure", *preload])
     forkserver.ensure_running()
     if before is None:
@@ -243,9 +245,10 @@ def start_memory_server(preload: Sequence[str]) -> None:
 def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> Memory:
     """Peak memory of one call in a process of its own, by the resident set.
 
-    The process is forked from a server that has imported the libraries and computed nothing; it warms up at the case's tiny
-    sizes, sets the case up, resets the kernel's high-water mark, and calls once. Blocks from 1 MiB go back to the system when
-    freed, so that the figure is live memory. Raises RuntimeError with the reason.
+    The process is forked from a server that has imported the libraries and computed nothing; it warms up at
+    the case's tiny sizes, sets the case up, resets the kernel's high-water mark, and calls once. Blocks from
+    1 MiB go back to the system when freed, so that the figure is live memory. Raises RuntimeError with the
+    reason.
     """
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
@@ -275,7 +278,8 @@ def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> 
 def _child(pipe: Connection, suite_name: str, label: str, contestant: str, settings: Settings) -> None:
     try:
         gc.freeze()  # else the collection below copies every page of the modules that the server shares
-        # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live memory
+        # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live
+        # memory
         getattr(_libc(), "mallopt", lambda *_: 0)(M_MMAP_THRESHOLD, MIB)
         torch.set_num_threads(settings.threads)
         suite = load(suite_name)

@@ -128,7 +128,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 
 
 def curves_over_samples(families: Mapping[str, Sequence[Row]], path: Path, *, title: str, samples: str = "K") -> None:
-    """Extra memory and seconds of each family's contestants against the number of Monte-Carlo samples; a line of panels each."""
+    """Extra memory and seconds against the number of Monte-Carlo samples; a line of panels per family."""
     measured = {family: [row for row in rows if row["time_ms"]] for family, rows in families.items()}
     measured = {family: rows for family, rows in measured.items() if rows}
     if not measured:
@@ -165,7 +165,7 @@ def _curves_of(name: str, rows: Sequence[Row], left: Any, right: Any) -> None:
 
 
 def seconds_and_memory(rows: Sequence[Row], path: Path, phases: Sequence[str] = ()) -> None:
-    """Lying bars of every case and contestant that was measured; with phases, as shares of a case's slowest call."""
+    """Horizontal bars of every measured row; phases are shares of the slowest call of their case."""
     measured = [row for row in rows if row["time_ms"] and (row["phases_s"] or not phases)]
     if not measured:
         return

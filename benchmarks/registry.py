@@ -1,7 +1,8 @@
-"""What a benchmark is made of. Suites are rows of data; timing, memory, operations, errors, tables and plots are written once.
+"""What benchmarks are made of: suites are rows of data; measuring, judging and reporting are written once.
 
-A `Case` is one piece of work at given sizes: its inputs, the contestants, and one oracle that judges all of them. A `Suite` is a
-race of such cases, a `Study` is statistics. A new one is an entry in the `SUITES` of its module and a row in `MODULES`.
+A `Case` is one piece of work at given sizes: its inputs, the contestants, and one oracle that judges all of
+them. A `Suite` is a race of such cases, a `Study` is statistics. A new one is an entry in the `SUITES` of its
+module and a row in `MODULES`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MODULES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EUROBERT = "transformers.models.eurobert.modeling_eurobert"  # of `small_model`, for `preload`
 
-# "reference": the library's own PyTorch specification of every op, which its tests hold the other backends against
+# "reference": the library's own PyTorch specification of every op, which its tests hold the other backends
+# against
 Role = Literal["ours", "reference", "peer", "floor"]
 Result = dict[str, Tensor]
 Runner = Callable[[], Result]
@@ -44,7 +46,8 @@ class Settings:
     dtype: str = "float32"
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
-    full: bool = False  # the sizes of the published bounds, and every case; else what fits into three minutes in all
+    # the sizes of the published bounds, and every case; else what fits into three minutes in all
+    full: bool = False
     threads: int = 1
     cases: tuple[str, ...] = ()  # only cases of these names; all where empty
     peers: tuple[str, ...] | None = None  # of those beside ours and the floor only these; None for all
@@ -78,8 +81,8 @@ class Sizes:
 class Work:
     """What a contestant's set-up returns. `run` is timed, and returns the outputs that the oracle judges.
 
-    The rest is read after it has run, so that `run` may set it: operations of one call by formula (0 where there is none), a
-    note for the table, seconds of a call's parts.
+    The rest is read after it has run, so that `run` may set it: operations of one call by formula (0 where
+    there is none), a note for the table, seconds of a call's parts.
     """
 
     run: Runner
@@ -97,7 +100,8 @@ def applies_always(_: Any) -> str:
 class Contestant:
     """One way to do a case's work: the same set-up feeds time, memory, operations and errors.
 
-    Both functions take the case's inputs. `applies` says why it cannot run and is listed with that; "" where it can.
+    Both functions take the case's inputs. `applies` says why it cannot run and is listed with that; "" where
+    it can.
     """
 
     name: str
@@ -108,7 +112,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """`inputs` makes from sizes what all contestants are given; `oracle` judges outputs against float64 on the same inputs."""
+    """`inputs` makes what all contestants are given; `oracle` judges their outputs against float64."""
 
     name: str
     sizes: Mapping[str, int]
@@ -117,8 +121,10 @@ class Case:
     contestants: tuple[Contestant, ...]
     oracle: Callable[[Any], Oracle]
     tolerance: Mapping[str, float]  # largest error of ours; see `execution.PEER_SLACK` for the others
-    flops: float = 0.0  # the least that the work takes: the row "limit" where no contestant is the floor; 0 for none
-    output_bytes: Callable[[Any], int] = lambda _: 0  # what any contestant must allocate: gradients and row vectors
+    # the least that the work takes: the row "limit" where no contestant is the floor; 0 for none
+    flops: float = 0.0
+    # what any contestant must allocate: gradients and row vectors
+    output_bytes: Callable[[Any], int] = lambda _: 0
     dtype: str = ""  # where it is not the run's
 
     @property
@@ -136,7 +142,8 @@ class Suite:
     error_columns: tuple[str, ...]
     shape_keys: tuple[str, ...]
     plot: Callable[[Sequence[Row], Path], None]
-    required_shape: tuple[str, ...] = ()  # keys that --shape must give together; the others keep their defaults
+    # keys that --shape must give together; the others keep their defaults
+    required_shape: tuple[str, ...] = ()
     measured_floor: bool = False  # a contestant, not arithmetic: worth a word in the summary
     arithmetic: Callable[[], list[dict[str, Any]]] = list  # figures that are computed, not measured
     arithmetic_title: str = ""
@@ -145,11 +152,12 @@ class Suite:
 
 @dataclass(frozen=True)
 class Study:
-    """A suite of statistics: `measure` returns its entry of the result file, with `rows` and a `summary`; nothing is timed."""
+    """Statistics, nothing timed: `measure` returns the result file's entry, with `rows` and a `summary`."""
 
     name: str
     title: str
-    check: Callable[[Settings], None]  # raises ValueError for settings that do not fit, before anything is measured
+    # raises ValueError for settings that do not fit, before anything is measured
+    check: Callable[[Settings], None]
     measure: Callable[[Settings], dict[str, Any]]
     listing: Callable[[Settings], Sequence[str]]  # a line per case
     label: Callable[[Row], str]  # of a row's case in the table
@@ -171,7 +179,7 @@ def load(name: str) -> Suite | Study:
 def small_model(
     *, V: int, H: int, layers: int, dtype: torch.dtype, device: str = "cpu", expand: int = 4, sharpen: float = 1.0
 ) -> nn.Module:
-    """A random EuroBERT (LLaDA's architecture) in evaluation mode; its mask id is V - 1. `sharpen` scales the head."""
+    """A random EuroBERT (LLaDA's architecture) in eval mode; mask id V - 1; `sharpen` scales the head."""
     from transformers import EuroBertConfig, EuroBertForMaskedLM
 
     heads = max(1, H // 64)
@@ -195,7 +203,7 @@ def small_model(
 
 
 def multiplied_parameters(model: nn.Module) -> int:
-    """Parameters that every token is multiplied with: neither the embedding, which is looked up, nor the head."""
+    """Parameters that every token is multiplied with: without the embedding (looked up) and the head."""
     skipped = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}  # type: ignore[operator]
     return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in skipped)
 
@@ -223,12 +231,12 @@ def gradient_error(result: Result, true: Result, *values: str) -> float:
 
 
 def body_parameters(sizes: Mapping[str, int], expand: int = 4) -> float:
-    """`multiplied_parameters` of `small_model`: EuroBERT has four matrices H x H and three H x expand H a layer."""
+    """`multiplied_parameters` of `small_model`: four H x H and three H x expand H matrices a layer."""
     return float(sizes["layers"] * (4 + 3 * expand) * sizes["H"] ** 2)
 
 
 def operations(parameters: float, tokens: float, rows: float, sizes: Mapping[str, int], *, gradients: bool = False) -> float:
-    """Of the products with parameters: the body on `tokens`, the head on `rows`; three times as many with a backward pass.
+    """Of the body on `tokens` and the head on `rows`; three times as many with a backward pass.
 
     Attention's own products are left out.
     """

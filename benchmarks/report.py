@@ -1,4 +1,4 @@
-"""Result files in words: tables on the screen and in Markdown, the summary of a suite, and the comparison of two runs."""
+"""Result files as text: tables for the screen and Markdown, summaries, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_MEMORY_MIB = 4.0
 STYLES = {"ours": "bold green", "reference": "green", "peer": "", "floor": "dim"}
 Columns = Mapping[str, Callable[[Row], str]]
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------------------
 
 
 def digits(value: float) -> str:
@@ -66,7 +66,7 @@ def operations(row: Row, missing: str = "-") -> str:
     return counted if formula == missing else f"{counted} ({formula})"
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------------------
+# --- Markdown -----------------------------------------------------------------------------------------------
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = " --- ") -> str:
@@ -142,7 +142,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     return markdown(["plan, dtype", "contestant", *names, "note"], lines, "---")
 
 
-# --- the screen -------------------------------------------------------------------------------------------------------
+# --- the screen ---------------------------------------------------------------------------------------------
 
 
 def console() -> Console:
@@ -162,7 +162,7 @@ def header(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def table(name: str, title: str, rows: Sequence[Row], label: Callable[[Row], str], columns: Columns) -> Table:
-    """A line per row: its case where that is another than the last one's, the contestant, `columns`, and a note."""
+    """A line per row: its case (once), the contestant, `columns`, and a note."""
     found = Table(title=f"{name} · {title}", title_justify="left", title_style="bold", header_style="bold")
     found.add_column("case", no_wrap=True)
     found.add_column("contestant", no_wrap=True)
@@ -224,16 +224,16 @@ def arithmetic_table(suite: Suite, entries: Sequence[Mapping[str, Any]]) -> Tabl
     return found
 
 
-# --- a suite in a sentence --------------------------------------------------------------------------------------------
+# --- a suite in a sentence ----------------------------------------------------------------------------------
 
 
 def family(row: Row) -> str:
-    """What cases that differ in sizes or in the number of samples have in common: their name without these."""
+    """What cases that differ in sizes or in the number of samples share: the rest of their name."""
     return re.sub(r"\W*n_t=\d+$", "", str(row["case"]).split(" ")[0])
 
 
 def summary(suite: Suite, rows: Sequence[Row]) -> str:
-    """Of each family of cases: our time and memory beside the baseline's, growth with K; then the largest errors of ours."""
+    """Per family of cases our time and memory beside the baseline's, growth with K; then our errors."""
     fine = [row for row in rows if row["status"] == "ok"]
     others = {row["case"]: row for row in fine if row["contestant"] == suite.baseline}
     families: dict[tuple[str, str], list[Row]] = {}
@@ -269,11 +269,11 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-# --- two runs ---------------------------------------------------------------------------------------------------------
+# --- two runs -----------------------------------------------------------------------------------------------
 
 
 def compare(base: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Sentences on what changed beyond the spread from one result file to another, and how many are for the worse."""
+    """What changed beyond the spread between two result files, and how many changes are for the worse."""
     lines = [
         f"environment differs: {key} was {base['environment'].get(key)}, is {new['environment'].get(key)}"
         for key in ("cpu", "gpu", "threads", "torch", "head")

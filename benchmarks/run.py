@@ -1,17 +1,17 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   every suite, in under 3 minutes on 2 cores or on a GPU
-    python benchmarks/run.py --list                            what there is
-    python benchmarks/run.py --full --out FILE.json            the sizes of the published bounds, and every case
+    python benchmarks/run.py                                    every suite, in under 3 minutes
+    python benchmarks/run.py --list                             what there is
+    python benchmarks/run.py --full --out FILE.json             the sizes of the published bounds, every case
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
-    python benchmarks/run.py --suite head --peers eager,liger  ours and the floor beside these alone; `none` for nobody
-    python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
-    python benchmarks/run.py --device cuda --dtype bfloat16    on a GPU (the default where there is one)
-    python benchmarks/run.py --compare BASE.json               what changed since
+    python benchmarks/run.py --suite head --peers eager,liger   these beside ours and the floor, or `none`
+    python benchmarks/run.py --suite variance --model FOLDER    of your own model
+    python benchmarks/run.py --device cuda --dtype bfloat16     on a GPU (the default where there is one)
+    python benchmarks/run.py --compare BASE.json                what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
-runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong results, one of
-ours failed, or --compare found something worse; 2 bad arguments.
+runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong
+results, one of ours failed, or --compare found something worse; 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
-    """Measures and reports; returns the exit code. Raises ValueError for bad arguments, before anything is measured."""
+    """Measures and reports; returns the exit code. Raises ValueError for bad arguments before it measures."""
     import torch
 
     from benchmarks import execution, measure, registry, report
@@ -127,7 +127,8 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
         entry["seconds"] = round(time.monotonic() - began, 1)
         results["suites"][suite.name], rows = entry, entry["rows"]
-        out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
+        # after each suite: an interrupted run keeps what it has
+        out.write_text(json.dumps(results, indent=1) + "\n")
         suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
         console.print()
         timed = not isinstance(suite, registry.Study)

@@ -1,4 +1,4 @@
-"""The documents are true: their tables and figures are those of the committed results, their files are there."""
+"""The documents are true: tables and figures are those of the committed results, files are there."""
 
 import json
 import re
@@ -95,7 +95,7 @@ def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
     assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])
 
 
-# --- algorithms.md ----------------------------------------------------------------------------------------------------
+# --- algorithms.md ------------------------------------------------------------------------------------------
 
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
 
@@ -124,7 +124,7 @@ def test_dmpo_s_variances_are_those_that_are_measured():
     assert f"with it {found['neg', 2]} and {found['neg', 4]}" in prose
 
 
-# --- comparison.md ----------------------------------------------------------------------------------------------------
+# --- comparison.md ------------------------------------------------------------------------------------------
 
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
 OF_THE_MISSION = {"gdpo", "dmpo", "bgpo", "egspo", "egspo_sa", "rspo"}
@@ -156,7 +156,7 @@ def test_the_order_that_the_comparison_tells_is_that_of_the_runs():
     assert [name for name in sudoku if name in OF_THE_MISSION][-1] == countdown[0] == "gdpo"
 
 
-# --- the blocks of all documents --------------------------------------------------------------------------------------
+# --- the blocks of all documents ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("table", ["demo", "head", "algorithms"])

@@ -1,4 +1,6 @@
-"""The README is true: its code runs, its before and after agree, its figures are those of the committed results."""
+"""The README is true: its code runs, its before and after agree, its figures are those of the committed
+results.
+"""
 
 import json
 import re

@@ -1,12 +1,14 @@
-"""The seed papers' claims at toy scale: experiments, figures with intervals, verdicts; docs/claims.md is made from them.
+"""The papers' claims at toy scale: experiments, figures with intervals, and verdicts for docs/claims.md.
 
-    python -m benchmarks.studies.claims --out benchmarks/results/claims-cpu.json             all; a quarter of an hour, one core
-    python -m benchmarks.studies.claims --claim egspo-steps --out benchmarks/results/claims-cpu.json    one again, the others stay
-    python -m benchmarks.studies.claims --tiny --out /tmp/claims.json                        checks the experiments in seconds
-    python benchmarks/documents.py write claims                                              puts the tables into docs/claims.md
+    python -m benchmarks.studies.claims --out FILE.json                        all; 15 minutes, one core
+    python -m benchmarks.studies.claims --claim egspo-steps --out FILE.json    one again, the others stay
+    python -m benchmarks.studies.claims --tiny --out FILE.json                 checks the experiments
+    python benchmarks/documents.py write claims                                the tables of docs/claims.md
 
-Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What is claimed,
-measured and why it decides stands in the module of the paper. Exit codes: 0 done; 2 bad arguments.
+The committed FILE.json is benchmarks/results/claims-cpu.json.
+Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What
+is claimed, measured and why it decides stands in the module of the paper. Exit codes: 0 done; 2 bad
+arguments.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             "sizes": dict(claim.sizes(settings)),
             "figures": figures,
         }
-        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")  # after each: a stopped run keeps what it has
+        # after each: a stopped run keeps what it has
+        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         print(f"{name}: {claim.verdict(figures)} ({seconds:.0f} s)", flush=True)
 
 
@@ -104,7 +107,7 @@ def _checkpoint(folder: str, tiny: bool) -> str | None:
     raise ValueError(f"--checkpoint must be the folder of a model, got {folder}, which holds no config.json")
 
 
-# --- docs/claims.md -------------------------------------------------------------------------------------------------------
+# --- docs/claims.md -----------------------------------------------------------------------------------------
 
 
 def blocks(result: Mapping[str, Any]) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""GDPO (arXiv 2510.08554): quadrature over t beats double Monte Carlo at tight budgets; most variance comes from t.
+"""GDPO (arXiv 2510.08554): quadrature beats double Monte Carlo at tight budgets; most variance comes from t.
 
-Source: the paper's figures at second hand, its code read (`dllm_kernels/objectives/gdpo.py`). Both are measured by
-`benchmarks/run.py --suite variance` in closed form from 4096 samples; the figures are taken from that run's committed result,
-not measured again. The first is decided by the ratio of squared errors at as many passes as nodes, the second by the share of
-one pass's variance that the level t explains, on the two trained models; docs/estimators.md has all of it.
+Source: the paper's figures at second hand, its code read (`dllm_kernels/objectives/gdpo.py`). Both are
+measured by `benchmarks/run.py --suite variance` in closed form from 4096 samples; the figures are taken from
+that run's committed result, not measured again. The first is decided by the ratio of squared errors at as
+many passes as nodes, the second by the share of one pass's variance that the level t explains, on the two
+trained models; docs/estimators.md has all of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 from typing import Any
 
 from benchmarks.report import percent
-from benchmarks.studies.common import RESULTS, Claim, Figures, Settings, decide, table
+from benchmarks.studies import common
+from benchmarks.studies.common import RESULTS, Claim, Figures, Settings
 
 SOURCE = RESULTS / "estimators-cpu.json"
 MONTE_CARLO, STRATIFIED = "double Monte Carlo", "exact, stratified"
@@ -37,10 +39,10 @@ def quadrature(_: Settings) -> Figures:
 
 def quadrature_verdict(figures: Figures) -> str:
     found = [row[MONTE_CARLO] for row in figures["rows"]]
-    return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
+    return common.decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
 
 
-quadrature_table = table(
+quadrature_table = common.table(
     {
         "model": "model",
         "tokens": "tokens",
@@ -64,10 +66,10 @@ def level(_: Settings) -> Figures:
 def level_verdict(figures: Figures) -> str:
     found = [row["t"] for row in figures["rows"] if row["model"] != "random"]
     least = CLAIMED_SHARE - ABOUT
-    return decide(all(x["high"] >= least for x in found), all(x["high"] < least for x in found))
+    return common.decide(all(x["high"] >= least for x in found), all(x["high"] < least for x in found))
 
 
-level_table = table(
+level_table = common.table(
     {
         "model": "model",
         "tokens": "tokens",

@@ -1,9 +1,10 @@
-"""Growth of peak memory from 2 to 64 Monte-Carlo samples, for every algorithm: the engine beside the full graph.
+"""Growth of peak memory from 2 to 64 samples for every algorithm: the engine beside the full graph.
 
-python -m benchmarks.studies.memory --out benchmarks/results/memory-of-algorithms.json        about 4 minutes, Linux
+python -m benchmarks.studies.memory --out benchmarks/results/memory-of-algorithms.json     4 minutes, Linux
 
-A fresh process per point, the probe of tests/accumulation/test_memory.py; the PNG lies beside the JSON. Growth is that of
-the peak resident set over a warmed-up baseline at 2 samples, float32, V = 4096, 4 sequences of 32 tokens, off-policy.
+A fresh process per point, the probe of tests/accumulation/test_memory.py; the PNG lies beside the JSON.
+Growth is that of the peak resident set over a warmed-up baseline at 2 samples, float32, V = 4096, 4 sequences
+of 32 tokens, off-policy.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Updates by BGPO, and by objectives whose coefficients couple samples: peak memory and seconds against their number n_t.
+"""Updates whose coefficients depend on K samples: memory and seconds of BGPO and of sequence objectives.
 
-The suite `bgpo` takes updates by BGPO, and by objectives whose coefficients couple all samples of a sequence (GDPO, ESPO, SPG),
-a pair (VRPO) or the batch (RSPO). They are off-policy, so that coefficients depend on the scores, and every token is masked
-with probability 0.5, so that samples are alike and their number n_t is all that changes (under the published laws the largest
-of more samples is larger).
+BGPO's own update, and objectives whose coefficients couple all samples of a sequence (GDPO, ESPO, SPG), a
+pair (VRPO) or the batch (RSPO). All are off-policy, so that coefficients depend on the scores. Every token is
+masked with probability 0.5, so that samples are alike and their number n_t is all that changes (under the
+published laws the largest of more samples is larger).
 
-    ours         `accumulate`: one sample at a time; in one pass for BGPO, after a pass of scores for the others
+    ours         `accumulate`: one sample at a time; in one pass for BGPO, after a pass of scores for the
+                 others
     ours (loop)  BGPO: `bgpo_loss` in a loop written by hand
-    full graph   pure PyTorch as the published sequence-level trainers (d1, GDPO, ESPO) score: logits of every position, the
-                 graphs of all samples alive until one backward; the losses of BGPO, GDPO and ESPO are those written out in
-                 `step_published.py`, the others call ours on these scores
+    full graph   pure PyTorch as the published sequence-level trainers (d1, GDPO, ESPO) score: logits of every
+                 position, the graphs of all samples alive until one backward; the losses of BGPO, GDPO and
+                 ESPO are those written out in `step_published.py`, the others call ours on these scores
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ def arithmetic() -> list[dict[str, Any]]:
     """Head tensors per sequence and policy update at the paper's size, in GiB: computed, not measured."""
     V, S, L, H = (PAPER[key] for key in ("V", "S", "L", "H"))
     gib, masked = 1 << 30, L // 2  # mean number of masked tokens
-    # per sample: bf16 logits [S, V], the zero buffer of that size that the port fills, the masked rows' fp32 log-softmax
+    # per sample: bf16 logits [S, V], the zero buffer of that size that the port fills, the masked rows' fp32
+    # log-softmax
     per_sample = 2 * S * V * 2 + masked * V * 4
     # whatever n_t is: the GPU workspace, an fp32 dW, one sample's unit vectors and hidden gradient
     ours = {"ours GiB": round(((512 << 20) + 4 * H * V + 2 * masked * H + 2 * S * H) / gib, 2)}

@@ -1,18 +1,21 @@
-"""ELBOs of given sequences from K masked samples, and their gradients: memory and time against K, and every mask law.
+"""ELBOs from K masked samples and their gradients: memory and time against K, and every mask law.
 
     score   per-sequence ELBOs without a gradient
     train   minus their mean, with gradients into the whole model
     law X   `score` under each law of `dllm_kernels.masks.laws`, at small sizes
 
     ours                 `estimate_elbo`, or `accumulate`: one sample at a time, masked rows alone
-    full logits          pure PyTorch as the published trainers score: all K * B masked sequences in one batch, logits of every
-                         position, an fp32 log-softmax over the completion, a gather; under `train` all graphs until one backward
+    full logits          pure PyTorch as the published trainers score: all K * B masked sequences in one
+                         batch, logits of every position, an fp32 log-softmax over the completion, a gather;
+                         under `train` all graphs until one backward
     one pass per sample  the same for one sample of every sequence at a time, with a backward after each
 
-All draw their masks from the same plan within their call. The variance of the estimators is the study `variance`.
+All draw their masks from the same plan within their call. The variance of the estimators is the study
+`variance`.
 
-What is off the float64 one by the published form fails the run. Operations by formula are products with parameters. Torch's
-counter finds the same but for attention, which it does not know on a CPU; `Report.flops` has the weights of norms too, 0.1 %.
+What is off the float64 one by the published form fails the run. Operations by formula are products with
+parameters. Torch's counter finds the same but for attention, which it does not know on a CPU; `Report.flops`
+has the weights of norms too, 0.1 %.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ VALUES = ("elbo", "loss")  # of a result, beside gradients
 
 
 def against(exact: Callable[[], Result], called: str) -> Oracle:
-    """Errors against the exact result, which is made when it is first asked for; its value is an ELBO or a loss."""
+    """Errors against the exact result, computed on first use; its value is an ELBO or a loss."""
     exact = functools.cache(exact)
 
     def errors(result: Result) -> dict[str, float]:
@@ -121,7 +124,7 @@ def make_data(sizes: Mapping[str, int], law: str, device: str, seed: int = SEED,
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the contestants of `elbo` are given: the masks and weights of everybody, and whether gradients are wanted."""
+    """Inputs of the suite `elbo`: everybody scores the masks of `plan`."""
 
     model: nn.Module
     data: Data
@@ -187,11 +190,12 @@ def cases(settings: Settings) -> list[Case]:
 def _ours(x: Scoring) -> Work:
     if x.gradients:
         return accumulated(x.model, x.plan, MINUS_ELBO, Batch(), "accumulate")
-    tokens = int((x.plan.counts > 0).sum()) * x.plan.shape[2]
+    body = x.operations(int((x.plan.counts > 0).sum()) * x.plan.shape[2], 0)
+    row = x.operations(0, 1)
 
     def run() -> Result:
         estimate = estimate_elbo(x.model, x.data.input_ids_BS, x.data.completion_mask_BS, **x.data.arguments)
-        work.flops = x.operations(tokens, estimate.rows)
+        work.flops = body + row * estimate.rows
         return {"elbo": estimate.elbo_B}
 
     work = Work(run, note="estimate_elbo")

@@ -1,18 +1,19 @@
-"""Entropies of each denoising step, and the J steps of highest entropy of each sequence, which EGSPO trains on.
+"""Entropies of denoising steps, and each sequence's J steps of highest entropy, which EGSPO trains on.
 
     rows      given the hidden states of the n tokens that each of T steps revealed, and the head
     rollout   a whole completion at temperature 0, whose entropies are by-products
 
-    ours                 the head's entropies, `step_entropy`, `select_steps`: `score_tokens` on the rows of all steps, whose
-                         hidden states were kept; `generate`, which keeps a number per token
+    ours                 the head's entropies, `step_entropy`, `select_steps`: `score_tokens` on the rows of
+                         all steps, whose hidden states were kept; `generate`, which keeps a number per token
     ours (step by step)  the same, each step's rows as soon as they are there
-    published            github vishnutez/egspo-dllm-rl, egspo_trainer.py: the probability rows of the revealed tokens,
-                         [T, B, n, V] in the model's dtype, kept and stacked, then -sum p log(p + 1e-8), a mean, a topk, for one
-                         sequence after the other; `rollout`: its loop, with logits and a softmax of all positions
+    published            github vishnutez/egspo-dllm-rl, egspo_trainer.py: the probability rows of the
+                         revealed tokens, [T, B, n, V] in the model's dtype, kept and stacked, then -sum p
+                         log(p + 1e-8), a mean, a topk, for one sequence after the other; `rollout`: its loop,
+                         with logits and a softmax of all positions
 
-An entropy off the float64 one fails the run: under `rollout` that of a contestant's own states. So does another token, or
-another choice of steps. The published epsilon shifts every entropy by up to V x 1e-8 nats. The mask id has probability 0, which
-is not theirs: without it the argmax may be a mask.
+An entropy off the float64 one fails the run: under `rollout` that of a contestant's own states. So does
+another token, or another choice of steps. The published epsilon shifts every entropy by up to V x 1e-8 nats.
+The mask id has probability 0, which is not theirs: without it the argmax may be a mask.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from benchmarks.registry import EUROBERT, Case, Contestant, Oracle, Result, Sett
 from benchmarks.suites.rollout import Policy, make_policy
 from dllm_kernels import score_tokens, select_steps, step_entropy
 
-# T steps of n tokens, J of them chosen; rollout: a prompt of P, blocks of R tokens. EGSPO: 128 steps of 2, batches of 6, 8 chosen
+# T steps of n tokens, J of them chosen; rollout: a prompt of P, blocks of R tokens. EGSPO: 128 steps of 2,
+# batches of 6, 8 chosen
 SIZES = {
     "rows": Sizes(
         {"B": 2, "T": 4, "n": 2, "J": 2, "H": 16, "V": 64},
@@ -75,7 +77,7 @@ def published_choice(probs_TBnV: Tensor, J: int) -> Result:
 
 
 def errors_of(result: Result, true_TB: Tensor) -> dict[str, float]:
-    """Nats of the worst step; share of the chosen steps that are not among those that the true entropies choose."""
+    """Nats of the worst step, and the share of chosen steps that the true entropies do not choose."""
     true_BJ = true_TB.t().topk(result["steps"].shape[1], dim=-1).indices
     hit_BJ = (result["steps"][:, :, None] == true_BJ[:, None, :]).any(-1)
     return {
@@ -110,7 +112,8 @@ def _revealed(sizes: Mapping[str, int], *, dtype: torch.dtype, device: str) -> R
     B, T, n, H, V = (sizes[key] for key in ("B", "T", "n", "H", "V"))
     generator = torch.Generator(device).manual_seed(0)
     hidden_TBnH = torch.randn(T, B, n, H, generator=generator, device=device)
-    hidden_TBnH *= 0.6 + 0.8 * torch.rand(T, B, 1, 1, generator=generator, device=device)  # steps are not equally sure
+    # steps are not equally sure
+    hidden_TBnH *= 0.6 + 0.8 * torch.rand(T, B, 1, 1, generator=generator, device=device)
     weight_VH = torch.randn(V, H, generator=generator, device=device).mul_(2.5 / H**0.5)
     return Revealed(hidden_TBnH.to(dtype), weight_VH.to(dtype), sizes)
 
@@ -119,7 +122,8 @@ def _scored(x: Revealed, *, together: bool) -> Work:
     """The rows of all steps in one call of the head, or a call for each step."""
     T, B, n, H = x.hidden_TBnH.shape
     at_once = T if together else 1
-    target_N = torch.zeros(at_once * B * n, dtype=torch.int64, device=x.hidden_TBnH.device)  # any: nobody asks for it
+    # any: nobody asks for it
+    target_N = torch.zeros(at_once * B * n, dtype=torch.int64, device=x.hidden_TBnH.device)
     step_BL = torch.arange(T, device=target_N.device).repeat_interleave(n).expand(B, -1)
 
     def run() -> Result:
@@ -172,7 +176,7 @@ def _generated(x: Policy) -> Work:
 
 
 def _denoised(x: Policy) -> Work:
-    """Lines 204-345 of theirs (`generate`) at temperature 0, without greedy completions; and the choice of steps."""
+    """Their `generate` (lines 204-345) at temperature 0 without greedy completions, and the choice."""
     P, T, n, R = (x.sizes[key] for key in ("P", "T", "n", "R"))
     start_BS = F.pad(x.prompts_BP, (0, T * n), value=x.mask_id)
 
@@ -201,7 +205,7 @@ def _denoised(x: Policy) -> Work:
 
 
 class _StatesErrors:
-    """Entropies against float64 in the states that the contestant itself went through; tokens against the published loop's."""
+    """Entropies against float64 in the contestant's own states; tokens against the published loop's."""
 
     def __init__(self, x: Policy) -> None:
         self.x = x
@@ -240,7 +244,8 @@ def cases(settings: Settings) -> list[Case]:
     if rollout["R"] % rollout["n"] or rollout["T"] * rollout["n"] % rollout["R"]:
         raise ValueError(f"--shape of entropy takes R a multiple of n, and T n one of R, got {rollout}")
     exact, on = settings.dtype == "float32", {"dtype": settings.torch_dtype, "device": settings.device}
-    # 16 bits: near ties among logits and entropies are decided anyhow, and under `rollout` the body rounds too
+    # 16 bits: near ties among logits and entropies are decided anyhow, and under `rollout` the body rounds
+    # too
     return [
         Case(
             name="rows",

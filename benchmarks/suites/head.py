@@ -1,14 +1,16 @@
-"""The LM head alone: scoring with each plan, and sampling, against eager PyTorch, PyTorch's own fused loss and the floor.
+"""The LM head alone: scoring with each plan and sampling, against eager PyTorch, fused losses and the floor.
 
-The suite `head` measures time and memory. The floor is the bare matrix products of the plan, outputs preallocated and touched,
-each by the fastest of the layouts that the vendor libraries offer here; its memory is the outputs alone, by arithmetic. With a
-size M, the N rows are the masked ones of M positions: everybody is given all hidden states and the rows to take, and
-"all positions" is who makes logits of all M first, as the published trainers do.
+The suite `head` measures time and memory. The floor is the bare matrix products of the plan, outputs
+preallocated and touched, each by the fastest of the layouts that the vendor libraries offer here; its memory
+is the outputs alone, by arithmetic. With a size M, the N rows are the masked ones of M positions: everybody
+is given all hidden states and the rows to take, and "all positions" is who makes logits of all M first, as
+the published trainers do.
 
 The suite `accuracy` has the same contestants, inputs and float64 oracle, and errors alone, in every dtype:
 
     logp, entropy     the largest absolute error of a row, in nats
-    elbo256           the largest absolute error of a sum of 256 log-probs, in nats: what an importance ratio exponentiates
+    elbo256           the largest absolute error of a sum of 256 log-probs, in nats: what an importance ratio
+                      exponentiates
     gradient          |got - true| / |true|, the larger of hidden states' and weight's
 """
 
@@ -113,7 +115,7 @@ def cases(settings: Settings) -> list[Case]:
     return found
 
 
-# --- contestants ------------------------------------------------------------------------------------------------------
+# --- contestants --------------------------------------------------------------------------------------------
 
 
 def _active(x: Inputs) -> str:
@@ -176,7 +178,8 @@ def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) ->
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor, float | None], Tensor]:
-    return torch.compile(_log_softmax, dynamic=True)  # one compilation for all shapes: a dozen seconds each otherwise
+    # one compilation for all shapes: a dozen seconds each otherwise
+    return torch.compile(_log_softmax, dynamic=True)
 
 
 def _eager(x: Inputs, *, compiled: bool = False, everywhere: bool = False) -> Work:
@@ -225,7 +228,7 @@ COMPILED = Contestant("torch.compile", "peer", functools.partial(_eager, compile
 CONTESTANTS_ON_GPU = (*BESIDE, COMPILED, *PEERS, *GPU_PEERS, FLOOR)
 
 
-# --- errors alone -----------------------------------------------------------------------------------------------------
+# --- errors alone -------------------------------------------------------------------------------------------
 
 ACCURACY = Sizes(TINY, {"N": 512, "H": 256, "V": 32003}, {"N": 1024, "H": 1024, "V": 32003})
 TOKENS = 256  # of a sequence whose log-probs are summed

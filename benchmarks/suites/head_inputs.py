@@ -1,4 +1,4 @@
-"""What the head's contestants share: inputs, the bare products that nobody goes below, and the float64 oracle."""
+"""What the head's contestants share: inputs, the floor of bare products, and the float64 oracle."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def floor(x: Inputs) -> Work:
     }
     best, note = dict.fromkeys(layouts, "whole"), ""
     if not x.hidden_NH.is_cuda:
-        if x.hidden_NH.dtype != torch.float32:  # where 16-bit products are emulated, an upcast in slabs is faster
+        # where 16-bit products are emulated, an upcast in slabs is faster
+        if x.hidden_NH.dtype != torch.float32:
             h_NH, z32_NV, out_NH, out_VH = x.hidden_NH.float(), z_NV.float(), dhidden_NH.float(), dweight_VH.float()
             layouts["logits"]["fp32"] = lambda: [torch.mm(h_NH, x.weight_VH[s].float().t(), out=z32_NV[:, s]) for s in slabs]
             layouts["dhidden"]["fp32"] = lambda: [out_NH.addmm_(z32_NV[:, s], x.weight_VH[s].float()) for s in slabs]

@@ -1,4 +1,4 @@
-"""Other people's fused heads, on the inputs of the `head` suite. One that is not installed, or cannot do a case, says so."""
+"""Other people's fused heads on the inputs of the suite `head`; one that cannot run a case says why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.registry import Contestant, Result, Work
 from benchmarks.suites.head_inputs import Inputs
 
-TORCH_CHUNK = 64  # rows; the default of F.linear_cross_entropy is 8 at H = 512, V = 32768: 15 to 20 times slower than eager
+# rows; the default of F.linear_cross_entropy is 8 at H = 512, V = 32768: 15 to 20 times slower than eager
+TORCH_CHUNK = 64
 VOCAB_CHUNK = 4096  # Liger's own default, and a good one for TRL
 
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, target -> logp

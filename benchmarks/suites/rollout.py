@@ -5,15 +5,15 @@ body is EuroBERT. In `--full`, 8 sequences of 320 tokens with a block of 32, the
 
     ours          `generate`: the head on the B R undecided rows, no logits kept
     fp32 logits   logits of all B (P + R) rows in fp32; our noise on the undecided ones; what ours must equal
-    published     as LLaDA's generate.py, which d1 copies: logits of all rows, float64 Gumbel noise on all, a float64 softmax
-                  for the confidence, at temperature 0 too
+    published     as LLaDA's generate.py, which d1 copies: logits of all rows, float64 Gumbel noise on all, a
+                  float64 softmax for the confidence, at temperature 0 too
 
-At temperature 0 all must commit the same tokens, at 0.9 ours and "fp32 logits" must; a token off fails the run, and so does a
-log-probability off the float64 one. "completion" is one of 4 blocks in 4 steps at 0.9: ours, without and with the likeliest
-completion at every step (EGSPO-SA, which needs the head on all masked rows), and d1's sampler with the logits of all rows, in
-its favour with our noise on the undecided rows alone, so that its tokens are what ours are judged by. "old_scores" is what
-EGSPO needs of its behaviour policy, for some steps of a rollout: read from the rollout, by a scoring pass, or by a pass with
-full logits.
+At temperature 0 all must commit the same tokens, at 0.9 ours and "fp32 logits" must; a token off fails the
+run, and so does a log-probability off the float64 one. "completion" is one of 4 blocks in 4 steps at 0.9:
+ours, without and with the likeliest completion at every step (EGSPO-SA, which needs the head on all masked
+rows), and d1's sampler with the logits of all rows, in its favour with our noise on the undecided rows alone,
+so that its tokens are what ours are judged by. "old_scores" is what EGSPO needs of its behaviour policy, for
+some steps of a rollout: read from the rollout, by a scoring pass, or by a pass with full logits.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make_policy(sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, te
     return Policy(model, prompts_BP.to(device), sizes, temperature)
 
 
-# --- a step -----------------------------------------------------------------------------------------------------------
+# --- a step -------------------------------------------------------------------------------------------------
 
 # P: prompt and what is decided already; R: the block
 SIZES = Sizes(
@@ -79,7 +79,6 @@ SIZES = Sizes(
     {"B": 8, "P": 288, "R": 32, "H": 512, "V": 126464, "layers": 4},
 )
 STEPS, CHOSEN, BLOCKS = 8, 2, 4
-TEMPERATURES = {"argmax": 0.0, "drawn": 0.9}
 
 
 def _operations_of_step(x: Policy, rows: int) -> float:
@@ -142,7 +141,7 @@ def _published(x: Policy) -> Work:
 
 
 class _StepErrors:
-    """Share of tokens that differ from fp32 logits with our noise; log-probs against float64 logits, in nats."""
+    """Share of tokens unlike fp32 logits with our noise; log-probs against float64 logits, in nats."""
 
     def __init__(self, x: Policy) -> None:
         self.x = x
@@ -165,7 +164,7 @@ class _StepErrors:
         return errors | ({"tokens": float((own != tokens).float().mean())} if "tokens" in result else {})
 
 
-# --- a completion -----------------------------------------------------------------------------------------------------
+# --- a completion -------------------------------------------------------------------------------------------
 
 
 def _longer(sizes: Mapping[str, int], **on: Any) -> Policy:
@@ -210,7 +209,7 @@ def _against_published(x: Policy) -> Oracle:
     return errors
 
 
-# --- the behaviour policy's scores ------------------------------------------------------------------------------------
+# --- the behaviour policy's scores --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def _scoring_pass(x: Behaviour) -> Work:
 
 
 def _full_pass(x: Behaviour) -> Work:
-    """EGSPO's pass over each state: logits of every position, cross-entropy, and the sum over the step's tokens."""
+    """EGSPO's pass over each state: logits of all rows, cross-entropy summed over the step's tokens."""
     model, rollout, places_BS, every = x.policy.model, x.rollout, x.rollout.step_map_BS, x.plan.noisy_ids.numel()
 
     @torch.no_grad()
@@ -264,51 +263,39 @@ def _against_scores(x: Behaviour) -> Oracle:
     return lambda result: {"logp": float((result["logp"].double() - true).abs().max())}
 
 
+STEP = (
+    Contestant("ours", "ours", _ours),
+    Contestant("fp32 logits", "peer", _fp32_logits),
+    Contestant("published", "peer", _published),
+)
+COMPLETION = (
+    Contestant("ours", "ours", functools.partial(_completed, greedy=False)),
+    Contestant("ours (greedy kept)", "ours", functools.partial(_completed, greedy=True)),
+    Contestant("published", "peer", _completed_as_published),
+)
+OLD_SCORES = (
+    Contestant("ours", "ours", _kept_scores),
+    Contestant("ours (scoring pass)", "ours", _scoring_pass),
+    Contestant("published", "peer", _full_pass),
+)
+# by case: what all are given, who takes part, the oracle, and how many steps' arithmetic is the least
+CASES: dict[str, tuple[Any, tuple[Contestant, ...], Any, int]] = {
+    "argmax": (make_policy, STEP, _StepErrors, 1),
+    "drawn": (functools.partial(make_policy, temperature=0.9), STEP, _StepErrors, 1),
+    "completion": (_longer, COMPLETION, _against_published, BLOCKS),
+    "old_scores": (_behaviour, OLD_SCORES, _against_scores, 0),  # the rollout has them: nothing to do
+}
+
+
 def cases(settings: Settings) -> list[Case]:
     sizes = SIZES.of(settings)
+    B, P, R = (sizes[key] for key in ("B", "P", "R"))
+    step = registry.operations(registry.body_parameters(sizes), B * (P + R), B * R, sizes)
     tolerance = {"tokens": 0.0, "logp": 2e-4} if settings.dtype == "float32" else {"logp": 0.1}
-    on: dict[str, Any] = {"dtype": settings.torch_dtype, "device": settings.device}
-    step = registry.operations(
-        registry.body_parameters(sizes), sizes["B"] * (sizes["P"] + sizes["R"]), sizes["B"] * sizes["R"], sizes
-    )
-    of_step = (Contestant("ours", "ours", _ours), Contestant("fp32 logits", "peer", _fp32_logits))
-    rows: list[tuple[str, Any, tuple[Contestant, ...], Any, float]] = [
-        *(
-            (
-                name,
-                functools.partial(make_policy, temperature=t),
-                (*of_step, Contestant("published", "peer", _published)),
-                _StepErrors,
-                step,
-            )
-            for name, t in TEMPERATURES.items()
-        ),
-        (
-            "completion",
-            _longer,
-            (
-                Contestant("ours", "ours", functools.partial(_completed, greedy=False)),
-                Contestant("ours (greedy kept)", "ours", functools.partial(_completed, greedy=True)),
-                Contestant("published", "peer", _completed_as_published),
-            ),
-            _against_published,
-            BLOCKS * step,
-        ),
-        (
-            "old_scores",
-            _behaviour,
-            (
-                Contestant("ours", "ours", _kept_scores),
-                Contestant("ours (scoring pass)", "ours", _scoring_pass),
-                Contestant("published", "peer", _full_pass),
-            ),
-            _against_scores,
-            0.0,  # the rollout has them: nothing to do
-        ),
-    ]
+    on = {"dtype": settings.torch_dtype, "device": settings.device}
     return [
-        Case(name, sizes, SIZES.tiny, functools.partial(inputs, **on), contestants, oracle, tolerance, flops)
-        for name, inputs, contestants, oracle, flops in rows
+        Case(name, sizes, SIZES.tiny, functools.partial(inputs, **on), contestants, oracle, tolerance, steps * step)
+        for name, (inputs, contestants, oracle, steps) in CASES.items()
     ]
 
 

@@ -2,27 +2,30 @@
 
 Two ways to the same weights' gradient:
 
-    ours        `generate`, `score_samples`, `accumulate` with their defaults: no logits, one Monte-Carlo sample at a time
-    published   as d1 and the sequence-level trainers after it (GDPO, ESPO): logits of every position in rollout, scores and
-                update, the graphs of all K samples kept; `step_published.py`, in pure PyTorch
+    ours        `generate`, `score_samples`, `accumulate` with their defaults: no logits, one Monte-Carlo
+                sample at a time
+    published   as d1 and the sequence-level trainers after it (GDPO, ESPO): logits of every position in
+                rollout, scores and update, the graphs of all K samples kept; `step_published.py`, in pure
+                PyTorch
 
-Same model, prompts, noise, rewards and masks: one `MaskPlan`, made in either step from its own rollout, so a token that
-differs shows in the gradient too. Off-policy, as one update behind: the policy that rolls out and is scored as "old" and
-the reference are copies with slightly other weights, so that ratios are not 1. Phases are the medians over all calls.
+Same model, prompts, noise, rewards and masks: one `MaskPlan`, made in either step from its own rollout, so a
+token that differs shows in the gradient too. Off-policy, as one update behind: the policy that rolls out and
+is scored as "old" and the reference are copies with slightly other weights, so that ratios are not 1. Phases
+are the medians over all calls.
 
-A step ends with AdamW at learning rate 0, the same for both: its whole work, and weights that stay, so that rounds are alike.
-Weights, gradients and optimizer state exist, resident, before a call and are written in place: the memory figures are what a
-step needs beyond them, which both ways hold alike.
+A step ends with AdamW at learning rate 0, the same for both: its whole work, and weights that stay, so that
+rounds are alike. Weights, gradients and optimizer state exist, resident, before a call and are written in
+place: the memory figures are what a step needs beyond them, which both ways hold alike.
 
 Rewards make advantages of about 1; centred ones nearly cancel in the loss, whose error is therefore absolute.
-Loss and gradients are judged by the published step in float64, at the sizes of `--full`'s bound (where that would not
-fit) by the published step itself; tokens by its sampler. Beyond float32 samplers may differ by a rounding of the logits: all
-then learn from one rollout, and tokens are not judged.
+Loss and gradients are judged by the published step in float64, at the sizes of `--full`'s bound (where that
+would not fit) by the published step itself; tokens by its sampler. Beyond float32 samplers may differ by a
+rounding of the logits: all then learn from one rollout, and tokens are not judged.
 
-By arithmetic, at the bound's sizes: the published step keeps 8 log-softmaxes [B L, V] of 494 MiB, and in backward a gradient of
-another's size, its copy and one of all positions (617 MiB), 6 GiB or so; ours has a workspace and one gradient of the head, 256
-and 247 MiB, and the activations of one sample's body, some 200 MiB. Its denoising steps are few (one a block), since those are
-where ours gain most.
+By arithmetic, at the bound's sizes: the published step keeps 8 log-softmaxes [B L, V] of 494 MiB, and in
+backward a gradient of another's size, its copy and one of all positions (617 MiB), 6 GiB or so; ours has a
+workspace and one gradient of the head, 256 and 247 MiB, and the activations of one sample's body, some 200
+MiB. Its denoising steps are few (one a block), since those are where ours gain most.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ from dllm_kernels import Rollout, accumulate, generate
 from dllm_kernels.objectives import RECIPES
 from dllm_kernels.rollouts.samplers import commits_per_step
 
-# B sequences in groups of G; prompts of P, completions of L tokens in blocks of R and T denoising steps; K samples or states
+# B sequences in groups of G; prompts of P, completions of L tokens in blocks of R and T denoising steps; K
+# samples or states
 TINY = {"B": 4, "G": 2, "P": 4, "L": 8, "R": 4, "T": 4, "K": 2, "H": 32, "V": 64, "layers": 1}
 _USUAL = {"B": 4, "G": 2, "P": 16, "L": 32, "R": 16, "T": 8, "K": 4, "H": 64, "V": 4096, "layers": 2}
 SIZES = Sizes(TINY, _USUAL, _USUAL)
@@ -86,10 +90,10 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def least_flops(algorithm: str, sizes: Mapping[str, int]) -> float:
-    """What no exact step does without: every state through the body once per pass, and the head on the rows that count.
+    """The least of any exact step: every state through the body once per pass, the head on rows that count.
 
-    The head runs on tokens that are drawn, on tokens that are scored, and three times as much in the update; attention's own
-    products are left out.
+    The head runs on tokens that are drawn, on tokens that are scored, and three times as much in the update;
+    attention's own products are left out.
     """
     recipe, B, L, K, T = RECIPES[algorithm], sizes["B"], sizes["L"], sizes["K"], sizes["T"]
     if algorithm == "vrpo":  # learns from the best and the worst of each group

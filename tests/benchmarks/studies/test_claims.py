@@ -1,4 +1,4 @@
-"""docs/claims.md is what the committed figures say, its rules can say otherwise, and its shortcuts equal the engine."""
+"""docs/claims.md says what the committed figures say, its rules can fail, its shortcuts equal the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import documents, report
-from benchmarks.studies import bgpo, claims, common, dmpo, egspo, gdpo, rspo
+from benchmarks.studies import bgpo, claims, common, dmpo, egspo, gdpo, rspo, statistics
 from benchmarks.studies.common import CONFIRMED, REFUTED, UNDECIDED, Settings, decide, gradient
 from dllm_kernels import trajectory_rows
 from dllm_kernels.accumulation.objective import Batch
@@ -35,7 +35,7 @@ RESULT = json.loads((common.RESULTS / "claims-cpu.json").read_text())
 TINY = Settings(tiny=True)
 
 
-# --- the document ---------------------------------------------------------------------------------------------------------
+# --- the document -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [claims.SUMMARY, *claims.CLAIMS])
@@ -61,7 +61,7 @@ def prose() -> str:
 
 
 def test_prose_has_no_figure_of_its_own() -> None:
-    """arXiv numbers, sizes in the name of a thing and figures that papers claim may stand; decimals are results."""
+    """arXiv numbers, sizes in names and the papers' own figures may stand; other decimals are results."""
     text = re.sub(r"```.*?```|`[^`]*`|arXiv \d{4}\.\d{5}", "", prose(), flags=re.DOTALL)
     assert not re.findall(r"\d+\.\d+", text)
 
@@ -76,7 +76,7 @@ def test_figures_taken_from_other_results_are_still_theirs(name: str) -> None:
     assert claims.CLAIMS[name].measure(TINY) == RESULT["claims"][name]["figures"]
 
 
-# --- the rules can fail ---------------------------------------------------------------------------------------------------
+# --- the rules can fail -------------------------------------------------------------------------------------
 
 BELOW, ABOVE, ACROSS = ({"value": v, "low": v - 0.1, "high": v + 0.1} for v in (0.5, 1.5, 1.0))
 
@@ -175,7 +175,7 @@ def test_every_rule_was_made_to_differ_from_what_it_found() -> None:
     assert decide(True, True) == decide(False, False) == UNDECIDED
 
 
-# --- the experiments ------------------------------------------------------------------------------------------------------
+# --- the experiments ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_result_that_lacks_a_claim_makes_no_document() -> None:
         claims.blocks({"claims": {}})
 
 
-# --- shortcuts equal the engine -------------------------------------------------------------------------------------------
+# --- shortcuts equal the engine -----------------------------------------------------------------------------
 
 
 def close(got_P: torch.Tensor, want_P: torch.Tensor) -> bool:
@@ -330,18 +330,18 @@ def test_errors_from_inner_products_are_those_of_gradients(subject: common.Subje
 
 def test_statistics() -> None:
     draws_RP = 3.0 + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
-    variance, norm = common.moments(draws_RP)
+    variance, norm = statistics.moments(draws_RP)
     assert variance == pytest.approx(2.0, rel=0.1)
     assert norm == pytest.approx(18.0, rel=0.05)
     vectors_NP, weight_RN = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[:, :, :3]
-    by_sums = common.moments_of_sums(weight_RN, vectors_NP @ vectors_NP.t())
-    assert by_sums == pytest.approx(common.moments(weight_RN @ vectors_NP))
-    assert common.moments(torch.tensor([[1.0], [-1.0]]))[1] == -1.0, "unbiased, so it may be below 0"
-    found = common.ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+    by_sums = statistics.moments_of_sums(weight_RN, vectors_NP @ vectors_NP.t())
+    assert by_sums == pytest.approx(statistics.moments(weight_RN @ vectors_NP))
+    assert statistics.moments(torch.tensor([[1.0], [-1.0]]))[1] == -1.0, "unbiased, so it may be below 0"
+    found = statistics.ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
     assert (found["value"], found["low"], found["high"]) == (0.5, 0.5, 0.5)
-    wide = common.ratio(torch.tensor([1.0, 2.0, 3.0]))
+    wide = statistics.ratio(torch.tensor([1.0, 2.0, 3.0]))
     assert wide["low"] < wide["value"] == 2.0 < wide["high"]
-    assert common.spread(1.0, torch.full((5,), torch.nan))["low"] < -1e8, "no rule decides by what is not known"
+    assert statistics.spread(1.0, torch.full((5,), torch.nan))["low"] < -1e8, "no rule decides by what is not known"
     x = torch.tensor([1.0, 2.0, 3.0, 10.0])
     assert float(egspo.rank_correlation(x, x.exp())) == pytest.approx(1.0)
     assert float(egspo.rank_correlation(x, -x)) == pytest.approx(-1.0)

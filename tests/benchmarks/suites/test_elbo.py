@@ -1,4 +1,4 @@
-"""The suite `elbo`: its contestants agree, its judgement can fail, and the memory of ours does not grow with K."""
+"""The suite `elbo`: contestants agree, its oracle can fail, our memory does not grow with K."""
 
 from __future__ import annotations
 

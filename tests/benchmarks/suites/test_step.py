@@ -1,4 +1,4 @@
-"""The suite `step`: both ways of an RL step give the same tokens, loss and gradients, and what is off is called wrong."""
+"""The suite `step`: both ways give the same tokens, loss and gradients, and what differs is called wrong."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_another_advantage_or_mask_is_wrong(
     algorithm: str, change: Callable[[step_inputs.Lesson], step_inputs.Lesson], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "peak_memory", lambda *_: measure.Memory(1.0, "none"))
-    monkeypatch.setattr(step, "make_lesson", lambda *arguments: change(step_inputs.make_lesson(*arguments)))  # ours alone
+    # ours alone
+    monkeypatch.setattr(step, "make_lesson", lambda *arguments: change(step_inputs.make_lesson(*arguments)))
     rows = {row["contestant"]: row for row in execution.measure_case(step.SUITES["step"], _case(algorithm), TINY)}
     assert rows["published"]["status"] == "ok"
     assert rows["ours"]["status"] == "wrong"
@@ -138,10 +139,8 @@ def test_full_has_every_algorithm_and_the_bound() -> None:
 
 
 def test_memory_at_a_reduced_size() -> None:
-    """In this process, roughly; runs measure it in one of its own."""
-    case, extra = _case("gdpo", registry.Settings(threads=1, shape={"V": 16384, "K": 8})), {}
-    for sizes in (case.tiny, case.sizes):
-        x = case.inputs(sizes)
-        for contestant in case.contestants:
-            extra[contestant.name] = measure._growth(contestant.setup(x).run).extra_mib
-    assert extra["published"] > 5 * extra["ours"]
+    settings = registry.Settings(threads=1, shape={"V": 16384, "K": 8})
+    label = _case("gdpo", settings).label
+    measure.start_memory_server(step.SUITES["step"].preload)
+    ours, published = (measure.peak_memory("step", label, name, settings).extra_mib for name in ("ours", "published"))
+    assert published > 5 * ours
