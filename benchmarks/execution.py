@@ -1,20 +1,21 @@
-"""One case through setup, accuracy, time and memory: the rows of a result file."""
+"""One case through set-up, errors, time and memory: the rows of a result file."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu
+from benchmarks import measure as measuring
+from benchmarks import report
 from benchmarks.measure import MIB, Memory, Timing, gflops_per_s, interleave, peak_memory
-from benchmarks.registry import DTYPES, Case, Contestant, Prepared, Row, Runner, Settings, Suite
+from benchmarks.registry import DTYPES, Case, Contestant, Oracle, Row, Runner, Settings, Suite, Work
 
-# a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another job
+# a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another
+# job
 PEER_SLACK = 100.0
 
 
@@ -25,14 +26,12 @@ def measure(suite: Suite, settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     for number, case in enumerate(cases, 1):
         if settings.minutes and time.monotonic() - started > 60 * settings.minutes:
-            print(
-                f"[{suite.name}] {settings.minutes:g} minutes are over: {len(cases) - number + 1} cases not measured",
-                file=sys.stderr,
-            )
+            missing = f"{len(cases) - number + 1} cases not measured"
+            print(f"[{suite.name}] {settings.minutes:g} minutes are over: {missing}", file=sys.stderr)
             break
         print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
         rows += measure_case(suite, case, settings)
-    return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": suite.summary(rows)}
+    return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": report.summary(suite, rows)}
 
 
 def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
@@ -41,70 +40,79 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
     Whatever raises becomes a row; nothing is dropped.
     """
     try:
-        prepared = case.setup(case.sizes)
+        x = case.inputs(case.sizes)
+        oracle = case.oracle(x)
     except Exception as error:
-        return [_row(case, Contestant("all", "ours"), status="failed", reason=f"set-up: {_describe(error)}")]
-    prepared = replace(prepared, contestants=tuple(filter(settings.runs, prepared.contestants)))
-    rows = {contestant.name: _row(case, contestant) for contestant in prepared.contestants}
-    runners: dict[str, Runner] = {}
-    first_run_s: dict[str, float] = {}
-    for contestant in prepared.contestants:
+        return [_row(case, "all", "ours") | {"status": "failed", "reason": f"set-up: {_describe(error)}"}]
+    contestants = [contestant for contestant in case.contestants if settings.runs(contestant)]
+    rows = {contestant.name: _row(case, contestant.name, contestant.role) for contestant in contestants}
+    works: dict[str, Work] = {}
+    for contestant in contestants:
         row = rows[contestant.name]
-        if contestant.make is None:
-            row |= {"status": "absent", "reason": contestant.absent}
-            continue
-        try:
-            runner = contestant.make()
-            started = time.perf_counter()
-            result = runner()
-            first_run_s[contestant.name] = time.perf_counter() - started
-            row["errors"] = prepared.errors(result)
-            del result
-        except Exception as error:
-            row |= {"status": "failed", "reason": _describe(error)}
-            continue
-        row["note"] = contestant.note() if callable(contestant.note) else contestant.note
-        row["flops_by_formula"] = contestant.flops() if callable(contestant.flops) else contestant.flops
-        row |= _counted(runner)
-        runners[contestant.name] = runner
-        if excess := _excess(row["errors"], case, contestant):
-            row |= {"status": "wrong", "reason": excess}
-    on_gpu = settings.device == "cuda"
-    timed = gpu.interleave(runners) if on_gpu else interleave(runners, first_run_s)
+        work = judged(row, case, contestant, x, oracle)
+        if work is not None:
+            row |= {"note": work.note, "flops_by_formula": work.flops, **_counted(work.run)}
+            works[contestant.name] = work
+    runners = {name: work.run for name, work in works.items()}
+    timed = interleave(runners, {name: work.first_s for name, work in works.items()}, settings.device)
     for name, timing in timed.items():
         if isinstance(timing, Timing):
             rows[name]["time_ms"] = timing.as_json()
+            if (phases := works[name].phases) is not None:
+                _add_phases(rows[name], phases())
         else:
             rows[name] |= {"status": "failed", "reason": _describe(timing)}
-    for contestant in prepared.contestants:
-        if contestant.phases is not None and rows[contestant.name]["time_ms"]:
-            _add_phases(rows[contestant.name], contestant.phases())
-    if case.flops and all(c.role != "floor" for c in prepared.contestants):
+    if case.flops and all(contestant.role != "floor" for contestant in contestants):
         rows["limit"] = _limit(case, settings)
-    _add_ratios(rows, suite, case, prepared)
-    if on_gpu:
-        _finish_on_gpu(rows, runners, prepared)
-        return list(rows.values())
-    runners.clear()
-    for contestant in prepared.contestants:
-        if contestant.role != "floor" and rows[contestant.name]["time_ms"]:
-            _add_memory(rows[contestant.name], suite, case, contestant, settings)
+    _add_ratios(rows, suite, case.output_bytes(x))
+    if settings.device != "cuda":
+        works.clear()
+        runners.clear()
+    for contestant in contestants:
+        row = rows[contestant.name]
+        if not row["time_ms"]:
+            continue
+        if contestant.role != "floor":
+            row |= _memory(suite, case, contestant, settings, runners.get(contestant.name))
+        if settings.device == "cuda":
+            clocks = measuring.clocks("cuda") if contestant.role == "floor" else ""
+            row |= {"kernels": measuring.kernels(runners[contestant.name]), "clocks": clocks}
     return list(rows.values())
 
 
-def _add_phases(row: Row, seconds: Mapping[str, float]) -> None:
-    row["phases_s"] = {name: round(value, 5) for name, value in seconds.items()}
-    row["note"] += "".join(f"{', ' if row['note'] else ''}{name} {value:.2g} s" for name, value in seconds.items())
+def judged(row: Row, case: Case, contestant: Contestant, x: Any, oracle: Oracle, peer_slack: float = PEER_SLACK) -> Work | None:
+    """Sets a contestant up, runs it once and fills in its row; returns None if it does not run."""
+    try:
+        if reason := contestant.applies(x):
+            row |= {"status": "absent", "reason": reason}
+            return None
+        work = contestant.setup(x)
+        started = time.perf_counter()
+        result = work.run()
+        work.first_s = time.perf_counter() - started
+        errors = row["errors"] = oracle(result)
+    except Exception as error:
+        row |= {"status": "failed", "reason": _describe(error)}
+        return None
+    slack = peer_slack if contestant.role == "peer" else 1.0
+    over = [
+        f"{name} error {errors[name]:.1e} above {limit * slack:.0e}"
+        for name, limit in case.tolerance.items()
+        if name in errors and not errors[name] <= limit * slack  # a NaN is wrong
+    ]
+    if over:
+        row |= {"status": "wrong", "reason": "; ".join(over)}
+    return work
 
 
-def _row(case: Case, contestant: Contestant, *, status: str = "ok", reason: str = "") -> Row:
+def _row(case: Case, name: str, role: str) -> Row:
     return {
         "case": case.label,
         "sizes": dict(case.sizes),
-        "contestant": contestant.name,
-        "role": contestant.role,
-        "status": status,
-        "reason": reason,
+        "contestant": name,
+        "role": role,
+        "status": "ok",
+        "reason": "",
         "note": "",
         "time_ms": None,
         "flops_counted": None,
@@ -120,7 +128,7 @@ def _row(case: Case, contestant: Contestant, *, status: str = "ok", reason: str 
 
 
 def _counted(runner: Runner) -> dict[str, Any]:
-    """Operations of one call, by torch's counter with the library's formulas; kernels that torch does not see count as 0."""
+    """Operations of one call by torch's counter and the library's formulas; foreign kernels count as 0."""
     try:
         with FlopCounterMode(display=False) as counter:
             runner()
@@ -129,67 +137,45 @@ def _counted(runner: Runner) -> dict[str, Any]:
     return {"flops_counted": int(counter.get_total_flops())}
 
 
-def _limit(case: Case, settings: Settings) -> Row:
-    """The least arithmetic of the case at the rate of a bare matrix product, which nobody goes below: computed."""
-    rate = gflops_per_s(DTYPES[case.dtype or settings.dtype], settings.device)
-    row = _row(case, Contestant("limit", "floor"))
-    milliseconds = round(case.flops / rate / 1e6, 5)
-    row["time_ms"] = {**dict.fromkeys(("median", "min", "q1", "q3"), milliseconds), "runs": 0}
-    row |= {"note": f"{case.flops / 1e9:.4g} GFLOP at {rate:.0f} GFLOP/s, computed", "flops_by_formula": case.flops}
-    return row
-
-
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _excess(errors: dict[str, float], case: Case, contestant: Contestant) -> str:
-    slack = PEER_SLACK if contestant.role == "peer" else 1.0
-    over = [
-        f"{name} error {errors[name]:.1e} above {limit * slack:.0e}"
-        for name, limit in case.tolerance.items()
-        if name in errors and not errors[name] <= limit * slack  # a NaN is wrong
-    ]
-    return "; ".join(over)
+def _add_phases(row: Row, seconds: Mapping[str, float]) -> None:
+    row["phases_s"] = {name: round(value, 5) for name, value in seconds.items()}
+    row["note"] += "".join(f"{', ' if row['note'] else ''}{name} {value:.2g} s" for name, value in seconds.items())
 
 
-def _add_ratios(rows: dict[str, Row], suite: Suite, case: Case, prepared: Prepared) -> None:
-    def median(name: str) -> float | None:
-        row: dict[str, Any] = rows.get(name) or {}
-        return row["time_ms"]["median"] if row.get("time_ms") else None
+def _limit(case: Case, settings: Settings) -> Row:
+    """The least arithmetic of the case at the rate of a bare matrix product: computed, not measured."""
+    rate = gflops_per_s(DTYPES[case.dtype or settings.dtype], settings.device)
+    milliseconds = round(case.flops / rate / 1e6, 5)
+    return _row(case, "limit", "floor") | {
+        "time_ms": {**dict.fromkeys(("median", "min", "q1", "q3"), milliseconds), "runs": 0},
+        "note": f"{case.flops / 1e9:.4g} GFLOP at {rate:.0f} GFLOP/s, computed",
+        "flops_by_formula": case.flops,
+    }
 
+
+def _add_ratios(rows: Mapping[str, Row], suite: Suite, output_bytes: int) -> None:
+    medians = {name: row["time_ms"]["median"] for name, row in rows.items() if row["time_ms"]}
     floor = next((name for name, row in rows.items() if row["role"] == "floor"), "")
-    for name, row in rows.items():
-        if (own := median(name)) is None:
-            continue
+    for name, own in medians.items():
+        row = rows[name]
         if operations := row["flops_counted"] or row["flops_by_formula"]:
             row["gflops_per_s"] = round(operations / own / 1e6, 1)
-        for key, other in (("to_floor", median(floor)), ("to_baseline", median(suite.baseline))):
+        for key, other in (("to_floor", medians.get(floor)), ("to_baseline", medians.get(suite.baseline))):
             row[key] = round(own / other, 4) if other else None
-        if row["role"] == "floor" and prepared.output_bytes:
-            row |= {"memory_mib": round(prepared.output_bytes / MIB, 2), "memory_method": "outputs, by arithmetic"}
+        if row["role"] == "floor" and output_bytes:
+            row |= {"memory_mib": round(output_bytes / MIB, 2), "memory_method": "outputs, by arithmetic"}
 
 
-def _finish_on_gpu(rows: dict[str, Row], runners: dict[str, Runner], prepared: Prepared) -> None:
-    """Memory by the allocator, in this process, and the clocks after the race."""
-    for contestant in prepared.contestants:
-        row = rows[contestant.name]
-        if contestant.role != "floor" and row["time_ms"]:
-            try:
-                memory = gpu.peak_memory(runners[contestant.name])
-            except Exception as error:
-                row["memory_method"] = _describe(error)
-            else:
-                row |= {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}
-        if row["time_ms"]:
-            row["kernels"] = gpu.kernels(runners[contestant.name])
-        row["clocks"] = gpu.clocks() if contestant.role == "floor" else ""
-
-
-def _add_memory(row: Row, suite: Suite, case: Case, contestant: Contestant, settings: Settings) -> None:
+def _memory(suite: Suite, case: Case, contestant: Contestant, settings: Settings, here: Runner | None) -> dict[str, Any]:
+    """Of one call: by the allocator in this process where `here` is given, else in a process of its own."""
     try:
-        memory: Memory = peak_memory(suite.name, case.label, contestant.name, settings)
+        memory: Memory = (
+            measuring.allocator_peak(here) if here else peak_memory(suite.name, case.label, contestant.name, settings)
+        )
     except Exception as error:
-        row["memory_method"] = _describe(error)
-    else:
-        row |= {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}
+        return {"memory_method": _describe(error)}
+    return {"memory_mib": round(memory.extra_mib, 2), "memory_method": memory.method}

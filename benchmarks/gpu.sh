@@ -54,9 +54,9 @@ if [ "$device" = cuda ]; then
   # the candidates of the fused kernel and of chunks, by time: what DLLM_KERNELS_AUTOTUNE=1 would choose on this card
   stage tuning 50 env DLLM_KERNELS_AUTOTUNE=1 DLLM_KERNELS_CACHE="$out/tuning.json" "$PYTHON" -c '
 from benchmarks.suites.head import HEADS
-from dllm_kernels.backends.triton import engine
+from dllm_kernels.backends.triton.head import warmup
 for head in HEADS.values():
-    engine.warmup(head["H"], head["V"])'
+    warmup(head["H"], head["V"])'
   (cd "$out" && tar czf plots.tar.gz ./*.png && rm -f ./*.png)
 fi
 exit "$bad"

@@ -1,15 +1,20 @@
-"""Time and peak memory, measured so that two figures of one run can be compared."""
+"""Time, memory and the machine's rates, measured so that two figures of one run can be compared.
+
+On a GPU time is told by events, with a cold L2 cache, and memory by the allocator.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
@@ -19,14 +24,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import Runner, Settings, load
+from benchmarks.registry import Runner, Settings, Suite, load
 
 ROUNDS = 7
 SHORTEST_SAMPLE_S = 0.005  # faster work is repeated within one sample until it takes this long
 WARM_S = 0.1  # a first run this long has warmed up what there is
 MEMORY_TIMEOUT_S = 900
 MIB = 1 << 20
-FLUSH_BYTES = 64 << 20  # twice the last-level cache of the processors that we measured on
+# twice the last-level cache of the processors that we measured on; several times the L2 cache of any card
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -44,18 +50,18 @@ class Timing:
 
 
 @cache
-def _flush_buffer() -> torch.Tensor:
-    return torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.zeros(FLUSH_BYTES[device], dtype=torch.uint8, device=device)
 
 
-def flush_caches() -> None:
+def flush_caches(device: str) -> None:
     """Write more than the caches hold: what runs next reads its operands from memory, whoever ran before."""
-    _flush_buffer().add_(1)
+    _flush_buffer(device).add_(1)
 
 
 @cache
 def gflops_per_s(dtype: torch.dtype, device: str) -> float:
-    """The rate of a large matrix product by the vendor's library, best of several shapes and runs: the arithmetic's ceiling."""
+    """The rate of a large matrix product, best of several shapes and runs: the ceiling of arithmetic."""
     best = 0.0
     for n, k, m in ((512, 1024, 8192), (2048, 2048, 2048)):
         a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(m, k, device=device).to(dtype).t()
@@ -72,34 +78,71 @@ def gbytes_per_s(device: str) -> float:
     return 2.0 * source.nbytes / _quickest(lambda: target.copy_(source), device) / 1e9
 
 
-def cpu_clocks() -> str:
-    """What the kernel says of the cores' clocks, as `2596-2601 MHz`; empty where it says nothing."""
+def _proc(name: str) -> list[str]:
+    """Lines of a file under /proc; none where the system has no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc", name).read_text().splitlines()
     except OSError:
+        return []
+
+
+def clocks(device: str) -> str:
+    """A CPU's core clocks as `2596-2601 MHz`; a GPU's clocks, temperature and power; empty if unknown."""
+    if device == "cuda":
+        return _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+    found = [float(line.partition(":")[2]) for line in _proc("cpuinfo") if line.startswith("cpu MHz")]
+    return f"{min(found):.0f}-{max(found):.0f} MHz" if found else ""
+
+
+def _nvidia_smi(query: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    return f"{min(clocks):.0f}-{max(clocks):.0f} MHz" if clocks else ""
+
+
+def card() -> dict[str, Any]:
+    """The GPU, its driver, and its ceilings; plain values."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_mib": properties.total_memory // MIB,
+        "driver": _nvidia_smi("driver_version"),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
 
 
 def _quickest(work: Callable[[], object], device: str) -> float:
-    seconds = []
-    for _ in range(5):
+    return min(list(_repeated(work, device, 5))[1:])
+
+
+def _repeated(work: Callable[[], object], device: str, times: int) -> Iterator[float]:
+    for _ in range(times):
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+        yield time.perf_counter() - started
+
+
+def fastest(layouts: Mapping[str, Callable[[], object]], device: str) -> str:
+    """The name of the layout that takes the least time, best of three."""
+    return min(layouts, key=lambda name: min(_repeated(layouts[name], device, 3)))
+
+
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def interleave(
-    runners: Mapping[str, Runner], first_run_s: Mapping[str, float], rounds: int = ROUNDS
+    runners: Mapping[str, Runner], first_run_s: Mapping[str, float], device: str = "cpu", rounds: int = ROUNDS
 ) -> dict[str, Timing | Exception]:
-    """Time the runners in turn, so that a noisy minute hits all of them; every round starts with another one, from cold caches.
+    """Time the runners in turn from cold caches, each round in another order, so that noise hits all alike.
 
-    Each has run once already, in `first_run_s` seconds. One that raises gets its exception instead of a timing.
+    Each has run once already, in `first_run_s` seconds. One that raises gets its exception instead of a
+    timing.
     """
+    sample, warm_s = (_by_events, math.inf) if device == "cuda" else (_by_clock, WARM_S)
     failures: dict[str, Timing | Exception] = {}
     repeats: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in runners}
@@ -110,43 +153,87 @@ def interleave(
         for number in range(-1, rounds):  # round -1 warms up and finds the repeats
             turn = number % len(names) if names else 0
             for name in names[turn:] + names[:turn]:
-                if name in failures or (number < 0 and first_run_s[name] > WARM_S):
+                if name in failures or (number < 0 and first_run_s[name] > warm_s):
                     continue
                 try:
-                    count = repeats.get(name, 1)
-                    flush_caches()
-                    started = time.perf_counter()
-                    for _ in range(count):
-                        runners[name]()
-                    seconds = (time.perf_counter() - started) / count
+                    flush_caches(device)
+                    seconds = sample(runners[name], repeats.get(name, 1))
                 except Exception as error:
                     failures[name] = error
                     continue
-                if number < 0:
-                    repeats[name] = max(1, int(SHORTEST_SAMPLE_S / max(seconds, 1e-9)))
-                else:
+                if number >= 0:
                     times[name].append(seconds)
+                elif device == "cpu":
+                    repeats[name] = max(1, int(SHORTEST_SAMPLE_S / max(seconds, 1e-9)))
     finally:
         gc.enable()
     return failures | {name: Timing(tuple(runs)) for name, runs in times.items() if name not in failures}
 
 
+def _by_clock(runner: Runner, count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        runner()
+    return (time.perf_counter() - started) / count
+
+
+def _by_events(runner: Runner, count: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        outputs = runner()
+    end.record()
+    end.synchronize()
+    del outputs
+    return float(begin.elapsed_time(end)) / 1e3 / count
+
+
+def kernels(runner: Runner, most: int = 4) -> list[str]:
+    """The kernels that take most of a call's time, slowest first: whether a peer took its fast path."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        runner()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] = spent.get(event.name, 0.0) + event.time_range.elapsed_us()
+    return [name[:80] for name in sorted(spent, key=lambda name: -spent[name])[:most]]
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Growth of the resident set while one call ran, its outputs included."""
+    """Growth of live memory while one call ran, its outputs included."""
 
     extra_mib: float
     method: str
 
 
+def allocator_peak(runner: Runner) -> Memory:
+    """What one call adds to the peak of the GPU's allocator, in this process."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = runner()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del outputs
+    return Memory((peak - before) / MIB, "torch.cuda.max_memory_allocated")
+
+
 def start_memory_server(preload: Sequence[str]) -> None:
-    """Start the process that `peak_memory` forks from, with these modules imported; once, before the first of them.
+    """Start the process that `peak_memory` forks from, with these modules imported; call it once, first.
 
     What is not imported there is imported again in every child, half a second each.
     """
     root = str(Path(__file__).resolve().parent.parent)
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])  # the server gets no sys.path
+    # the server gets no sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
     multiprocessing.set_forkserver_preload(["torch", "dllm_kernels", "benchmarks.measure", *preload])
     forkserver.ensure_running()
     if before is None:
@@ -156,11 +243,12 @@ def start_memory_server(preload: Sequence[str]) -> None:
 
 
 def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> Memory:
-    """Peak memory of one call in a process of its own.
+    """Peak memory of one call in a process of its own, by the resident set.
 
-    The process is forked from a server that has imported the libraries and computed nothing; it warms up at the case's tiny
-    sizes, sets the case up, resets the kernel's high-water mark, and calls once. Blocks from 1 MiB go back to the system when
-    freed, so that the figure is live memory. Raises RuntimeError with the reason.
+    The process is forked from a server that has imported the libraries and computed nothing; it warms up at
+    the case's tiny sizes, sets the case up, resets the kernel's high-water mark, and calls once. Blocks from
+    1 MiB go back to the system when freed, so that the figure is live memory. Raises RuntimeError with the
+    reason.
     """
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
@@ -190,17 +278,16 @@ def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> 
 def _child(pipe: Connection, suite_name: str, label: str, contestant: str, settings: Settings) -> None:
     try:
         gc.freeze()  # else the collection below copies every page of the modules that the server shares
-        # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live memory
+        # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live
+        # memory
         getattr(_libc(), "mallopt", lambda *_: 0)(M_MMAP_THRESHOLD, MIB)
         torch.set_num_threads(settings.threads)
-        case = load(suite_name).case(label, settings)
-        for sizes in (case.tiny, case.sizes):  # ends with the runner of the full size
-            prepared = case.setup(sizes)
-            make = next(c.make for c in prepared.contestants if c.name == contestant)
-            assert make is not None
-            runner = make()
-            if sizes is case.tiny:
-                runner()
+        suite = load(suite_name)
+        assert isinstance(suite, Suite)
+        case = next(case for case in suite.cases(settings) if case.label == label)
+        setup = next(one.setup for one in case.contestants if one.name == contestant)
+        setup(case.inputs(case.tiny)).run()
+        runner = setup(case.inputs(case.sizes)).run
         gc.collect()
         pipe.send(_growth(runner))
     except Exception as error:
@@ -214,22 +301,25 @@ def _libc() -> ctypes.CDLL:
 def _growth(runner: Runner) -> Memory:
     # freed blocks that malloc still holds would hide growth
     getattr(_libc(), "malloc_trim", lambda _: None)(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        outputs = runner()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        method = "ru_maxrss, which cannot be reset: a peak during set-up hides growth"
-    else:
-        before = _status_bytes("VmRSS")
-        outputs = runner()
-        after = _status_bytes("VmHWM")
-        method = "VmHWM after clear_refs"
+    resettable = _reset_high_water_mark()
+    before = _resident_bytes("VmRSS" if resettable else "")
+    outputs = runner()
+    after = _resident_bytes("VmHWM" if resettable else "")
     del outputs  # held until here: outputs count
+    method = "VmHWM after clear_refs" if resettable else "ru_maxrss, which cannot be reset: a peak during set-up hides growth"
     return Memory(max(0, after - before) / MIB, method)
 
 
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) << 10
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_bytes(key: str) -> int:
+    """What the kernel calls VmRSS (now) or VmHWM (the most so far); without a key the most ever."""
+    if not key:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return next(int(line.split()[1]) << 10 for line in _proc("self/status") if line.startswith(key + ":"))

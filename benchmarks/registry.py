@@ -1,7 +1,8 @@
-"""What a benchmark is: suites of cases, each with one setup that feeds time, memory and accuracy of every contestant.
+"""What benchmarks are made of: suites are rows of data; measuring, judging and reporting are written once.
 
-A new suite is one file in `suites/` with a `SUITE`, and one row in `SUITE_MODULES`. What is no race of contestants but
-statistics is a `Study`.
+A `Case` is one piece of work at given sizes: its inputs, the contestants, and one oracle that judges all of
+them. A `Suite` is a race of such cases, a `Study` is statistics. A new one is an entry in the `SUITES` of its
+module and a row in `MODULES`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE_MODULES = {
-    name: f"benchmarks.suites.{name}" for name in ("head", "elbo", "bgpo", "entropy", "rollout", "step", "accuracy", "variance")
+MODULES = {
+    "head": "benchmarks.suites.head",
+    "elbo": "benchmarks.suites.elbo",
+    "bgpo": "benchmarks.suites.bgpo",
+    "entropy": "benchmarks.suites.entropy",
+    "rollout": "benchmarks.suites.rollout",
+    "step": "benchmarks.suites.step",
+    "accuracy": "benchmarks.suites.head",
+    "variance": "benchmarks.studies.variance",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EUROBERT = "transformers.models.eurobert.modeling_eurobert"  # of `small_model`, for `preload`
 
-# "reference": the library's own PyTorch specification of every op, which its tests hold the other backends against
+# "reference": the library's own PyTorch specification of every op, which its tests hold the other backends
+# against
 Role = Literal["ours", "reference", "peer", "floor"]
 Result = dict[str, Tensor]
 Runner = Callable[[], Result]
+Oracle = Callable[[Result], dict[str, float]]
 Row = dict[str, Any]  # one line of a result file: plain values, see `execution.measure_case`
 
 
@@ -36,7 +46,8 @@ class Settings:
     dtype: str = "float32"
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
-    full: bool = False  # the sizes of the published bounds, and every case; else what fits into three minutes in all
+    # the sizes of the published bounds, and every case; else what fits into three minutes in all
+    full: bool = False
     threads: int = 1
     cases: tuple[str, ...] = ()  # only cases of these names; all where empty
     peers: tuple[str, ...] | None = None  # of those beside ours and the floor only these; None for all
@@ -53,41 +64,67 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One way to do a case's work.
+class Sizes:
+    """Sizes of a case by tier."""
 
-    `make` builds its state and returns the function that is timed; that function returns its outputs, for `errors`. A
-    contestant that cannot run says why in `absent` and is listed with that reason. `note` is printed beside the figures;
-    a function, where only the made contestant knows. `flops` is what a formula says of one call's operations, beside those
-    that are counted while it runs; 0 where there is none.
+    tiny: Mapping[str, int]
+    usual: Mapping[str, int]
+    full: Mapping[str, int]
+
+    def of(self, settings: Settings) -> dict[str, int]:
+        """The run's tier, with what --shape says of these sizes."""
+        base = self.tiny if settings.tiny else self.full if settings.full else self.usual
+        return {**base, **{key: value for key, value in settings.shape.items() if key in base}}
+
+
+@dataclass
+class Work:
+    """What a contestant's set-up returns. `run` is timed, and returns the outputs that the oracle judges.
+
+    The rest is read after it has run, so that `run` may set it: operations of one call by formula (0 where
+    there is none), a note for the table, seconds of a call's parts.
+    """
+
+    run: Runner
+    flops: float = 0.0
+    note: str = ""
+    phases: Callable[[], Mapping[str, float]] | None = None
+    first_s: float = 0.0  # seconds of the first call, by who judged it
+
+
+def applies_always(_: Any) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do a case's work: the same set-up feeds time, memory, operations and errors.
+
+    Both functions take the case's inputs. `applies` says why it cannot run and is listed with that; "" where
+    it can.
     """
 
     name: str
     role: Role
-    make: Callable[[], Runner] | None = None
-    absent: str = ""
-    note: str | Callable[[], str] = ""
-    flops: float | Callable[[], float] = 0.0
-    phases: Callable[[], Mapping[str, float]] | None = None  # seconds of a call's parts, asked after all timing
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A case at one size: `errors` judges any contestant's outputs against float64 on the same inputs."""
-
-    contestants: tuple[Contestant, ...]
-    errors: Callable[[Result], dict[str, float]]
-    output_bytes: int  # what any contestant must allocate: gradients and row vectors
+    setup: Callable[[Any], Work]
+    applies: Callable[[Any], str] = applies_always
 
 
 @dataclass(frozen=True)
 class Case:
+    """`inputs` makes what all contestants are given; `oracle` judges their outputs against float64."""
+
     name: str
     sizes: Mapping[str, int]
     tiny: Mapping[str, int]  # the same work at a size that only warms up code, threads and library buffers
-    setup: Callable[[Mapping[str, int]], Prepared]
-    flops: float  # the least operations that the work takes: the row "limit" where no contestant is the floor; 0 for none
+    inputs: Callable[[Mapping[str, int]], Any]
+    contestants: tuple[Contestant, ...]
+    oracle: Callable[[Any], Oracle]
     tolerance: Mapping[str, float]  # largest error of ours; see `execution.PEER_SLACK` for the others
+    # the least that the work takes: the row "limit" where no contestant is the floor; 0 for none
+    flops: float = 0.0
+    # what any contestant must allocate: gradients and row vectors
+    output_bytes: Callable[[Any], int] = lambda _: 0
     dtype: str = ""  # where it is not the run's
 
     @property
@@ -104,37 +141,45 @@ class Suite:
     baseline: str  # the contestant that `to_baseline` divides by
     error_columns: tuple[str, ...]
     shape_keys: tuple[str, ...]
-    summary: Callable[[Sequence[Row]], str]
     plot: Callable[[Sequence[Row], Path], None]
-    required_shape: tuple[str, ...] = ()  # keys that --shape must give together; the others keep their defaults
+    # keys that --shape must give together; the others keep their defaults
+    required_shape: tuple[str, ...] = ()
+    measured_floor: bool = False  # a contestant, not arithmetic: worth a word in the summary
     arithmetic: Callable[[], list[dict[str, Any]]] = list  # figures that are computed, not measured
     arithmetic_title: str = ""
     preload: tuple[str, ...] = ()  # modules that its memory subprocesses find imported
 
-    def case(self, label: str, settings: Settings) -> Case:
-        return next(case for case in self.cases(settings) if case.label == label)
-
 
 @dataclass(frozen=True)
 class Study:
-    """A suite of statistics: `measure` returns its entry of the result file, with `rows` and a `summary`; nothing is timed."""
+    """Statistics, nothing timed: `measure` returns the result file's entry, with `rows` and a `summary`."""
 
     name: str
     title: str
-    check: Callable[[Settings], None]  # raises ValueError for settings that do not fit, before anything is measured
+    # raises ValueError for settings that do not fit, before anything is measured
+    check: Callable[[Settings], None]
     measure: Callable[[Settings], dict[str, Any]]
     listing: Callable[[Settings], Sequence[str]]  # a line per case
-    table: Callable[[Sequence[Row]], Table]
+    label: Callable[[Row], str]  # of a row's case in the table
+    columns: Mapping[str, Callable[[Row], str]]  # of the table
     shape_keys: tuple[str, ...]
     plot: Callable[[Sequence[Row], Path], None]
     required_shape: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
 
 
+def load(name: str) -> Suite | Study:
+    """The suite of that name. Raises ValueError naming the known ones."""
+    if name not in MODULES:
+        raise ValueError(f"--suite must be one of {', '.join(MODULES)}, got {name!r}")
+    found: Suite | Study = importlib.import_module(MODULES[name]).SUITES[name]
+    return found
+
+
 def small_model(
     *, V: int, H: int, layers: int, dtype: torch.dtype, device: str = "cpu", expand: int = 4, sharpen: float = 1.0
 ) -> nn.Module:
-    """A random EuroBERT (LLaDA's architecture) in evaluation mode; its mask id is V - 1. `sharpen` scales the head."""
+    """A random EuroBERT (LLaDA's architecture) in eval mode; mask id V - 1; `sharpen` scales the head."""
     from transformers import EuroBertConfig, EuroBertForMaskedLM
 
     heads = max(1, H // 64)
@@ -158,16 +203,13 @@ def small_model(
 
 
 def multiplied_parameters(model: nn.Module) -> int:
-    """Parameters that every token is multiplied with: neither the embedding, which is looked up, nor the head."""
+    """Parameters that every token is multiplied with: without the embedding (looked up) and the head."""
     skipped = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}  # type: ignore[operator]
     return sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in skipped)
 
 
-def load(name: str) -> Suite | Study:
-    """The suite of that name. Raises ValueError naming the known ones."""
-    if name not in SUITE_MODULES:
-        raise ValueError(f"--suite must be one of {', '.join(SUITE_MODULES)}, got {name!r}")
-    return importlib.import_module(SUITE_MODULES[name]).SUITE
+def gradients(model: nn.Module) -> Result:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def relative_error(got: Sequence[Tensor], true: Sequence[Tensor]) -> float:
@@ -175,3 +217,27 @@ def relative_error(got: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     difference = sum(float((g.double() - t.double()).square().sum()) for g, t in zip(got, true, strict=True))
     size = sum(float(t.double().square().sum()) for t in true)
     return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def gradient_error(result: Result, true: Result, *values: str) -> float:
+    """`relative_error` of all parameters' gradients: all of a result but `values`.
+
+    Raises ValueError where one is missing.
+    """
+    if result.keys() != true.keys():
+        raise ValueError(f"gradients of {sorted(result.keys() ^ true.keys())} are missing or unexpected")
+    names = [name for name in true if name not in values]
+    return relative_error([result[n] for n in names], [true[n] for n in names])
+
+
+def body_parameters(sizes: Mapping[str, int], expand: int = 4) -> float:
+    """`multiplied_parameters` of `small_model`: four H x H and three H x expand H matrices a layer."""
+    return float(sizes["layers"] * (4 + 3 * expand) * sizes["H"] ** 2)
+
+
+def operations(parameters: float, tokens: float, rows: float, sizes: Mapping[str, int], *, gradients: bool = False) -> float:
+    """Of the body on `tokens` and the head on `rows`; three times as many with a backward pass.
+
+    Attention's own products are left out.
+    """
+    return (6.0 if gradients else 2.0) * (parameters * tokens + rows * sizes["H"] * sizes["V"])

@@ -1,17 +1,17 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                   every suite, in under 3 minutes on 2 cores or on a GPU
-    python benchmarks/run.py --list                            what there is
-    python benchmarks/run.py --full --out FILE.json            the sizes of the published bounds, and every case
+    python benchmarks/run.py                                    every suite, in under 3 minutes
+    python benchmarks/run.py --list                             what there is
+    python benchmarks/run.py --full --out FILE.json             the sizes of the published bounds, every case
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
-    python benchmarks/run.py --suite head --peers eager,liger  ours and the floor beside these alone; `none` for nobody
-    python benchmarks/run.py --suite variance --model runs/demo/checkpoint                     of your own model
-    python benchmarks/run.py --device cuda --dtype bfloat16    on a GPU (the default where there is one)
-    python benchmarks/run.py --compare BASE.json               what changed since
+    python benchmarks/run.py --suite head --peers eager,liger   these beside ours and the floor, or `none`
+    python benchmarks/run.py --suite variance --model FOLDER    of your own model
+    python benchmarks/run.py --device cuda --dtype bfloat16     on a GPU (the default where there is one)
+    python benchmarks/run.py --compare BASE.json                what changed since
 
 Needs the package with its `train` extra. Prints a table and a summary per suite; writes a JSON file (default
-runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong results, one of
-ours failed, or --compare found something worse; 2 bad arguments.
+runs/bench/<time>.json) and one PNG per suite beside it. Exit codes: 0 all well; 1 a contestant gave wrong
+results, one of ours failed, or --compare found something worse; 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import checkout  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
-# run as a script, Python puts this folder first; the packages `benchmarks`, `trainer` and `dllm_kernels` lie one above
-sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
 
 
 def parse_shape(text: str) -> dict[str, int]:
@@ -70,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
-    """Measures and reports; returns the exit code. Raises ValueError for bad arguments, before anything is measured."""
+    """Measures and reports; returns the exit code. Raises ValueError for bad arguments before it measures."""
     import torch
 
     from benchmarks import execution, measure, registry, report
 
-    asked = arguments.suite or registry.SUITE_MODULES
+    asked = arguments.suite or registry.MODULES
     # the variance of ELBO estimators is the other half of what they cost
     names = list(dict.fromkeys(part for name in asked for part in (("elbo", "variance") if name == "elbo" else (name,))))
     if arguments.shape is not None or arguments.case:  # of one of the two
@@ -91,8 +92,10 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
                 console.print("\n".join(f"  {line}" for line in suite.listing(settings)))
                 continue
             for case in suite.cases(settings):
-                contestants = [c.name + f" (absent: {c.absent})" * bool(c.absent) for c in case.setup(case.tiny).contestants]
-                console.print(f"  {case.label}: {', '.join(contestants)}")
+                x = case.inputs(case.tiny)
+                absent = {c.name: c.applies(x) for c in case.contestants}
+                said = (name + f" (absent: {why})" * bool(why) for name, why in absent.items())
+                console.print(f"  {case.label}: {', '.join(said)}")
         return 0
 
     started = datetime.now().astimezone()
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     except OSError as error:
         raise ValueError(f"--out must be a writable file, got {out}: {error.strerror}") from None
 
-    modules = [registry.SUITE_MODULES[suite.name] for suite in suites]
+    modules = [registry.MODULES[suite.name] for suite in suites]
     measure.start_memory_server([*modules, *(module for suite in suites for module in suite.preload)])
     torch.set_num_threads(settings.threads)
     results: dict[str, Any] = {
@@ -124,10 +127,13 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
         entry["seconds"] = round(time.monotonic() - began, 1)
         results["suites"][suite.name], rows = entry, entry["rows"]
-        out.write_text(json.dumps(results, indent=1) + "\n")  # after each suite: an interrupted run keeps what it has
+        # after each suite: an interrupted run keeps what it has
+        out.write_text(json.dumps(results, indent=1) + "\n")
         suite.plot(rows, out.with_name(f"{out.stem}-{suite.name}.png"))
         console.print()
-        console.print(suite.table(rows) if isinstance(suite, registry.Study) else report.table(suite, rows))
+        timed = not isinstance(suite, registry.Study)
+        label, columns = (report.on_two_lines, report.timed_columns(suite, rows)) if timed else (suite.label, suite.columns)
+        console.print(report.table(suite.name, suite.title, rows, label, columns))
         if entry.get("arithmetic"):
             console.print(report.arithmetic_table(suite, entry["arithmetic"]))
         console.print(f"{suite.name}: {entry['summary']}; measured in {entry['seconds']:.0f} s")
@@ -191,7 +197,7 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
     if arguments.peers in (None, "all"):
         return settings
     peers = () if arguments.peers == "none" else tuple(name.strip() for name in arguments.peers.split(","))
-    contestants = [c for suite in timed for case in suite.cases(settings) for c in case.setup(case.tiny).contestants]
+    contestants = [c for suite in timed for case in suite.cases(settings) for c in case.contestants]
     _known("--peers", peers, {"all", "none", *(c.name for c in contestants if c.role in ("reference", "peer"))})
     return replace(settings, peers=peers)
 
@@ -221,19 +227,16 @@ def _environment(settings: Any) -> dict[str, Any]:
     import torch
     from dllm_trainer.records.environment import environment
 
-    from benchmarks import gpu, measure
-    from dllm_kernels.backends import select
-    from dllm_kernels.backends.contract import HeadProblem
+    from benchmarks import measure
+    from dllm_kernels import backends
 
-    probe = torch.zeros(1, 1, dtype=settings.torch_dtype, device=settings.device)
     versions = {name: metadata.version(name) if _installed(name) else "not installed" for name in PACKAGES}
-    on_gpu = settings.device == "cuda"
     return {
         **environment(),
-        **(gpu.environment() if on_gpu else {}),
+        **(measure.card() if settings.device == "cuda" else {}),
         "versions": versions,
-        "backend": select(HeadProblem(probe, probe, torch.zeros(1, dtype=torch.int64, device=settings.device))).NAME,
-        "clocks": gpu.clocks() if on_gpu else measure.cpu_clocks(),
+        "backend": backends.for_device(torch.device(settings.device)).NAME,
+        "clocks": measure.clocks(settings.device),
         "product_gflops_per_s": round(measure.gflops_per_s(settings.torch_dtype, settings.device)),
         "copy_gbytes_per_s": round(measure.gbytes_per_s(settings.device), 1),
         "load_average": ", ".join(f"{load:.1f}" for load in os.getloadavg()),

@@ -11,7 +11,8 @@ import torch
 from torch.testing import assert_close
 
 import dllm_kernels
-from benchmarks import algorithms_table, comparison_table, estimators_table, head_table
+from benchmarks import documents, report
+from benchmarks.studies import variance
 from dllm_kernels.objectives import RECIPES
 from tests.accumulation.test_all_algorithms import gradient_moments
 
@@ -115,9 +116,9 @@ def test_every_public_function_is_shown():
 # --- estimators.md ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", estimators_table.TABLES)
+@pytest.mark.parametrize("name", variance.TABLES)
 def test_each_table_is_that_of_the_committed_run(name):
-    assert estimators_table.in_document(TEXT, name) == estimators_table.TABLES[name](ENTRY)
+    assert documents.in_document(TEXT, name) == variance.TABLES[name](ENTRY)
 
 
 def test_the_verdict_on_the_share_of_t_is_that_of_the_results():
@@ -140,7 +141,7 @@ def ratios(over, models, *, L=16, budget=None, nodes=(2, 3, 4), form="(GDPO)"):
         if x["budget"] == (budget or n)
     ]
     assert len(values) == len(models) * len(nodes)
-    return tuple(estimators_table.digits(value) for value in (min(values), max(values)))
+    return tuple(report.two_digits(value) for value in (min(values), max(values)))
 
 
 def test_the_verdict_on_quadrature_is_that_of_the_results():
@@ -167,7 +168,7 @@ def test_the_biases_are_those_of_the_results():
         rows = [r for r in ENTRY["rows"] if r["model"] in models and r["sizes"].get("K") == 12 and r["contestant"].endswith(form)]
         assert len(rows) == 3 * len(models)
         values = sorted(abs(r["figures"]["bias"]["value"]) for r in rows)
-        return estimators_table.digits(values[0]), estimators_table.digits(values[-1])
+        return report.two_digits(values[0]), report.two_digits(values[-1])
 
     assert "random model {} to {} nats too high".format(*biases(("random",), "(GDPO)")) in PROSE
     assert float(biases(("random",), "L/count")[1]) <= 0.04
@@ -177,23 +178,23 @@ def test_the_biases_are_those_of_the_results():
         next(r["figures"]["mse"]["value"] for r in ENTRY["rows"] if (r["model"], r["sizes"]["K"], r["contestant"]) == key)
         for key in (("random", 4, "antithetic (ESPO)"), ("random", 4, "exact, stratified"))
     )
-    assert f"({estimators_table.digits(antithetic)} against {estimators_table.digits(exact)} at 4 passes)" in PROSE
+    assert f"({report.two_digits(antithetic)} against {report.two_digits(exact)} at 4 passes)" in PROSE
 
 
 def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
-    text = head_table.DOCUMENT.read_text()
-    result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text())
-    assert head_table.in_document(text) == head_table.table(result)
+    result = documents.result_of("head-cpu")
+    assert documents.in_document((ROOT / "docs" / "cpu_engine.md").read_text(), "head table") == documents.head(result)
     assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])
 
 
-# --- algorithms.md ----------------------------------------------------------------------------------------------------
+# --- algorithms.md ------------------------------------------------------------------------------------------
 
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
 
 
-def test_the_list_of_algorithms_is_that_of_their_recipes():
-    assert algorithms_table.in_document(ALGORITHMS) == algorithms_table.table()
+@pytest.mark.parametrize("document", documents.DOCUMENTS["algorithms"])
+def test_the_list_of_algorithms_is_that_of_their_recipes(document):
+    assert documents.in_document((ROOT / document).read_text(), "algorithms") == documents.algorithms()
     assert len(RECIPES) == 15
     assert "Fifteen" in README
 
@@ -210,16 +211,16 @@ def test_dmpo_s_variances_are_those_that_are_measured():
     assert f"with it {found['neg', 2]} and {found['neg', 4]}" in prose
 
 
-# --- comparison.md ----------------------------------------------------------------------------------------------------
+# --- comparison.md ------------------------------------------------------------------------------------------
 
-COMPARISON = comparison_table.DOCUMENT.read_text()
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
 OF_THE_MISSION = {"gdpo", "dmpo", "bgpo", "egspo", "egspo_sa", "rspo"}
 
 
-@pytest.mark.parametrize("task", comparison_table.TASKS)
+@pytest.mark.parametrize("task", documents.TASKS)
 def test_the_comparison_is_that_of_the_committed_runs(task):
-    result = comparison_table.result_of(task)
-    assert comparison_table.in_document(COMPARISON, task) == comparison_table.block(result)
+    result = documents.result_of(f"compare-{task}")
+    assert documents.in_document(COMPARISON, task) == documents.comparison(result)
     names = {row["algorithm"] for row in result["algorithms"]}
     assert names == (set(RECIPES) if task == "sudoku" else OF_THE_MISSION)
     for row in result["algorithms"]:
@@ -227,12 +228,12 @@ def test_the_comparison_is_that_of_the_committed_runs(task):
         made = sum(row["forwards"]) / len(row["forwards"])
         assert abs(made / result["budget"] - 1) <= 0.03, "equal forwards, to the 3 % that the page says"
         assert row["improves"], "the page says that all do"
-    assert (comparison_table.RESULTS / f"compare-{task}.png").read_bytes().startswith(b"\x89PNG")
+    assert (documents.RESULTS / f"compare-{task}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_order_that_the_comparison_tells_is_that_of_the_runs():
     def order(task):
-        rows = comparison_table.result_of(task)["algorithms"]
+        rows = documents.result_of(f"compare-{task}")["algorithms"]
         return [row["algorithm"] for row in sorted(rows, key=lambda row: -sum(row["rollout"]["rl"]))]
 
     sudoku, countdown = order("sudoku"), order("countdown")
@@ -240,3 +241,23 @@ def test_the_order_that_the_comparison_tells_is_that_of_the_runs():
     assert set(sudoku[4:9]) == {"bgpo", "espo", "diffu_grpo", "dmpo", "rspo"}
     assert set(sudoku[-5:]) == {"wd1", "unigrpo", "vrpo", "spg", "gdpo"}
     assert [name for name in sudoku if name in OF_THE_MISSION][-1] == countdown[0] == "gdpo"
+
+
+# --- the blocks of all documents ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["demo", "head", "algorithms"])
+def test_writing_changes_what_stands_between_markers_and_nothing_else(table):
+    for document in documents.DOCUMENTS[table]:
+        text = (ROOT / document).read_text()
+        assert documents.filled(text, documents.blocks(table)) == text, "it is what the committed results say"
+        (name, block), *_ = documents.blocks(table).items()
+        changed = documents.filled(text, {name: "another"})
+        assert changed == text.replace(block, "another")
+    with pytest.raises(ValueError, match=f"the markers '<!-- {name}: benchmarks/documents.py -->' and"):
+        documents.filled(text.replace(f"<!-- end of {name} -->", ""), {name: block})
+
+
+def test_a_table_that_is_not_there_is_told(capsys):
+    assert documents.main(["write", "everything"]) == 2
+    assert "a table must be one of measured, every row" in capsys.readouterr().err

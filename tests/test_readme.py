@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-from benchmarks import demo_table, readme
+from benchmarks import documents
 from dllm_kernels import elbo_loss, headless
 from tests.tiny import eurobert
 
@@ -47,13 +47,14 @@ def test_a_stranger_can_read_it_in_a_minute():
     assert len(README.encode()) < 6000
     assert README.index("## Two commands") < 1500
     assert len(re.findall("^```diff$", README, flags=re.MULTILINE)) == 1
-    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) == [str(readme.FIGURE.relative_to(ROOT))]
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) == [str(documents.FIGURE.relative_to(ROOT))]
     assert "No GPU has run any of it yet" in README
 
 
 def test_the_demo_s_table_is_that_of_the_committed_runs_and_meets_its_bounds():
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo-cpu.json").read_text())
-    assert demo_table.in_readme((ROOT / "docs" / "demo.md").read_text()) == demo_table.table(result)
+    result = documents.result_of("demo-cpu")
+    (document,) = documents.DOCUMENTS["demo"]
+    assert documents.in_document((ROOT / document).read_text(), "demo table") == documents.demo(result)
     assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
     for way in ("rollout", "greedy"):
         gains = [run["sets"]["unseen_puzzles"][way]["gain"]["gain"] for run in result["runs"]]
@@ -61,34 +62,35 @@ def test_the_demo_s_table_is_that_of_the_committed_runs_and_meets_its_bounds():
         assert sum(gains) / 3 >= 0.15
 
 
-RESULT = readme.load()
+RESULT = documents.load()
 
 
-@pytest.mark.parametrize(("document", "make"), [("docs/results.md", readme.measured), ("docs/benchmarks.md", readme.every_row)])
-def test_measured_figures_are_those_of_the_committed_run(document, make):
-    assert readme.in_document((ROOT / document).read_text()) == make(RESULT)
+@pytest.mark.parametrize("table", ["measured", "every row"])
+def test_measured_figures_are_those_of_the_committed_run(table):
+    (document,) = documents.DOCUMENTS[table]
+    assert documents.in_document((ROOT / document).read_text(), table) == documents.blocks(table)[table]
 
 
 def test_the_figure_was_drawn_from_the_committed_run():
-    assert Image.open(readme.FIGURE).text["Source"] == readme.digest()
+    assert Image.open(documents.FIGURE).text["Source"] == documents.digest()
 
 
 def test_the_figure_and_the_tables_follow_the_result(tmp_path):
     other = json.loads(json.dumps(RESULT))
-    row = next(pair.ours for pair in readme.pairs(other))
+    row = next(pair.ours for pair in documents.pairs(other))
     row["time_ms"]["median"] *= 2
-    assert readme.measured(other) != readme.measured(RESULT)
-    readme.draw(other, tmp_path / "figure.png", "another")
+    assert documents.measured(other) != documents.measured(RESULT)
+    documents.draw(other, tmp_path / "figure.png", "another")
     assert Image.open(tmp_path / "figure.png").text["Source"] == "another"
     row["status"] = "wrong"
     with pytest.raises(ValueError, match="must hold one case"):
-        list(readme.pairs(other))
+        list(documents.pairs(other))
 
 
 def ratios(suite, name, beside, sizes=""):
     """(their time over ours, their extra memory over ours) of a line of the table in docs/results.md."""
-    (pair,) = (p for p in readme.pairs(RESULT) if p.line[:4] == (suite, name, sizes, beside))
-    return readme.ratio(pair, "time_ms"), pair.other["memory_mib"] / max(pair.ours["memory_mib"], 0.1)
+    (pair,) = (p for p in documents.pairs(RESULT) if p.line[:4] == (suite, name, sizes, beside))
+    return documents.ratio(pair, "time_ms"), pair.other["memory_mib"] / max(pair.ours["memory_mib"], 0.1)
 
 
 def test_the_bounds_that_the_committed_run_keeps():
@@ -107,7 +109,7 @@ def test_the_bounds_that_the_committed_run_keeps():
 
 
 def test_the_rollout_s_figures_at_full_size_are_those_of_the_committed_run():
-    result = json.loads((ROOT / "benchmarks" / "results" / "rollout-cpu.json").read_text())
+    result = documents.result_of("rollout-cpu")
     rows = {row["contestant"]: row for row in result["suites"]["rollout"]["rows"] if row["case"].startswith("argmax ")}
     ours, published = rows["ours"], rows["published"]
     prose = " ".join((ROOT / "docs" / "results.md").read_text().split())

@@ -1,41 +1,54 @@
-"""The LM head alone: scoring with each plan, and sampling, against eager PyTorch, PyTorch's own fused loss and the floor.
+"""The LM head alone: scoring with each plan and sampling, against eager PyTorch, fused losses and the floor.
 
-The floor is the bare matrix products of the plan, outputs preallocated and touched, each by the fastest of the layouts that
-the vendor libraries offer here; its memory is the outputs alone, by arithmetic. With a size M, the N rows are the masked ones of
-M positions: everybody is given all hidden states and the rows to take, and "all positions" is who makes logits of all M first,
-as the published trainers do.
+The suite `head` measures time and memory. The floor is the bare matrix products of the plan, outputs
+preallocated and touched, each by the fastest of the layouts that the vendor libraries offer here; its memory
+is the outputs alone, by arithmetic. With a size M, the N rows are the masked ones of M positions: everybody
+is given all hidden states and the rows to take, and "all positions" is who makes logits of all M first, as
+the published trainers do.
+
+The suite `accuracy` has the same contestants, inputs and float64 oracle, and errors alone, in every dtype:
+
+    logp, entropy     the largest absolute error of a row, in nats
+    elbo256           the largest absolute error of a sum of 256 log-probs, in nats: what an importance ratio
+                      exponentiates
+    gradient          |got - true| / |true|, the larger of hidden states' and weight's
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import plots
-from benchmarks.registry import DTYPES, Case, Contestant, Prepared, Result, Row, Runner, Settings, Suite, relative_error
-from benchmarks.suites import head_peers
-from dllm_kernels import explain, noise, sample_tokens, score_tokens
-from dllm_kernels.backends import select
-from dllm_kernels.backends.contract import HeadProblem
+from benchmarks import execution, plots, report
+from benchmarks.registry import (
+    DTYPES,
+    Case,
+    Contestant,
+    Oracle,
+    Result,
+    Row,
+    Settings,
+    Sizes,
+    Study,
+    Suite,
+    Work,
+)
+from benchmarks.suites.head_inputs import HeadOracle, Inputs, floor, make_inputs
+from benchmarks.suites.head_peers import GPU_PEERS, PEERS
+from dllm_kernels import backends, sample_tokens, score_tokens
+from dllm_kernels.head import plans
 
-# plan: matrix products (each 2 N H V FLOPs) by output, whether the head trains
-PLANS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "forward": (("logits",), False),
-    "unit": (("logits", "dhidden"), False),
-    "coef": (("logits", "dhidden", "dweight"), True),
-    "keep": (("logits", "dhidden", "dweight"), True),
-    "recompute": (("logits", "logits", "dhidden", "dweight"), True),
-    "sample": (("logits",), False),
-}
+PLANS = (*plans.PLANS, "sample")
 USUAL = {"N": 256, "M": 512, "H": 512, "V": 16384}  # in every run; half of the positions are masked
 LLADA = {"N": 512, "H": 1024, "V": 126464}  # LLaDA's vocabulary: what the bounds are stated for
 PLANS_OF_BOUNDS = ("forward", "unit", "coef", "sample")
@@ -59,62 +72,18 @@ GPU_SHAPES = tuple({"N": N, **head} for N in (4096, 1024, 256, 16384, 65536) for
 GPU_USUAL = tuple({"N": 4096, **head} for head in HEADS.values())
 SAMPLE_ROWS = 32  # a block of 32, as LLaDA decodes
 TINY = {"N": 16, "H": 16, "V": 64}
-SLAB = 2048  # vocabulary rows of the floor's blocked layout
-CHECKED = 1 << 27  # logits in float64 that the oracle may hold: beyond, it judges the first rows, and no dW
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    hidden_MH: Tensor
-    weight_VH: Tensor
-    target_N: Tensor
-    coef_N: Tensor
-    key_N: Tensor
-    softcap: float | None = None
-    rows: Tensor | None = None  # of hidden_MH, in order; None: all of them
-
-    def final(self, logits: Tensor) -> Tensor:
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    @functools.cached_property
-    def hidden_NH(self) -> Tensor:
-        return self.chosen(self.hidden_MH)
-
-    def chosen(self, hidden_MH: Tensor) -> Tensor:
-        """The rows that are scored; a copy, where not all are."""
-        return hidden_MH if self.rows is None else hidden_MH[self.rows]
-
-    def leaves(self, head_trains: bool) -> tuple[Tensor, Tensor]:
-        return self.hidden_MH.detach().requires_grad_(True), self.weight_VH.detach().requires_grad_(head_trains)
-
-
-def _inputs(sizes: Mapping[str, int], dtype: torch.dtype, device: str) -> _Inputs:
-    N, H, V = sizes["N"], sizes["H"], sizes["V"]
-    generator = torch.Generator(device).manual_seed(0)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    on: dict[str, Any] = {"generator": generator, "device": device}
-    M = sizes.get("M", N)
-    return _Inputs(
-        hidden_MH=torch.randn(M, H, **on).to(dtype),
-        weight_VH=torch.randn(V, H, **on).mul_(2.5 / H**0.5).to(dtype),  # logits of deviation 2.5
-        target_N=torch.randint(V, (N,), **on),
-        coef_N=torch.randn(N, **on),
-        key_N=noise.row_bits(0, noise.Stream.TOKEN, zero, zero, torch.arange(N, device=device)),
-        softcap=float(sizes["cap"]) if "cap" in sizes else None,
-        rows=None if M == N else torch.randperm(M, **on)[:N].sort().values,
-    )
 
 
 def _shapes(settings: Settings) -> list[tuple[dict[str, int], str, tuple[str, ...]]]:
     """Sizes, dtype and plans of a run."""
-    everything, own = tuple(PLANS), settings.dtype
+    own = settings.dtype
     if settings.tiny:
-        return [({**TINY, "M": 24}, own, everything)]
+        return [({**TINY, "M": 24}, own, PLANS)]
     if settings.shape:
-        return [(dict(settings.shape), own, everything)]
+        return [(dict(settings.shape), own, PLANS)]
     if settings.device == "cuda":
-        return [(dict(shape), own, everything) for shape in (GPU_SHAPES if settings.full else GPU_USUAL)]
-    usual = [(dict(USUAL), own, everything)]
+        return [(dict(shape), own, PLANS) for shape in (GPU_SHAPES if settings.full else GPU_USUAL)]
+    usual = [(dict(USUAL), own, PLANS)]
     if settings.full:
         return usual + [(dict(sizes), dtype, plans) for sizes, dtype, plans in FULL]
     return usual + ([(dict(USUAL), "bfloat16", ("forward", "coef"))] if own == "float32" else [])
@@ -122,8 +91,9 @@ def _shapes(settings: Settings) -> list[tuple[dict[str, int], str, tuple[str, ..
 
 def cases(settings: Settings) -> list[Case]:
     found = []
-    for shape, dtype, plans in _shapes(settings):
-        for plan in plans:
+    for shape, dtype, wanted in _shapes(settings):
+        nats, relative = (1e-4, 1e-5) if dtype == "float32" else (1e-3, 2e-2)
+        for plan in wanted:
             sizes = dict(shape)
             if plan == "sample":  # rows of a block: all of them are undecided
                 sizes.pop("M", None)
@@ -134,48 +104,22 @@ def cases(settings: Settings) -> list[Case]:
                     name=plan,
                     sizes=sizes,
                     tiny={**TINY, "M": 24} if "M" in sizes else TINY,
-                    setup=functools.partial(_setup, plan=plan, dtype=DTYPES[dtype], device=settings.device),
-                    flops=0.0,  # the floor is measured
-                    tolerance={
-                        "logp": 1e-3 if dtype != "float32" else 1e-4,
-                        "entropy": 1e-3 if dtype != "float32" else 1e-4,
-                        "gradient": 2e-2 if dtype != "float32" else 1e-5,
-                    },
+                    inputs=functools.partial(make_inputs, plan=plan, dtype=DTYPES[dtype], device=settings.device),
+                    contestants=CONTESTANTS_ON_GPU if settings.device == "cuda" else CONTESTANTS,
+                    oracle=HeadOracle,
+                    tolerance={"logp": nats, "entropy": nats, "gradient": relative},
+                    output_bytes=lambda x: x.output_bytes,
                     dtype="" if dtype == settings.dtype else dtype,
                 )
             )
     return found
 
 
-def _setup(sizes: Mapping[str, int], *, plan: str, dtype: torch.dtype, device: str) -> Prepared:
-    x = _inputs(sizes, dtype, device)
-    head_trains = PLANS[plan][1]
-    active = select(HeadProblem(x.hidden_NH, x.weight_VH, x.target_N)).NAME
-    floor = _Floor(x, PLANS[plan][0])
-    makers: list[Contestant] = [
-        Contestant("ours", "ours", functools.partial(_ours, x, plan), note=f"backend {active}", flops=_formula(x, plan)),
-        _reference(x, plan, active),
-        Contestant("eager", "peer", functools.partial(_eager, x, plan)),
-        _everywhere(x, plan),
-        *([Contestant("torch.compile", "peer", functools.partial(_eager, x, plan, compiled=True))] if device == "cuda" else []),
-        *head_peers.contestants(plan, lambda: x.leaves(head_trains), x.chosen, x.target_N, x.coef_N, x.softcap),
-        Contestant("floor", "floor", floor.make, note=lambda: floor.note, flops=floor.flops),
-    ]
-    outputs = x.target_N.numel() * 4
-    if plan not in ("forward", "sample"):
-        outputs += x.hidden_MH.nbytes + (x.weight_VH.nbytes if head_trains else 0)
-    return Prepared(tuple(makers), Oracle(x), outputs)
+# --- contestants --------------------------------------------------------------------------------------------
 
 
-def _formula(x: _Inputs, plan: str) -> float:
-    """What `explain` says of the operations."""
-    V, H = x.weight_VH.shape
-    if plan == "sample":
-        return 2.0 * len(x.target_N) * H * V
-    trains = PLANS[plan][1]
-    kind = {"rows": len(x.target_N), "hidden_size": H, "vocabulary": V, "dtype": x.weight_VH.dtype, "trainable_head": trains}
-    how = {"wants_gradient": plan != "forward", "coef_known": plan == "coef"}
-    return float(explain(**kind, **how, plan=plan if plan in ("unit", "keep", "recompute") else None).flops)
+def _active(x: Inputs) -> str:
+    return str(backends.for_device(x.hidden_MH.device).NAME)
 
 
 @contextmanager
@@ -192,49 +136,39 @@ def _backend(name: str | None) -> Iterator[None]:
                 os.environ["DLLM_KERNELS_BACKEND"] = before
 
 
-def _ours(x: _Inputs, plan: str, backend: str | None = None) -> Runner:
-    hidden, weight = x.leaves(PLANS[plan][1])
+def _ours(x: Inputs, backend: str | None = None) -> Work:
+    hidden, weight = x.leaves()
+    options: dict[str, Any] = {"rows": x.rows, "softcap": x.softcap}
 
     def run() -> Result:
         hidden.grad = weight.grad = None
         with _backend(backend):
-            if plan == "sample":
+            if x.plan == "sample":
                 drawn = sample_tokens(x.hidden_MH, x.weight_VH, x.key_N, softcap=x.softcap)
                 return {"token": drawn.token, "logp": drawn.logp, "entropy": drawn.entropy}
-            if plan == "forward":
+            if x.plan == "forward":
                 want = ("logp", "entropy", "top_logp", "top_id")
-                found = score_tokens(hidden.detach(), x.weight_VH, x.target_N, rows=x.rows, want=want, softcap=x.softcap)
+                found = score_tokens(hidden.detach(), x.weight_VH, x.target_N, want=want, **options)
                 assert found.logp is not None
                 assert found.entropy is not None
                 return {"logp": found.logp, "entropy": found.entropy}
-            if plan == "coef":
-                scores = score_tokens(hidden, weight, x.target_N, rows=x.rows, coef=x.coef_N, softcap=x.softcap)
+            if x.plan == "coef":
+                scores = score_tokens(hidden, weight, x.target_N, coef=x.coef_N, **options)
                 assert scores.weighted_sum is not None
                 scores.weighted_sum.backward()
             else:
-                scores = score_tokens(hidden, weight, x.target_N, rows=x.rows, plan=plan, softcap=x.softcap)
+                scores = score_tokens(hidden, weight, x.target_N, plan=x.plan, **options)
                 assert scores.logp is not None
                 scores.logp.backward(x.coef_N)
-        return _with_gradients(scores.logp, hidden, weight)
+        return x.result(scores.logp, hidden, weight)
 
-    return run
-
-
-def _reference(x: _Inputs, plan: str, active: str) -> Contestant:
-    name = "reference"
-    if active == "reference":
-        return Contestant(name, "reference", absent="the active backend is the reference already")
-    if len(x.target_N) * len(x.weight_VH) > LARGE:
-        return Contestant(name, "reference", absent="left out at this size; the smaller one has it")
-    make = functools.partial(_ours, x, plan, "reference")
-    return Contestant(name, "reference", make, note="our PyTorch specification", flops=_formula(x, plan))
+    return Work(run, x.flops, "our PyTorch specification" if backend else f"backend {_active(x)}")
 
 
-def _everywhere(x: _Inputs, plan: str) -> Contestant:
-    name = "all positions"
-    if x.rows is None:
-        return Contestant(name, "peer", absent="all rows are scored")
-    return Contestant(name, "peer", functools.partial(_eager, x, plan, everywhere=True), note=f"eager on {len(x.hidden_MH)} rows")
+def _reference_applies(x: Inputs) -> str:
+    if _active(x) == "reference":
+        return "the active backend is the reference already"
+    return "left out at this size; the smaller one has it" if len(x.target_N) * len(x.weight_VH) > LARGE else ""
 
 
 def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) -> Tensor:
@@ -244,200 +178,155 @@ def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, softcap: float | None) ->
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor, float | None], Tensor]:
-    return torch.compile(_log_softmax, dynamic=True)  # one compilation for all shapes: a dozen seconds each otherwise
+    # one compilation for all shapes: a dozen seconds each otherwise
+    return torch.compile(_log_softmax, dynamic=True)
 
 
-def _eager(x: _Inputs, plan: str, *, compiled: bool = False, everywhere: bool = False) -> Runner:
+def _eager(x: Inputs, *, compiled: bool = False, everywhere: bool = False) -> Work:
     """What a trainer writes without a library: logits, an fp32 log-softmax, a gather, autograd."""
-    hidden, weight = x.leaves(PLANS[plan][1])
+    hidden, weight = x.leaves()
     generator = torch.Generator(x.hidden_NH.device)
-
     log_softmax = _compiled() if compiled else _log_softmax
 
     def run() -> Result:
         hidden.grad = weight.grad = None
-        if plan == "sample":
+        if x.plan == "sample":
             # github ML-GSAI/LLaDA, generate.py: Gumbel-max in float64
             logits = x.final(F.linear(x.hidden_MH, x.weight_VH).float())
             uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator, device=logits.device)
             token = (logits.double().exp() / -torch.log(uniform)).argmax(-1)
             logps = logits.log_softmax(-1)
-            return {
-                "token": token,
-                "logp": logps.gather(1, token[:, None])[:, 0],
-                "entropy": -(logps.exp() * logps).sum(-1),
-            }
-        with torch.set_grad_enabled(plan != "forward"):
+            return {"token": token, "logp": logps.gather(1, token[:, None])[:, 0], "entropy": -(logps.exp() * logps).sum(-1)}
+        with torch.set_grad_enabled(x.plan != "forward"):
             logps = log_softmax(hidden if everywhere else x.chosen(hidden), weight, x.softcap)
             logps = x.chosen(logps) if everywhere else logps
             logp = logps.gather(1, x.target_N[:, None])[:, 0]
-        if plan == "forward":
+        if x.plan == "forward":
             logps.max(-1)
             return {"logp": logp, "entropy": -(logps.exp() * logps).sum(-1)}
         del logps
         logp.backward(x.coef_N)
-        return _with_gradients(logp, hidden, weight)
+        return x.result(logp, hidden, weight)
 
-    return run
-
-
-def _with_gradients(logp: Tensor | None, hidden: Tensor | None = None, weight: Tensor | None = None) -> Result:
-    assert logp is not None
-    found = {"logp": logp.detach()}
-    for name, leaf in (("dhidden", hidden), ("dweight", weight)):
-        if leaf is not None and leaf.grad is not None:
-            found[name] = leaf.grad
-    return found
+    return Work(run, note=f"eager on {len(x.hidden_MH)} rows" if everywhere else "")
 
 
-class _Floor:
-    """The bare products; `make` picks the fastest layout of each on this machine."""
-
-    def __init__(self, x: _Inputs, products: Sequence[str]) -> None:
-        self.x, self.products, self.note = x, products, ""
-        self.flops = 2.0 * len(products) * len(x.target_N) * x.weight_VH.numel()
-
-    def make(self) -> Runner:
-        x, V, N = self.x, len(self.x.weight_VH), len(self.x.target_N)
-        slabs = [slice(v, min(v + SLAB, V)) for v in range(0, V, SLAB)]
-        z_NV = torch.randn(N, V, device=x.hidden_NH.device, dtype=x.hidden_NH.dtype)
-        dhidden_NH, dweight_VH = torch.ones_like(x.hidden_NH), torch.ones_like(x.weight_VH)
-        layouts: dict[str, dict[str, Callable[[], object]]] = {
-            "logits": {"whole": lambda: torch.mm(x.hidden_NH, x.weight_VH.t(), out=z_NV)},
-            "dhidden": {"whole": lambda: torch.mm(z_NV, x.weight_VH, out=dhidden_NH)},
-            "dweight": {"whole": lambda: torch.mm(z_NV.t(), x.hidden_NH, out=dweight_VH)},
-        }
-        if x.hidden_NH.is_cuda:
-            return self._chain([layouts[name]["whole"] for name in self.products])
-        if x.hidden_NH.dtype == torch.float32:
-            if len(slabs) > 1:
-                layouts["logits"]["slabs"] = lambda: [torch.mm(x.hidden_NH, x.weight_VH[s].t(), out=z_NV[:, s]) for s in slabs]
-        else:  # where 16-bit products are emulated, an upcast in slabs is faster
-            h_NH, z32_NV, out_NH, out_VH = x.hidden_NH.float(), z_NV.float(), dhidden_NH.float(), dweight_VH.float()
-            layouts["logits"]["fp32"] = lambda: [torch.mm(h_NH, x.weight_VH[s].float().t(), out=z32_NV[:, s]) for s in slabs]
-            layouts["dhidden"]["fp32"] = lambda: [out_NH.addmm_(z32_NV[:, s], x.weight_VH[s].float()) for s in slabs]
-            layouts["dweight"]["fp32"] = lambda: torch.mm(z32_NV.t(), h_NH, out=out_VH)
-        best = {
-            name: min(layouts[name], key=lambda layout: _quickest(layouts[name][layout])) for name in dict.fromkeys(self.products)
-        }
-        self.note = ", ".join(f"{name} in {best[name]}" for name in best if best[name] != "whole") or "whole products"
-        return self._chain([layouts[name][best[name]] for name in self.products])
-
-    @staticmethod
-    def _chain(chain: Sequence[Callable[[], object]]) -> Runner:
-        def run() -> Result:
-            for product in chain:
-                product()
-            return {}
-
-        return run
+BESIDE = (
+    Contestant("ours", "ours", _ours),
+    Contestant("reference", "reference", functools.partial(_ours, backend="reference"), _reference_applies),
+    Contestant("eager", "peer", _eager),
+    Contestant(
+        "all positions",
+        "peer",
+        functools.partial(_eager, everywhere=True),
+        lambda x: "all rows are scored" if x.rows is None else "",
+    ),
+)
+FLOOR = Contestant("floor", "floor", floor)
+CONTESTANTS = (*BESIDE, *PEERS, FLOOR)
+COMPILED = Contestant("torch.compile", "peer", functools.partial(_eager, compiled=True))
+CONTESTANTS_ON_GPU = (*BESIDE, COMPILED, *PEERS, *GPU_PEERS, FLOOR)
 
 
-def _quickest(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+# --- errors alone -------------------------------------------------------------------------------------------
+
+ACCURACY = Sizes(TINY, {"N": 512, "H": 256, "V": 32003}, {"N": 1024, "H": 1024, "V": 32003})
+TOKENS = 256  # of a sequence whose log-probs are summed
 
 
-class Oracle:
-    """Errors against float64 on the same inputs; the weight is upcast in vocabulary slabs."""
-
-    def __init__(self, x: _Inputs) -> None:
-        rows = max(1, min(len(x.target_N), CHECKED // len(x.weight_VH)))
-        self.rows, self.whole = rows, rows == len(x.target_N)
-        self.x = replace(x, hidden_MH=x.hidden_NH[:rows], rows=None, target_N=x.target_N[:rows], coef_N=x.coef_N[:rows])
-        self.places = x.rows  # of the rows among all positions
-
-    def _own(self, name: str, value: Tensor) -> Tensor:
-        """The rows that are judged: vectors have one entry per row, gradients one per position."""
-        if name == "dweight":
-            return value
-        return (value[self.places] if name == "dhidden" and self.places is not None else value)[: self.rows]
-
-    @functools.cached_property
-    def logp_NV(self) -> Tensor:
-        hidden_NH = self.x.hidden_NH.double()
-        return self.x.final(torch.cat([hidden_NH @ w.double().t() for w in self.x.weight_VH.split(SLAB)], 1)).log_softmax(-1)
-
-    @property
-    def true_logp_N(self) -> Tensor:
-        return self.logp_NV.gather(1, self.x.target_N[:, None])[:, 0]
-
-    @functools.cached_property
-    def operand_NV(self) -> Tensor:
-        operand_NV = -self.logp_NV.exp()
-        operand_NV[torch.arange(len(operand_NV), device=operand_NV.device), self.x.target_N] += 1.0
-        if self.x.softcap is not None:
-            hidden_NH = self.x.hidden_NH.double()
-            for start in range(0, len(self.x.weight_VH), SLAB):
-                t_NV = torch.tanh(hidden_NH @ self.x.weight_VH[start : start + SLAB].double().t() / self.x.softcap)
-                operand_NV[:, start : start + SLAB] *= 1.0 - t_NV * t_NV
-        return operand_NV.mul_(self.x.coef_N.double()[:, None])
-
-    @functools.cached_property
-    def dhidden_NH(self) -> Tensor:
-        total_NH = torch.zeros_like(self.x.hidden_NH, dtype=torch.float64)
-        for start in range(0, len(self.x.weight_VH), SLAB):
-            span = slice(start, start + SLAB)
-            total_NH.addmm_(self.operand_NV[:, span], self.x.weight_VH[span].double())
-        return total_NH
+class _ElboOracle(HeadOracle):
+    """Errors of ELBOs too: of the sums over consecutive `TOKENS` rows (all rows, where there are fewer)."""
 
     def __call__(self, result: Result) -> dict[str, float]:
-        if not result:
-            return {}
-        result = {name: self._own(name, value) for name, value in result.items()}
-        chosen_N1 = result.get("token", self.x.target_N)[:, None]
-        true_logp_N = self.logp_NV.gather(1, chosen_N1)[:, 0]
-        found = {"logp": float((result["logp"].double() - true_logp_N).abs().max())}
-        if "entropy" in result:
-            true_entropy_N = -(self.logp_NV.exp() * self.logp_NV).sum(-1)
-            found["entropy"] = float((result["entropy"].double() - true_entropy_N).abs().max())
-        gradients = []
-        if "dhidden" in result:
-            gradients.append(relative_error([result["dhidden"]], [self.dhidden_NH]))
-        if "dweight" in result and self.whole:
-            gradients.append(self._dweight_error(result["dweight"]))
-        return found | ({"gradient": max(gradients)} if gradients else {})
-
-    def _dweight_error(self, dweight_VH: Tensor) -> float:
-        hidden_NH, difference, size = self.x.hidden_NH.double(), 0.0, 0.0
-        for start in range(0, len(dweight_VH), SLAB):
-            true_VH = self.operand_NV[:, start : start + SLAB].t() @ hidden_NH
-            difference += float((dweight_VH[start : start + SLAB].double() - true_VH).square().sum())
-            size += float(true_VH.square().sum())
-        return (difference / size) ** 0.5
+        found = super().__call__(result)
+        if self.x.plan == "sample":
+            return found
+        difference_N = result["logp"].double()[: self.rows] - self.true_logp_N
+        whole = max(TOKENS, len(difference_N) // TOKENS * TOKENS)
+        return {**found, "elbo256": float(torch.stack([part.sum() for part in difference_N[:whole].split(TOKENS)]).abs().max())}
 
 
-def summary(rows: Sequence[Row]) -> str:
-    by_shape: dict[str, list[Row]] = {}
+def _accuracy_cases(settings: Settings) -> list[tuple[str, Case]]:
+    """Each plan in each dtype; a run's --dtype leaves only that one, unless it is the default."""
+    names, shape = list(DTYPES) if settings.dtype == "float32" else [settings.dtype], ACCURACY.of(settings)
+    return [
+        (name, replace(case, oracle=_ElboOracle))
+        for name in names
+        for case in cases(replace(settings, dtype=name, shape=shape))
+        if case.name in PLANS_OF_BOUNDS and settings.cases in ((), (case.name,))
+    ]
+
+
+def measure_errors(settings: Settings) -> dict[str, Any]:
+    """One of ours beyond the tolerance of the suite `head` is wrong; peers are as they are."""
+    rows: list[Row] = []
+    for dtype, case in _accuracy_cases(settings):
+        x = case.inputs(case.sizes)
+        oracle: Oracle = case.oracle(x)
+        for contestant in case.contestants:
+            if contestant.role != "floor" and settings.runs(contestant):
+                row: Row = {
+                    "case": f"{case.name} {dtype}",
+                    "plan": case.name,
+                    "dtype": dtype,
+                    "sizes": dict(case.sizes),
+                    "contestant": contestant.name,
+                    "role": contestant.role,
+                    "status": "ok",
+                    "reason": "",
+                    "errors": {},
+                }
+                execution.judged(row, case, contestant, x, oracle, peer_slack=math.inf)
+                rows.append(row)
+    return {"rows": rows, "summary": _worst_elbos(rows)}
+
+
+def _worst_elbos(rows: Sequence[Row]) -> str:
+    def worst(dtype: str, name: str) -> float:
+        mine = [row for row in rows if (row["dtype"], row["contestant"]) == (dtype, name)]
+        return max((row["errors"].get("elbo256", 0.0) for row in mine), default=0.0)
+
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    parts = [f"{dtype} {worst(dtype, 'ours'):.1e} (eager {worst(dtype, 'eager'):.1e})" for dtype in dtypes]
+    return "error of a 256-token ELBO sum in nats: " + ", ".join(parts)
+
+
+def _plot_errors(rows: Sequence[Row], path: Path) -> None:
+    """The error of a 256-token ELBO sum by dtype and contestant."""
+    points: dict[str, dict[str, float]] = {row["dtype"]: {} for row in rows}
     for row in rows:
-        if row["contestant"] == "ours" and row["to_baseline"] and row["to_floor"]:
-            shape = " ".join(row["case"].split()[1:]) if row["case"].split()[0] != "sample" else "sample"
-            by_shape.setdefault(shape, []).append(row)
-    if not by_shape:
-        return "ours did not run beside eager and the floor"
-    return (
-        "; ".join(
-            f"{shape}: "
-            + ", ".join(f"{r['case'].split()[0]} {r['to_baseline']:.2f} ({r['to_floor']:.2f})" for r in members)
-            + f", faster in {sum(r['to_baseline'] < 1 for r in members)} of {len(members)}"
-            for shape, members in by_shape.items()
-        )
-        + "; our time over eager's, and over the floor's in brackets"
-    )
+        if row["plan"] == "forward" and row["errors"]:
+            points[row["dtype"]][row["contestant"]] = row["errors"]["elbo256"]
+    plots.grouped(points, "error of a 256-token ELBO sum against float64, nats", path)
 
 
-SUITE = Suite(
-    name="head",
-    title="the LM head: hidden states to log-probabilities, gradients and samples",
-    cases=cases,
-    baseline="eager",
-    error_columns=("logp", "entropy", "gradient"),
-    shape_keys=("N", "M", "H", "V", "cap"),
-    required_shape=("N", "H", "V"),
-    summary=summary,
-    plot=plots.bars,
-)
+def _check(settings: Settings) -> None:
+    if settings.shape and settings.shape["N"] % TOKENS and not settings.tiny:
+        raise ValueError(f"--shape of accuracy takes N a multiple of {TOKENS}, got {settings.shape['N']}")
+
+
+SUITES = {
+    "head": Suite(
+        name="head",
+        title="the LM head: hidden states to log-probabilities, gradients and samples",
+        cases=cases,
+        baseline="eager",
+        error_columns=("logp", "entropy", "gradient"),
+        shape_keys=("N", "M", "H", "V", "cap"),
+        required_shape=("N", "H", "V"),
+        measured_floor=True,
+        plot=plots.bars,
+    ),
+    "accuracy": Study(
+        name="accuracy",
+        title="errors against float64 of logp, entropy, ELBO sums of 256 tokens and gradients, beside everybody's",
+        check=_check,
+        measure=measure_errors,
+        listing=lambda settings: [f"{case.label} {dtype}" for dtype, case in _accuracy_cases(settings)],
+        label=lambda row: row["case"],
+        columns=report.error_columns(("logp", "elbo256", "entropy", "gradient")),
+        shape_keys=("N", "H", "V"),
+        required_shape=("N", "H", "V"),
+        plot=_plot_errors,
+    ),
+}

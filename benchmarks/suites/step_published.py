@@ -1,12 +1,13 @@
 """An RL step as the published trainers of d1's lineage do it, in pure PyTorch: full logits everywhere.
 
-Rollouts call the model and its head on all positions in every denoising step. Scores are of the logits `[B, S, V]`, the slice of
-the completion and `F.cross_entropy`; in the update the graphs of all K samples live until one backward. The losses of `WRITTEN`
-are written here from the papers and their code, independent of the library's; the others call its objective on these scores.
+Rollouts call the model and its head on all positions in every denoising step. Scores are of the logits `[B,
+S, V]`, the slice of the completion and `F.cross_entropy`; in the update the graphs of all K samples live
+until one backward. The losses of `WRITTEN` are written here from the papers and their code, independent of
+the library's; the others call its objective on these scores.
 
-In its favour: noise, softmax and confidence on the block's undecided rows alone, where d1 has float64 noise on all
-rows; entropies only where an algorithm wants them; the old and reference passes one sample at a time, where d1 stacks all;
-sums over log-probs in float64.
+In its favour: noise, softmax and confidence on the block's undecided rows alone, where d1 has float64 noise
+on all rows; entropies only where an algorithm wants them; the old and reference passes one sample at a time,
+where d1 stacks all; sums over log-probs in float64.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def sample(
     entropy: bool = False,
     greedy: bool = False,
 ) -> Rollout:
-    """Completions by LLaDA's generate.py with our noise, so that it draws what `generate` draws for sequences 0, 1, 2 ..."""
+    """LLaDA's generate.py with our noise, so that it draws what `generate` draws for sequences 0, 1, 2 ..."""
     (B, P), L, device = prompts_BP.shape, length, prompts_BP.device
     ids_BS = F.pad(prompts_BP, (0, L), value=mask_id)
     place_L, sequence_ids_B = torch.arange(L, device=device), torch.arange(B, device=device)
@@ -117,8 +118,8 @@ def _commit(into_BR: Tensor, undecided_BR: Tensor, values_N: Tensor, chosen_BC: 
 def token_logps(model: nn.Module, plan: MaskPlan, sample: int, prompt: int) -> Tensor:
     """Log-probs `[B, L]` of the completion under one sample's masks, as d1's `_get_per_token_logps`.
 
-    In float64 from there on, unlike d1: fp32 sums of a thousand nats would lose 1e-4 of a ratio, and the peer is judge at
-    the largest sizes.
+    In float64 from there on, unlike d1: fp32 sums of a thousand nats would lose 1e-4 of a ratio, and the peer
+    is judge at the largest sizes.
     """
     logits_BLV = model(input_ids=plan.noisy_ids[sample]).logits[:, prompt:]
     target_N = plan.input_ids_BS[:, prompt:].reshape(-1)

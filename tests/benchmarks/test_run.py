@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import execution, measure, registry, report
+from benchmarks import run as runner
+from benchmarks.suites import bgpo, head
+
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker: what its fixtures make is made once
-
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
 
-from benchmarks import execution, measure, registry, report  # noqa: E402
-from benchmarks import run as runner  # noqa: E402
-from benchmarks.suites import bgpo, head  # noqa: E402
-
+HEAD, BGPO = head.SUITES["head"], bgpo.SUITES["bgpo"]
 TINY = registry.Settings(tiny=True, threads=1)
 
 
@@ -43,7 +42,7 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
     assert {"clocks", "transformers", "product_gflops_per_s", "copy_gbytes_per_s", "load_average"} <= environment.keys()
     assert environment["versions"].keys() >= {"triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels"}
     assert results["environment"]["threads"] == 1
-    assert results["suites"].keys() == registry.SUITE_MODULES.keys()
+    assert results["suites"].keys() == registry.MODULES.keys()
     for name, suite in results["suites"].items():
         assert f"{name}: {suite['summary']}" in " ".join(process.stdout.split()), "the summary is on the screen"
         assert out.with_name(f"result-{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -92,9 +91,9 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
 
 def test_peers_choose_who_runs_beside_ours_and_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     _without_memory(monkeypatch)
-    case = head.SUITE.cases(TINY)[0]
+    case = HEAD.cases(TINY)[0]
     for peers, expected in (((), {"ours", "floor"}), (("eager",), {"ours", "floor", "eager"})):
-        rows = execution.measure_case(head.SUITE, case, replace(TINY, peers=peers))
+        rows = execution.measure_case(HEAD, case, replace(TINY, peers=peers))
         assert {row["contestant"] for row in rows} == expected
 
 
@@ -102,8 +101,8 @@ def test_operations_are_counted_beside_the_formula_and_a_counter_that_fails_is_t
     _without_memory(monkeypatch)
     N, V, H = 16, 64, 16
     for name, products in (("forward", 1), ("unit", 2), ("coef", 3), ("keep", 3), ("recompute", 4), ("sample", 1)):
-        case = next(case for case in head.SUITE.cases(TINY) if case.name == name)
-        (row,) = (r for r in execution.measure_case(head.SUITE, case, replace(TINY, peers=())) if r["contestant"] == "ours")
+        case = next(case for case in HEAD.cases(TINY) if case.name == name)
+        (row,) = (r for r in execution.measure_case(HEAD, case, replace(TINY, peers=())) if r["contestant"] == "ours")
         assert row["flops_counted"] == row["flops_by_formula"] == 2 * products * N * V * H
 
     def raises() -> registry.Result:
@@ -153,27 +152,23 @@ def _without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "peak_memory", lambda *_: measure.Memory(1.0, "none"))
 
 
-@pytest.mark.parametrize(("suite", "number"), [(bgpo.SUITE, 1), (head.SUITE, 2)])
+@pytest.mark.parametrize(("suite", "number"), [(BGPO, 1), (HEAD, 2)])
 def test_unequal_gradients_fail_the_run(suite: registry.Suite, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_memory(monkeypatch)
     case = suite.cases(TINY)[number]
 
-    def with_a_wrong_one(sizes: Any) -> registry.Prepared:
-        prepared = case.setup(sizes)
-        ours = prepared.contestants[0]
-        assert ours.make is not None
-        honest = ours.make()
+    ours = case.contestants[0]
 
-        def off_by_a_thousandth() -> registry.Result:
-            return {name: value * 1.001 if value.dim() > 1 else value for name, value in honest().items()}
+    def off_by_a_thousandth(x: Any) -> registry.Work:
+        honest = ours.setup(x).run
+        return registry.Work(lambda: {name: value * 1.001 if value.dim() > 1 else value for name, value in honest().items()})
 
-        def breaks() -> registry.Runner:
-            raise RuntimeError("no such library")
+    def breaks(_: Any) -> registry.Work:
+        raise RuntimeError("no such library")
 
-        wrong = replace(ours, name="wrong", make=lambda: off_by_a_thousandth)
-        return replace(prepared, contestants=(*prepared.contestants, wrong, replace(ours, name="broken", make=breaks)))
-
-    rows = {row["contestant"]: row for row in execution.measure_case(suite, replace(case, setup=with_a_wrong_one), TINY)}
+    wrong = replace(ours, name="wrong", setup=off_by_a_thousandth)
+    contestants = (*case.contestants, wrong, replace(ours, name="broken", setup=breaks))
+    rows = {row["contestant"]: row for row in execution.measure_case(suite, replace(case, contestants=contestants), TINY)}
     assert rows["ours"]["status"] == "ok"
     assert rows["wrong"]["status"] == "wrong"
     assert "gradient error 1.0e-03" in rows["wrong"]["reason"]
@@ -182,9 +177,9 @@ def test_unequal_gradients_fail_the_run(suite: registry.Suite, number: int, monk
 
 def test_a_wrong_row_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _without_memory(monkeypatch)
-    honest = bgpo.bgpo_in_pytorch
+    honest = bgpo.WRITTEN["bgpo"]
     # the baseline and the oracle change sign, ours does not
-    monkeypatch.setattr(bgpo, "bgpo_in_pytorch", lambda *args: -honest(*args))
+    monkeypatch.setitem(bgpo.WRITTEN, "bgpo", lambda *args: -honest(*args))
     argv = ["--suite", "bgpo", "--tiny", "--threads", "1", "--shape", "K=1", "--out", str(tmp_path / "a.json")]
     threads = torch.get_num_threads()
     try:
@@ -194,10 +189,10 @@ def test_a_wrong_row_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_setup_that_fails_is_a_row() -> None:
-    def broken(_: Any) -> registry.Prepared:
+    def broken(_: Any) -> Any:
         raise ImportError("No module named 'transformers'")
 
-    rows = execution.measure_case(bgpo.SUITE, replace(bgpo.cases(TINY)[0], setup=broken), TINY)
+    rows = execution.measure_case(BGPO, replace(bgpo.cases(TINY)[0], inputs=broken), TINY)
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "set-up: ImportError: No module named 'transformers'")]
 
 

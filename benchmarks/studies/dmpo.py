@@ -1,16 +1,19 @@
 """DMPO (arXiv 2510.08233): a baseline on the target weights is what makes small batches work.
 
-Source: the public code, whose four baselines are "none", "neg" (its default), "mean" and "unbias". Two measurements:
+Source: the public code, whose four baselines are "none", "neg" (its default), "mean" and "unbias". Two
+measurements:
 
-    exact   softmax policies over 5 answers with random logits and rewards, all groups enumerated (as multisets): the total
-            variance of DMPO's gradient and its expectation without sampling error. Intervals are over the policies.
-    model   many completions of each prompt, cut into groups of G; each completion's gradient by `accumulate` with the
-            published masks, weights and baselines by the library. Once with the policy at its reference, once after
-            updates that moved it away.
+    exact   softmax policies over 5 answers with random logits and rewards, all groups enumerated (as
+            multisets): the total variance of DMPO's gradient and its expectation without sampling error.
+            Intervals are over the policies.
+    model   many completions of each prompt, cut into groups of G; each completion's gradient by `accumulate`
+            with the published masks, weights and baselines by the library. Once with the policy at its
+            reference, once after updates that moved it away.
 
-"mean" and "unbias" subtract 1 / G from each weight, or nearly so. In a policy whose log-probs are exact that has no
-expectation, since E[grad log p] = 0; whether it has none in a model whose completions come from a sampler and whose loss is
-a mean over masked tokens is the last claim. Where an expectation changes, variance over its square is told as well.
+"mean" and "unbias" subtract 1 / G from each weight, or nearly so. In a policy whose log-probs are exact that
+has no expectation, since E[grad log p] = 0; whether it has none in a model whose completions come from a
+sampler and whose loss is a mean over masked tokens is the last claim. Where an expectation changes, variance
+over its square is told as well.
 """
 
 from __future__ import annotations
@@ -18,29 +21,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.claim_studies.common import (
-    Claim,
-    Figures,
-    Group,
-    Settings,
-    Subject,
-    cell,
-    decide,
-    gradient,
-    load,
-    markdown,
-    moments_of_sums,
-    moved,
-    ratio,
-    resampled,
-    spread,
-)
+from benchmarks.studies import common, statistics
+from benchmarks.studies.common import Claim, Column, Figures, Group, Settings, Subject, Tiers
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import RECIPES, dmpo, dmpo_objective, wdce_baseline, wdce_weights
@@ -56,10 +44,10 @@ BLOCK = 64  # groups weighed in one call: memberships are dense
 SINGLE = dmpo_objective(baseline="none")
 
 
-def sizes_of(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"policies": 2, "prompts": 3, "pool": 8, "updates": 1, "largest_group": 4}
-    return {"policies": 32, "prompts": 32, "pool": 64, "updates": 10, "largest_group": 8}
+sizes_of = Tiers(
+    tiny={"policies": 2, "prompts": 3, "pool": 8, "updates": 1, "largest_group": 4},
+    usual={"policies": 32, "prompts": 32, "pool": 64, "updates": 10, "largest_group": 8},
+)
 
 
 def multisets(group: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +82,7 @@ def _coefficients(elbo_B: Tensor, rewards_B: Tensor, kind: str, group: int) -> T
     return torch.autograd.grad(loss, logp)[0]
 
 
-def exact_rows(sizes: dict[str, int]) -> list[Figures]:
+def exact_rows(sizes: Mapping[str, int]) -> list[Figures]:
     generator = torch.Generator().manual_seed(0)
     policies = [
         (torch.randn(ANSWERS, generator=generator, dtype=F64), 0.1 * torch.rand(ANSWERS, generator=generator, dtype=F64))
@@ -113,7 +101,7 @@ def exact_rows(sizes: dict[str, int]) -> list[Figures]:
     return _rows(EXACT, sizes, columns)
 
 
-def _rows(where: str, sizes: dict[str, int], columns: Callable[[str, int], dict[str, Tensor]]) -> list[Figures]:
+def _rows(where: str, sizes: Mapping[str, int], columns: Callable[[str, int], dict[str, Tensor]]) -> list[Figures]:
     rows = []
     for group in (g for g in (2, 4, 8) if g <= sizes["largest_group"]):
         plain = columns("none", group)
@@ -124,9 +112,9 @@ def _rows(where: str, sizes: dict[str, int], columns: Callable[[str, int], dict[
                     "where": where,
                     "group": group,
                     "baseline": kind,
-                    "variance": ratio(found["variance"], plain["variance"]),
+                    "variance": statistics.ratio(found["variance"], plain["variance"]),
                     "noise": _noise(found, plain),
-                    "change": ratio(found["change"], plain["norm"]),
+                    "change": statistics.ratio(found["change"], plain["norm"]),
                 }
             )
     return rows
@@ -134,7 +122,7 @@ def _rows(where: str, sizes: dict[str, int], columns: Callable[[str, int], dict[
 
 def _noise(found: dict[str, Tensor], plain: dict[str, Tensor]) -> Figures:
     """Variance over the squared norm of the expectation, over the same without a baseline."""
-    weight_XU = resampled(len(plain["norm"]))
+    weight_XU = statistics.resampled(len(plain["norm"]))
 
     def relative(column: dict[str, Tensor]) -> Tensor:
         top, bottom = (
@@ -144,18 +132,18 @@ def _noise(found: dict[str, Tensor], plain: dict[str, Tensor]) -> Figures:
         return torch.where(bottom > 0, top / bottom, torch.nan)
 
     found_X = relative(found) / relative(plain)
-    return spread(float(found_X[0]), found_X[1:])
+    return statistics.spread(float(found_X[0]), found_X[1:])
 
 
-def model_rows(where: str, sizes: dict[str, int], subject: Subject, policy: nn.Module, reference: nn.Module) -> list[Figures]:
+def model_rows(where: str, sizes: Mapping[str, int], subject: Subject, policy: nn.Module, reference: nn.Module) -> list[Figures]:
     scored = [_scores(subject, pool, policy, reference) for pool in subject.groups(sizes["prompts"], sizes["pool"], model=policy)]
 
     def columns(kind: str, group: int) -> dict[str, Tensor]:
         found: dict[str, list[float]] = {"variance": [], "norm": [], "change": []}
         for pool in scored:
             ours_RB, plain_RB = (pool.weights(k, group) for k in (kind, "none"))
-            variance, norm = moments_of_sums(ours_RB, pool.gram_BB)
-            change = moments_of_sums(ours_RB - plain_RB, pool.gram_BB)[1]
+            variance, norm = statistics.moments_of_sums(ours_RB, pool.gram_BB)
+            change = statistics.moments_of_sums(ours_RB - plain_RB, pool.gram_BB)[1]
             for key, value in (("variance", variance), ("norm", norm), ("change", change)):
                 found[key].append(value)
         return {key: torch.tensor(values, dtype=F64) for key, values in found.items()}
@@ -164,14 +152,14 @@ def model_rows(where: str, sizes: dict[str, int], subject: Subject, policy: nn.M
 
 
 class _Pool:
-    """The completions of one prompt: what weights need, and inner products of each one's gradient of minus its mean log-prob."""
+    """One prompt's completions: what weights need, and inner products of the gradients of -mean log-prob."""
 
     def __init__(self, rewards_B: Tensor, elbo_B: Tensor, ref_B: Tensor, current_B: Tensor, gradient_BP: Tensor) -> None:
         self.rewards_B, self.elbo_B, self.ref_B, self.current_B = rewards_B, elbo_B, ref_B, current_B
         self.gram_BB = (gradient_BP @ gradient_BP.t()).double()
 
     def weights(self, kind: str, group: int) -> Tensor:
-        """float64 `[R, B]`: the coefficient of each completion in each of R groups. The gradient is linear in them."""
+        """float64 `[R, B]`: each completion's coefficient in each of R groups."""
         B = len(self.rewards_B) // group * group
         ids = torch.arange(B) // group
         arguments = self.rewards_B[:B], self.elbo_B[:B], self.ref_B[:B], ids
@@ -190,7 +178,7 @@ def _scores(subject: Subject, pool: Group, policy: nn.Module, reference: nn.Modu
     gradients, current = [], []
     for b in range(len(pool.rewards_B)):
         plan = in_loss.cut(sequences=slice(b, b + 1))
-        flat_P, report = gradient(policy, plan, SINGLE, Batch({"weights": torch.ones(1)}))
+        flat_P, report = common.gradient(policy, plan, SINGLE, Batch({"weights": torch.ones(1)}))
         gradients.append(flat_P)
         current.append((report.sample_elbo_BK * plan.share_K).sum(-1))
     return _Pool(pool.rewards_B, elbo_B, ref_B, torch.cat(current), torch.stack(gradients))
@@ -198,10 +186,10 @@ def _scores(subject: Subject, pool: Group, policy: nn.Module, reference: nn.Modu
 
 @functools.lru_cache(maxsize=1)  # for both claims
 def measure(settings: Settings) -> Figures:
-    sizes, subject = sizes_of(settings), load(settings)
+    sizes, subject = sizes_of(settings), common.load(settings)
     rows = exact_rows(sizes)
     rows += model_rows("model, at its reference", sizes, subject, subject.model, subject.model)
-    for updates, policy in moved(settings, (sizes["updates"],)):
+    for updates, policy in common.moved(settings, (sizes["updates"],)):
         rows += model_rows(f"model, {updates} updates on", sizes, subject, policy, subject.model)
     return {"rows": rows}
 
@@ -209,7 +197,7 @@ def measure(settings: Settings) -> Figures:
 def lowers(kind: str) -> Callable[[Figures], str]:
     def verdict(figures: Figures) -> str:
         found = [r["variance"] for r in figures["rows"] if r["baseline"] == kind and r["group"] in SMALL]
-        return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
+        return common.decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
 
     return verdict
 
@@ -217,21 +205,13 @@ def lowers(kind: str) -> Callable[[Figures], str]:
 def expectation_verdict(figures: Figures) -> str:
     rows = [r for r in figures["rows"] if r["baseline"] in CENTRED]
     on_model = [r["change"] for r in rows if r["where"] != EXACT]
-    return decide(all(r["change"]["high"] < SAME for r in rows), all(x["low"] > SAME for x in on_model))
+    return common.decide(all(r["change"]["high"] < SAME for r in rows), all(x["low"] > SAME for x in on_model))
 
 
 def table_of(kinds: tuple[str, ...], *keys: str) -> Callable[[Figures], str]:
-    def table(figures: Figures) -> str:
-        return markdown(
-            ["where", "group", "baseline", *(COLUMNS[key] for key in keys)],
-            [
-                [r["where"], str(r["group"]), r["baseline"], *(cell(r[key]) for key in keys)]
-                for r in figures["rows"]
-                if r["baseline"] in kinds
-            ],
-        )
-
-    return table
+    columns: dict[str, Column] = {"where": "where", "group": "group", "baseline": "baseline"}
+    columns |= {COLUMNS[key]: key for key in keys}
+    return lambda figures: common.lines_of([r for r in figures["rows"] if r["baseline"] in kinds], columns)
 
 
 COLUMNS = {

@@ -1,22 +1,24 @@
-"""RSPO (arXiv 2605.10218): residual weights stay stable under noisy likelihood estimates, where ratios do not.
+"""RSPO (arXiv 2605.10218): residual weights stay stable under noisy likelihoods, where ratios do not.
 
-Source: the abstract, a digest and one third-party port; the paper's equations were not read, so what is tested is that port's
-form (`dllm_kernels/objectives/rspo.py`). Two measurements, with the same masks for all contestants:
+Source: the abstract, a digest and one third-party port; the paper's equations were not read, so what is
+tested is that port's form (`dllm_kernels/objectives/rspo.py`). Two measurements, with the same masks for all
+contestants:
 
-    gradient  a policy that has moved away from the one that drew the completions; each sequence's ELBO and its gradient under
-              single masks. From them follow a group's gradients with K masks under every objective, whose coefficients are
-              those of the library's loss. Squared error against the same objective with many masks: RSPO's coefficients are
-              linear in the noisy ELBO difference, those of GDPO and ESPO exponentiate it. Fixed coefficients (lambda = 0) show
-              the noise that no weight removes.
-    training  updates by the trainer with one mask and several inner iterations, from one checkpoint, over seeds: change of
-              accuracy on unseen puzzles. Intervals are Student's over the seeds.
+    gradient  a policy that has moved away from the one that drew the completions; each sequence's ELBO and
+              its gradient under single masks. From them follow a group's gradients with K masks under every
+              objective, whose coefficients are those of the library's loss. Squared error against the same
+              objective with many masks: RSPO's coefficients are linear in the noisy ELBO difference, those of
+              GDPO and ESPO exponentiate it. Fixed coefficients (lambda = 0) show the noise that no weight
+              removes.
+    training  updates by the trainer with one mask and several inner iterations, from one checkpoint, over
+              seeds: change of accuracy on unseen puzzles. Intervals are Student's over the seeds.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,26 +28,15 @@ from dllm_trainer.train.optimization import make_optimizer
 from dllm_trainer.train.rl import rl_updates
 from torch import Tensor, nn
 
-from benchmarks.claim_studies.common import (
-    Claim,
-    Figures,
-    Group,
-    Settings,
-    Subject,
-    cell,
-    decide,
-    digits,
-    gradient,
-    load,
-    markdown,
-    moved,
-    ratio,
-)
+from benchmarks.report import two_digits
+from benchmarks.studies import common, statistics
+from benchmarks.studies.common import Claim, Column, Figures, Group, Settings, Subject, Tiers
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import BGPO, espo, gdpo, group_advantages, rspo
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of ELBO, old and reference ELBO, advantages, lengths
+# of ELBO, old and reference ELBO, advantages, lengths
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 OBJECTIVES: dict[str, Loss] = {
     "RSPO": lambda elbo, old, adv, length: rspo(elbo, old, adv, length),
     "fixed coefficients": lambda elbo, old, adv, length: rspo(elbo, old, adv, length, lam=0.0),
@@ -60,17 +51,17 @@ COLLAPSE = -0.1  # of accuracy
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365}  # 97.5 % quantile by number of seeds
 
 
-def gradient_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 2, "group": 3, "masks": 4, "reference": 8, "near": 1, "far": 2}
-    return {"prompts": 24, "group": 8, "masks": 32, "reference": 256, "near": 4, "far": 40}
+gradient_sizes = Tiers(
+    tiny={"prompts": 2, "group": 3, "masks": 4, "reference": 8, "near": 1, "far": 2},
+    usual={"prompts": 24, "group": 8, "masks": 32, "reference": 256, "near": 4, "far": 40},
+)
 
 
 def gradients(settings: Settings) -> Figures:
-    sizes, subject = gradient_sizes(settings), load(settings)
+    sizes, subject = gradient_sizes(settings), common.load(settings)
     groups = subject.with_signal(sizes["prompts"], sizes["group"])
     rows: list[Figures] = []
-    for updates, policy in moved(settings, (sizes["near"], sizes["far"])):
+    for updates, policy in common.moved(settings, (sizes["near"], sizes["far"])):
         errors: dict[tuple[str, int], list[float]] = {}
         norms: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
         distance: list[float] = []
@@ -108,19 +99,19 @@ def _rows(updates: int, distance: list[float], errors: dict, norms: dict, silent
         rows.append(
             {
                 "updates": updates,
-                "distance": ratio(torch.tensor(distance)),
+                "distance": statistics.ratio(torch.tensor(distance)),
                 "objective": name,
                 "K": K,
-                "error": ratio(error_G, norm_G),
+                "error": statistics.ratio(error_G, norm_G),
                 # each relative to the objective's own scale over all groups
-                "over RSPO": ratio(error_G / norm_G.sum(), ours_G / our_norm_G.sum()),
-                "clipped": ratio(torch.tensor(silent[name])),
+                "over RSPO": statistics.ratio(error_G / norm_G.sum(), ours_G / our_norm_G.sum()),
+                "clipped": statistics.ratio(torch.tensor(silent[name])),
             }
         )
     return rows
 
 
-def _scores(subject: Subject, group: Group, policy: nn.Module, sizes: dict[str, int]) -> dict[str, Tensor]:
+def _scores(subject: Subject, group: Group, policy: nn.Module, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Per single mask ELBO `[B, M]`, the old policy's, gradient `[B, M, P]`; and the same from many masks."""
     one = Batch({"advantages": -torch.ones(1)})  # on-policy BGPO with A = -1 is the ELBO itself
     plan = subject.plan(group.rollout, sizes["masks"], 3, **LAW)
@@ -130,12 +121,12 @@ def _scores(subject: Subject, group: Group, policy: nn.Module, sizes: dict[str, 
     for b in range(len(group.rewards_B)):
         flat, elbo = [], []
         for k in range(sizes["masks"]):
-            got_P, report = gradient(policy, plan.cut(sequences=slice(b, b + 1), samples=slice(k, k + 1)), BGPO, one)
+            got_P, report = common.gradient(policy, plan.cut(sequences=slice(b, b + 1), samples=slice(k, k + 1)), BGPO, one)
             flat.append(got_P * sizes["masks"])  # a cut's share of the plan's samples
             elbo.append(report.sample_elbo_BK[0])
         found["elbo"].append(torch.cat(elbo))
         found["gradient"].append(torch.stack(flat))
-        got_P, report = gradient(policy, many.cut(sequences=slice(b, b + 1)), BGPO, one, **together)
+        got_P, report = common.gradient(policy, many.cut(sequences=slice(b, b + 1)), BGPO, one, **together)
         found["true elbo"].append(report.sample_elbo_BK[0].mean())
         found["true gradient"].append(got_P)
     scores = {key: torch.stack(values) for key, values in found.items()}
@@ -155,27 +146,32 @@ def coefficients(name: str, group: Group, elbo_B: Tensor, old_B: Tensor) -> Tens
 def gradient_verdict(figures: Figures) -> str:
     far = max(row["updates"] for row in figures["rows"])
     found = [r["over RSPO"] for r in figures["rows"] if r["updates"] == far and r["K"] == 1 and r["objective"] in RATIOS]
-    return decide(all(x["low"] > 1 for x in found), all(x["high"] < 1 for x in found))
+    return common.decide(all(x["low"] > 1 for x in found), all(x["high"] < 1 for x in found))
 
 
 def gradient_table(figures: Figures) -> str:
-    keys = dict.fromkeys((r["updates"], r["objective"]) for r in figures["rows"])
     at = {(r["updates"], r["objective"], r["K"]): r for r in figures["rows"]}
-    counts = sorted({r["K"] for r in figures["rows"]})
-    lines = []
-    for updates, name in keys:
-        first = at[updates, name, 1]
-        errors = [cell(at[updates, name, K]["error"]) for K in counts]
-        over = "" if name == "RSPO" else cell(first["over RSPO"])
-        lines.append([str(updates), cell(first["distance"]), name, cell(first["clipped"]), *errors, over])
-    head = ["updates", "mean abs. ELBO difference (nats)", "objective", "share clipped", *(f"error, K = {k}" for k in counts)]
-    return markdown([*head, "K = 1: error over RSPO's"], lines)
+
+    def error(count: int) -> Column:
+        return lambda row: common.shown(at[row["updates"], row["objective"], count]["error"])
+
+    return common.lines_of(
+        [row for row in figures["rows"] if row["K"] == 1],
+        {
+            "updates": "updates",
+            "mean abs. ELBO difference (nats)": "distance",
+            "objective": "objective",
+            "share clipped": "clipped",
+            **{f"error, K = {count}": error(count) for count in sorted({r["K"] for r in figures["rows"]})},
+            "K = 1: error over RSPO's": lambda row: "" if row["objective"] == "RSPO" else common.shown(row["over RSPO"]),
+        },
+    )
 
 
-def training_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"seeds": 2, "updates": 1, "prompts": 2, "inner": 2, "puzzles": 8}
-    return {"seeds": 4, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512}
+training_sizes = Tiers(
+    tiny={"seeds": 2, "updates": 1, "prompts": 2, "inner": 2, "puzzles": 8},
+    usual={"seeds": 4, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512},
+)
 
 
 def training(settings: Settings) -> Figures:
@@ -205,10 +201,10 @@ def training(settings: Settings) -> Figures:
 
 
 def _run(
-    settings: Settings, sizes: dict[str, int], algorithm: str, seed: int, options: list[str], before: dict[int, float]
+    settings: Settings, sizes: Mapping[str, int], algorithm: str, seed: int, options: list[str], before: dict[int, float]
 ) -> Figures:
-    """Accuracy on unseen puzzles before and after; the same puzzles, noise and data order by seed for every algorithm."""
-    subject = load(
+    """Accuracy on unseen puzzles before and after; puzzles, noise and data order depend on the seed alone."""
+    subject = common.load(
         settings,
         f"rl.algorithm={algorithm}",
         "rl.law=exact",
@@ -260,36 +256,24 @@ def training_verdict(figures: Figures) -> str:
     seeds = len(ours["gains"])
     better = all(row["RSPO minus it"]["low"] > 0 for row in others)
     worse = all(row["RSPO minus it"]["high"] < 0 for row in others)
-    return decide(better and not ours["collapsed"], worse or 2 * ours["collapsed"] > seeds)
+    return common.decide(better and not ours["collapsed"], worse or 2 * ours["collapsed"] > seeds)
 
 
-def training_table(figures: Figures) -> str:
-    def points(x: Figures) -> str:
-        return f"{100 * x['value']:+.1f} [{100 * x['low']:+.1f}, {100 * x['high']:+.1f}]"
+def _points(x: Figures) -> str:
+    return f"{100 * x['value']:+.1f} [{100 * x['low']:+.1f}, {100 * x['high']:+.1f}]"
 
-    return markdown(
-        [
-            "objective",
-            "accuracy before, %",
-            "change, points",
-            "by seed",
-            "collapsed runs",
-            "RSPO minus it, points",
-            "largest ratio",
-        ],
-        [
-            [
-                r["objective"],
-                f"{100 * r['before']:.1f}",
-                points(r["gain"]),
-                ", ".join(f"{100 * g:+.1f}" for g in r["gains"]),
-                f"{r['collapsed']} of {len(r['gains'])}",
-                "" if r["objective"] == "RSPO" else points(r["RSPO minus it"]),
-                "" if r["objective"] == "RSPO" else digits(r["largest ratio"]),
-            ]
-            for r in figures["rows"]
-        ],
-    )
+
+training_table = common.table(
+    {
+        "objective": "objective",
+        "accuracy before, %": lambda row: f"{100 * row['before']:.1f}",
+        "change, points": lambda row: _points(row["gain"]),
+        "by seed": lambda row: ", ".join(f"{100 * gain:+.1f}" for gain in row["gains"]),
+        "collapsed runs": lambda row: f"{row['collapsed']} of {len(row['gains'])}",
+        "RSPO minus it, points": lambda row: "" if row["objective"] == "RSPO" else _points(row["RSPO minus it"]),
+        "largest ratio": lambda row: "" if row["objective"] == "RSPO" else two_digits(row["largest ratio"]),
+    }
+)
 
 
 NOT_READ = "of a third party's form: the paper's equations were not read"

@@ -1,16 +1,19 @@
-"""EGSPO and EGSPO-SA (arXiv 2603.12554): train at the steps of highest entropy; intermediate rewards as stepwise advantages.
+"""EGSPO and EGSPO-SA (arXiv 2603.12554): train at the steps of highest entropy; stepwise advantages.
 
-Source: the public code, of the paper the abstract and notes. Measured on the model's own rollouts, one token a step:
+Source: the public code, of the paper the abstract and notes. Measured on the model's own rollouts, one token
+a step:
 
-    steps     the gradient of every single step, by `accumulate` on `trajectory_rows`. From their inner products follows the
-              squared error of any choice of J steps against all T, for a sequence and for a group under its advantages.
-              Entropy's error over that of uniform and of random steps decides; half the cells are clues, merely copied, so
-              random steps among the open cells are the opponent to beat; the J largest gradients show what is possible.
-    bound     the paper bounds that error by a constant times the sum of the entropies left out. The constant is not known,
-              so what is tested is that the two rank alike, over random choices of steps.
-    stepwise  groups drawn again and again for the same prompts: variance of a group's gradient with lambda = 0.5 over that
-              with lambda = 0, and whether the expectation changes. The reward of the greedy completion before a step
-              depends on the state alone, so it is a baseline; a better signal is less variance at the same expectation.
+    steps     the gradient of every single step, by `accumulate` on `trajectory_rows`. From their inner
+              products follows the squared error of any choice of J steps against all T, for a sequence and
+              for a group under its advantages. Entropy's error over that of uniform and of random steps
+              decides; half the cells are clues, merely copied, so random steps among the open cells are the
+              opponent to beat; the J largest gradients show what is possible.
+    bound     the paper bounds that error by a constant times the sum of the entropies left out. The constant
+              is not known, so what is tested is that the two rank alike, over random choices of steps.
+    stepwise  groups drawn again and again for the same prompts: variance of a group's gradient with lambda =
+              0.5 over that with lambda = 0, and whether the expectation changes. The reward of the greedy
+              completion before a step depends on the state alone, so it is a baseline; a better signal is
+              less variance at the same expectation.
 """
 
 from __future__ import annotations
@@ -21,22 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.claim_studies.common import (
-    Claim,
-    Figures,
-    Group,
-    Settings,
-    Subject,
-    cell,
-    decide,
-    gradient,
-    load,
-    markdown,
-    moments,
-    ratio,
-    resampled,
-    spread,
-)
+from benchmarks.studies import common, statistics
+from benchmarks.studies.common import Claim, Column, Figures, Group, Settings, Subject, Tiers
 from dllm_kernels import select_steps, step_entropy, trajectory_rows
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives import egspo_objective, egspo_sa_objective, group_advantages, stepwise_returns
@@ -52,20 +41,19 @@ RANK_ALIKE = 0.5
 
 @dataclass(frozen=True)
 class Steps:
-    """One group: inner products of the gradients of all its (sequence, step), and what entropy says of them."""
+    """One group: inner products of the gradients of all its (sequence, step), and their entropies."""
 
     group: Group
     gram_NN: Tensor  # float64, N = G * T, a sequence's steps together
     entropy_TB: Tensor
 
 
-def steps_sizes(settings: Settings) -> dict[str, int]:
-    return {"prompts": 3, "group": 2} if settings.tiny else {"prompts": 32, "group": 8}
+steps_sizes = Tiers(tiny={"prompts": 3, "group": 2}, usual={"prompts": 32, "group": 8})
 
 
 @functools.lru_cache(maxsize=1)
 def measured(settings: Settings) -> list[Steps]:
-    sizes, subject = steps_sizes(settings), load(settings)
+    sizes, subject = steps_sizes(settings), common.load(settings)
     found = []
     for group in subject.groups(sizes["prompts"], sizes["group"]):
         rollout = group.rollout
@@ -74,7 +62,9 @@ def measured(settings: Settings) -> list[Steps]:
         one = Batch({"advantages": torch.ones(1)})
         gradient_NP = torch.stack(
             [
-                gradient(subject.model, plan.cut(sequences=slice(b, b + 1), samples=slice(k, k + 1)), ONE_STEP, one, **opts)[0]
+                common.gradient(
+                    subject.model, plan.cut(sequences=slice(b, b + 1), samples=slice(k, k + 1)), ONE_STEP, one, **opts
+                )[0]
                 for opts in [subject.rollout_options()]
                 for b in range(plan.shape[1])
                 for k in range(plan.shape[0])
@@ -137,8 +127,8 @@ def steps(settings: Settings) -> Figures:
         for how in HOWS:
             row: Figures = {"J": J, "how": how, "median": _median(relative[how])}
             for unit in ("sequence", "group"):
-                row[unit] = ratio(error[unit][how], torch.stack(norm[unit]))
-                row[f"{unit}, entropy over it"] = ratio(error[unit]["entropy"], error[unit][how])
+                row[unit] = statistics.ratio(error[unit][how], torch.stack(norm[unit]))
+                row[f"{unit}, entropy over it"] = statistics.ratio(error[unit]["entropy"], error[unit][how])
             rows.append(row)
     return {"T": len(found[0].entropy_TB), "groups": len(found), "rows": rows}
 
@@ -146,7 +136,7 @@ def steps(settings: Settings) -> Figures:
 def _median(relative_GB: Tensor) -> Figures:
     generator = torch.Generator().manual_seed(0)
     index_XG = torch.randint(len(relative_GB), (500, len(relative_GB)), generator=generator)
-    return spread(float(relative_GB.flatten().median()), relative_GB[index_XG].flatten(1).median(1).values)
+    return statistics.spread(float(relative_GB.flatten().median()), relative_GB[index_XG].flatten(1).median(1).values)
 
 
 def steps_verdict(figures: Figures) -> str:
@@ -156,39 +146,29 @@ def steps_verdict(figures: Figures) -> str:
         if row["how"] in ("uniform", "random", "random, open cells")
         for unit in ("sequence", "group")
     ]
-    return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
+    return common.decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
 
 
 def steps_table(figures: Figures) -> str:
-    head = [
-        f"steps of {figures['T']}",
-        "choice",
-        "sequence: median error",
-        "sequence: summed error",
-        "entropy's over it",
-        "group with advantages: summed error",
-        "entropy's over it ",
-    ]
-    return markdown(
-        head,
-        [
-            [
-                str(r["J"]),
-                r["how"],
-                cell(r["median"]),
-                *(
-                    text
-                    for unit in ("sequence", "group")
-                    for text in (cell(r[unit]), "" if r["how"] == "entropy" else cell(r[f"{unit}, entropy over it"]))
-                ),
-            ]
-            for r in figures["rows"]
-        ],
+    def over(unit: str) -> Column:
+        return lambda row: "" if row["how"] == "entropy" else common.shown(row[f"{unit}, entropy over it"])
+
+    return common.lines_of(
+        figures["rows"],
+        {
+            f"steps of {figures['T']}": "J",
+            "choice": "how",
+            "sequence: median error": "median",
+            "sequence: summed error": "sequence",
+            "entropy's over it": over("sequence"),
+            "group with advantages: summed error": "group",
+            "entropy's over it ": over("group"),
+        },
     )
 
 
 def bound(settings: Settings) -> Figures:
-    """Random choices of each sequence: norm of the error beside the sum of the entropies that were left out."""
+    """Random choices of each sequence's steps: the error's norm beside the entropies left out."""
     found = measured(settings)
     errors, entropies = [], []
     for s in found:
@@ -203,7 +183,7 @@ def bound(settings: Settings) -> Figures:
     quantiles = torch.quantile(constant_N[torch.randperm(len(constant_N), generator=generator)[:100000]], _tail())
     return {
         "choices": error_GN.numel(),
-        "correlation": spread(float(rank_correlation(entropy_GN.flatten(), error_GN.flatten())), by_resample),
+        "correlation": statistics.spread(float(rank_correlation(entropy_GN.flatten(), error_GN.flatten())), by_resample),
         "constant": dict(zip(("median", "95 %", "largest"), [*quantiles.tolist(), float(constant_N.max())], strict=True)),
     }
 
@@ -221,31 +201,32 @@ def rank_correlation(x_N: Tensor, y_N: Tensor) -> Tensor:
 
 def bound_verdict(figures: Figures) -> str:
     found = figures["correlation"]
-    return decide(found["low"] > RANK_ALIKE, found["high"] < RANK_ALIKE)
+    return common.decide(found["low"] > RANK_ALIKE, found["high"] < RANK_ALIKE)
 
 
 def bound_table(figures: Figures) -> str:
-    constant = figures["constant"]
-    return markdown(
-        [
-            "random choices of steps",
-            "rank correlation of error and left-out entropy",
-            "error / entropy: median",
-            "95 %",
-            "largest",
-        ],
-        [[str(figures["choices"]), cell(figures["correlation"]), *(f"{constant[k]:.3g}" for k in ("median", "95 %", "largest"))]],
+    def constant(key: str) -> Column:
+        return lambda row: f"{row['constant'][key]:.3g}"
+
+    return common.lines_of(
+        [figures],
+        {
+            "random choices of steps": "choices",
+            "rank correlation of error and left-out entropy": "correlation",
+            "error / entropy: median": constant("median"),
+            "95 %": constant("95 %"),
+            "largest": constant("largest"),
+        },
     )
 
 
-def stepwise_sizes(settings: Settings) -> dict[str, int]:
-    if settings.tiny:
-        return {"prompts": 2, "groups": 3, "group": 2, "steps": 4}
-    return {"prompts": 24, "groups": 16, "group": 8, "steps": 8}
+stepwise_sizes = Tiers(
+    tiny={"prompts": 2, "groups": 3, "group": 2, "steps": 4}, usual={"prompts": 24, "groups": 16, "group": 8, "steps": 8}
+)
 
 
 def stepwise(settings: Settings) -> Figures:
-    sizes, subject = stepwise_sizes(settings), load(settings)
+    sizes, subject = stepwise_sizes(settings), common.load(settings)
     G, R = sizes["group"], sizes["groups"]
     pools = subject.with_signal(sizes["prompts"], G * R, greedy=True)
     rows = []
@@ -259,10 +240,10 @@ def stepwise(settings: Settings) -> Figures:
         rows.append(
             {
                 "steps": name,
-                "variance": ratio(column["variance, stepwise"], column["variance, plain"]),
-                "change of the expectation": ratio(column["change"], column["norm, plain"]),
-                "signal, plain": ratio(column["norm, plain"], column["variance, plain"]),
-                "signal, stepwise": ratio(column["norm, stepwise"], column["variance, stepwise"]),
+                "variance": statistics.ratio(column["variance, stepwise"], column["variance, plain"]),
+                "change of the expectation": statistics.ratio(column["change"], column["norm, plain"]),
+                "signal, plain": statistics.ratio(column["norm, plain"], column["variance, plain"]),
+                "signal, stepwise": statistics.ratio(column["norm, stepwise"], column["variance, stepwise"]),
                 "signal": _double_ratio(column),
             }
         )
@@ -271,15 +252,15 @@ def stepwise(settings: Settings) -> Figures:
 
 def _double_ratio(column: dict[str, Tensor]) -> Figures:
     """Squared norm of the expectation over variance: stepwise over plain."""
-    weight_XU = resampled(len(column["norm, plain"]))
+    weight_XU = statistics.resampled(len(column["norm, plain"]))
     summed = {key: torch.cat([values_U.sum()[None], weight_XU @ values_U]) for key, values_U in column.items()}
     signal = {way: summed[f"norm, {way}"] / summed[f"variance, {way}"] for way in ("stepwise", "plain")}
     found_X = signal["stepwise"] / signal["plain"]
-    return spread(float(found_X[0]), found_X[1:])
+    return statistics.spread(float(found_X[0]), found_X[1:])
 
 
 def _pool(subject: Subject, pool: Group, G: int, R: int, J: int | None) -> dict[str, float]:
-    """Moments of the gradients of R groups of one prompt, with and without stepwise advantages on the same rollouts."""
+    """Moments of R groups' gradients on the same rollouts, with and without stepwise advantages."""
     assert pool.greedy_rewards_BT is not None
     plain_RP: list[Tensor] = []
     stepwise_RP: list[Tensor] = []
@@ -296,39 +277,31 @@ def _pool(subject: Subject, pool: Group, G: int, R: int, J: int | None) -> dict[
             returns_BJ = stepwise_returns(rewards_B, seen_BJ, lam=lam)
             advantages_BJ = group_advantages(returns_BJ, torch.zeros(G, dtype=torch.int64), kind="mean")
             batch = Batch({}, {"step_advantages": advantages_BJ})
-            into.append(gradient(subject.model, plan, STEPWISE, batch, G, **subject.rollout_options())[0])
+            into.append(common.gradient(subject.model, plan, STEPWISE, batch, G, **subject.rollout_options())[0])
     plain, stepped = torch.stack(plain_RP), torch.stack(stepwise_RP)
     found = {}
     for way, draws_RP in (("plain", plain), ("stepwise", stepped)):
-        found[f"variance, {way}"], found[f"norm, {way}"] = moments(draws_RP)
-    return {**found, "change": moments(stepped - plain)[1]}
+        found[f"variance, {way}"], found[f"norm, {way}"] = statistics.moments(draws_RP)
+    return {**found, "change": statistics.moments(stepped - plain)[1]}
 
 
 def stepwise_verdict(figures: Figures) -> str:
     found = [row["variance"] for row in figures["rows"]]
     signal = [row["signal"] for row in figures["rows"]]
     better = all(x["high"] < 1 for x in found) and all(x["low"] > 1 for x in signal)
-    return decide(better, all(x["low"] > 1 for x in found) or all(x["high"] < 1 for x in signal))
+    return common.decide(better, all(x["low"] > 1 for x in found) or all(x["high"] < 1 for x in signal))
 
 
-def stepwise_table(figures: Figures) -> str:
-    return markdown(
-        [
-            "steps",
-            "variance, over that of lambda = 0",
-            "change of the expectation, squared, relative",
-            "signal over noise, lambda = 0",
-            "signal over noise, stepwise",
-            "stepwise over lambda = 0",
-        ],
-        [
-            [
-                r["steps"],
-                *(cell(r[k]) for k in ("variance", "change of the expectation", "signal, plain", "signal, stepwise", "signal")),
-            ]
-            for r in figures["rows"]
-        ],
-    )
+stepwise_table = common.table(
+    {
+        "steps": "steps",
+        "variance, over that of lambda = 0": "variance",
+        "change of the expectation, squared, relative": "change of the expectation",
+        "signal over noise, lambda = 0": "signal, plain",
+        "signal over noise, stepwise": "signal, stepwise",
+        "stepwise over lambda = 0": "signal",
+    }
+)
 
 
 CLAIMS = (

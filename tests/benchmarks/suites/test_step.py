@@ -1,23 +1,19 @@
-"""The suite `step`: both ways of an RL step give the same tokens, loss and gradients, and what is off is called wrong."""
+"""The suite `step`: both ways give the same tokens, loss and gradients, and what differs is called wrong."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import execution, measure, registry
+from benchmarks.suites import step, step_inputs, step_published
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.objectives import RECIPES
+
 pytestmark = pytest.mark.xdist_group("benchmarks")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the folder benchmarks/ is no part of the installed package
-
-from benchmarks import execution, measure, registry  # noqa: E402
-from benchmarks.suites import step, step_inputs, step_published  # noqa: E402
-from dllm_kernels.accumulation.objective import Batch  # noqa: E402
-from dllm_kernels.objectives import RECIPES  # noqa: E402
 
 TINY = registry.Settings(tiny=True, full=True, threads=1)  # every algorithm
 
@@ -32,16 +28,17 @@ def _inputs(algorithm: str, dtype: torch.dtype = torch.float32) -> step_inputs.I
 
 @pytest.mark.parametrize("algorithm", RECIPES)
 def test_ours_and_the_published_step_agree(algorithm: str) -> None:
-    prepared = _case(algorithm).setup(_case(algorithm).sizes)
-    assert [c.name for c in prepared.contestants] == ["ours", "published"]
-    for contestant in prepared.contestants:
-        assert contestant.make is not None
-        errors = prepared.errors(contestant.make()())
+    case = _case(algorithm)
+    x = case.inputs(case.sizes)
+    oracle = case.oracle(x)
+    assert [c.name for c in case.contestants] == ["ours", "published"]
+    for contestant in case.contestants:
+        work = contestant.setup(x)
+        errors = oracle(work.run())
         assert errors["tokens"] == 0
         assert errors["gradient"] < 2e-5, contestant.name
         assert errors["loss"] < 2e-5, contestant.name
-        assert callable(contestant.flops)
-        assert contestant.flops() > 0
+        assert work.flops > 0
 
 
 @pytest.mark.parametrize("algorithm", step_published.WRITTEN)
@@ -86,8 +83,9 @@ def test_another_advantage_or_mask_is_wrong(
     algorithm: str, change: Callable[[step_inputs.Lesson], step_inputs.Lesson], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "peak_memory", lambda *_: measure.Memory(1.0, "none"))
-    monkeypatch.setattr(step, "make_lesson", lambda *arguments: change(step_inputs.make_lesson(*arguments)))  # ours alone
-    rows = {row["contestant"]: row for row in execution.measure_case(step.SUITE, _case(algorithm), TINY)}
+    # ours alone
+    monkeypatch.setattr(step, "make_lesson", lambda *arguments: change(step_inputs.make_lesson(*arguments)))
+    rows = {row["contestant"]: row for row in execution.measure_case(step.SUITES["step"], _case(algorithm), TINY)}
     assert rows["published"]["status"] == "ok"
     assert rows["ours"]["status"] == "wrong"
     assert "gradient error" in rows["ours"]["reason"]
@@ -123,10 +121,11 @@ def test_all_policies_differ_and_ratios_are_not_one() -> None:
 
 def test_16_bits_learn_from_one_rollout() -> None:
     settings = replace(TINY, dtype="bfloat16")
-    prepared = _case("gdpo", settings).setup(_case("gdpo", settings).sizes)
-    for contestant in prepared.contestants:
-        assert contestant.make is not None
-        assert prepared.errors(contestant.make()())["gradient"] < step.TOLERANCE["bfloat16"]["gradient"]
+    case = _case("gdpo", settings)
+    x = case.inputs(case.sizes)
+    oracle = case.oracle(x)
+    for contestant in case.contestants:
+        assert oracle(contestant.setup(x).run())["gradient"] < step.TOLERANCE["bfloat16"]["gradient"]
 
 
 def test_full_has_every_algorithm_and_the_bound() -> None:
@@ -140,10 +139,8 @@ def test_full_has_every_algorithm_and_the_bound() -> None:
 
 
 def test_memory_at_a_reduced_size() -> None:
-    """In this process, roughly; runs measure it in one of its own."""
-    case, extra = _case("gdpo", registry.Settings(threads=1, shape={"V": 16384, "K": 8})), {}
-    for sizes in (case.tiny, case.sizes):
-        for contestant in case.setup(sizes).contestants:
-            assert contestant.make is not None
-            extra[contestant.name] = measure._growth(contestant.make()).extra_mib
-    assert extra["published"] > 5 * extra["ours"]
+    settings = registry.Settings(threads=1, shape={"V": 16384, "K": 8})
+    label = _case("gdpo", settings).label
+    measure.start_memory_server(step.SUITES["step"].preload)
+    ours, published = (measure.peak_memory("step", label, name, settings).extra_mib for name in ("ours", "published"))
+    assert published > 5 * ours

@@ -1,19 +1,20 @@
-"""The seed papers' claims at toy scale: experiments, figures with intervals, verdicts; docs/claims.md is made from them.
+"""The papers' claims at toy scale: experiments, figures with intervals, and verdicts for docs/claims.md.
 
-    python benchmarks/claims.py run --out benchmarks/results/claims-cpu.json                  all; a quarter of an hour, one core
-    python benchmarks/claims.py run --claim egspo-steps --out benchmarks/results/claims-cpu.json        one again, the others stay
-    python benchmarks/claims.py run --tiny --out /tmp/claims.json                             checks the experiments in seconds
-    python benchmarks/claims.py write benchmarks/results/claims-cpu.json                      puts the tables into docs/claims.md
+    python -m benchmarks.studies.claims --out FILE.json                        all; 15 minutes, one core
+    python -m benchmarks.studies.claims --claim egspo-steps --out FILE.json    one again, the others stay
+    python -m benchmarks.studies.claims --tiny --out FILE.json                 checks the experiments
+    python benchmarks/documents.py write claims                                the tables of docs/claims.md
 
-Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What is claimed,
-measured and why it decides stands in `claim_studies/`. Exit codes: 0 done; 2 bad arguments.
+The committed FILE.json is benchmarks/results/claims-cpu.json.
+Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What
+is claimed, measured and why it decides stands in the module of the paper. Exit codes: 0 done; 2 bad
+arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
@@ -22,14 +23,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# run as a script, Python puts this folder first; the packages `benchmarks`, `trainer` and `dllm_kernels` lie one above
-sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
+from benchmarks.report import markdown
+from benchmarks.studies import bgpo, dmpo, egspo, gdpo, rspo
+from benchmarks.studies.common import Claim, Settings
 
-from benchmarks.claim_studies import bgpo, dmpo, egspo, gdpo, rspo  # noqa: E402
-from benchmarks.claim_studies.common import Claim, Settings, markdown  # noqa: E402
-
-DOCUMENT = ROOT / "docs" / "claims.md"
 DEFAULT_CHECKPOINT = "runs/sft/checkpoint_sft"
 CLAIMS: dict[str, Claim] = {claim.name: claim for study in (gdpo, bgpo, egspo, dmpo, rspo) for claim in study.CLAIMS}
 SUMMARY = "summary"
@@ -37,26 +34,20 @@ SUMMARY = "summary"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="measure claims and merge them into a result file")
-    runs.add_argument(
+    parser.add_argument(
         "--claim", action="append", metavar="NAME", help=f"may be given several times; default all: {', '.join(CLAIMS)}"
     )
-    runs.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help=f"a trained model's folder; default {DEFAULT_CHECKPOINT}")
-    runs.add_argument("--tiny", action="store_true", help="smallest sizes, on a random model: checks the experiments")
-    runs.add_argument("--seed", type=int, default=0)
-    runs.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    writes = commands.add_parser("write", help="put the tables of a result file into docs/claims.md")
-    writes.add_argument("result", type=Path)
+    parser.add_argument(
+        "--checkpoint", default=DEFAULT_CHECKPOINT, help=f"a trained model's folder; default {DEFAULT_CHECKPOINT}"
+    )
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, on a random model: checks the experiments")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     arguments = parser.parse_args(argv)
     from dllm_trainer.errors import UserError
 
     try:
-        if arguments.command == "write":
-            DOCUMENT.write_text(filled(DOCUMENT.read_text(), read(arguments.result)))
-        else:
-            words = sys.argv[1:] if argv is None else argv
-            run(arguments, "python benchmarks/claims.py " + shlex.join(words))
+        run(arguments, "python -m benchmarks.studies.claims " + shlex.join(sys.argv[1:] if argv is None else argv))
     except (UserError, ValueError, OSError) as error:
         print(f"claims: {error}", file=sys.stderr)
         return 2
@@ -66,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
 def read(path: Path) -> dict[str, Any]:
     """A result file. Raises ValueError where it is none of this command's."""
     if not path.is_file():
-        raise ValueError(f"{path} must be a result of `claims.py run`, there is no such file")
+        raise ValueError(f"{path} must be a result of benchmarks.studies.claims, there is no such file")
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be a result of `claims.py run`, it is no JSON: {error}") from error
+        raise ValueError(f"{path} must be a result of benchmarks.studies.claims, it is no JSON: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != 1 or "claims" not in found:
-        raise ValueError(f"{path} must be a result of `claims.py run`, got a file without its claims")
+        raise ValueError(f"{path} must be a result of benchmarks.studies.claims, got a file without its claims")
     return found
 
 
@@ -103,7 +94,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             "sizes": dict(claim.sizes(settings)),
             "figures": figures,
         }
-        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")  # after each: a stopped run keeps what it has
+        # after each: a stopped run keeps what it has
+        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         print(f"{name}: {claim.verdict(figures)} ({seconds:.0f} s)", flush=True)
 
 
@@ -115,18 +107,7 @@ def _checkpoint(folder: str, tiny: bool) -> str | None:
     raise ValueError(f"--checkpoint must be the folder of a model, got {folder}, which holds no config.json")
 
 
-# --- the document ---------------------------------------------------------------------------------------------------------
-
-
-def filled(text: str, result: Mapping[str, Any]) -> str:
-    """The document with every block made anew. Raises ValueError where a marker or a claim is missing."""
-    for name, block in blocks(result).items():
-        begin, end = markers(name)
-        before, found, rest = text.partition(begin)
-        if not found or not rest.partition(end)[1]:
-            raise ValueError(f"{DOCUMENT.name} must hold the markers {begin!r} and {end!r}")
-        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
-    return text
+# --- docs/claims.md -----------------------------------------------------------------------------------------
 
 
 def blocks(result: Mapping[str, Any]) -> dict[str, str]:
@@ -153,19 +134,6 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def block(claim: Claim, figures: Mapping[str, Any]) -> str:
     return f"{claim.table(dict(figures))}\n\nVerdict: {verdict_text(claim, figures)}; the rule: {claim.rule}."
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: benchmarks/claims.py -->", f"<!-- end of {name} -->"
-
-
-def in_document(text: str, name: str) -> str:
-    """The block of that name that stands in the document. Raises ValueError when its markers are missing."""
-    begin, end = markers(name)
-    found = re.search(f"{re.escape(begin)}\n(.*?)\n?{re.escape(end)}", text, flags=re.DOTALL)
-    if found is None:
-        raise ValueError(f"{DOCUMENT.name} must hold the markers {begin!r} and {end!r}")
-    return found.group(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the studies of claims share: a claim and its rule, a trained model on its own completions, gradients, intervals.
+"""What the claims' studies share: a claim and its rule, a trained model's completions, gradients, tables.
 
-Intervals are 95 % bootstraps over prompts (or what a study says): all completions of a prompt are drawn together.
+Intervals are 95 % bootstraps over prompts (or what a study says): all completions of a prompt are drawn
+together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,20 +23,22 @@ from dllm_trainer.train.run import prepare
 from dllm_trainer.train.setup import Setup
 from torch import Tensor, nn
 
+from benchmarks.registry import ROOT
+from benchmarks.report import interval, markdown
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.accumulation.report import Report
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
-RESAMPLES = 2000
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    checkpoint: str | None = None  # a folder; None: the demo's architecture with random weights, as --tiny takes
+    # a folder; None: the demo's architecture with random weights, as --tiny takes
+    checkpoint: str | None = None
     tiny: bool = False
     seed: int = 0
 
@@ -47,10 +49,22 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Tiers:
+    """Sizes of an experiment: the smallest, and those of its figures."""
+
+    tiny: Mapping[str, int]
+    usual: Mapping[str, int]
+
+    def __call__(self, settings: Settings) -> Mapping[str, int]:
+        return self.tiny if settings.tiny else self.usual
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a paper says, how it is measured here, and the rule by which figures decide.
 
-    `verdict` sees the figures alone, so that other figures give another verdict; `rule` is that function in words.
+    `verdict` sees the figures alone, so that other figures give another verdict; `rule` is that function in
+    words.
     """
 
     name: str
@@ -69,7 +83,7 @@ def decide(confirmed: bool, refuted: bool) -> str:
     return UNDECIDED if confirmed == refuted else CONFIRMED if confirmed else REFUTED
 
 
-# --- the model and its completions --------------------------------------------------------------------------------------
+# --- the model and its completions --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class Subject:
         return self.setup.task.tests["unseen_puzzles"][:count]
 
     def groups(self, prompts: int, size: int, *, model: nn.Module | None = None, greedy: bool = False) -> list[Group]:
-        """`size` completions of each of that many unseen prompts, drawn by the demo's sampler at temperature 1."""
+        """`size` completions for each of so many unseen prompts, by the demo's sampler at temperature 1."""
         setup, found = self.setup, []
         for example in self.examples(prompts):
             several = [example] * size
@@ -126,7 +140,7 @@ class Subject:
         return found
 
     def with_signal(self, prompts: int, size: int, **options: Any) -> list[Group]:
-        """Those of `groups` whose rewards differ. Raises ValueError where there are none: nothing could be measured."""
+        """The groups whose rewards differ. Raises ValueError if there are none: nothing could be measured."""
         found = [group for group in self.groups(prompts, size, **options) if group.has_signal]
         if not found:
             raise ValueError(
@@ -157,7 +171,7 @@ class Subject:
 def gradient(
     model: nn.Module, plan: MaskPlan, objective: Objective, batch: Batch, denominator: float = 1.0, **options: Any
 ) -> tuple[Tensor, Report]:
-    """The flat gradient `[P]` of all parameters, by `accumulate`. Samples go through the model together: the sum is the same."""
+    """The flat gradient `[P]` of all parameters by `accumulate`, all samples in one pass."""
     model.zero_grad(set_to_none=True)
     options = {"samples_per_pass": plan.shape[0], **options}
     report = accumulate(model, plan, objective, batch, denominator=denominator, **options)
@@ -195,7 +209,7 @@ def _task(config: Any, seed: int) -> Any:
 
 
 def moved(settings: Settings, snapshots: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
-    """The policy after so many of BGPO's updates at the demo's learning rate, held constant, from the checkpoint; copies."""
+    """Copies of the policy after so many BGPO updates, at the demo's learning rate held constant."""
     subject = load(
         settings,
         f"rl.updates={max(1, *snapshots)}",
@@ -213,66 +227,22 @@ def moved(settings: Settings, snapshots: Sequence[int]) -> Iterator[tuple[int, n
         yield snapshot, copy.deepcopy(subject.model).eval()
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
+
+Column = str | Callable[[Figures], object]
 
 
-def ratio(numerator_U: Tensor, denominator_U: Tensor | None = None, seed: int = 0) -> Figures:
-    """The mean over units, or the ratio of two sums over them, with its bootstrap over the units."""
-    weight_XU = resampled(len(numerator_U), seed)
-    top, bottom = numerator_U.double(), torch.ones(len(numerator_U)).double() if denominator_U is None else denominator_U.double()
-    return spread(float(top.sum() / bottom.sum()), (weight_XU @ top) / (weight_XU @ bottom))
+def shown(value: Any) -> str:
+    """A figure with its interval; numbers and words as they are."""
+    return interval(value) if isinstance(value, dict) else str(value)
 
 
-def resampled(units: int, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
-    """float64 `[X, U]`: how often each unit is in each resample; one seed gives paired resamples."""
-    generator = torch.Generator().manual_seed(seed)
-    index_XU = torch.randint(units, (resamples, units), generator=generator)
-    ones_XU = torch.ones(index_XU.shape, dtype=torch.float64)
-    return torch.zeros(resamples, units, dtype=torch.float64).scatter_add_(1, index_XU, ones_XU)
+def lines_of(rows: Sequence[Figures], columns: Mapping[str, Column]) -> str:
+    """A line per row; a column, by its heading, is a key of the row or a function of it."""
+    cells = [[shown(c(row) if callable(c) else row[c]) for c in columns.values()] for row in rows]
+    return markdown(list(columns), cells)
 
 
-def spread(value: float, resampled_X: Tensor) -> Figures:
-    """The value with the 2.5 and 97.5 % quantiles of its resamples; infinite or undefined ones are left out."""
-    finite = resampled_X.double()[resampled_X.isfinite()]
-    if len(finite) < len(resampled_X) / 2 or value != value or value in (float("inf"), float("-inf")):
-        return {"value": 0.0, "low": -1e9, "high": 1e9}  # nothing can be said, and no rule decides
-    low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": value, "low": low, "high": high}
-
-
-def moments(gradient_RP: Tensor) -> tuple[float, float]:
-    """(total variance of one draw, squared norm of the expectation), both unbiased, from R independent draws."""
-    mean_P = gradient_RP.double().mean(0)
-    variance = float((gradient_RP.double() - mean_P).square().sum() / (len(gradient_RP) - 1))
-    return variance, float(mean_P.square().sum()) - variance / len(gradient_RP)
-
-
-def moments_of_sums(weight_RN: Tensor, gram_NN: Tensor) -> tuple[float, float]:
-    """`moments` of R weighted sums of the same N vectors, from the inner products of these."""
-    mean_N = weight_RN.mean(0)
-    norm = float(mean_N @ gram_NN @ mean_N)
-    squares = float(((weight_RN @ gram_NN) * weight_RN).sum())
-    variance = (squares - len(weight_RN) * norm) / (len(weight_RN) - 1)
-    return variance, norm - variance / len(weight_RN)
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------------
-
-
-def digits(value: float) -> str:
-    """Two significant digits."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-4:
-        return f"{value:.1e}"
-    if abs(value) >= 10:
-        return f"{value:.0f}"
-    return f"{float(f'{value:.2g}'):.6f}".rstrip("0").rstrip(".")
-
-
-def cell(figure: Mapping[str, float]) -> str:
-    return f"{digits(figure['value'])} [{digits(figure['low'])}, {digits(figure['high'])}]"
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+def table(columns: Mapping[str, Column]) -> Callable[[Figures], str]:
+    """Of the rows of figures."""
+    return lambda figures: lines_of(figures["rows"], columns)

@@ -1,13 +1,15 @@
-"""How exact an ELBO is at a given number of forward passes: bias, variance and squared error of every estimator.
+"""How exact ELBOs are at a given number of forward passes: bias, variance, squared error of every estimator.
 
-A model scores its own completions of unseen 4x4 puzzles, as RL does, by each estimator at each budget, many times over
-with fresh masks. The truth is a stratified exact-count estimate from 4096 samples; sums of log-probs are kept per mask, so a
-mask that comes again costs nothing. Intervals are 95 % bootstraps over the sequences. From the reference's moments at each
-count follows (`moments.py`) what share of one pass's variance comes from its level (t, or the count) and what from the masks,
-here and in longer completions made of several of these as parts that do not see each other.
+A model scores its own completions of unseen 4x4 puzzles, as RL does, by each estimator at each budget, many
+times over with fresh masks. The truth is a stratified exact-count estimate from 4096 samples; sums of
+log-probs are kept per mask, so a mask that comes again costs nothing. Intervals are 95 % bootstraps over the
+sequences. From the reference's moments at each count follows (`moments.py`) what share of one pass's variance
+comes from its level (t, or the count) and what from the masks, here and in longer completions made of several
+of these as parts that do not see each other.
 
     random      the demo's architecture, not trained
-    trained     a checkpoint of `dllm-kernels`: runs/demo/checkpoint if there, or --model FOLDER (several make several cases)
+    trained     a checkpoint of `dllm-kernels`: runs/demo/checkpoint if there, or --model FOLDER (several make
+                several cases)
 
 Sizes: B sequences, R replicates of every estimate, M samples of the reference (a multiple of the 16 counts).
 """
@@ -18,26 +20,26 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import plots
-from benchmarks.moments import Moments
-from benchmarks.registry import ROOT, Row, Settings, Study
+from benchmarks.registry import ROOT, Row, Settings, Sizes, Study
+from benchmarks.report import interval, markdown, percent
+from benchmarks.studies.moments import Moments
+from benchmarks.studies.statistics import ratio
 from dllm_kernels import MaskPlan, generate, headless, make_mask_plan, noise, score_tokens
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16)
-SIZES = {"B": 8, "R": 32, "M": 4096}
-TINY = {"B": 2, "R": 2, "M": 32}
+USUAL = {"B": 8, "R": 32, "M": 4096}
+SIZES = Sizes({"B": 2, "R": 2, "M": 32}, USUAL, USUAL)
 L = 16  # cells of an answer, all of them scored
 BATCH = 1024  # masked sequences per model call
-RESAMPLES = 2000
 DEFAULT_MODEL = ROOT / "runs" / "demo" / "checkpoint"
 T_MIN = 1e-3
 PARTS = (1, 4, 16)  # completions of 16, 64 and 256 tokens, of so many parts that do not see each other
@@ -75,7 +77,7 @@ ESTIMATORS = (
 
 @dataclass(frozen=True)
 class Scored:
-    """A model and its completions; `sums` looks up or computes `sum_{l in m} log p(y_l | y^m)` for codes of masks m."""
+    """A model and its completions; `sums` gives `sum_{l in m} log p(y_l | y^m)` for codes of masks m."""
 
     name: str
     model: nn.Module
@@ -108,7 +110,7 @@ class Scored:
                 self.table_BC.view(-1)[part_N] = sums_N
 
     def plan(self, law: str, samples: int, replicates: int, seed: int, options: Mapping[str, Any]) -> tuple[MaskPlan, Tensor]:
-        """A plan of `replicates` times the sequences, each with masks of its own, and which sequence each one is."""
+        """A plan of `replicates` times the sequences, each with its own masks; and each one's sequence."""
         B = len(self.ids_BS)
         sequence_B = torch.arange(B).repeat(replicates)
         names = [f"{b}/{r}" for r in range(replicates) for b in range(B)]
@@ -146,32 +148,16 @@ def reference(scored: Scored, samples: int) -> Moments:
         sums.append(scored.sums(codes_of(cut), sequence_B))
         counts.append(cut.counts)
     draws = samples // L
-    order_MB = torch.argsort(torch.cat(counts), dim=0, stable=True)  # stratified: every count comes `draws` times
+    # stratified: every count comes `draws` times
+    order_MB = torch.argsort(torch.cat(counts), dim=0, stable=True)
     sums_BLn = torch.cat(sums).gather(0, order_MB).t().reshape(B, L, draws)
     return Moments(sums_BLn.mean(-1), sums_BLn.var(-1), draws)
-
-
-def interval(numerator_B: Tensor, denominator_B: Tensor | None = None) -> dict[str, float]:
-    """The mean over the sequences, or a ratio of two such means, with its 95 % bootstrap over the sequences."""
-    generator = torch.Generator().manual_seed(0)
-    index_XB = torch.randint(len(numerator_B), (RESAMPLES, len(numerator_B)), generator=generator)
-
-    def ratio(numerator: Tensor, denominator: Tensor | None) -> Tensor:
-        return numerator.mean(-1) / (1.0 if denominator is None else denominator.mean(-1))
-
-    resampled = ratio(numerator_B[index_XB], None if denominator_B is None else denominator_B[index_XB])
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": float(ratio(numerator_B, denominator_B)), "low": low, "high": high}
-
-
-def sizes_of(settings: Settings) -> dict[str, int]:
-    return {**(TINY if settings.tiny else SIZES), **settings.shape}
 
 
 def check(settings: Settings) -> None:
     from dllm_trainer.config import load_config
 
-    sizes, puzzles = sizes_of(settings), load_config().task.test_puzzles
+    sizes, puzzles = SIZES.of(settings), load_config().task.test_puzzles
     if not 2 <= sizes["B"] <= puzzles:
         raise ValueError(f"--shape of variance takes B in 2..{puzzles}, the unseen puzzles, got {sizes['B']}")
     if sizes["R"] < 2 or sizes["M"] < 2 * L or sizes["M"] % L:
@@ -211,7 +197,7 @@ def load(name: str, folder: Path | None, sequences: int) -> Scored:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """The entry of a result file: a row per model, budget and estimator, and what follows from them."""
-    sizes, cases = sizes_of(settings), models(settings)
+    sizes, cases = SIZES.of(settings), models(settings)
     rows: list[Row] = []
     shares: list[dict[str, Any]] = []
     against: list[dict[str, Any]] = []
@@ -228,9 +214,9 @@ def measure(settings: Settings) -> dict[str, Any]:
                     found_BR = estimates(scored, estimator, budget, sizes["R"])
                     error_BR = found_BR - truth.elbo_B[:, None]
                     figures = {
-                        "bias": interval(error_BR.mean(-1)),
-                        "variance": interval(found_BR.var(-1)),
-                        "mse": interval(error_BR.square().mean(-1)),
+                        "bias": ratio(error_BR.mean(-1)),
+                        "variance": ratio(found_BR.var(-1)),
+                        "mse": ratio(error_BR.square().mean(-1)),
                     }
                     rows.append(_row(name, {**sizes, "K": budget}, estimator.name, figures=figures))
             print(f"[variance] {name}: {estimator.name}", file=sys.stderr, flush=True)
@@ -250,7 +236,8 @@ def _row(model: str, sizes: Mapping[str, int], contestant: str, **values: Any) -
 def decomposition(model: str, truth: Moments) -> list[dict[str, Any]]:
     """Shares of one forward pass's variance, by the law of total variance, also for longer completions.
 
-    These come from the reference's moments, not from the replicates: the tails of 1 / t make a sample variance unsteady.
+    These come from the reference's moments, not from the replicates: the tails of 1 / t make a sample
+    variance unsteady.
     """
     found = []
     for parts in PARTS:
@@ -259,9 +246,9 @@ def decomposition(model: str, truth: Moments) -> list[dict[str, Any]]:
             (EXACT_MONTE_CARLO, joined.exact_count()),
             (MONTE_CARLO, joined.bernoulli(T_MIN)),
         ):
-            entry = {"model": model, "L": L * parts, "estimator": estimator, "variance": interval(variance.total)}
+            entry = {"model": model, "L": L * parts, "estimator": estimator, "variance": ratio(variance.total)}
             for source in ("level", "count", "masks"):
-                entry[source] = interval(getattr(variance, source), variance.total)
+                entry[source] = ratio(getattr(variance, source), variance.total)
             found.append(entry)
     return found
 
@@ -275,7 +262,7 @@ def groups(truth: Moments, parts: int) -> Tensor:
 
 
 def comparisons(model: str, truth: Moments) -> list[dict[str, Any]]:
-    """Squared error of quadrature over that of Monte Carlo at equal budgets, in closed form, by length; below 1 it is better."""
+    """Squared error of quadrature over Monte Carlo's at equal budgets by length, in closed form."""
     found = []
     for parts in PARTS:
         joined = truth.joined(groups(truth, parts))
@@ -287,7 +274,7 @@ def comparisons(model: str, truth: Moments) -> list[dict[str, Any]]:
                 others = {name: (one.mean - joined.elbo_B) ** 2 + one.total / budget for name, one in one_of.items()}
                 for other, theirs_B in {**others, STRATIFIED: joined.stratified(budget)}.items():
                     entry = {"model": model, "L": L * parts, "budget": budget, "estimator": quadrature_name(nodes, counted)}
-                    found.append({**entry, "over": other, "mse_ratio": interval(ours_B, theirs_B)})
+                    found.append({**entry, "over": other, "mse_ratio": ratio(ours_B, theirs_B)})
     return found
 
 
@@ -312,36 +299,115 @@ def summary(shares: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, 
     return "; ".join(parts)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    found = Table(title=f"variance · {TITLE}", title_justify="left", title_style="bold", header_style="bold")
-    for name in ("model", "passes", "estimator"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bias", "variance", "squared error"):
-        found.add_column(name, justify="right", no_wrap=True)
-    found.add_column("note")
-    for row in rows:
-        cells = [cell(row["figures"][key]) if row["figures"] else "-" for key in ("bias", "variance", "mse")]
-        note = "" if row["status"] == "ok" else f"{row['status'].upper()}: {row['reason']}"
-        found.add_row(row["model"], str(row["sizes"].get("K", "")), row["contestant"], *cells, note)
-    return found
-
-
-def cell(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.2g} [{figure['low']:.2g}, {figure['high']:.2g}]"
-
-
 def listing(settings: Settings) -> list[str]:
     names = ", ".join(estimator.name for estimator in ESTIMATORS)
-    return [f"{name} {','.join(f'{k}={v}' for k, v in sizes_of(settings).items())}: {names}" for name, _ in models(settings)]
+    return [f"{name} {','.join(f'{k}={v}' for k, v in SIZES.of(settings).items())}: {names}" for name, _ in models(settings)]
 
 
-SUITE = Study(
-    name="variance",
-    title=TITLE,
-    check=check,
-    measure=measure,
-    listing=listing,
-    table=table,
-    shape_keys=("B", "R", "M"),
-    plot=plots.squared_errors,
-)
+# --- the tables of docs/estimators.md -----------------------------------------------------------------------
+
+PASSES = (1, 2, 3, 4, 8, 12)
+TOLD_LENGTHS = (16, 256)
+
+
+def _shares(entry: Mapping[str, Any]) -> str:
+    names = {"exact, independent": "count", "double Monte Carlo": "t"}
+    return markdown(
+        [
+            "model",
+            "tokens",
+            "estimator",
+            "variance of one pass",
+            "its level",
+            "from the level",
+            "from the count given t",
+            "from masks",
+        ],
+        [
+            [
+                x["model"],
+                str(x["L"]),
+                x["estimator"],
+                interval(x["variance"]),
+                names[x["estimator"]],
+                percent(x["level"]),
+                percent(x["count"]) if names[x["estimator"]] == "t" else "",
+                percent(x["masks"]),
+            ]
+            for x in entry["shares_of_variance"]
+        ],
+    )
+
+
+def _squared_errors(entry: Mapping[str, Any]) -> str:
+    found = {(r["model"], r["contestant"], r["sizes"].get("K")): r["figures"] for r in entry["rows"] if r["status"] == "ok"}
+    pairs = dict.fromkeys((model, name) for model, name, _ in found)
+    return markdown(
+        ["model", "estimator", *(f"{n} pass{'es' * (n > 1)}" for n in PASSES)],
+        [
+            [model, name, *(interval(found[model, name, n]["mse"]) if (model, name, n) in found else "" for n in PASSES)]
+            for model, name in pairs
+        ],
+    )
+
+
+def _at_twelve(entry: Mapping[str, Any]) -> str:
+    return markdown(
+        ["model", "estimator", "bias", "variance", "squared error"],
+        [
+            [r["model"], r["contestant"], *(interval(r["figures"][key]) for key in ("bias", "variance", "mse"))]
+            for r in entry["rows"]
+            if r["status"] == "ok" and r["sizes"]["K"] == 12
+        ],
+    )
+
+
+def _ratios(entry: Mapping[str, Any]) -> str:
+    found = {
+        (x["model"], x["estimator"], x["L"], x["budget"], x["over"]): x["mse_ratio"] for x in entry["quadrature_over_monte_carlo"]
+    }
+    lines = []
+    for model, name in dict.fromkeys((model, name) for model, name, *_ in found):
+        nodes = int(name.split()[1].rstrip(","))
+        tight = [
+            (L, nodes, over) for L in TOLD_LENGTHS for over in ("double Monte Carlo", "exact, independent", "exact, stratified")
+        ]
+        cells = [
+            interval(found[(model, name, *key)]) for key in [*tight[:3], (TOLD_LENGTHS[0], 12, "exact, stratified"), *tight[3:]]
+        ]
+        lines.append([model, name, *cells])
+    columns = ["double MC", "exact indep.", "exact strat."]
+    head = [f"{L} tokens, n passes: over {c}" for L in TOLD_LENGTHS for c in columns]
+    return markdown(["model", "estimator", *head[:3], "16 tokens, 12 passes: over exact strat.", *head[3:]], lines)
+
+
+TABLES = {"shares": _shares, "squared errors": _squared_errors, "twelve passes": _at_twelve, "ratios": _ratios}
+
+
+def blocks(entry: Mapping[str, Any]) -> dict[str, str]:
+    """By the name of their markers, from the study's entry of a result file."""
+    return {name: table(entry) for name, table in TABLES.items()}
+
+
+def _on_screen(key: str) -> Callable[[Row], str]:
+    return lambda row: "{value:.2g} [{low:.2g}, {high:.2g}]".format(**row["figures"][key]) if row["figures"] else "-"
+
+
+SUITES = {
+    "variance": Study(
+        name="variance",
+        title=TITLE,
+        check=check,
+        measure=measure,
+        listing=listing,
+        label=lambda row: row["model"],
+        columns={
+            "passes": lambda row: str(row["sizes"].get("K", "")),
+            "bias": _on_screen("bias"),
+            "variance": _on_screen("variance"),
+            "squared error": _on_screen("mse"),
+        },
+        shape_keys=tuple(USUAL),
+        plot=plots.squared_errors,
+    )
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
+from benchmarks import registry
+from benchmarks.studies import statistics, variance
+from benchmarks.studies.moments import Moments
+from benchmarks.studies.variance import Estimator, L, Scored
 
-from benchmarks import registry  # noqa: E402
-from benchmarks.moments import Moments  # noqa: E402
-from benchmarks.suites import variance  # noqa: E402
-from benchmarks.suites.variance import Estimator, L, Scored  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 CODES = torch.arange(2**L)
 COUNTS_C = sum((CODES >> p) % 2 for p in range(L))
@@ -28,7 +26,7 @@ N_L = torch.arange(1, L + 1, dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def toy() -> Scored:
-    """Three sequences; tokens are likelier the more the model sees, and masks differ. Every sum is known: no model is called."""
+    """Three sequences whose every sum is known, likelier the more the model sees; no model is called."""
     generator = torch.Generator().manual_seed(0)
     noise_BC = torch.rand(3, 2**L, generator=generator, dtype=torch.float64)
     table_BC = -COUNTS_C * (0.2 + 2 * COUNTS_C / L) - COUNTS_C.sqrt() * noise_BC * torch.tensor([[0.5], [1.0], [4.0]])
@@ -51,7 +49,7 @@ def test_the_reference_has_the_exact_moments(toy: Scored, exact: Moments) -> Non
 
 
 def test_the_shares_of_the_count_are_those_of_all_masks(toy: Scored, exact: Moments) -> None:
-    """Each mask of count n has probability 1 / (L C(L, n)): the variance of L / n S(m) directly, and between counts."""
+    """Each mask of count n has probability 1 / (L C(L, n)): all masks directly, and between counts."""
     probability_C = 1 / (L * torch.tensor([math.comb(L, int(n)) for n in COUNTS_C]))
     probability_C[0] = 0
     x_BC = torch.where(COUNTS_C > 0, L / COUNTS_C.clamp(min=1) * toy.table_BC, 0)
@@ -140,14 +138,14 @@ def test_strata_and_pairs_cut_the_variance_where_the_level_is_what_varies(toy: S
 
 def test_intervals_are_bootstraps_over_the_sequences() -> None:
     values = torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
-    found = variance.interval(values)
+    found = statistics.ratio(values)
     assert found["value"] == pytest.approx(float(values.mean()))
     half = 1.96 * float(values.std()) / 8
     assert found["low"] == pytest.approx(found["value"] - half, abs=0.15 * half)
     assert found["high"] == pytest.approx(found["value"] + half, abs=0.15 * half)
-    ratio = variance.interval(2 * values, values)
+    ratio = statistics.ratio(2 * values, values)
     assert ratio == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0}), "paired: what all sequences share does not vary"
-    assert variance.interval(values) == found
+    assert statistics.ratio(values) == found
 
 
 @pytest.mark.slow

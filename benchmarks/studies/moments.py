@@ -1,9 +1,10 @@
-"""Closed forms for the ELBO estimators of the `variance` suite, from the moments of `S(m) = sum_{l in m} log p(y_l | y^m)`.
+"""Closed forms for the `variance` suite, from moments of `S(m) = sum_{l in m} log p(y_l | y^m)`.
 
-A completion has L tokens, a mask hides n of them. The mean and variance of S at each n say everything about an estimator that
-draws its passes independently: its bias, its variance, and what share of that comes from the level (t, or the count) rather than
-from which tokens are hidden. A longer completion is a row of G parts that do not see each other, scored as one: given the parts'
-moments, those of the whole follow from the hypergeometric law of how many hidden tokens fall into each part.
+A completion has L tokens, a mask hides n of them. The mean and variance of S at each n say everything about
+an estimator that draws its passes independently: its bias, its variance, and what share of that comes from
+the level (t, or the count) rather than from which tokens are hidden. A longer completion is a row of G parts
+that do not see each other, scored as one: given the parts' moments, those of the whole follow from the
+hypergeometric law of how many hidden tokens fall into each part.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Moments:
         return (self.variance_BL / counts(self.length) ** 2).sum(-1).div(self.draws).sqrt()
 
     def joined(self, parts_XG: Tensor) -> Moments:
-        """The moments of X completions, each a row of G of these sequences. G = 1 gives the sequences themselves."""
+        """Of X completions, each a row of G of these sequences; G = 1 is the sequences themselves."""
         L, G = self.length, parts_XG.shape[1]
         n_N, j = counts(L * G), torch.arange(L + 1, dtype=torch.float64)
         mean, second = (torch.nn.functional.pad(x, (1, 0)) for x in (self.mean_BL, self.variance_BL + self.mean_BL**2))
@@ -78,7 +79,7 @@ class Moments:
         return Variance(self.elbo_B, level_B, torch.zeros_like(level_B), (weight_L**2 * self.variance_BL).mean(-1))
 
     def stratified(self, samples: int) -> Tensor:
-        """Variance `[B]` of the mean of that many exact-count passes whose counts are one random offset plus the strata."""
+        """Variance `[B]` of a mean of exact-count passes, at counts of one random offset plus the strata."""
         L = self.length
         n_CK = 1 + (torch.arange(L)[:, None] + torch.arange(samples) * L // samples) % L
         mean_BC = (L / n_CK * self.mean_BL[:, n_CK - 1]).mean(-1)

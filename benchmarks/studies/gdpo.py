@@ -1,9 +1,10 @@
-"""GDPO (arXiv 2510.08554): quadrature over t beats double Monte Carlo at tight budgets; most variance comes from t.
+"""GDPO (arXiv 2510.08554): quadrature beats double Monte Carlo at tight budgets; most variance comes from t.
 
-Source: the paper's figures at second hand, its code read (`dllm_kernels/objectives/gdpo.py`). Both are measured by
-`benchmarks/run.py --suite variance` in closed form from 4096 samples; the figures are taken from that run's committed result,
-not measured again. The first is decided by the ratio of squared errors at as many passes as nodes, the second by the share of
-one pass's variance that the level t explains, on the two trained models; docs/estimators.md has all of it.
+Source: the paper's figures at second hand, its code read (`dllm_kernels/objectives/gdpo.py`). Both are
+measured by `benchmarks/run.py --suite variance` in closed form from 4096 samples; the figures are taken from
+that run's committed result, not measured again. The first is decided by the ratio of squared errors at as
+many passes as nodes, the second by the share of one pass's variance that the level t explains, on the two
+trained models; docs/estimators.md has all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.claim_studies.common import RESULTS, Claim, Figures, Settings, cell, decide, markdown
+from benchmarks.report import percent
+from benchmarks.studies import common
+from benchmarks.studies.common import RESULTS, Claim, Figures, Settings
 
 SOURCE = RESULTS / "estimators-cpu.json"
 MONTE_CARLO, STRATIFIED = "double Monte Carlo", "exact, stratified"
@@ -36,14 +39,18 @@ def quadrature(_: Settings) -> Figures:
 
 def quadrature_verdict(figures: Figures) -> str:
     found = [row[MONTE_CARLO] for row in figures["rows"]]
-    return decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
+    return common.decide(all(x["high"] < 1 for x in found), all(x["low"] > 1 for x in found))
 
 
-def quadrature_table(figures: Figures) -> str:
-    return markdown(
-        ["model", "tokens", "nodes = passes", "over double Monte Carlo", "over stratified exact counts"],
-        [[r["model"], str(r["tokens"]), str(r["nodes"]), cell(r[MONTE_CARLO]), cell(r[STRATIFIED])] for r in figures["rows"]],
-    )
+quadrature_table = common.table(
+    {
+        "model": "model",
+        "tokens": "tokens",
+        "nodes = passes": "nodes",
+        "over double Monte Carlo": MONTE_CARLO,
+        "over stratified exact counts": STRATIFIED,
+    }
+)
 
 
 def level(_: Settings) -> Figures:
@@ -59,17 +66,18 @@ def level(_: Settings) -> Figures:
 def level_verdict(figures: Figures) -> str:
     found = [row["t"] for row in figures["rows"] if row["model"] != "random"]
     least = CLAIMED_SHARE - ABOUT
-    return decide(all(x["high"] >= least for x in found), all(x["high"] < least for x in found))
+    return common.decide(all(x["high"] >= least for x in found), all(x["high"] < least for x in found))
 
 
-def level_table(figures: Figures) -> str:
-    def percent(x: dict[str, float]) -> str:
-        return f"{100 * x['value']:.0f} % [{100 * x['low']:.0f}, {100 * x['high']:.0f}]"
-
-    return markdown(
-        ["model", "tokens", "share of t", "share of the count given t", "share of which tokens are hidden"],
-        [[r["model"], str(r["tokens"]), *(percent(r[k]) for k in ("t", "count given t", "masks"))] for r in figures["rows"]],
-    )
+level_table = common.table(
+    {
+        "model": "model",
+        "tokens": "tokens",
+        "share of t": lambda row: percent(row["t"]),
+        "share of the count given t": lambda row: percent(row["count given t"]),
+        "share of which tokens are hidden": lambda row: percent(row["masks"]),
+    }
+)
 
 
 CLAIMS = (

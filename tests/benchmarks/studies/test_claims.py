@@ -1,11 +1,10 @@
-"""docs/claims.md is what the committed figures say, its rules can say otherwise, and its shortcuts equal the engine."""
+"""docs/claims.md says what the committed figures say, its rules can fail, its shortcuts equal the engine."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("claims")  # one worker: the tiny run is made once
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
-
-from benchmarks import claims  # noqa: E402
-from benchmarks.claim_studies import bgpo, common, dmpo, egspo, gdpo, rspo  # noqa: E402
-from benchmarks.claim_studies.common import CONFIRMED, REFUTED, UNDECIDED, Settings, decide, gradient  # noqa: E402
-from dllm_kernels import trajectory_rows  # noqa: E402
-from dllm_kernels.accumulation.objective import Batch  # noqa: E402
-from dllm_kernels.objectives import (  # noqa: E402
+from benchmarks import documents, report
+from benchmarks.studies import bgpo, claims, common, dmpo, egspo, gdpo, rspo, statistics
+from benchmarks.studies.common import CONFIRMED, REFUTED, UNDECIDED, Settings, decide, gradient
+from dllm_kernels import trajectory_rows
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.objectives import (
     dmpo_objective,
     espo_objective,
     gdpo_objective,
@@ -33,38 +27,41 @@ from dllm_kernels.objectives import (  # noqa: E402
     wdce_weights,
 )
 
-TEXT = claims.DOCUMENT.read_text()
+pytestmark = pytest.mark.xdist_group("claims")  # one worker: the tiny run is made once
+ROOT = Path(__file__).resolve().parents[3]
+
+TEXT = (ROOT / "docs" / "claims.md").read_text()
 RESULT = json.loads((common.RESULTS / "claims-cpu.json").read_text())
 TINY = Settings(tiny=True)
 
 
-# --- the document ---------------------------------------------------------------------------------------------------------
+# --- the document -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [claims.SUMMARY, *claims.CLAIMS])
 def test_each_block_is_that_of_the_committed_run(name: str) -> None:
-    assert claims.in_document(TEXT, name) == claims.blocks(RESULT)[name]
+    assert documents.in_document(TEXT, name) == claims.blocks(RESULT)[name]
 
 
 def test_a_bold_verdict_stands_nowhere_but_in_blocks_and_is_what_the_rule_says() -> None:
     for name, claim in claims.CLAIMS.items():
         entry = RESULT["claims"][name]
-        assert entry["command"].startswith("python benchmarks/claims.py run")
+        assert re.match(r"python (-m benchmarks\.studies\.claims|benchmarks/claims\.py run) ", entry["command"])
         assert not entry["tiny"]
         assert entry["sizes"] == dict(claim.sizes(Settings("a checkpoint")))
         assert {"cpu", "torch", "git_commit"} <= entry["environment"].keys()
-        assert f"**{claim.verdict(entry['figures'])}**" in claims.in_document(TEXT, name)
+        assert f"**{claim.verdict(entry['figures'])}**" in documents.in_document(TEXT, name)
         assert f"--claim {name} " in TEXT
     assert not re.findall(r"\*\*(?:confirmed|refuted|undecided)\*\*", prose())
 
 
 def prose() -> str:
     """The document without its generated blocks."""
-    return re.sub(r"<!-- [\w-]+: benchmarks/claims.py -->.*?<!-- end of [\w-]+ -->", "", TEXT, flags=re.DOTALL)
+    return re.sub(r"<!-- [\w-]+: benchmarks/documents.py -->.*?<!-- end of [\w-]+ -->", "", TEXT, flags=re.DOTALL)
 
 
 def test_prose_has_no_figure_of_its_own() -> None:
-    """arXiv numbers, sizes in the name of a thing and figures that papers claim may stand; decimals are results."""
+    """arXiv numbers, sizes in names and the papers' own figures may stand; other decimals are results."""
     text = re.sub(r"```.*?```|`[^`]*`|arXiv \d{4}\.\d{5}", "", prose(), flags=re.DOTALL)
     assert not re.findall(r"\d+\.\d+", text)
 
@@ -79,7 +76,7 @@ def test_figures_taken_from_other_results_are_still_theirs(name: str) -> None:
     assert claims.CLAIMS[name].measure(TINY) == RESULT["claims"][name]["figures"]
 
 
-# --- the rules can fail ---------------------------------------------------------------------------------------------------
+# --- the rules can fail -------------------------------------------------------------------------------------
 
 BELOW, ABOVE, ACROSS = ({"value": v, "low": v - 0.1, "high": v + 0.1} for v in (0.5, 1.5, 1.0))
 
@@ -178,13 +175,13 @@ def test_every_rule_was_made_to_differ_from_what_it_found() -> None:
     assert decide(True, True) == decide(False, False) == UNDECIDED
 
 
-# --- the experiments ------------------------------------------------------------------------------------------------------
+# --- the experiments ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("claims") / "new" / "claims.json"
-    assert claims.main(["run", "--tiny", "--out", str(out)]) == 0
+    assert claims.main(["--tiny", "--out", str(out)]) == 0
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -196,13 +193,13 @@ def test_each_experiment_runs_at_its_smallest_sizes(tiny: dict[str, Any]) -> Non
         assert entry["seconds"] < 120, "seconds, on a busy machine too"
         assert claim.verdict(entry["figures"]) in (CONFIRMED, REFUTED, UNDECIDED)
         assert claim.table(entry["figures"]).count("\n") >= 2
-    assert claims.filled(TEXT, tiny) != TEXT, "other figures make another document"
+    assert documents.filled(TEXT, claims.blocks(tiny)) != TEXT, "other figures make another document"
 
 
 def test_a_run_merges_into_what_is_there_and_repeats_itself(tiny: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "claims.json"
     out.write_text(json.dumps(tiny))
-    assert claims.main(["run", "--tiny", "--claim", "bgpo-samples", "--out", str(out)]) == 0
+    assert claims.main(["--tiny", "--claim", "bgpo-samples", "--out", str(out)]) == 0
     again = json.loads(out.read_text())["claims"]
     assert again["bgpo-samples"].pop("command").endswith(f"--claim bgpo-samples --out {out}")
     for name in claims.CLAIMS:
@@ -212,27 +209,30 @@ def test_a_run_merges_into_what_is_there_and_repeats_itself(tiny: dict[str, Any]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--claim", "bgpo", "--out", "x.json"], ["--claim bgpo", "bgpo-bound"]),
-        (["run", "--checkpoint", "nowhere", "--out", "x.json"], ["--checkpoint", "nowhere"]),
-        (["write", "nowhere.json"], ["nowhere.json"]),
-        (["run", "--tiny", "--out", "{text}"], ["it is no JSON"]),
-        (["write", "{other}"], ["without its claims"]),
-        (["write", "{empty}"], ["lacks gdpo-quadrature"]),
+        (["--claim", "bgpo", "--out", "x.json"], ["--claim bgpo", "bgpo-bound"]),
+        (["--checkpoint", "nowhere", "--out", "x.json"], ["--checkpoint", "nowhere"]),
+        (["--tiny", "--out", "{text}"], ["it is no JSON"]),
+        (["--tiny", "--out", "{other}"], ["without its claims"]),
     ],
 )
 def test_a_mistake_is_one_sentence(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, text in (("text", "no"), ("other", "{}"), ("empty", '{"schema": 1, "claims": {}}')):
+    for name, text in (("text", "no"), ("other", "{}")):
         (tmp_path / name).write_text(text)
-    filled = [a.format(**{name: tmp_path / name for name in ("text", "other", "empty")}) for a in arguments]
+    filled = [a.format(**{name: tmp_path / name for name in ("text", "other")}) for a in arguments]
     assert claims.main(filled) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert all(word in said for word in words)
 
 
-# --- shortcuts equal the engine -------------------------------------------------------------------------------------------
+def test_a_result_that_lacks_a_claim_makes_no_document() -> None:
+    with pytest.raises(ValueError, match="lacks gdpo-quadrature"):
+        claims.blocks({"claims": {}})
+
+
+# --- shortcuts equal the engine -----------------------------------------------------------------------------
 
 
 def close(got_P: torch.Tensor, want_P: torch.Tensor) -> bool:
@@ -330,19 +330,19 @@ def test_errors_from_inner_products_are_those_of_gradients(subject: common.Subje
 
 def test_statistics() -> None:
     draws_RP = 3.0 + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
-    variance, norm = common.moments(draws_RP)
+    variance, norm = statistics.moments(draws_RP)
     assert variance == pytest.approx(2.0, rel=0.1)
     assert norm == pytest.approx(18.0, rel=0.05)
     vectors_NP, weight_RN = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[:, :, :3]
-    by_sums = common.moments_of_sums(weight_RN, vectors_NP @ vectors_NP.t())
-    assert by_sums == pytest.approx(common.moments(weight_RN @ vectors_NP))
-    assert common.moments(torch.tensor([[1.0], [-1.0]]))[1] == -1.0, "unbiased, so it may be below 0"
-    found = common.ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+    by_sums = statistics.moments_of_sums(weight_RN, vectors_NP @ vectors_NP.t())
+    assert by_sums == pytest.approx(statistics.moments(weight_RN @ vectors_NP))
+    assert statistics.moments(torch.tensor([[1.0], [-1.0]]))[1] == -1.0, "unbiased, so it may be below 0"
+    found = statistics.ratio(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
     assert (found["value"], found["low"], found["high"]) == (0.5, 0.5, 0.5)
-    wide = common.ratio(torch.tensor([1.0, 2.0, 3.0]))
+    wide = statistics.ratio(torch.tensor([1.0, 2.0, 3.0]))
     assert wide["low"] < wide["value"] == 2.0 < wide["high"]
-    assert common.spread(1.0, torch.full((5,), torch.nan))["low"] < -1e8, "no rule decides by what is not known"
+    assert statistics.spread(1.0, torch.full((5,), torch.nan))["low"] < -1e8, "no rule decides by what is not known"
     x = torch.tensor([1.0, 2.0, 3.0, 10.0])
     assert float(egspo.rank_correlation(x, x.exp())) == pytest.approx(1.0)
     assert float(egspo.rank_correlation(x, -x)) == pytest.approx(-1.0)
-    assert [common.digits(v) for v in (0, 0.0123, 123.4, 2e-7, 3e9)] == ["0", "0.012", "123", "2.0e-07", "3.0e+09"]
+    assert [report.two_digits(v) for v in (0, 0.0123, 123.4, 2e-7, 3e9)] == ["0", "0.012", "123", "2.0e-07", "3.0e+09"]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import execution, measure, registry, report
+from benchmarks.suites import entropy, rollout
+
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker: the memory server is started once
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the folder benchmarks/ is no part of the installed package
-
-from benchmarks import execution, measure, registry  # noqa: E402
-from benchmarks.suites import entropy  # noqa: E402
-
+SUITE = entropy.SUITES["entropy"]
 TINY = registry.Settings(tiny=True, threads=1)
 SMALL = registry.Settings(threads=1, shape={"V": 20000, "T": 64, "H": 16})
 
@@ -25,15 +22,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No subprocess for each figure, no measurement of the machine, no timing."""
     monkeypatch.setattr(execution, "peak_memory", lambda *_: measure.Memory(1.0, "none"))
     monkeypatch.setattr(execution, "gflops_per_s", lambda *_: 100.0)
-    monkeypatch.setattr(execution, "interleave", lambda runners, _: {name: measure.Timing((1.0,) * 7) for name in runners})
+    monkeypatch.setattr(execution, "interleave", lambda runners, *_: {name: measure.Timing((1.0,) * 7) for name in runners})
 
 
 def rows_of(number: int) -> dict[str, registry.Row]:
-    return {row["contestant"]: row for row in execution.measure_case(entropy.SUITE, entropy.cases(TINY)[number], TINY)}
+    return {row["contestant"]: row for row in execution.measure_case(SUITE, entropy.cases(TINY)[number], TINY)}
 
 
 def test_every_row_of_the_tiny_run_is_right(tmp_path: Path) -> None:
-    rows = execution.measure(entropy.SUITE, TINY)["rows"]
+    rows = execution.measure(SUITE, TINY)["rows"]
     assert {row["status"] for row in rows} == {"ok"}, [row for row in rows if row["status"] != "ok"]
     assert [row["contestant"] for row in rows] == [
         "ours",
@@ -49,8 +46,8 @@ def test_every_row_of_the_tiny_run_is_right(tmp_path: Path) -> None:
             assert row["errors"]["steps"] == 0.0
             assert row["errors"].get("tokens", 0.0) == 0.0
             assert row["flops_by_formula"] == pytest.approx(row["flops_counted"], rel=0.02)
-    assert "rows: ours in 1.00 x the published time" in entropy.summary(rows)
-    entropy.SUITE.plot(rows, tmp_path / "plot.png")
+    assert "rows: 1 x published's time" in report.summary(SUITE, rows)
+    SUITE.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,8 +68,8 @@ def test_another_choice_of_steps_is_wrong(number: int, monkeypatch: pytest.Monke
 
 
 def test_other_tokens_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = entropy.generate
-    monkeypatch.setattr(entropy, "generate", lambda *args, **options: honest(*args, **options, temperature=5.0))
+    honest = rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda *args, **options: honest(*args, **options, temperature=5.0))
     row = rows_of(1)["ours"]
     assert row["status"] == "wrong"
     assert row["reason"].startswith("tokens error"), "entropies are judged in the contestant's own states"
@@ -89,9 +86,9 @@ def test_the_published_epsilon_shows() -> None:
 
 def test_the_published_epsilon_is_nothing_in_half_precision() -> None:
     for case in entropy.cases(registry.Settings(tiny=True, dtype="float16")):
-        published = case.setup(case.sizes).contestants[-1]
-        assert (published.name, published.make) == ("published", None)
-        assert published.absent.startswith("1e-8 is 0 in float16")
+        published = case.contestants[-1]
+        assert published.name == "published"
+        assert published.applies(case.inputs(case.sizes)).startswith("1e-8 is 0 in float16")
     probs_TBnV = torch.zeros(1, 1, 1, 4, dtype=torch.float16)
     probs_TBnV[..., 0] = 1.0
     assert entropy.published_choice(probs_TBnV, 1)["entropy"].isnan().all()
@@ -106,7 +103,7 @@ def test_bad_sizes_are_told() -> None:
 
 @pytest.mark.parametrize(("number", "factor"), [(0, 8), (1, 5)])
 def test_ours_keeps_no_probability_rows(number: int, factor: float) -> None:
-    measure.start_memory_server(entropy.SUITE.preload)
+    measure.start_memory_server(SUITE.preload)
     case = entropy.cases(SMALL)[number]
     ours, published = (measure.peak_memory("entropy", case.label, name, SMALL).extra_mib for name in ("ours", "published"))
     kept = case.sizes["T"] * case.sizes["B"] * case.sizes["n"] * case.sizes["V"] * 4 / measure.MIB

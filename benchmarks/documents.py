@@ -1,0 +1,433 @@
+"""The tables of docs/, and the README's figure, from the committed result files.
+
+    python benchmarks/documents.py write                      every block between markers
+    python benchmarks/documents.py write measured demo        those of some tables
+    python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out demo-cpu.json
+    python benchmarks/documents.py collect head a.json b.json --out head-cpu.json
+    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out compare-sudoku.json
+
+`collect` makes one result file of what several commands measured, to be kept in benchmarks/results:
+
+    demo         for s in 0 1 2; do dllm-kernels demo --out runs/seed$s seed=$s; done
+    head         python benchmarks/run.py --suite head --threads 2 --shape N=512,H=1024,V=126464 --out a.json,
+                 and so on
+    comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/compare-sudoku
+                 rl.updates=60
+
+The other result files come from `benchmarks/run.py` and `benchmarks.studies.claims`. "measured" is made of
+the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
+benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
+by its outcome: `LINES` names the cases and who stands beside ours before they are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    import checkout  # noqa: F401
+
+from benchmarks.registry import Row
+from benchmarks.report import caption, digits, every_row, known, markdown, two_places
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = RESULTS / "cpu-readme.png"
+
+# where each table stands; a block of the same name in several documents is the same in all of them
+DOCUMENTS: dict[str, tuple[str, ...]] = {
+    "measured": ("docs/results.md",),
+    "every row": ("docs/benchmarks.md",),
+    "demo": ("docs/demo.md",),
+    "algorithms": ("docs/algorithms.md",),
+    "comparison": ("docs/comparison.md",),
+    "estimators": ("docs/estimators.md",),
+    "head": ("docs/cpu_engine.md",),
+    "claims": ("docs/claims.md",),
+}
+
+
+def result_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+# --- blocks between markers ---------------------------------------------------------------------------------
+
+
+def in_document(text: str, name: str) -> str:
+    """What stands between the markers of that name. Raises ValueError when they are missing."""
+    return _marked(text, name).group(2)
+
+
+def filled(text: str, blocks: Mapping[str, str]) -> str:
+    """The document with these blocks made anew. Raises ValueError when a marker is missing."""
+    for name, block in blocks.items():
+        found = _marked(text, name)
+        text = f"{text[: found.start(2)]}{block}{text[found.end(2) :]}"
+    return text
+
+
+def _marked(text: str, name: str) -> re.Match[str]:
+    own = re.escape(name)
+    found = re.search(rf"(<!-- {own}: benchmarks/[\w./]+ -->\n)(.*?)(?=\n<!-- end of {own} -->)", text, flags=re.DOTALL)
+    if found is None:
+        expected = f"<!-- {name}: benchmarks/documents.py -->", f"<!-- end of {name} -->"
+        raise ValueError(f"the document must hold the markers {expected[0]!r} and {expected[1]!r}")
+    return found
+
+
+# --- what was measured: the README's lines, and every row ---------------------------------------------------
+
+
+class Line(NamedTuple):
+    """How a case's label begins and ends, the contestant beside ours, and the name that readers see."""
+
+    suite: str
+    name: str
+    sizes: str  # that the label holds
+    beside: str
+    told: str
+
+
+HEAD = ("forward", "unit", "coef", "sample")
+LLADA, SMALL = "N=512,H=1024,V=126464", "N=64,H=128,V=64"
+LINES = (
+    *(Line("head", plan, LLADA, "eager", f"head, `{plan}`") for plan in HEAD),
+    *(Line("head", plan, f"{LLADA} bfloat16", "eager", f"head, `{plan}`, bfloat16") for plan in HEAD),
+    *(Line("head", plan, SMALL, "eager", f"small head, `{plan}`") for plan in HEAD),
+    Line("elbo", "score", "K=16", "full logits", "ELBOs, 16 samples"),
+    Line("elbo", "train", "K=16", "full logits", "their gradients"),
+    Line("bgpo", "n_t=32", "", "full graph", "BGPO update, n_t = 32"),
+    Line("bgpo", "gdpo/n_t=16", "", "full graph", "GDPO update, 16 samples"),
+    Line("entropy", "rows", "", "published", "entropies of a rollout's steps"),
+    Line("rollout", "argmax", "", "published", "denoising step, temperature 0, V = 8192"),
+    Line("rollout", "completion", "", "published", "a completion, V = 8192"),
+    Line("step", "gdpo_bound", "", "published", "RL step, GDPO, K = 8"),
+)
+
+
+class Pair(NamedTuple):
+    line: Line
+    ours: Row
+    other: Row
+
+
+def sources() -> list[Path]:
+    """The default run, the full run, full runs of single suites: a later suite replaces an earlier one."""
+    return [RESULTS / "default-cpu.json", RESULTS / "cpu.json", *sorted(RESULTS.glob("cpu-*.json"))]
+
+
+def digest() -> str:
+    """Of all result files, one after the other."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources())).hexdigest()
+
+
+def load() -> dict[str, Any]:
+    """The suites of all files, each with its `figure`; what they ran on is that of the full run."""
+    results = {file.stem: result_of(file.stem) for file in sources()}
+    suites = {
+        name: {**entry, "figure": f"{stem}-{name}.png", "command": result["command"]}
+        for stem, result in results.items()
+        for name, entry in result["suites"].items()
+    }
+    used = dict.fromkeys(entry["command"] for entry in suites.values())
+    return {**results["cpu"], "suites": suites, "command": "`, `".join(used)}
+
+
+def pairs(result: Mapping[str, Any]) -> Iterator[Pair]:
+    """Raises ValueError for a line that the result does not have exactly once."""
+    for line in LINES:
+        rows = [row for row in result["suites"][line.suite]["rows"] if _is(row, line)]
+        ours, other = ([row for row in rows if row["contestant"] == name] for name in ("ours", line.beside))
+        if len(ours) != 1 or len(other) != 1:
+            raise ValueError(f"the result must hold one case {line.name} {line.sizes} of {line.suite}, got {len(ours)}")
+        yield Pair(line, ours[0], other[0])
+
+
+def _is(row: Row, line: Line) -> bool:
+    name, _, sizes = str(row["case"]).partition(" ")
+    exact = sizes == line.sizes if line.suite == "head" else line.sizes in sizes.split(",") or not line.sizes
+    return name == line.name and exact and row["status"] == "ok"
+
+
+def ratio(pair: Pair, key: str) -> float | None:
+    """Theirs over ours, of "time_ms" (medians) or "memory_mib"; None where unknown or below 0.1 MiB."""
+    ours, other = pair.ours[key], pair.other[key]
+    if key == "time_ms":
+        return float(other["median"] / ours["median"]) if ours and other else None
+    return float(other / ours) if ours is not None and other is not None and min(ours, other) >= 0.1 else None
+
+
+def _pair_cells(pair: Pair) -> list[str]:
+    ours, other = pair.ours, pair.other
+    errors = [max(row["errors"].values()) if row["errors"] else None for row in (ours, other)]
+    return [
+        pair.line.told,
+        pair.line.beside,
+        digits(ours["time_ms"]["median"]),
+        known(ratio(pair, "time_ms"), lambda value: f"**{digits(value)}**"),
+        ", ".join(known(row["memory_mib"]) for row in (ours, other)),
+        known(ratio(pair, "memory_mib"), lambda value: f"**{digits(value)}**"),
+        known(ours["to_floor"], two_places),
+        ", ".join(known(error, lambda value: f"{value:.0e}") for error in errors),
+    ]
+
+
+def measured(result: Mapping[str, Any]) -> str:
+    """The lines of `LINES`, and the summary of every suite."""
+    summaries = [f"- {name}: {entry['summary']}." for name, entry in result["suites"].items()]
+    columns = ["what", "beside", "ours, ms", "their time / ours", "extra MiB: ours, theirs", "their memory / ours"]
+    columns += ["over the limit", "largest error: ours, theirs"]
+    return "\n\n".join([caption(result), markdown(columns, map(_pair_cells, pairs(result)), "---"), "\n".join(summaries)])
+
+
+# --- the demo over several seeds ----------------------------------------------------------------------------
+
+SETS = {"unseen_puzzles": "unseen puzzles", "unseen_grids": "unseen solution grids"}
+DECODINGS = {"rollout": "rollout's temperature", "greedy": "greedy"}
+
+
+def collect_demo(folders: list[Path]) -> dict[str, Any]:
+    """What finished runs measured: shares of solved puzzles before and after RL, paired gains, settings."""
+    return {"command": "dllm-kernels demo seed=N", "runs": [_demo_run(folder) for folder in folders]}
+
+
+def _demo_run(folder: Path) -> dict[str, Any]:
+    before, after = (json.loads((folder / name).read_text()) for name in ("eval_before.json", "eval_after.json"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sets: dict[str, dict[str, Any]] = {}
+    for test, ways in after["sets"].items():
+        for way, figures in ways.items():
+            sets.setdefault(test, {})[way] = {
+                "puzzles": figures["examples"],
+                "sft": before["sets"][test][way]["correct"],
+                "rl": figures["correct"],
+                "gain": after["gain"][test][way],
+                "sft_reference_cells": before["sets"][test][way]["reference_cells"],
+                "rl_reference_cells": figures["reference_cells"],
+                "decoding": figures["decoding"],
+            }
+    return {
+        "seed": after["seed"],
+        "sets": sets,
+        "tokens": {phase: sum(int(x["tokens"]) for x in lines if x["phase"] == phase) for phase in ("sft", "rl")},
+        "steps": {phase: sum(x["phase"] == phase for x in lines) for phase in ("sft", "rl")},
+        "report": (folder / "report.md").read_text(),
+        "environment": after["environment"],
+        "config": (folder / "config.yaml").read_text(),
+    }
+
+
+def demo(result: Mapping[str, Any]) -> str:
+    """Per test set, decoding and seed the solved share after SFT and after RL, and the paired gain."""
+    lines = []
+    for test, way in ((test, way) for test in SETS for way in DECODINGS):
+        name, gains = f"{SETS[test]}, {DECODINGS[way]}", []
+        for run in result["runs"]:
+            figures, gain = run["sets"][test][way], run["sets"][test][way]["gain"]
+            gains.append(gain["gain"])
+            points = f"{100 * gain['gain']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+            lines.append([name, str(run["seed"]), f"{100 * figures['sft']:.1f} %", f"{100 * figures['rl']:.1f} %", points])
+        lines.append([f"**{name}**", "mean | |", f"**{100 * sum(gains) / len(gains):+.1f}**"])
+    return markdown(["test set, decoding", "seed", "SFT", "after RL", "gain [95 %, paired]"], lines, "---")
+
+
+# --- algorithms ---------------------------------------------------------------------------------------------
+
+
+def algorithms() -> str:
+    """The list of algorithms, from their recipes."""
+    from dllm_kernels.objectives import RECIPES
+
+    status = {"verified against the paper": "paper", "verified against the code": "code", "unverified": "unverified"}
+    lines = []
+    for name, recipe in RECIPES.items():
+        objective = recipe.make()
+        coupling = ", ".join(dict.fromkeys((objective.coupling, objective.on_policy_coupling)))
+        masks = f"`{recipe.law}`" + ("" if recipe.samples is None else f" x {recipe.samples}")
+        learns = "from trajectories" if recipe.needs_trajectory else "from fresh masks"
+        lines.append([f"`{name}`", recipe.arxiv, status[recipe.status], masks, coupling, learns])
+    return markdown(["`--algorithm`", "arXiv", "verified against", "masks", "coupling, on-policy", "learns"], lines, "---")
+
+
+# --- comparisons of algorithms from one checkpoint ----------------------------------------------------------
+
+TASKS = ("sudoku", "countdown")
+
+
+def collect_comparison(folder: Path, made_by: str, out: Path) -> dict[str, Any]:
+    """The comparison with the command that made it. The plot of reward curves is kept beside the result."""
+    shutil.copy(folder / "rewards.png", out.with_suffix(".png"))
+    return {"schema": 1, "command": made_by, **json.loads((folder / "compare.json").read_text())}
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """Command, table, verdict, and greedy accuracies, which the table leaves out."""
+    from dllm_trainer.commands.compare import table, verdict
+
+    rows = result["algorithms"]
+    greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in rows]
+    stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
+    lines = [
+        # what the runs were made with, under the command's name of today
+        f"```\n{result['command'].replace('dllm-train ', 'dllm-kernels ')}\n```",
+        f"{result['budget']:,} forwards a run, {len(rows[0]['forwards'])} seeds, {result['jobs']} runs at once; "
+        f"{result['environment']['cpu']}, one thread each.",
+        table(result),
+        f"**{verdict(result)}**",
+        f"Greedy, in %: {', '.join(greedy)} (SFT {100 * _mean(rows[0]['greedy']['sft']):.1f}).",
+        *([f"Stopped by a guard, and evaluated as it was: {'; '.join(stopped)}."] if stopped else []),
+    ]
+    return "\n\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# --- the head alone on a CPU --------------------------------------------------------------------------------
+
+BOUNDS = {  # over the floor, by case: bfloat16, float32
+    "forward": (1.20, 1.10),
+    "unit": (1.20, 1.10),
+    "coef": (1.25, 1.15),
+    "sample": (1.45, 1.25),
+}
+PEERS = {"torch linear_ce": "F.linear_cross_entropy", "Liger chunked": "Liger", "TRL chunked": "TRL"}
+
+
+def collect_head(files: list[Path]) -> dict[str, Any]:
+    """The runs, as they are, in the order given. Raises ValueError for a file without the suite."""
+    runs = [json.loads(file.read_text()) for file in files]
+    for file, run in zip(files, runs, strict=True):
+        if "head" not in run.get("suites", {}):
+            raise ValueError(f"{file} holds no result of the head suite")
+    return {"schema": 1, "runs": runs}
+
+
+def head(result: Mapping[str, Any]) -> str:
+    """One line per case: our time, and ratios of time and memory to the others of the same run."""
+    lines = []
+    for run in result["runs"]:
+        cases: dict[str, dict[str, Row]] = {}
+        for row in run["suites"]["head"]["rows"]:
+            if row["time_ms"]:
+                cases.setdefault(row["case"], {})[row["contestant"]] = row
+        lines += [_head_cells(run["settings"]["dtype"], rows) for rows in cases.values() if "ours" in rows]
+    columns = ["plan", "dtype", "N, H, V", "ours, ms", "over the floor (bound)", "over eager", "over others"]
+    return markdown([*columns, "extra MiB: ours, eager"], lines, "---")
+
+
+def _head_cells(dtype: str, rows: Mapping[str, Row]) -> list[str]:
+    ours, eager = rows["ours"], rows.get("eager")
+    plan, sizes, own = ours["case"].split()[0], ours["sizes"], ours["time_ms"]["median"]
+    large = sizes["V"] > 100000
+    bound = f" ({BOUNDS[plan][dtype == 'float32']:.2f})" if large and plan in BOUNDS else ""
+    others = [f"{own / rows[name]['time_ms']['median']:.2f} {label}" for name, label in PEERS.items() if name in rows]
+    return [
+        f"`{plan}`",
+        dtype,
+        ", ".join(str(sizes[key]) for key in ("N", "H", "V")),
+        f"{own:.{0 if large else 2}f}",
+        f"{ours['to_floor']:.2f}{bound}",
+        known(ours["to_baseline"] or None, two_places),
+        ", ".join(others) or "–",
+        ", ".join(f"{row['memory_mib']:.0f}" for row in (ours, eager) if row and row["memory_mib"] is not None),
+    ]
+
+
+# --- all of them --------------------------------------------------------------------------------------------
+
+
+def blocks(table: str) -> dict[str, str]:
+    """The blocks of one of `DOCUMENTS`, by the name that their markers have."""
+    if table == "measured":
+        return {table: measured(load())}
+    if table == "every row":
+        return {table: every_row(load())}
+    if table == "demo":
+        return {"demo table": demo(result_of("demo-cpu"))}
+    if table == "algorithms":
+        return {table: algorithms()}
+    if table == "comparison":
+        return {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
+    if table == "head":
+        return {"head table": head(result_of("head-cpu"))}
+    if table == "estimators":
+        from benchmarks.studies import variance
+
+        return variance.blocks(result_of("estimators-cpu")["suites"]["variance"])
+    from benchmarks.studies import claims
+
+    return claims.blocks(result_of("claims-cpu"))
+
+
+def write(tables: Sequence[str]) -> None:
+    """Fills the documents, and redraws the README's figure if the results have changed since it was drawn."""
+    from benchmarks import plots
+
+    for table in tables:
+        for document in DOCUMENTS[table]:
+            path = ROOT / document
+            path.write_text(filled(path.read_text(), blocks(table)))
+    if "measured" in tables and plots.source(FIGURE) != digest():
+        draw(load(), FIGURE, digest())
+
+
+def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
+    """Their time and memory over ours, a bar each. `source`, a digest, is kept in the file."""
+    from benchmarks import plots
+
+    found = list(pairs(result))
+    ratios = {
+        title: [ratio(pair, key) or 0.0 for pair in found]
+        for title, key in (("their time / ours", "time_ms"), ("their extra memory / ours", "memory_mib"))
+    }
+    plots.ratios([pair.line.told.replace("`", "") for pair in found], ratios, path, source)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    writing = commands.add_parser("write", help="put tables of the committed results into their documents")
+    writing.add_argument("tables", nargs="*", metavar="NAME", help=f"default all of {', '.join(DOCUMENTS)}")
+    collecting = commands.add_parser("collect", help="make a result file of what several commands measured")
+    collecting.add_argument("table", choices=("demo", "head", "comparison"))
+    collecting.add_argument("sources", nargs="+", type=Path)
+    collecting.add_argument("--command", dest="made_by", default="", help="how a comparison was made")
+    collecting.add_argument("--out", required=True, type=Path)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "write":
+            if unknown := [name for name in arguments.tables if name not in DOCUMENTS]:
+                raise ValueError(f"a table must be one of {', '.join(DOCUMENTS)}, got {unknown[0]!r}")
+            write(arguments.tables or list(DOCUMENTS))
+        else:
+            arguments.out.write_text(json.dumps(_collected(arguments), indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"documents: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _collected(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.table == "demo":
+        return collect_demo(arguments.sources)
+    if arguments.table == "head":
+        return collect_head(arguments.sources)
+    if len(arguments.sources) != 1 or not arguments.made_by:
+        raise ValueError("collect comparison takes one folder, and --command: how it was made")
+    return collect_comparison(arguments.sources[0], arguments.made_by, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
