@@ -5,8 +5,6 @@ Verified against the public code (apple/ml-diffucoder at f735e01, src/open_r1/co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -138,12 +136,6 @@ def coupled_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.01) -> Objec
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    epsilon: float = 0.5
-    beta: float = 0.01
-
-
 RECIPE = Recipe(
     name="coupled_grpo",
     title="DiffuCoder: Understanding and Improving Masked Diffusion Models for Code Generation",
@@ -157,7 +149,6 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=2,
-    options=Options,
     notes="The code was read; it draws one t for the whole batch, the law one per sequence. Groups of 10, learning rate 1e-6 "
     "to 10 % by a cosine, full fine-tuning, completions of 256 tokens, temperature 1.",
 )

@@ -87,6 +87,8 @@ def d2_objective(*, epsilon: float = 0.5, beta: float = 0.04) -> Objective:
 
 @dataclass(frozen=True)
 class Options:
+    """Of the loss, and of the states."""
+
     epsilon: float = 0.5
     beta: float = 0.04
     segments: int = 8  # parts of a trajectory

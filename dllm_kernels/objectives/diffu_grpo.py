@@ -8,8 +8,6 @@ Verified against the public code (dllm-reasoning/d1 at 837888f, diffu-grpo/diffu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Objective
@@ -73,12 +71,6 @@ def diffu_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.04) -> Objecti
     return token_objective("diffu_grpo", epsilon, beta)
 
 
-@dataclass(frozen=True)
-class Options:
-    epsilon: float = 0.5
-    beta: float = 0.04
-
-
 RECIPE = Recipe(
     name="diffu_grpo",
     title="d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
@@ -92,7 +84,6 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=12,
-    options=Options,
     notes="The code was read. Prompt noise 0.15, a new one per inner iteration, shared by policy, old and reference. "
     "Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

@@ -211,6 +211,8 @@ def dmpo_objective(*, baseline: str = "neg", strength: float = 1.0) -> Objective
 
 @dataclass(frozen=True)
 class Options:
+    """Of the loss, and of its weights."""
+
     baseline: str = "neg"
     strength: float = 1.0
     alpha: float = 0.04  # of `wdce_weights` and `wdce_baseline`, as kappa

@@ -166,6 +166,8 @@ def _check_options(epsilon_low: float, epsilon_high: float, beta: float, tokens_
 
 @dataclass(frozen=True)
 class Options:
+    """Of the loss, and of the choice of steps."""
+
     epsilon_low: float = 0.2
     epsilon_high: float = 0.5
     beta: float = 0.04
@@ -180,6 +182,8 @@ class Options:
 
 @dataclass(frozen=True)
 class OptionsSA(Options):
+    """And of the returns."""
+
     stepwise: float = 0.5  # lambda of `stepwise_returns`
 
     def __post_init__(self) -> None:

@@ -7,8 +7,6 @@ Verified against the code (ML-GSAI/ESPO at b5f2dac).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from dllm_kernels import checks
@@ -106,13 +104,6 @@ def espo_objective(*, epsilon_low: float = 0.2, epsilon_high: float = 0.2, beta:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    beta: float = 0.01
-
-
 RECIPE = Recipe(
     name="espo",
     title="ESPO: ELBO-based sequence-level policy optimization",
@@ -126,7 +117,6 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=8,
-    options=Options,
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high, per_token=True),
     notes="The official code was read. Two pairs of complements a sequence; epsilon 0 on Countdown; beta 1e-3 for mathematics, "
     "3e-3 for Countdown, 1e-2 for Sudoku and code; 6 completions a prompt (16 mathematics, 10 code), learning rate 3e-6.",

@@ -8,8 +8,6 @@ normalises several rewards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from dllm_kernels import checks
@@ -120,13 +118,6 @@ def gdpo_objective(*, epsilon: float = 0.5, beta: float = 0.0, mode: str = "pape
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    epsilon: float = 0.5
-    beta: float = 0.0
-    mode: str = "paper"
-
-
 RECIPE = Recipe(
     name="gdpo",
     title="GDPO: Group diffusion policy optimization",
@@ -140,7 +131,6 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=False,
     inner_iterations=12,
-    options=Options,
     clip=lambda options: Clip(options.epsilon, options.epsilon, per_token=options.mode == "code"),
     notes="The official code was read, the paper's form (no length inside the ratio, 1/|y| outside) is secondhand. "
     "Code: 6 completions a prompt, learning rate 3e-7, 256 tokens, LoRA 128.",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal
 
@@ -22,11 +23,6 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """Of an algorithm that has none."""
-
-
-@dataclass(frozen=True)
 class Clip:
     """Which ratio an objective of ELBOs clips, and where: for a run's figures alone."""
 
@@ -35,7 +31,7 @@ class Clip:
     per_token: bool = False  # the ratio is of ELBOs over the completion's length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """How rollouts become the states that are trained on, and what that costs."""
 
@@ -43,12 +39,12 @@ class Trajectory:
     tokens: Callable[[Any, int, int], int]  # (options, L, denoising steps) -> about how many tokens a state decides
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """One algorithm: where it was published, how surely it is that, and what it makes of rollouts and rewards.
 
     A new algorithm that learns from group advantages and from scores under drawn masks needs no callable but `objective`. What
-    is typed `Any` here is the run's options, an instance of the dataclass `options`.
+    is typed `Any` here is the run's options, an instance of `option_type`.
     """
 
     name: str  # of the function and of `dllm-kernels rl --algorithm`
@@ -63,7 +59,8 @@ class Recipe:
     needs_old: bool
     needs_reference: bool
     inner_iterations: int  # optimizer steps per rollout
-    options: type[Any] = NoOptions  # a frozen dataclass of bool, int, float, str or None; defaults are as published
+    # a frozen dataclass of bool, int, float, str or None, as published; None: the factory's keywords are all options
+    options: type[Any] | None = None
     from_run: Callable[[int, int], Mapping[str, object]] | None = None  # options that (L, denoising steps) of a run give
     signal: Callable[[Rewards, Objective, Any], Signal] = advantage_signal
     pairs: bool = False  # learns from one chosen and one rejected completion of a prompt: given pairs will do
@@ -78,21 +75,29 @@ class Recipe:
     def needs_trajectory(self) -> bool:
         return self.trajectory is not None
 
+    @functools.cached_property
+    def option_type(self) -> type[Any]:
+        if self.options is not None:
+            return self.options
+        kinds, keywords = typing.get_type_hints(self.objective), inspect.signature(self.objective).parameters
+        made = [(name, kinds[name], field(default=keyword.default)) for name, keyword in keywords.items()]
+        return make_dataclass("Options", made, frozen=True)
+
     @property
     def option_names(self) -> list[str]:
-        return [field.name for field in fields(self.options)]
+        return [option.name for option in fields(self.option_type)]
 
     @property
     def defaults(self) -> dict[str, object]:
         """Keywords of the objective's factory, as published."""
-        return self._keywords(self.options())
+        return self._keywords(self.option_type())
 
     def choose(self, given: Mapping[str, Any]) -> Any:
         """The options with these in place of the published ones.
 
         Raises ValueError or TypeError naming an option that does not exist, or whose value the algorithm refuses.
         """
-        kinds = typing.get_type_hints(self.options)
+        kinds = typing.get_type_hints(self.option_type)
         known = self.option_names
         for name, value in given.items():
             if name not in known:
@@ -103,13 +108,13 @@ class Recipe:
             allowed = typing.get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
             if not any(_is(value, kind) for kind in allowed):
                 raise TypeError(f"{name} must be {' or '.join(_KINDS[kind] for kind in allowed)}, got {value!r}")
-        options = self.options(**given)
+        options = self.option_type(**given)
         self.make(options)  # refuses what is out of bounds
         return options
 
     def make(self, options: Any = None) -> Objective:
         """The objective for the engine, as published or with other options."""
-        return self.objective(**self._keywords(self.options() if options is None else options))
+        return self.objective(**self._keywords(self.option_type() if options is None else options))
 
     def _keywords(self, options: Any) -> dict[str, object]:
         return {name: getattr(options, name) for name in inspect.signature(self.objective).parameters}

@@ -7,7 +7,6 @@ Unverified: no official code was found and the paper's equations were not read. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -85,11 +84,6 @@ def rspo_objective(*, lam: float = 0.01) -> Objective:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    lam: float = 0.01
-
-
 RECIPE = Recipe(
     name="rspo",
     title="RSPO: relative score policy optimization",
@@ -103,7 +97,6 @@ RECIPE = Recipe(
     needs_old=False,
     needs_reference=True,
     inner_iterations=1,
-    options=Options,
     notes="Abstract, a digest and one third-party port agree on the form; no official code, equations and hyper-parameters not "
     "checked. The port redraws empty masks, here they score 0. Group size, learning rate and inner iterations are not known.",
 )

@@ -9,7 +9,6 @@ Verified against the public code (facebookresearch/SPG at a1c7120, spg/spg_train
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -138,13 +137,6 @@ def _check_options(omega: float, eubo_beta: float, negative: str) -> None:
     checks.choice("negative", negative, NEGATIVES)
 
 
-@dataclass(frozen=True)
-class Options:
-    omega: float = 0.5
-    eubo_beta: float = 1.5
-    negative: str = "mix"
-
-
 RECIPE = Recipe(
     name="spg",
     title="SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
@@ -158,7 +150,6 @@ RECIPE = Recipe(
     needs_old=False,
     needs_reference=False,
     inner_iterations=4,
-    options=Options,
     notes="The code was read. Prompt noise 0.15, also on earlier blocks of the completion. eubo_beta 1 for Sudoku, 2 with "
     "negative='eubo' for Countdown. Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

@@ -131,6 +131,8 @@ def trace_rl_objective(*, epsilon: float = 0.2, beta: float = 0.01, mode: str = 
 
 @dataclass(frozen=True)
 class Options:
+    """Of the loss, and of the states."""
+
     epsilon: float = 0.2
     beta: float = 0.01
     mode: str = "llada"

@@ -8,8 +8,6 @@ KL is k3, and that the ratio is taken of the mean, are our choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -99,12 +97,6 @@ def unigrpo_objective(*, epsilon: float = 0.2, beta: float = 0.01) -> Objective:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    epsilon: float = 0.2
-    beta: float = 0.01
-
-
 RECIPE = Recipe(
     name="unigrpo",
     title="MMaDA: Multimodal Large Diffusion Language Models",
@@ -118,7 +110,6 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=1,
-    options=Options,
     clip=lambda options: Clip(options.epsilon, options.epsilon),
     notes="No RL code is public and the paper's equations were not checked: form of the KL, advantages, hyper-parameters and the "
     "number of inner iterations are guesses. Mask ratios after the first inner iteration are uniformly spaced: give the "

@@ -18,7 +18,7 @@ from dllm_kernels.rollouts.trajectories import Rollout, trajectory_logp
 ScoreOf = Callable[[MaskPlan, str], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rewards:
     """Rewards of the rollouts of all ranks, and how the run wants advantages made of them."""
 
@@ -33,7 +33,7 @@ class Rewards:
         return advantages_B.clamp(min=0.0) if self.positive_only else advantages_B
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signal:
     """What rewards alone say about the rollouts of all ranks, before a model is asked."""
 
@@ -66,7 +66,7 @@ def later_signal(rewards: Rewards, objective: Objective, options: Any) -> Signal
     return signal_of({}, rewards, objective)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class States:
     """The states of rollouts that are trained on."""
 
@@ -89,7 +89,7 @@ class States:
         return torch.where(self.plan.scored, logp_BS, 0.0).transpose(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
     """One update, as this rank sees it: what an algorithm may make entries of, before the first optimizer step."""
 

@@ -117,6 +117,8 @@ def _check_pairs(chosen_B: Tensor, group_ids_B: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Options:
+    """As the port has them."""
+
     beta: float = 0.2
     normalize: bool = True
 

@@ -7,12 +7,14 @@ Verified against the code (xiaohangt/wd1 at 0898985). wd1++ (step-wise, with int
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import surrogates
-from dllm_kernels.objectives.recipe import NoOptions, Recipe
+from dllm_kernels.objectives.recipe import Recipe
 from dllm_kernels.objectives.update import Rewards, Signal, signal_of
 
 __all__ = ["wd1", "wd1_objective", "wd1_weights"]
@@ -74,7 +76,7 @@ def wd1_objective() -> Objective:
     )
 
 
-def _signal(rewards: Rewards, objective: Objective, options: NoOptions) -> Signal:
+def _signal(rewards: Rewards, objective: Objective, options: Any) -> Signal:
     return signal_of({"weights": wd1_weights(rewards.advantages(), rewards.group_ids_B)}, rewards, objective)
 
 

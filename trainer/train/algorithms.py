@@ -30,7 +30,7 @@ class Algorithm:
 
     config: RlConfig
     recipe: Recipe
-    options: Any  # an instance of `recipe.options`
+    options: Any  # an instance of `recipe.option_type`
     objective: Objective
 
     def rewards(self, values_B: Tensor, group_ids_B: Tensor, length: int) -> Rewards:
