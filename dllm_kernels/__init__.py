@@ -1,6 +1,10 @@
 """Fused scoring, sampling and mask noise for reinforcement learning of masked diffusion language models."""
 
-from dllm_kernels import objectives
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from dllm_kernels.accumulation.estimation import estimate_elbo
 from dllm_kernels.accumulation.loop import accumulate
 from dllm_kernels.head.explain import explain
@@ -13,6 +17,9 @@ from dllm_kernels.model.headless import headless
 from dllm_kernels.rollouts.generation import generate
 from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from dllm_kernels import objectives
 
 __all__ = [
     "MaskPlan",
@@ -35,3 +42,12 @@ __all__ = [
     "trajectory_logp",
     "trajectory_rows",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`objectives` is imported when it is first wanted: the head and the losses do without it."""
+    if name != "objectives":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module("dllm_kernels.objectives")

@@ -1,4 +1,4 @@
-"""Which way a head call goes, chosen from static facts alone, and how many matrix products that takes.
+"""The plan of a head call, chosen from static facts alone, and how many matrix products it takes.
 
 `score_tokens` and `explain` share these functions, so that what is explained is what runs.
 """
@@ -55,7 +55,7 @@ def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_kn
 
 def why(plan: str, *, forced: bool) -> str:
     """The reason for a plan, in words."""
-    return f"forced; it is the way to go where {_WHY[plan]}" if forced else _WHY[plan]
+    return f"forced; it is chosen where {_WHY[plan]}" if forced else _WHY[plan]
 
 
 def recorded(want: Sequence[str], coef_known: bool) -> bool:

@@ -1,6 +1,6 @@
 """`dllm-kernels compare`: algorithms from one checkpoint at equal model forwards, over seeds; a table and a plot of rewards.
 
-A forward is one sequence through a model once: rollouts, old and reference scores and gradients all count, see `calls.py`.
+A forward is one sequence through a model once: rollouts, old and reference scores and gradients all count (`forward_counts.py`).
 The budget is given, or is what the first algorithm's configured updates cost. What an update of each algorithm costs is
 measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates may
 drop more or fewer rollouts than these: where that takes an algorithm off the budget by more than 3 %, its runs are made once more

@@ -88,7 +88,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
     works = _works(setup, ranks)
     worst = max(works, key=lambda work: work.peak)
     if device == "cpu":  # the optimiser's states are made in what the first step's activations left, which then need new pages
-        terms["holes of the heap"] = min(terms["optimiser"], worst.activations)
+        terms["heap fragmentation"] = min(terms["optimiser"], worst.activations)
     if ranks > 1:
         terms["gathered layers"] = _gathered(model, config)
     total = sum(terms.values()) + worst.peak

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,70 +16,11 @@ from typer.testing import CliRunner
 
 from dllm_kernels.objectives import RECIPES, AlgorithmError, discovery
 
-ALGORITHM = '''"""Imitation of the best completions of each group: rejection fine-tuning."""
-
-from dataclasses import dataclass
-
-from dllm_kernels.objectives import Objective, Recipe, signal_of
-
-
-def imitation(elbo_B, weights_B):
-    return -(weights_B.detach() * elbo_B).mean()
-
-
-def imitation_objective(*, push=1.0):
-    def contributions(logp_N, plan, batch):
-        return -push * (batch.per_sequence["weights"] * plan.score(logp_N)).sum()
-
-    return Objective(
-        name="imitation",
-        contributions=contributions,
-        coupling="none",
-        on_policy_coupling="none",
-        denominator="sequences",
-        old_scores=None,
-        per_sequence=("weights",),
-        scale="weights",
-    )
-
-
-@dataclass(frozen=True)
-class Options:
-    push: float = 1.0
-    margin: float = 0.0  # above the mean of its group, from where a completion is imitated
-
-    def __post_init__(self):
-        if self.margin < 0:
-            raise ValueError(f"margin must be at least 0, got {self.margin}")
-
-
-def signal(rewards, objective, options):
-    return signal_of({"weights": (rewards.advantages() > options.margin).float()}, rewards, objective)
-
-
-def figures(update, batch, options):
-    everyone, _ = update.gather(batch.per_sequence["weights"])
-    return {"imitated": everyone.sum().item() / len(update.rewards.values_B), "margin": options.margin}
-
-
-RECIPE = Recipe(
-    name="imitation",
-    title="Imitation of the best",
-    arxiv="0000.00000",
-    status="unverified",
-    objective=imitation_objective,
-    law="exact",
-    law_options={},
-    samples=2,
-    advantage="mean",
-    needs_old=False,
-    needs_reference=False,
-    inner_iterations=1,
-    options=Options,
-    signal=signal,
-    figures=figures,
-)
-'''
+ROOT = Path(__file__).resolve().parents[3]
+# the file that CONTRIBUTING.md shows under "Add an algorithm", to the letter
+ALGORITHM = re.findall(
+    r"^```python\n(# my_algorithm\.py\n.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
+)[0]
 
 
 @pytest.fixture
