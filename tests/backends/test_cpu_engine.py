@@ -137,6 +137,25 @@ def check(p: HeadProblem) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 15, 17])
+def test_pitfall_what_an_earlier_call_left_in_the_workspace_does_not_matter(isa, dtype, rows):
+    """Lanes past the last row are paired with it: NaN there would reach dW, though their coefficient is 0."""
+    _C.set_isa(isa)
+
+    def gradients(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        dweight = torch.empty(33, 48)
+        coef = coefficients(p.rows)[0]
+        dhidden = cpu.run(p, ("lse", "dhidden"), coef_N=coef, dweight_VH=dweight, overwrite=True)["dhidden"]
+        return dhidden, dweight
+
+    p, whole = make(rows, 48, 33, dtype), make(32, 48, 33, dtype)  # the workspace of one panel of rows, filled or not
+    for left in (math.nan, 1e30):
+        gradients(replace(whole, hidden_MH=torch.full((32, 48), left).to(dtype)))
+        assert all(bool(found.isfinite().all()) for found in gradients(p)), left
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_output_agrees_with_the_float64_reference_on_every_isa(isa, dtype, shape):
     _C.set_isa(isa)
