@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.backends.contract import HeadOptions
+from dllm_kernels.backends.contract import HeadOptions, WeightGradient
 from dllm_kernels.head.scoring import score
 
 _REDUCTIONS = ("mean", "sequence")
@@ -28,6 +28,7 @@ def elbo_loss(
     temperature: float = 1.0,
     suppress: Sequence[int] = (),
     reduction: str = "mean",
+    take_dweight: WeightGradient | None = None,
 ) -> Tensor:
     """The masked-diffusion loss, `-sum over masked tokens of logp / p_mask`, from hidden states: logits are never kept.
 
@@ -40,7 +41,8 @@ def elbo_loss(
         masked: bool `[..., L]`, the hidden tokens.
         p_mask: broadcastable to `[..., L]`, in (0, 1]: the probability with which each token was hidden.
         lengths: broadcastable to `[...]`, above 0, the answer lengths.
-        shift: 1 where position i is predicted by row i - 1. bias, softcap, temperature, suppress: as in `score_tokens`.
+        shift: 1 where position i is predicted by row i - 1.
+        bias, softcap, temperature, suppress, take_dweight: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
             (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`.
@@ -62,7 +64,7 @@ def elbo_loss(
     if reduction == "sequence":
         if lengths is not None:
             raise ValueError("lengths divides only under reduction='mean', got reduction='sequence'")
-        logp_N = score(hidden, weight, target_N, rows, options).logp
+        logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
         assert logp_N is not None
         return _sum_by_sequence(-logp_N * factor_N.to(logp_N.dtype), position_N, sequences, L).view(leading)
     if lengths is None:
@@ -70,7 +72,7 @@ def elbo_loss(
     else:
         length_N = _at_rows("lengths", lengths, leading, sequence_N)
         factor_N = factor_N / (length_N * sequences)
-    total = score(hidden, weight, target_N, rows, options, coef=-factor_N).weighted_sum
+    total = score(hidden, weight, target_N, rows, options, coef=-factor_N, take_dweight=take_dweight).weighted_sum
     assert total is not None
     return total
 
@@ -105,6 +107,7 @@ def bgpo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     suppress: Sequence[int] = (),
+    take_dweight: WeightGradient | None = None,
 ) -> Tensor:
     """BGPO's bound terms of one Monte-Carlo sample: call backward on each of the `samples` in turn.
 
@@ -119,7 +122,7 @@ def bgpo_loss(
             current one, then d = 0 and the coefficients A / samples are known before the forward pass, which is cheaper.
         advantages: `[B]`. samples: n_t >= 1.
         sequences: the denominator, the number of sequences of the whole optimizer step; default B.
-        shift, bias, softcap, temperature, suppress: as in `elbo_loss`.
+        shift, bias, softcap, temperature, suppress, take_dweight: as in `elbo_loss`.
 
     old_elbo and advantages are detached. Returns a float32 scalar (float64 for float64 inputs). Raises as `elbo_loss`.
 
@@ -141,14 +144,14 @@ def bgpo_loss(
     options = HeadOptions(bias, softcap, temperature, suppress)
     if old_elbo is None:
         coef_N = -advantages.to(factor_N.dtype)[position_N // L] * factor_N / divisor
-        scores = score(hidden, weight, target_N, rows, options, coef=coef_N)
+        scores = score(hidden, weight, target_N, rows, options, coef=coef_N, take_dweight=take_dweight)
         assert scores.weighted_sum is not None
         # value of the loss at d = 0 with the gradient of the weighted sum
         return scores.weighted_sum - scores.weighted_sum.detach() - (advantages.sum() / divisor).to(scores.weighted_sum.dtype)
     checks.shape("old_elbo", old_elbo, [B])
     checks.same_device("old_elbo", old_elbo, "hidden", hidden)
     checks.finite("old_elbo", old_elbo)
-    logp_N = score(hidden, weight, target_N, rows, options).logp
+    logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
     assert logp_N is not None
     elbo_B = _sum_by_sequence(logp_N * factor_N.to(logp_N.dtype), position_N, B, L)
     return -bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor

@@ -151,17 +151,26 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises UserError for a model without a module list.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    taken: list[str] = []
+    lists = _outermost_lists(model)
+    path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+    return path, lists[path]
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """What is sharded one by one: the members, with parameters, of every outermost module list."""
+    members = [member for blocks in _outermost_lists(model).values() for member in blocks]
+    return [member for member in members if any(True for _ in member.parameters())]
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The module lists that lie in no other, by path, those first that come first."""
+    found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in taken):
-            taken.append(path)
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if best is None or size > best[0]:
-                best = size, path, module
-    if best is None:
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    if not found:
         raise UserError(f"model must keep its transformer blocks in a torch.nn.ModuleList, {type(model).__name__} has none")
-    return best[1:]
+    return found
 
 
 def shard(
@@ -195,8 +204,8 @@ def shard(
     mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for block in find_blocks(model)[1]:
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    for layer in layers(model):
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     # from torch 2.7; before, the root gathers the head in every forward
     if "ignored_params" in inspect.signature(fully_shard).parameters:
         options["ignored_params"] = _shard_head(model, mesh)

@@ -42,15 +42,19 @@ class HeadOptions:
         return getattr(self, name)
 
     def normalised(self, dtype: torch.dtype) -> HeadOptions:
-        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`."""
+        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`, ids in a tuple.
+
+        A problem is kept for backward: a list that its owner changes meanwhile must not change it.
+        """
         bias, softcap, temperature = self.bias, self.softcap, self.temperature
-        if type(temperature) is float and bias is softcap is None:  # the common case
+        if type(temperature) is float and bias is softcap is None and type(self.suppress) is tuple:  # the common case
             return self
         return replace(
             self,
             bias=None if bias is None else bias.detach(),
             softcap=None if softcap is None else float(softcap),
             temperature=temperature.detach().to(dtype) if isinstance(temperature, Tensor) else float(temperature),
+            suppress=tuple(self.suppress),
         )
 
     def of_rows(self, rows: slice | Tensor) -> HeadOptions:
@@ -98,10 +102,10 @@ class HeadProblem:
     def statistics_dtype(self) -> torch.dtype:
         return torch.float64 if self.hidden_MH.dtype == torch.float64 else torch.float32
 
-    @functools.cached_property
+    @property
     def excluded_V(self) -> Tensor | None:
         """bool `[V]`, True where the probability is 0."""
-        return self.options.excluded(len(self.weight_VH), self.hidden_MH.device)
+        return self.options.excluded(self.weight_VH.shape[0], self.hidden_MH.device)
 
     def select(self, keep_N: Tensor) -> HeadProblem:
         """The same problem on the rows that `keep_N` (int64) names."""
@@ -110,13 +114,16 @@ class HeadProblem:
 
     def without_operands(self) -> HeadProblem:
         """The problem as it is kept for backward: hidden states, weight and bias are for autograd to save."""
-        nothing = self.target_N.new_empty(0, 0)
-        return replace(self, hidden_MH=nothing, weight_VH=nothing, options=replace(self.options, bias=None))
+        options = self.options if self.options.bias is None else replace(self.options, bias=None)
+        return HeadProblem(_NOTHING, _NOTHING, self.target_N, self.index_N, options)
 
     def with_operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadProblem:
         """What `without_operands` left out, put back. `hidden` may have any leading dimensions."""
         options = self.options if bias is None else replace(self.options, bias=bias.detach())
         return replace(self, hidden_MH=flat(hidden), weight_VH=weight.detach(), options=options)
+
+
+_NOTHING = torch.empty(0, 0)
 
 
 def flat(hidden: Tensor) -> Tensor:
@@ -136,8 +143,9 @@ def check(problem: HeadProblem, *, targets: bool) -> None:
             raise ValueError(f"rows must be unique, got {int(p.index_N.bincount().argmax())} more than once")
     if targets:
         checks.in_range("target", p.target_N, 0, len(p.weight_VH))
-        if p.excluded_V is not None and checks.may_read(p.target_N):
-            forbidden_N = p.excluded_V[p.target_N]
+        excluded_V = p.excluded_V
+        if excluded_V is not None and checks.may_read(p.target_N):
+            forbidden_N = excluded_V[p.target_N]
             if bool(forbidden_N.any()):
                 offender = int(p.target_N[forbidden_N][0])
                 raise ValueError(
@@ -154,17 +162,19 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor]:
     """Uninitialised results of `run`: statistics `[N]`, kept operands `[N, V]`, all else `[N, H]` in hidden's dtype."""
-    p = problem
+    p, rows, dtype = problem, problem.rows, problem.statistics_dtype
     vocabulary, hidden_size = p.weight_VH.shape
+    where: dict[str, Any] = (
+        {} if p.hidden_MH.is_cpu else {"device": p.hidden_MH.device}
+    )  # naming the CPU costs as much as the tensor
     result = {}
     for name in outputs:
         if name in STATISTICS:
-            dtype = torch.int64 if name == "top_id" else p.statistics_dtype
-            result[name] = torch.empty(p.rows, dtype=dtype, device=p.hidden_MH.device)
+            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, **where)
         elif name in OPERANDS:
-            result[name] = empty_operand(p.hidden_MH, p.rows, vocabulary)
+            result[name] = empty_operand(p.hidden_MH, rows, vocabulary)
         else:
-            result[name] = p.hidden_MH.new_empty(p.rows, hidden_size)
+            result[name] = p.hidden_MH.new_empty(rows, hidden_size)
     return result
 
 

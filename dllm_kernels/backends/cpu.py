@@ -78,16 +78,16 @@ class _Call:
     def __init__(self, problem: HeadProblem) -> None:
         p, options = problem, problem.options
         self.target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
-        bias_V = _vector(options.bias)
+        bias_V, excluded_V = _vector(options.bias), p.excluded_V
         temperature_N = _vector(options.temperature) if isinstance(options.temperature, Tensor) else None
-        self._held = index_N, bias_V, temperature_N, p.excluded_V
+        self._held = index_N, bias_V, temperature_N, excluded_V
         self.operands = _C.Operands(_strided(p.hidden_MH), _strided(p.weight_VH), _address(index_N), p.rows, *p.weight_VH.shape)
         self.options = _C.Options(
             _address(bias_V),
             options.softcap or 0.0,
             options.temperature if temperature_N is None else 1.0,
             _address(temperature_N),
-            _address(p.excluded_V),
+            _address(excluded_V),
         )
 
 
@@ -105,14 +105,14 @@ def _gradients(result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Te
 def check(problem: HeadProblem, *, targets: bool) -> None:
     """`contract.check`, which also says what is wrong; the usual case, nothing, is found in one C++ call."""
     p = problem
-    target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
+    target_N, index_N, excluded_V = p.target_N.contiguous(), _vector(p.index_N, torch.int64), p.excluded_V
     if _C is None or not _C.values_fit(
         _address(target_N) if targets else 0,
         _address(index_N),
         p.rows,
         p.hidden_MH.shape[0],
         p.weight_VH.shape[0],
-        _address(p.excluded_V),
+        _address(excluded_V),
     ):
         contract.check(p, targets=targets)
 

@@ -44,7 +44,7 @@ def _transform_(z_NV: Tensor, options: HeadOptions) -> Tensor | None:
     """Raw logits to final ones in place; returns d tanh of the softcap, None without one."""
     slope_NV = None
     if options.bias is not None:
-        z_NV += options.bias
+        z_NV += options.bias.to(z_NV.dtype)
     if options.softcap is not None:
         tanh_NV = torch.tanh(z_NV / options.softcap)
         slope_NV = 1.0 - tanh_NV * tanh_NV

@@ -190,8 +190,8 @@ def run_backward(
 ) -> Gradients:
     """`forward_backward.backward` through the op; `operands` are hidden, weight and bias where the plan reads them again."""
     observed()
-    p = problem
-    hidden, weight, bias = operands or (p.hidden_MH, p.weight_VH, None)
+    p, nothing = problem, problem.target_N.new_empty(0, 0)
+    hidden, weight, bias = operands or (nothing, nothing, None)
     flat = _flat(hidden, weight, p.target_N, p.index_N, replace(p.options, bias=bias))
     return _run_backward(flat, plan, shape, stored, needs, arrived)
 

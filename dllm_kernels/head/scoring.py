@@ -57,6 +57,7 @@ def score_tokens(
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
+    take_dweight: WeightGradient | None = None,
 ) -> Scores:
     """Log-probability of a target token at each selected row, and what else one pass can tell.
 
@@ -74,6 +75,9 @@ def score_tokens(
             sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
         want: any of "logp", "entropy", "lse", "top_logp", "top_id".
         plan: forces one of "forward", "unit", "coef", "keep", "recompute"; None chooses from static facts.
+        take_dweight: a function that is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the
+            weight's dtype, in place of autograd. `body.take_dweight` is one for a head that `headless` gathered. Not under
+            torch.compile, where autograd delivers the gradient.
 
     Without coefficients, `logp` and `entropy` are differentiable in hidden, weight and bias; `lse` and `top_*` never are.
     Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
@@ -90,7 +94,7 @@ def score_tokens(
         >>> scores.logp.sum().backward()
     """
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
-    return score(hidden, weight, target, rows, options, coef=coef, entropy_coef=entropy_coef, want=want, plan=plan)
+    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight)
 
 
 def score(
@@ -99,18 +103,13 @@ def score(
     target: Tensor,
     rows: Tensor | None,
     options: HeadOptions,
-    *,
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
 ) -> Scores:
-    """`score_tokens` with its options in one piece.
-
-    take_dweight: is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the weight's dtype, in place of
-    autograd, for heads whose gradient is added up elsewhere. Not under torch.compile.
-    """
+    """`score_tokens` with its options in one piece."""
     for name in want:
         if name not in STATISTICS:
             checks.choice("want", name, STATISTICS)

@@ -225,3 +225,17 @@ def test_masks_of_excluded_ids_made_in_inference_mode_serve_a_later_backward(bac
         case.score()
     case.score("recompute").logp.sum().backward()
     assert case.weight.grad[3].abs().max() == 0
+
+
+def test_a_list_of_suppressed_ids_that_changes_before_backward_changes_nothing(backend):
+    gradients = []
+    for changes in (False, True):
+        suppress = [2]
+        case = make_case(torch.float32, trainable_head=True).fresh()
+        case.target = case.target.masked_fill(case.target == 2, 3)
+        scores = score_tokens(case.hidden, case.weight, case.target, rows=case.rows, suppress=suppress, plan="recompute")
+        if changes:
+            suppress.append(4)
+        scores.logp.sum().backward()
+        gradients.append(case.weight.grad)
+    assert torch.equal(*gradients)

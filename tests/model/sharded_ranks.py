@@ -219,6 +219,19 @@ def gathered(ranks):
     return everyone
 
 
+def _head_of_sft(model, plan, at_once):
+    """The head's gradient of a supervised loss over all sequences, `at_once` of them to a backward."""
+    model.zero_grad()
+    plan = plan.cut(samples=slice(0, 1))
+    with headless(model) as body:
+        for first in range(0, B, at_once):
+            cut = plan.cut(sequences=slice(first, first + at_once))
+            options = {**body.options, "reduction": "sequence", "take_dweight": body.take_dweight}
+            hidden = body(cut.noisy_ids[0])
+            elbo_loss(hidden, body.weight, cut.input_ids_BS, cut.scored[0], torch.tensor(0.5), **options).sum().backward()
+    return full(model.get_output_embeddings().weight.grad)
+
+
 def half_precision(ranks):
     """Forward and backward in bf16 under FSDP's policy; shards and their gradients stay fp32."""
     found = {}
@@ -238,6 +251,7 @@ def half_precision(ranks):
             accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), **options)
             once, often = found[kind]["lm_head.weight"], full(model.get_output_embeddings().weight.grad)
             assert relative_error(often, once) < 1e-5, "added up in fp32, however the batch is cut"
+            assert relative_error(_head_of_sft(model, plan, 1), _head_of_sft(model, plan, B)) < 1e-5, "of a loss too"
     return found
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from dllm_trainer import distributed
-from dllm_trainer.distributed import Ranks, clip_gradients, find_blocks, shard, start
+from dllm_trainer.distributed import Ranks, clip_gradients, find_blocks, layers, shard, start
 from dllm_trainer.errors import UserError
 from dllm_trainer.models.loading import load
 
@@ -56,6 +56,13 @@ def test_the_blocks_are_the_outermost_list_with_most_parameters(tmp_path):
         assert find_blocks(load(tmp_path / kind, trust_remote_code=True).model)[0] == path
     with pytest.raises(UserError, match=r"model must keep its transformer blocks in a torch\.nn\.ModuleList, Linear has none"):
         find_blocks(torch.nn.Linear(2, 2))
+
+
+def test_the_layers_of_every_outermost_list_are_sharded_one_by_one():
+    model = torch.nn.Module()
+    model.encoder = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Dropout()])  # no parameters: nothing to shard
+    model.decoder = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))])
+    assert layers(model) == [model.encoder[0], model.decoder[0]]
 
 
 def torchrun(mode):

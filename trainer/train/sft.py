@@ -48,7 +48,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
                 mask = None if real is None else real[span].to(ranks.device)
                 hidden = body(part.noisy_ids[0], **setup.loaded.call_kwargs(mask))
                 p_mask, lengths = part.p_mask_KB[0][:, None], part.lengths_B
-                options = {**body.options, "shift": facts.shift} if facts.shift else body.options
+                options = {**body.options, "shift": facts.shift, "take_dweight": body.take_dweight}
                 loss = elbo_loss(hidden, body.weight, part.input_ids_BS, part.masked[0], p_mask, lengths=lengths, **options)
                 share = len(part.input_ids_BS) / config.batch
                 (loss if share == 1 else loss * share).backward()

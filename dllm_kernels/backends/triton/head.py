@@ -81,10 +81,13 @@ def _contiguous(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _plain(problem: HeadProblem) -> HeadProblem:
     """The same problem with vectors that a kernel can index."""
-    p, temperature = problem, problem.options.temperature
-    if isinstance(temperature, Tensor) and not temperature.is_contiguous():
-        p = replace(p, options=replace(p.options, temperature=temperature.contiguous()))
-    return replace(p, target_N=p.target_N.contiguous(), index_N=_contiguous(p.index_N, torch.int64))
+    p, options = problem, problem.options
+    if isinstance(options.temperature, Tensor):
+        options = replace(options, temperature=options.temperature.contiguous())
+    if options.bias is not None:  # once, and not for each chunk
+        options = replace(options, bias=options.bias.float().contiguous())
+    index_N = _contiguous(p.index_N, torch.int64)
+    return replace(p, target_N=p.target_N.contiguous(), index_N=index_N, options=options)
 
 
 @_on_its_device
