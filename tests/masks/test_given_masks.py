@@ -53,9 +53,7 @@ def test_the_estimate_of_given_masks_is_the_sum_by_hand():
     masked = COMPLETION & (torch.rand(K, B, S, generator=torch.Generator().manual_seed(2)) < 0.5)
     weight = torch.arange(1.0, K * B + 1).view(K, B)
     model = eurobert()
-    estimate = estimate_elbo(
-        model, IDS, COMPLETION, law="given", samples=None, mask_id=MASK, masked_KBS=masked, weight_KB=weight
-    )
+    estimate = estimate_elbo(model, IDS, COMPLETION, law="given", samples=None, mask_id=MASK, masked_KBS=masked, weight_KB=weight)
     logp = model(input_ids=IDS.masked_fill(masked, MASK).view(K * B, S)).logits.log_softmax(-1).view(K, B, S, -1)
     picked = logp.gather(-1, IDS.expand(K, B, S)[..., None])[..., 0].detach()
     assert_close(estimate.elbo_B, ((picked * masked).sum(-1) * weight).mean(0), rtol=1e-9, atol=1e-9)
@@ -72,5 +70,5 @@ def test_wrong_masks_are_told():
             given(masked)
     with pytest.raises(ValueError, match=r"^weight_KB must have shape \[1, 3\], got \[2, 3\]"):
         given(COMPLETION[None], torch.ones(2, B))
-    with pytest.raises(ValueError, match="^samples must be None or the number of masks, 1, for law='given', got 2"):
+    with pytest.raises(ValueError, match=r"^samples must be None or the number of masks, 1, for law='given', got 2"):
         make_mask_plan(IDS, COMPLETION, law="given", samples=2, masked_KBS=COMPLETION[None], **KEYS)
