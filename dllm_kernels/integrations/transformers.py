@@ -95,7 +95,7 @@ class DiffusionSFTTrainer(Trainer):
         self.schedule = schedule
         of_llada = {"t_min": 1e-3} if args.law == "bernoulli" else {}
         self.law_options: dict[str, Any] = of_llada if args.law_options is None else args.law_options
-        self.mask_id = _mask_id(args.mask_id, self.processing_class, self.model)
+        self.mask_id = find_mask_id(args.mask_id, self.processing_class, self.model)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -252,7 +252,8 @@ class DiffusionCollator:
         }
 
 
-def _mask_id(given: int | None, tokenizer: Any, model: nn.Module) -> int:
+def find_mask_id(given: int | None, tokenizer: Any, model: nn.Module) -> int:
+    """The id given, the tokenizer's or the config's. Raises ValueError or TypeError where none is in the vocabulary."""
     names = {"the arguments": given, "the tokenizer": getattr(tokenizer, "mask_token_id", None)}
     names["the model's config"] = getattr(getattr(model, "config", None), "mask_token_id", None)
     place, found = next(((place, found) for place, found in names.items() if found is not None), ("", None))
