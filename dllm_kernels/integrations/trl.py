@@ -110,14 +110,15 @@ class DiffusionLogps:
         want: Sequence[str],
     ) -> dict[str, Tensor]:
         """Statistics `[B, S]` of the scored tokens, 0 elsewhere."""
-        flat_N = scored_BS.reshape(-1).nonzero()[:, 0]
+        flat_N, shift = scored_BS.reshape(-1).nonzero()[:, 0], getattr(self.args, "shift", 0)
+        if bool(scored_BS[:, :shift].any()):
+            raise ValueError(f"input_ids must begin with {shift} token(s) of a prompt (shift={shift}): no row predicts them")
         with headless(model) as body:
             hidden = body(noisy_BS, **kwargs)
             options = replace(body.options, temperature=body.options.temperature * temperature)
-            rows_N = flat_N - getattr(self.args, "shift", 0)
             target_N = ids_BS.reshape(-1)[flat_N]
             scores = score_tokens(
-                hidden, body.weight, target_N, rows=rows_N, want=want, take_dweight=body.take_dweight, **options
+                hidden, body.weight, target_N, rows=flat_N - shift, want=want, take_dweight=body.take_dweight, **options
             )
         vectors = {name: getattr(scores, name) for name in want}
         return {
