@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXTRA = "integrations"
-
 
 @contextmanager
-def needs(package: str, extra: str = EXTRA) -> Iterator[None]:
+def needs(package: str, command: str = "pip install 'dllm-kernels[integrations]'") -> Iterator[None]:
     """Around the import of a foreign package: says what to install where it is missing.
 
     Example:
@@ -21,4 +19,4 @@ def needs(package: str, extra: str = EXTRA) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ModuleNotFoundError(f"{package} is missing; pip install 'dllm-kernels[{extra}]' brings it", name=package) from None
+        raise ModuleNotFoundError(f"{package} is missing; {command} brings it", name=package) from None

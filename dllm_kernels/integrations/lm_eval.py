@@ -33,7 +33,7 @@ with needs("lm_eval"):
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-with needs("transformers", "train"):
+with needs("transformers", "pip install 'dllm-kernels[train]'"):
     import transformers
 
 NAME = "dllm-kernels"

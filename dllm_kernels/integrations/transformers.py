@@ -21,7 +21,7 @@ from dllm_kernels.integrations import needs
 from dllm_kernels.model.headless import Body
 from dllm_kernels.noise import Stream
 
-with needs("transformers", "train"):
+with needs("transformers", "pip install 'dllm-kernels[train]'"):
     from transformers import Trainer, TrainingArguments
 
 IGNORED = -100  # as a label: not scored

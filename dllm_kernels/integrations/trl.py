@@ -31,7 +31,7 @@ with needs("trl"):
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import create_model_from_path
 
-with needs("transformers", "train"):
+with needs("transformers", "pip install 'dllm-kernels[train]'"):
     from transformers import GenerationConfig
 
 
