@@ -11,11 +11,15 @@ from torch import Tensor
 class Rows:
     """N selected rows of hidden states `[K, B, S, H]` seen as `[K * B * S, H]`. Indices are unique."""
 
-    index: Tensor  # int64 [N], flat row of the hidden states, shift resolved
+    # int64 [N], flat row of the hidden states, shift resolved; of block-diffusion plans the token itself, see
+    # `MaskPlan.layout`
+    index: Tensor
     target: Tensor  # int64 [N]
     sequence: Tensor  # int64 [N], 0..B-1
     sample: Tensor  # int64 [N], 0..K-1
     weight: Tensor  # fp32 [N]
+    # int64 [N], of given traces: the state that commits the token; of block-diffusion plans the rollout's step
+    state: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.numel()
