@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels import MaskPlan, checks, headless, make_mask_plan, noise, score_tokens
+from dllm_kernels import MaskPlan, checks, make_mask_plan, noise, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
-from dllm_kernels.integrations import needs
+from dllm_kernels.integrations import around_step, needs, with_body
 from dllm_kernels.model.headless import Body
 from dllm_kernels.noise import Stream
 
@@ -107,7 +107,7 @@ class DiffusionSFTTrainer(Trainer):
         return batches, self.accelerator.reduce(torch.tensor(units, device=device), "sum")
 
     def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        with headless(model):  # a sharded head is gathered and reduced once, around the backward as well
+        with around_step(model):
             return super().training_step(model, *arguments, **named)
 
     def compute_loss(
@@ -185,10 +185,12 @@ class DiffusionSFTTrainer(Trainer):
 
     def _score(self, model: nn.Module, plan: MaskPlan, inputs: Mapping[str, Any], coef_N: Tensor | None = None) -> Tensor:
         """The log-probs of the plan's rows, or their sum weighted by coefficients."""
-        with headless(model) as body:
-            rows, kwargs = plan.rows, {n: v for n, v in inputs.items() if n not in ("input_ids", "labels")}
-            if self.args.packed:
-                hidden, index_N = _packed(body, plan, kwargs.pop("attention_mask", None), kwargs)
+        rows, packed = plan.rows, self.args.packed
+        kwargs = {name: value for name, value in inputs.items() if name not in ("input_ids", "labels")}
+
+        def score(body: Body) -> Tensor:
+            if packed:
+                hidden, index_N = _packed(body, self.model, plan, kwargs)
             else:
                 hidden, index_N = body(plan.noisy_ids, **_repeated(kwargs, len(plan.sample_K))), rows.index
             scores = score_tokens(
@@ -201,9 +203,11 @@ class DiffusionSFTTrainer(Trainer):
                 take_dweight=body.take_dweight,
                 **body.options,
             )
-        found = scores.logp if coef_N is None else scores.weighted_sum
-        assert found is not None
-        return found
+            found = scores.logp if coef_N is None else scores.weighted_sum
+            assert found is not None
+            return found
+
+        return with_body(model, score)
 
     def _parts(self, plan: MaskPlan) -> tuple[Tensor, Tensor]:
         """What multiplies each sequence's sum, and what it adds to the divisor."""
@@ -288,23 +292,24 @@ def _repeated(kwargs: Mapping[str, Any], samples: int) -> dict[str, Any]:
     }
 
 
-def _packed(body: Body, plan: MaskPlan, keep_BS: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _packed(body: Body, model: nn.Module, plan: MaskPlan, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Hidden states `[M, H]` of the M real tokens of all samples in one row, and the plan's rows among them.
 
     Positions restart with every sequence. flash-attn's variable-length kernel finds the sequences by them; other
     kernels get a mask of pairs, which is as exact and takes M x M numbers.
     """
-    if kwargs:
-        raise ValueError(f"packed takes input_ids, labels and attention_mask only, got {', '.join(sorted(kwargs))}")
+    if others := sorted(set(kwargs) - {"attention_mask"}):
+        raise ValueError(f"packed takes input_ids, labels and attention_mask only, got {', '.join(others)}")
+    keep_BS = kwargs.get("attention_mask")
     ids_KBS = plan.noisy_ids
     keep_KBS = torch.ones_like(ids_KBS, dtype=torch.bool) if keep_BS is None else (keep_BS != 0).expand(ids_KBS.shape)
     keep_X = keep_KBS.reshape(-1)
     position_M = (keep_KBS.cumsum(-1) - 1).reshape(-1)[keep_X]
     options: dict[str, Any] = {"position_ids": position_M[None]}
-    if not str(getattr(getattr(body.model, "config", None), "_attn_implementation", "")).startswith("flash"):
+    if not str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash"):
         sequence_M = (position_M == 0).cumsum(-1)
         apart_MM = sequence_M[:, None] != sequence_M
-        dtype = next(body.model.parameters()).dtype
+        dtype = next(model.parameters()).dtype
         mask_MM = torch.zeros(apart_MM.shape, dtype=dtype, device=apart_MM.device)
         options["attention_mask"] = mask_MM.masked_fill_(apart_MM, torch.finfo(dtype).min)[None, None]
     hidden = body(ids_KBS.reshape(-1)[keep_X][None], **options)[0]

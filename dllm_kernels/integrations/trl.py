@@ -19,12 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from dllm_kernels import MaskPlan, Rollout, accumulate, generate, headless, make_mask_plan, noise, score_tokens
+from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
-from dllm_kernels.integrations import needs
+from dllm_kernels.integrations import needs, with_body
 from dllm_kernels.integrations.transformers import find_mask_id
+from dllm_kernels.model.headless import Body
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):
@@ -113,17 +115,19 @@ class DiffusionLogps:
         flat_N, shift = scored_BS.reshape(-1).nonzero()[:, 0], getattr(self.args, "shift", 0)
         if bool(scored_BS[:, :shift].any()):
             raise ValueError(f"input_ids must begin with {shift} token(s) of a prompt (shift={shift}): no row predicts them")
-        with headless(model) as body:
+        target_N = ids_BS.reshape(-1)[flat_N]
+
+        def score(body: Body) -> list[Tensor]:
             hidden = body(noisy_BS, **kwargs)
             options = replace(body.options, temperature=body.options.temperature * temperature)
-            target_N = ids_BS.reshape(-1)[flat_N]
             scores = score_tokens(
                 hidden, body.weight, target_N, rows=flat_N - shift, want=want, take_dweight=body.take_dweight, **options
             )
-        vectors = {name: getattr(scores, name) for name in want}
+            return [getattr(scores, name) for name in want]
+
         return {
             name: vector.new_zeros(scored_BS.numel()).index_copy(0, flat_N, vector).view(scored_BS.shape)
-            for name, vector in vectors.items()
+            for name, vector in zip(want, with_body(model, score))
         }
 
 
@@ -375,9 +379,10 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if self._update:
             plan, batch = self._update[iteration]
             several = self.accelerator.num_processes > 1
-            with self.compute_loss_context_manager():
+            wrapped = isinstance(model, DistributedDataParallel)
+            with self.compute_loss_context_manager(), model.no_sync() if wrapped else nullcontext():  # type: ignore[operator]
                 report = accumulate(
-                    model,
+                    model.module if wrapped else model,  # type: ignore[arg-type]
                     plan,
                     self.objective,
                     batch,
@@ -385,6 +390,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                     group=dist.group.WORLD if several else None,
                     **self._scoring,
                 )
+            if wrapped:
+                _sum_gradients(model)
             loss = report.loss.float() * self.accelerator.num_processes  # TRL averages what processes log
             told = self._metrics["train"]
             told["elbo"].append(report.sample_elbo_BK.nanmean().item())
@@ -397,3 +404,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Rollouts and their rewards, which TRL logs."""
         self._prepare_inputs(inputs)
         return None, None, None
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Over the processes: the denominators are of all of them, and each made as many backwards as it had to."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)

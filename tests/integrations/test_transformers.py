@@ -77,7 +77,7 @@ class OnLogits(DiffusionSFTTrainer):
         total = sum(sums) / samples
         if self.args.reduction == "sequence":
             total = total / lengths
-        return total.sum() / num_items_in_batch
+        return total.sum() / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged
 
 
 def parameters(trainer):
