@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +30,19 @@ def needs(package: str, command: str = "pip install 'dllm-kernels[integrations]'
         raise ModuleNotFoundError(f"{package} is missing; {command} brings it", name=package) from None
 
 
+class _Called:
+    """A module that is called by its forward alone, without the hooks that have run."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module, self.forward = module, forward
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.forward(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def around_step(model: nn.Module) -> AbstractContextManager[object]:
     """Around the forward and the backward of a step: a sharded head is gathered and reduced once."""
     return nullcontext() if isinstance(model, DistributedDataParallel) else headless(model)
@@ -49,7 +62,7 @@ def with_body(model: nn.Module, function: Callable[[Body], _Result]) -> _Result:
 
     def forward() -> _Result:
         with headless(module) as body:
-            body.model = own  # the wrapper is on its way through the module already
+            body.model = _Called(module, own)  # type: ignore[assignment]  # the wrapper is on its way through it already
             return function(body)
 
     module.forward = forward
