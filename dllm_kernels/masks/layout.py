@@ -55,6 +55,32 @@ class Layout:
         own = (key == query) & (block_k == block_q)
         return ((before | own) & (block_k >= 0) & (block_q >= 0)) | (column_T[:, None] == column_T)
 
+    @cached_property
+    def by_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The noisy columns by blocks of equal width b: the column at each of their places `[R, G * b]`, -1 where a block
+        is shorter; the block of each group `[R, G]`, -1 where there is none; the place of each noisy column `[R, k C']`,
+        -1 at padding.
+        """
+        block_RN = self.block_RT[:, self.clean :]
+        (R, N), device = block_RN.shape, block_RN.device
+        if N == 0 or R == 0:
+            return block_RN, block_RN, block_RN
+        copy_N = torch.arange(N, device=device) // max(1, self.copy)
+        there_RN = block_RN >= 0
+        # columns of a block follow each other, and those of a copy too
+        starts_RN = there_RN.clone()
+        starts_RN[:, 1:] &= (block_RN[:, 1:] != block_RN[:, :-1]) | (copy_N[1:] != copy_N[:-1])
+        group_RN = starts_RN.cumsum(-1) - 1
+        column_N = torch.arange(N, device=device)
+        within_RN = column_N - torch.where(starts_RN, column_N, 0).cummax(-1).values
+        groups, width = int(group_RN.max()) + 1, int(torch.where(there_RN, within_RN, 0).max()) + 1
+        place_RN = torch.where(there_RN, group_RN * width + within_RN, -1)
+        goal_RN = torch.where(there_RN, place_RN, groups * width)
+        empty = torch.full((R, groups * width + 1), -1, device=device)
+        column_RG = empty.scatter(1, goal_RN, (self.clean + column_N).expand(R, N))[:, :-1]
+        blocks_RG = empty.scatter(1, goal_RN, block_RN)[:, :-1].view(R, groups, width).amax(-1)
+        return column_RG, blocks_RG, place_RN
+
     def extended(self, values: Tensor) -> Tensor:
         """An argument of the model, `[B, S, ...]` or `[B, ...]`, for these inputs: `[R, T, ...]` or `[R, ...]`."""
         chosen = values[self.sequence_R]
