@@ -17,6 +17,8 @@ from dllm_kernels import checks
 from dllm_kernels.masks import blocks
 from dllm_kernels.rows import Rows
 
+SPAN = 64  # columns of a copy that attention takes together
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -32,6 +34,7 @@ class Layout:
     sequence_R: Tensor  # int64: the sequence of each input
     clean: int  # S
     copy: int  # C', the widest copy of the batch
+    block: int  # b, tokens of a whole block
     # the M distinct rows of `[R * T]` that predict the N scored tokens, and which of them predicts each: with shift, the
     # clean row before a block predicts its first token for every sample
     index_M: Tensor
@@ -56,30 +59,28 @@ class Layout:
         return ((before | own) & (block_k >= 0) & (block_q >= 0)) | (column_T[:, None] == column_T)
 
     @cached_property
-    def by_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The noisy columns by blocks of equal width b: the column at each of their places `[R, G * b]`, -1 where a block
-        is shorter; the block of each group `[R, G]`, -1 where there is none; the place of each noisy column `[R, k C']`,
-        -1 at padding.
+    def spans(self) -> list[tuple[int, int, int, Tensor]]:
+        """The parts of a copy in whole blocks, about `SPAN` columns each: (first column, last + 1, the clean columns
+        that any of its rows may see, bool `[R, 1, columns, clean columns + columns]`: which of those and of its own).
+
+        The same for every copy of an input.
         """
-        block_RN = self.block_RT[:, self.clean :]
-        (R, N), device = block_RN.shape, block_RN.device
-        if N == 0 or R == 0:
-            return block_RN, block_RN, block_RN
-        copy_N = torch.arange(N, device=device) // max(1, self.copy)
-        there_RN = block_RN >= 0
-        # columns of a block follow each other, and those of a copy too
-        starts_RN = there_RN.clone()
-        starts_RN[:, 1:] &= (block_RN[:, 1:] != block_RN[:, :-1]) | (copy_N[1:] != copy_N[:-1])
-        group_RN = starts_RN.cumsum(-1) - 1
-        column_N = torch.arange(N, device=device)
-        within_RN = column_N - torch.where(starts_RN, column_N, 0).cummax(-1).values
-        groups, width = int(group_RN.max()) + 1, int(torch.where(there_RN, within_RN, 0).max()) + 1
-        place_RN = torch.where(there_RN, group_RN * width + within_RN, -1)
-        goal_RN = torch.where(there_RN, place_RN, groups * width)
-        empty = torch.full((R, groups * width + 1), -1, device=device)
-        column_RG = empty.scatter(1, goal_RN, (self.clean + column_N).expand(R, N))[:, :-1]
-        blocks_RG = empty.scatter(1, goal_RN, block_RN)[:, :-1].view(R, groups, width).amax(-1)
-        return column_RG, blocks_RG, place_RN
+        R, S, C = len(self.ids_RT), self.clean, self.copy
+        width = -(-SPAN // self.block) * self.block
+        # of the first copy, which every input has
+        column_RC, block_RC = self.column_RT[:, S : S + C], self.block_RT[:, S : S + C]
+        clean_RS = self.block_RT[:, :S]
+        found = []
+        for first in range(0, C, width):
+            last = min(first + width, C)
+            query = block_RC[:, first:last, None]
+            before = int(torch.where(block_RC[:, first:last] >= 0, column_RC[:, first:last], 0).max())
+            key_RS = clean_RS[:, None, :before]
+            sees_clean = (key_RS < query) & (key_RS >= 0)
+            itself = torch.eye(last - first, dtype=torch.bool, device=query.device)
+            sees_own = (query == query.transpose(1, 2)) & (query >= 0) | itself
+            found.append((first, last, before, torch.cat([sees_clean, sees_own], dim=2).view(R, 1, last - first, -1)))
+        return found
 
     def extended(self, values: Tensor) -> Tensor:
         """An argument of the model, `[B, S, ...]` or `[B, ...]`, for these inputs: `[R, T, ...]` or `[R, ...]`."""
@@ -98,6 +99,7 @@ def make(
     completion_BS: Tensor,
     block_BS: Tensor,
     *,
+    length: int,
     copies: int | None,
     mask_id: int,
     shift: int,
@@ -158,6 +160,7 @@ def make(
         sequence_R=sequence_R,
         clean=S,
         copy=C,
+        block=length,
         index_M=index_M,
         target_M=target_M,
         row_N=row_N,

@@ -1,8 +1,8 @@
 """Attention of block-diffusion inputs: a mask that knows its structure, and the parts of attention that exist.
 
 In `[clean S | noisy_1 C' | ... | noisy_k C']` most of the (S + k C')^2 pairs see nothing. Clean rows see clean
-keys; a noisy row sees clean keys and the b keys of its own block: S^2 + k C' (S + b) pairs, of which the mask
-hides what lies in later blocks. `BlockMask` is an ordinary mask for a model that does anything else with it.
+keys; a noisy row sees clean keys before its block and its own block, so the pairs that exist grow with k, not
+with its square. `BlockMask` is an ordinary mask for a model that does anything else with it.
 """
 
 from __future__ import annotations
@@ -83,23 +83,23 @@ def _attention(
 
 
 def _noisy(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """The outputs of the noisy rows, which are arranged by blocks so that each meets its own b keys alone."""
-    S, (R, H, _, D) = layout.clean, query.shape
-    column_RG, block_RG, place_RN = layout.by_blocks
-    blocks, b = block_RG.shape[1], column_RG.shape[1] // block_RG.shape[1]
-    # padding reads the first column, and is read by nobody: its outputs are left out below
-    index = column_RG.clamp(min=0)[:, None, :, None].expand(R, H, -1, D)
-    query_G, key_G, value_G = (tensor.gather(2, index) for tensor in (query * scale, key, value))
-    lowest = torch.finfo(query.dtype).min
-    early = (layout.block_RT[:, None, :S] < block_RG[:, :, None]) & (layout.block_RT[:, None, :S] >= 0)
-    scores = query_G @ key[:, :, :S].transpose(-1, -2)
-    scores = scores.view(R, H, blocks, b, S).masked_fill(~early[:, None, :, None], lowest)
-    own = query_G.view(R, H, blocks, b, D) @ key_G.view(R, H, blocks, b, D).transpose(-1, -2)
-    own = own.masked_fill(~(column_RG >= 0).view(R, 1, blocks, 1, b), lowest)
-    weights = torch.cat([scores, own], dim=-1).softmax(-1)
-    result = (weights[..., :S].reshape(R, H, blocks * b, S) @ value[:, :, :S]).view(R, H, blocks, b, D)
-    result = result + weights[..., S:] @ value_G.view(R, H, blocks, b, D)
-    place = place_RN.clamp(min=0)[:, None, :, None].expand(R, H, -1, D)
-    output = result.reshape(R, H, blocks * b, D).gather(2, place)
-    # padding sees itself alone
-    return torch.where((place_RN >= 0)[:, None, :, None], output, value[:, :, S:])
+    """The outputs of the noisy rows: each part of a copy meets the clean columns before its end, and itself."""
+    (R, H, _, D), S, k, C = query.shape, layout.clean, layout.copies, layout.copy
+    # [R * k, H, C, D]: copies as sequences of their own
+    query, key_copy, value_copy = (
+        t[:, :, S:].reshape(R, H, k, C, D).transpose(1, 2).reshape(R * k, H, C, D) for t in (query, key, value)
+    )
+    parts = []
+    for first, last, before, sees in layout.spans:
+        keys, values = (
+            torch.cat([_repeated(clean[:, :, :before], k), own[:, :, first:last]], dim=2)
+            for clean, own in ((key, key_copy), (value, value_copy))
+        )
+        mask = _repeated(sees, k)
+        parts.append(functional.scaled_dot_product_attention(query[:, :, first:last], keys, values, mask, scale=scale))
+    return torch.cat(parts, dim=2).view(R, k, H, C, D).transpose(1, 2).reshape(R, H, k * C, D)
+
+
+def _repeated(tensor: Tensor, k: int) -> Tensor:
+    """`[R, ...]` as `[R * k, ...]`."""
+    return tensor[:, None].expand(-1, k, *tensor.shape[1:]).flatten(0, 1)
