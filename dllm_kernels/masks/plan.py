@@ -211,7 +211,7 @@ class MaskPlan:
         sample_N, sequence_N = (pairs // B).index_select(0, pair_N), (pairs % B).index_select(0, pair_N)
         token_N = flat_N - sample_N * (B * S)
         if self.units.slot_BS is None:
-            weight_N = self._weight_KU.reshape(-1).index_select(0, pair_N)
+            weight_N = self.weight_KB.reshape(-1).index_select(0, pair_N)
         else:
             weight_N = self.units.at_tokens(self._weight_KU).reshape(-1).index_select(0, flat_N)
         state_BS = self.state_BS if self.step_BS is None else self.step_BS
