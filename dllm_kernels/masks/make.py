@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks, noise
-from dllm_kernels.masks import blocks, given_states, laws
+from dllm_kernels.masks import blocks, given_masks, given_states, laws
 from dllm_kernels.masks.laws import Law
 from dllm_kernels.masks.plan import MaskPlan, check_tensors, noise_stride
 
@@ -94,6 +94,8 @@ def make_mask_plan(
         segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own
                     last + 1): step s is in part s N // T; each is scored in its first state. (d2, arXiv
                     2509.21474)
+        given       masks drawn by another loop: `masked_KBS`, bool `[K, B, S]`, the completion tokens that
+                    each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -105,7 +107,8 @@ def make_mask_plan(
         >>> sorted(plan.counts[:, 0].tolist())
         [1, 2, 3]
     """
-    rule, options = laws.resolve(law, options)
+    given_law = law == given_masks.LAW.name
+    rule, options = (given_masks.LAW, options) if given_law else laws.resolve(law, options)
     checks.count("shift", shift, 0)
     checks.count("iteration", iteration, 0)
     checks.count("mask_id", mask_id, 0)
@@ -130,6 +133,19 @@ def make_mask_plan(
         prompt_BS = (given.cumsum(-1) == 0) & given.any(-1, keepdim=True)
         if attention_mask_BS is not None:
             prompt_BS = prompt_BS & (attention_mask_BS != 0)
+    fields: dict[str, Any] = {
+        "input_ids_BS": input_ids_BS,
+        "completion_mask_BS": completion_mask_BS,
+        "sequence_ids_B": sequence_ids,
+        "seed": seed,
+        "mask_id": mask_id,
+        "shift": shift,
+        "iteration": iteration,
+        "prompt_noise": prompt_noise,
+        "prompt_mask_BS": prompt_BS,
+    }
+    if given_law:
+        return given_masks.make(fields, samples, **options)
     block_BS = step_BS = None
     if causal_block is not None:
         real_BS = torch.ones_like(given) if attention_mask_BS is None else (attention_mask_BS != 0) | given
@@ -150,19 +166,11 @@ def make_mask_plan(
     if samples > (stride := noise_stride(rule, samples)) or (iteration + 1) * stride > 1 << 32:
         raise ValueError(f"samples and iteration must number at most 2^32 noise samples, got {samples} and {iteration}")
     return MaskPlan(
-        input_ids_BS=input_ids_BS,
-        completion_mask_BS=completion_mask_BS,
-        sequence_ids_B=sequence_ids,
+        **fields,
         sample_K=torch.arange(samples, device=input_ids_BS.device),
         law=law,
         options=options,
         samples=samples,
-        seed=seed,
-        mask_id=mask_id,
-        shift=shift,
-        iteration=iteration,
-        prompt_noise=prompt_noise,
-        prompt_mask_BS=prompt_BS,
         tail_mask_BS=tail_BS if rule.tail == "hidden" else None,
         state_BS=state_BS,
         state_BK=state_BK,
@@ -182,6 +190,8 @@ def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: 
             raise ValueError(f"causal_block must be given with block_origin={block_origin!r} and edge={edge!r}, got None")
         return
     checks.count("causal_block", causal_block)
+    if rule is given_masks.LAW:
+        raise ValueError(f"law must be one that draws per block with causal_block={causal_block}, got {rule.name!r}")
     if rule.level == "block":
         raise ValueError(
             f"law must be another than {rule.name!r} with causal_block={causal_block}: it hides all later blocks and noises "
