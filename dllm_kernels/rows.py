@@ -24,11 +24,15 @@ class Rows:
         (2, tensor([1., 1.]))
     """
 
-    index: Tensor  # int64 [N], flat row of the hidden states, shift resolved
+    # int64 [N], flat row of the hidden states, shift resolved; of block-diffusion plans the token itself, see
+    # `MaskPlan.layout`
+    index: Tensor
     target: Tensor  # int64 [N]
     sequence: Tensor = _MISSING  # int64 [N], 0..B-1
     sample: Tensor = _MISSING  # int64 [N], 0..K-1
     weight: Tensor = _MISSING  # fp32 [N]
+    # int64 [N], of given traces: the state that commits the token; of block-diffusion plans the rollout's step
+    state: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, fill, dtype in (("sequence", 0, torch.int64), ("sample", 0, torch.int64), ("weight", 1, torch.float32)):

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from dllm_trainer.distributed import Ranks, clip_gradients, one_fails_all_stop, shard
 from dllm_trainer.errors import GuardError
-from dllm_trainer.records.checkpoints import Checkpoints, load_state
+from dllm_trainer.records.checkpoints import Checkpoints
+from dllm_trainer.records.states import load_state
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertForMaskedLM  # noqa: F401 - imported once, before the ranks are forked
@@ -291,7 +292,7 @@ def adapters(ranks):
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(ranks.tell(folder)[0]), ranks)
             path = checkpoints.save(1, model, None, optimizer)
-            load_state(checkpoints.latest(), model, optimizer, ranks)
+            load_state(checkpoints.latest().path / "state", model, optimizer, ranks)
             found[kind, "weights"] = load_file(path / "adapter_model.safetensors")
             ranks.wait()
     return found

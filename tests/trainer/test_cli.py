@@ -136,9 +136,9 @@ def assert_told(result: Result, what: str) -> None:
         ("trainer_state.json", "cut"),
         ("trainer_state.json", '{"pace": 1}'),
         ("trainer_state.json", "missing"),
-        ("state/__0_0.distcp", "cut"),
-        ("state/__0_0.distcp", "missing"),
-        ("state/.metadata", ""),
+        ("state/rank-00000.safetensors", "cut"),
+        ("state/rank-00000.safetensors", "missing"),
+        ("state/rank-00000.safetensors", ""),
         ("model.safetensors", "cut"),
     ],
 )

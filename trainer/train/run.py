@@ -24,12 +24,14 @@ from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
 from ..models.self_tests import check_mask_id, shift_self_test
-from ..records.checkpoints import Checkpoint, Checkpoints, load_state, save_model, verify_weights
+from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
 from ..records.plots import draw_curves
 from ..records.progress import bar
 from ..records.report import result_table, write_report
 from ..records.run_dir import PHASES, RunDir, State
+from ..records.states import load_state
+from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
 from .evaluation import Figures, decodings, evaluate, paired_gain
 from .optimization import make_optimizer
@@ -238,7 +240,7 @@ class Run:
         if state.phase != phase:
             state.phase, state.step = phase, 0
         elif self._saved is not None:
-            load_state(self._saved, self.setup.trained, optimizer, ranks)
+            load_state(self._saved.path / "state", self.setup.trained, optimizer, ranks)
         name = {"sft": "supervised", "rl": "reinforcement"}[phase]
         steps = self._steps(phase, optimizer)
         saved_at = state.step

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from dllm_trainer.distributed import Ranks, clip_gradients, shard
-from dllm_trainer.records.checkpoints import Checkpoints, load_state
+from dllm_trainer.records.checkpoints import Checkpoints
+from dllm_trainer.records.states import load_state
 from transformers import AutoModelForMaskedLM
 
 from dllm_kernels import accumulate
@@ -42,7 +43,7 @@ def train(ranks, folder, *, steps=STEPS, save=(), resume=False, hidden=16, check
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(1)
     if found is not None:
-        load_state(found, model, optimizer, ranks)
+        load_state(found.path / "state", model, optimizer, ranks)
     mine = ranks.share(B)
     for step in range(0 if found is None else found.step, steps):
         plan = plan_of(LENGTHS, samples=2, iteration=step).cut(sequences=mine)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from dllm_trainer.distributed import Ranks
 from dllm_trainer.errors import UserError
-from dllm_trainer.records.checkpoints import Checkpoints, DamagedCheckpoint, latest, load, load_state
+from dllm_trainer.records.checkpoints import Checkpoints, latest, load
+from dllm_trainer.records.manifest import DamagedCheckpoint
+from dllm_trainer.records.states import load_state
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig
 
 from tests.tiny import eurobert
@@ -155,7 +157,7 @@ def test_a_state_before_the_first_step_makes_none(tmp_path):
     Checkpoints(tmp_path).save(0, model, None, fresh)
     assert not fresh.state
     again = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    load_state(latest(tmp_path), model, again)
+    load_state(latest(tmp_path).path / "state", model, again)
     assert not again.state
 
 
@@ -194,8 +196,8 @@ def flip(file):
 DAMAGE = {
     "a bit of the weights flipped": lambda path: flip(path / "model.safetensors"),
     "weights truncated": lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1]),
-    "a bit of the optimiser's state flipped": lambda path: flip(path / "state" / "__0_0.distcp"),
-    "a file lost": lambda path: (path / "state" / ".metadata").unlink(),
+    "a bit of the optimiser's state flipped": lambda path: flip(path / "state" / "rank-00000.safetensors"),
+    "a file lost": lambda path: (path / "state" / "rank-00000.safetensors").unlink(),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "half a manifest": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:99]),
     "state changed by hand": lambda path: (path / "trainer_state.json").write_text("{}"),
@@ -262,7 +264,7 @@ def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
     checkpoints, _ = saved(tmp_path, 1)
     other = eurobert(hidden=8, layers=2, dtype=torch.float32)
     with pytest.raises(UserError, match="does not fit this model"):
-        load_state(checkpoints.latest(), other, optimizer_of(other))
+        load_state(checkpoints.latest().path / "state", other, optimizer_of(other))
 
 
 # --- going on -----------------------------------------------------------------------------------------------

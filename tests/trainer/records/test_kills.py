@@ -109,7 +109,12 @@ def halve(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("model.safetensors", flip), ("model.safetensors", halve), ("state/__0_0.distcp", flip), ("trainer_state.json", halve)],
+    [
+        ("model.safetensors", flip),
+        ("model.safetensors", halve),
+        ("state/rank-00000.safetensors", flip),
+        ("trainer_state.json", halve),
+    ],
 )
 def test_the_checkpoint_before_a_damaged_one_is_used_with_a_warning(
     name: str, damage: object, halfway: Path, finished: Path, tmp_path: Path
