@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", action="append", help="these instruction sets alone; default all that this CPU has")
     parser.add_argument("--case", type=int, metavar="PROBLEM", help="judge one problem, here, and keep no state")
+    parser.add_argument("--stop", action="store_true", help="after the first wrong case")
     parser.add_argument("--state", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the counts there too, with what machine this is")
     arguments = parser.parse_args(argv)
@@ -61,11 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(found["wrong"]) or f"{sum(found['by_engine'].values())} cases, nothing is wrong")
         return int(bool(found["wrong"]))
     path = arguments.state or ROOT / "runs" / f"fuzz-{arguments.seed}.json"
-    state = fuzz(arguments.cases, arguments.seed, isas, path)
+    state = fuzz(arguments.cases, arguments.seed, isas, path, stop=arguments.stop)
     if arguments.out is not None:
         from dllm_trainer.records.environment import environment
 
         arguments.out.write_text(json.dumps(state | {"environment": environment()}, indent=1) + "\n")
+    print(table(state))
     print(f"{state['cases']} cases, {state['wrong_cases']} wrong, {state['seconds']:.0f} s; {path}")
     return int(bool(state["wrong_cases"]))
 
@@ -76,15 +78,15 @@ def fresh(seed: int, isas: list[str]) -> State:
     return {"schema": 1, "seed": seed, "isas": isas, "next_problem": 0, "cases": 0, "seconds": 0.0, **counts, **told}
 
 
-def fuzz(cases: int, seed: int, isas: list[str], path: Path) -> State:
-    """Goes on from the state in `path` until `cases` cases are judged."""
+def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = False) -> State:
+    """Goes on from the state in `path` until `cases` cases are judged or, with `stop`, one is wrong."""
     state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas)
     if (state["seed"], state["isas"]) != (seed, isas):
         raise SystemExit(f"error: {path} is of seed {state['seed']} on {', '.join(state['isas'])}")
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     child = None
-    while state["cases"] < cases:
+    while state["cases"] < cases and not (stop and state["wrong_cases"]):
         started, first = time.monotonic(), state["next_problem"]
         if child is None or not child[0].is_alive():
             ours, theirs = context.Pipe()
@@ -92,7 +94,7 @@ def fuzz(cases: int, seed: int, isas: list[str], path: Path) -> State:
             child[0].start()
             theirs.close()
         enough = -(-(cases - state["cases"]) // len(isas))
-        died = not follow(state, child[1], range(first, first + min(BATCH, enough)))
+        died = not follow(state, child[1], range(first, first + min(BATCH // 10 if stop else BATCH, enough)))
         if died:
             child[0].join()
             note(
@@ -183,6 +185,21 @@ def judged(seed: int, number: int, isas: list[str]) -> State:
         "by_outcome": {"refused" if problem.bad else "computed": count},
         "gradient_errors": errors,
     }
+
+
+def table(state: State) -> str:
+    """The worst gradients by dtype and plan, as docs/loop.md shows them."""
+    lines = ["| dtype | plan | measured | largest error | over eager's, at most |", "|---|---|---|---|---|"]
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for plan in ("unit", "coef", "keep", "recompute"):
+            found = [x for key, x in state["gradient_errors"].items() if key.startswith(f"{dtype} {plan} ")]
+            if not found:
+                continue
+            worst = max(found, key=lambda x: x["ratio"])
+            measured, largest = sum(x["measured"] for x in found), max(x["largest"] for x in found)
+            over = f"{worst['ratio']:.1f} x, at an error of {worst['error_there']:.0e}"
+            lines.append(f"| {dtype} | `{plan}` | {measured} | {largest:.0e} | {over} |")
+    return "\n".join(lines)
 
 
 _GUARDED: dict[str, Any] = {}  # this process's pages
