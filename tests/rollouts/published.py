@@ -326,17 +326,27 @@ def bidirectional(model, prompt: Tensor, *, mask_id: int, shift: int = 0, guidan
     return look
 
 
-def block_causal(model, prompt: Tensor, *, block_length: int) -> Look:
+def block_causal(
+    model, prompt: Tensor, *, block_length: int, shift: int = 0, guidance: float = 0.0, mask_id: int | None = None
+) -> Look:
     """Logits of a completion where a token sees its own and all earlier blocks of the sequence: an explicit 4-d mask."""
     P = len(prompt)
 
-    def look(completion: Tensor) -> Tensor:
+    def logits(prompt: Tensor, completion: Tensor) -> Tensor:
         ids = torch.cat([prompt, completion])
         block = torch.arange(len(ids)) // block_length
         allowed = block[:, None] >= block[None, :]
         dtype = next(model.parameters()).dtype
         bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-        return model(ids[None], attention_mask=bias[None, None], use_cache=False).logits[0, P:].double()
+        z = model(ids[None], attention_mask=bias[None, None], use_cache=False).logits[0].double()
+        return z[P - shift : len(ids) - shift].clone()
+
+    def look(completion: Tensor) -> Tensor:
+        z = logits(prompt, completion)
+        if guidance:
+            without = logits(torch.full_like(prompt, mask_id), completion)
+            z = without + (guidance + 1) * (z - without)
+        return z
 
     return look
 

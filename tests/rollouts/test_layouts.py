@@ -276,3 +276,26 @@ def test_the_cache_takes_left_padded_prompts_and_ends_early(cached_model):
     ids, attention_mask = left_padded(LENGTHS)
     agree(generate(cached_model, ids, attention_mask=attention_mask, cache=True, **options), canvases)
     agree(generate(cached_model, LENGTHS, cache=True, micro_batch=4, **options), canvases)
+
+
+@pytest.mark.parametrize(("shift", "guidance"), [(1, 0.0), (0, 0.7), (1, 0.7)])
+def test_the_cache_goes_with_shift_and_guidance(cached_model, shift, guidance):
+    """Against the whole text under a 4-d mask in every step: a block's first token is read from the row before it."""
+    options = {
+        "sampler": "sdar",
+        "block_length": 4,
+        "steps": 3,
+        "length": 7,
+        "mask_id": MASK,
+        "temperature": 0.7,
+        "sequence_ids": torch.arange(6),
+    }
+    rollout = generate(cached_model, LENGTHS, cache=True, shift=shift, guidance=guidance, **options)
+    see = {
+        "see": lambda prompt: published.block_causal(
+            cached_model, prompt, block_length=4, shift=shift, guidance=guidance, mask_id=MASK
+        )
+    }
+    with torch.no_grad():
+        canvases = published.generate(cached_model, LENGTHS, **see, **options)
+    agree(rollout, canvases)
