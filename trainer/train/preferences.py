@@ -16,6 +16,7 @@ from ..tasks.pairs import split
 from .algorithms import Scores, choose_algorithm, make_batches, step_figures
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
+from .window import window_of
 
 
 def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
@@ -26,6 +27,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         raise ConfigError(f"rl.algorithm must be {those} for a task of preference pairs, got {config.algorithm}")
     if config.prompts % ranks.size:
         raise ConfigError(f"rl.prompts must be a multiple of the {ranks.size} ranks, got {config.prompts}")
+    window = window_of(config, facts)
     algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
     for update in range(start, config.updates):
         started = time.perf_counter()
@@ -48,9 +50,13 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
             shift=facts.shift,
             attention_mask_BS=real,
             causal_block=facts.block_length,
+            **window.plan_options,
             **config.law_options(),
         ).to(ranks.device)
-        options = setup.scoring_options(None if real is None else real.to(ranks.device), config.micro_batch, as_rolled_out=False)
+        attention = window.attention(ids, completion, real)
+        options = setup.scoring_options(
+            None if attention is None else attention.to(ranks.device), config.micro_batch, as_rolled_out=False
+        )
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}

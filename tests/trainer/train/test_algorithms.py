@@ -147,7 +147,7 @@ def chosen(name: str, *keys: str) -> algorithms.Algorithm:
 
 def signal_of(name: str) -> Signal:
     algorithm = chosen(name)
-    return algorithm.signal(algorithm.rewards(REWARDS, GROUPS, 16))
+    return algorithm.signal(algorithm.rewards(REWARDS, GROUPS, torch.full([8], 16)))
 
 
 def test_groups_of_equal_rewards_are_dropped_where_nothing_else_is_learnt() -> None:
