@@ -75,7 +75,7 @@ def log_probs(model: Any, batch: dict[str, torch.Tensor], folder: str, ours: boo
     from trl import GRPOTrainer
     from trl.trainer.utils import add_fused_lm_head
 
-    from dllm_kernels.integrations.trl import DiffusionLogps
+    from dllm_kernels.integrations.logps import DiffusionLogps
 
     host = SimpleNamespace(args=SimpleNamespace(mask_id=MASK, seed=0), temperature=1.0, accelerator=Accelerator(cpu=True))
     cls = DiffusionLogps if ours else GRPOTrainer

@@ -84,6 +84,8 @@ def test_the_loop_of_your_own_runs_and_its_ways_agree():
     assert (report.passes, report.forwards, report.backwards) == (1, 16, 16)
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
     assert_close(elbo, report.sample_elbo_BK, atol=1e-4, rtol=1e-4)
+    assert names["blocks"].layout(4).ids_RT.shape == (8, 24 + 4 * 16)
+    assert names["report_of_blocks"].forwards == 2
     assert (names["estimate"].elbo_B - elbo.mean(-1)).abs().max() < 8 * names["estimate"].standard_error_B.max()
     hidden, weight = names["hidden"].detach().requires_grad_(), names["weight"].clone().requires_grad_()
     scores = dllm_kernels.score_tokens(hidden, weight, names["plan"].rows.target, rows=names["plan"].rows.index, suppress=(63,))

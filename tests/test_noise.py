@@ -487,7 +487,7 @@ def use_everything(model, tmp_path):
     for name in ("bernoulli", "exact", "coupled", "trace", "segments"):  # as block-causal models are scored
         plan_of_blocks = preset(name, [5, 3], causal_block=8, ids=sequences)
         plan_of_blocks.layout(2).extended(plan_of_blocks.completion_mask_BS)
-        plan_of_blocks.layout(2).sees, plan_of_blocks.layout(2).copies, plan_of_blocks.p_mask_KBS
+        plan_of_blocks.layout(2).sees, plan_of_blocks.layout(2).copies, plan_of_blocks.layout(2).spans, plan_of_blocks.p_mask_KBS
         steps.sums(plan_of_blocks, plan_of_blocks.dense(torch.zeros(len(plan_of_blocks.rows))))
         if name in ("trace", "segments"):
             steps.states(plan_of_blocks)

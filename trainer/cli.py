@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +13,12 @@ import typer
 from rich.console import Console
 
 from .config import RunConfig, load_config, shipped_configs
-from .errors import Stopped, UserError, first_line, telling_of_algorithms
+from .errors import STOPPED_BY_CTRL_C, Stopped, StoppedAtOnce, UserError, first_line, telling_of_algorithms
+from .rights import FUNCTIONS
 
 if TYPE_CHECKING:
     from .distributed import Ranks
+    from .records.run_dir import RunDir
     from .train.setup import Setup
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -48,7 +50,7 @@ def _sentences() -> Iterator[None]:
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print("dllm-kernels: stopped", file=sys.stderr)
-        raise typer.Exit(130) from error
+        raise typer.Exit(_code(error)) from error
 
 
 @app.callback(invoke_without_command=True)
@@ -100,7 +102,11 @@ def rl(
         if checkpoint is not None:
             last.append(f"model.checkpoint={json.dumps(checkpoint)}")
             beside = Path(checkpoint).parent / "config.yaml"
-            if config is None and beside.is_file() and _configure([], None, None, beside=checkpoint).rl.updates == 0:
+            if (
+                config is None
+                and beside.is_file()
+                and _configure([*(overrides or ()), *last], None, None, beside=checkpoint).rl.updates == 0
+            ):
                 first.append(f"rl.updates={load_config().rl.updates}")  # the config of `sft`, which makes none
         if checkpoint is None and resume is None and config is None and "model.checkpoint" not in " ".join(overrides or ()):
             raise UserError("rl needs a model: give --checkpoint, or a --config with model.checkpoint")
@@ -236,15 +242,26 @@ def show_environment() -> None:
         print(f"{name:<15} {value if value is not None else 'none'}")
 
 
-def _configure(overrides: list[str] | None, file: Path | None, out: Path | None, *, beside: str | None = None) -> RunConfig:
-    """Defaults, or the config of the run that a checkpoint lies in; then the file; then overrides and --out."""
-    base = None
-    if beside is not None and (found := Path(beside).parent / "config.yaml").is_file():
+def _configure(
+    overrides: list[str] | None,
+    file: Path | None,
+    out: Path | None,
+    *,
+    beside: str | None = None,
+    calls: Sequence[str] = FUNCTIONS,
+) -> RunConfig:
+    """Defaults, or the config of the run that a checkpoint lies in; then the file; then overrides and --out.
+
+    What lies beside a checkpoint grants no rights; `calls`: the keys that name functions which will be called.
+    """
+    base, found = None, Path(beside or "").parent / "config.yaml"
+    if beside is not None and found.is_file():
         try:
             base = found.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{found} cannot be read ({first_line(error)})") from error
-    return load_config(file, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else [])], base=base)
+    given = [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else [])]
+    return load_config(file, given, base=base, base_name=str(found), base_calls=None if base is None else calls)
 
 
 @contextmanager
@@ -258,10 +275,14 @@ def _ranks() -> Iterator[Ranks]:
 
 def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ranks: Ranks) -> Setup:
     from .tasks import make_task
+    from .train.foreign_code import announce_code
     from .train.run import prepare
 
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
-    resolved = _configure(keys, config, None, beside=checkpoint)
+    resolved = _configure(keys, config, None, beside=checkpoint, calls=["task.correct"])
+    resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"updates": 0})})
+    if ranks.is_first:
+        announce_code(resolved)
     return prepare(resolved, make_task(resolved.task, seed=resolved.task_seed), ranks)
 
 
@@ -276,43 +297,59 @@ def _run(
     beside: str | None = None,
 ) -> None:
     """A new run, or one that goes on. `first` comes before the overrides, `last` after them."""
+    from .records.resume import restarted, resumed_config
     from .records.run_dir import RunDir
     from .train.run import is_finished
+    from .train.stop import StopRequest
 
-    if resume not in (None, "auto"):
-        if overrides or out or config:
-            raise UserError("--resume goes on with the run's own config.yaml and folder; leave out overrides, --out and --config")
-        folder = RunDir.reopen(Path(str(resume)))
-        resolved = load_config(folder.path / "config.yaml")
-    else:
-        resolved = _configure([*(first or ()), *(overrides or ()), *(last or ())], config, out, beside=beside)
-        folder = None
-        if resume == "auto" and (Path(resolved.out) / "config.yaml").is_file():
-            folder = RunDir.reopen(Path(resolved.out))
-            resolved = load_config(folder.path / "config.yaml")
-    if folder is not None and is_finished(folder, resolved):
-        console.print(f"this run is finished already; its report: {folder.path / 'report.md'}", highlight=False, soft_wrap=True)
-        return
-    with _ranks() as ranks:
-        new = folder is None
-        if folder is None:
-            path = ranks.tell(RunDir.create(Path(resolved.out)).path if ranks.is_first else None)[0]
-            folder = RunDir(path)
-            if path != Path(resolved.out) and ranks.is_first:
-                console.print(f"{resolved.out} already holds files; this run goes to {path}", highlight=False, soft_wrap=True)
-        _execute(folder, resolved.model_copy(update={"out": str(folder.path)}), ranks, new=new)
+    with StopRequest(nothing_to_lose=True), _ranks() as ranks:
+        known, wanted = None if resume in (None, "auto") else Path(str(resume)), None
+        if known is not None and (out or config):
+            raise UserError("--resume goes on with the run's own config.yaml and folder; leave out --out and --config")
+        if known is None:
+            wanted = _configure([*(first or ()), *(overrides or ()), *(last or ())], config, out, beside=beside)
+            own = restarted(Path(wanted.out)) or (Path(wanted.out) if resume == "auto" else None)
+            known = own if own is not None and (own / "config.yaml").is_file() else None
+        folder, resolved = RunDir(known or Path()), wanted
+        changed: dict[str, list[Any]] = {}
+        with ranks.together():
+            if ranks.is_first and known is not None:
+                folder = RunDir.reopen(known, alone=True)
+                resolved, changed = resumed_config(folder.path, overrides or ())
+            elif ranks.is_first and wanted is not None:
+                folder = RunDir.create(Path(wanted.out))
+                folder.lock()
+        path, resolved = ranks.tell((folder.path, resolved))[0]
+        folder = folder if ranks.is_first else RunDir(path)
+        try:
+            if known is not None and is_finished(folder, resolved):
+                _say(ranks, f"this run is finished already; its report: {path / 'report.md'}")
+                return
+            if wanted is not None and known is None and path != Path(wanted.out):
+                _say(ranks, f"{wanted.out} already holds files; this run goes to {path}")
+            _execute(folder, resolved.model_copy(update={"out": str(path)}), ranks, new=known is None, changed=changed)
+        finally:
+            folder.close()
 
 
-def _execute(folder: Any, config: RunConfig, ranks: Ranks, *, new: bool) -> None:
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.is_first:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _execute(folder: RunDir, config: RunConfig, ranks: Ranks, *, new: bool, changed: dict[str, list[Any]]) -> None:
+    from .records.resume import note
     from .train.run import Run
 
     go_on = f"go on with: dllm-kernels demo --resume {folder.path}"
     try:
         run = Run(folder, config, console, ranks)
+        if ranks.is_first:
+            note(folder, run.where(), ranks.size, changed)
         run.execute()
     except Stopped as error:
-        console.print(f"stopped at {run.where()}, state saved; {go_on}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from error
+        _say(ranks, f"stopped at {run.where()}, state saved; {go_on}")
+        raise SystemExit(error.code) from error
     except UserError:
         if new and ranks.is_first:
             folder.drop_if_empty()
@@ -321,8 +358,10 @@ def _execute(folder: Any, config: RunConfig, ranks: Ranks, *, new: bool) -> None
         raise UserError(
             f"a file of {folder.path} could not be written or read ({error}); what was written is kept; {go_on}"
         ) from error
-    except KeyboardInterrupt as error:  # before training began, or the second Ctrl-C
-        console.print(f"stopped at once; the last saved state is kept; {go_on}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from error
-    finally:
-        folder.close()
+    except KeyboardInterrupt as error:
+        _say(ranks, f"stopped at once; the last saved state is kept; {go_on}")
+        raise SystemExit(_code(error)) from error
+
+
+def _code(error: KeyboardInterrupt) -> int:
+    return error.code if isinstance(error, StoppedAtOnce) else STOPPED_BY_CTRL_C

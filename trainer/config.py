@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 from yaml import YAMLError
 
 from .errors import ConfigError, telling_of_algorithms
+from .rights import without_rights
 from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks import MODULES
 from .tasks.config import AnyTaskConfig
@@ -83,6 +84,8 @@ class CheckpointsConfig(Section):
     keep_last: Positive = 1
     keep_best: Count = 0
     metric: Text = "probe_greedy"  # of metrics.jsonl, the higher the better; only steps that have it can be best
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = None  # beside save_every: by the clock
+    background: bool = False  # checksums and the flush to disk, most of a save's time, while training goes on
 
 
 class OptimizerConfig(Section):
@@ -238,6 +241,7 @@ class RunConfig(Section):
     rollout: RolloutConfig
     evaluation: EvaluationConfig
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    _from_environment: dict[tuple[str, ...], tuple[Any, str]] = PrivateAttr(default_factory=dict)  # path: value, as written
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -253,8 +257,19 @@ class RunConfig(Section):
     def task_seed(self) -> int:
         return self.seed if self.data_seed is None else self.data_seed
 
+    def written(self) -> dict[str, Any]:
+        """Plain values for a file; those read from the environment as they were written, `${oc.env:NAME}`."""
+        values = self.model_dump()
+        for (*sections, name), (value, text) in self._from_environment.items():
+            section = values
+            for part in sections:
+                section = section[part]
+            if section[name] == value:
+                section[name] = text
+        return values
+
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+        return OmegaConf.to_yaml(OmegaConf.create(self.written()))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -264,8 +279,18 @@ def shipped_configs() -> dict[str, Path]:
 
 
 @telling_of_algorithms()
-def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base: str | None = None) -> RunConfig:
+def load_config(
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    base_name: str = "the config of the run",
+    base_calls: Collection[str] | None = None,
+) -> RunConfig:
     """The demo's defaults (or `base`, a YAML text), then `file`, then `overrides` such as `rl.updates=10`.
+
+    base_calls: None where `base` is the user's own; else it lay beside a checkpoint and may not grant rights (`rights.py`),
+    and these are the keys that name functions which will be called.
 
     `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
     out, and `rl.options` where one chooses another `rl.algorithm`; whose recipe's law, samples and advantages come right after
@@ -275,7 +300,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
     """
     try:
         shipped = shipped_configs()
-        layers = [_mapping(shipped["demo"].read_text() if base is None else base, "the config of the run")]
+        layers = [_mapping(shipped["demo"].read_text() if base is None else base, base_name)]
         if file is not None:
             file = shipped.get(str(file), file)
             layers.append(_mapping(file.read_text(encoding="utf-8"), f"config file {file}"))
@@ -284,10 +309,15 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
         _reject_unknown(layers)
+        if base_calls is not None:
+            given = {key for key in allowed_keys() if any(OmegaConf.select(layer, key) is not None for layer in layers[1:])}
+            plain: Any = OmegaConf.to_container(layers[0])
+            layers[0] = OmegaConf.create(without_rights(plain, given, base_calls, base_name))
         _drop_others(layers, "task.kind", "sudoku", "task")
         _drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
         layers.insert(1, _defaults_of_algorithm(layers[1:]))
-        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+        merged = OmegaConf.merge(*layers)
+        values, written = OmegaConf.to_container(merged, resolve=True), OmegaConf.to_container(merged)
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -295,9 +325,19 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), *, base
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
+        config._from_environment.update(_from_environment(values, written, ()))
+        return config
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def _from_environment(values: Any, written: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[Any, str]]]:
+    if isinstance(written, dict):
+        for name, text in written.items():
+            yield from _from_environment(values[name], text, (*path, name))
+    elif isinstance(written, str) and "${oc.env:" in written:
+        yield path, (values, written)
 
 
 def _drop_others(layers: Sequence[DictConfig], choice: str, first: str, section: str) -> None:

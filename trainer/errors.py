@@ -35,5 +35,21 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
+STOPPED_BY_CTRL_C = 130
+STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: to be started again
+
+
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Ctrl-C was pressed; raised only where the run's state is consistent."""
+    """The run was asked to stop; raised only where its state is consistent."""
+
+    def __init__(self, code: int = STOPPED_BY_CTRL_C):
+        super().__init__(code)
+        self.code = code
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """The run was asked to stop where nothing is to be saved, or by a second Ctrl-C."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_kernels import checks, headless, score_tokens
-from dllm_kernels.integrations import needs
+from dllm_kernels import checks, score_tokens
+from dllm_kernels.integrations import around_step, needs, with_body
+from dllm_kernels.model.headless import Body
 
 with needs("nemo_automodel", "pip install nemo-automodel"):
     from nemo_automodel.components.distributed.utils import get_sync_ctx
@@ -66,24 +67,30 @@ class HeadlessMDLMStrategy(MDLMStrategy):
         with (
             get_sync_ctx(model, last, defer_fsdp_grad_sync=defer) if is_train else nullcontext(),
             torch.autocast(device_type=device.type, dtype=dtype) if dtype is not None else nullcontext(),
-            headless(model) as body,
+            around_step(model),
         ):
             given = filter_forward_kwargs(model, batch)
+            input_ids = given.pop("input_ids")
             flat_N = (masked_BS & scored_BS).reshape(-1).nonzero()[:, 0]
             share_N = p_mask_BS.reshape(-1)[flat_N]
             if checks.may_read(share_N) and not bool((share_N > 0).all()):
                 raise ValueError(f"p_mask must be above 0 where a token is hidden, got {float(share_N.min()):g}")
-            scores = score_tokens(
-                body(given.pop("input_ids"), **given),
-                body.weight,
-                ids_BS.reshape(-1)[flat_N],
-                rows=flat_N,
-                coef=-1.0 / share_N.float() / max(num_diffusion_tokens, 1),
-                take_dweight=body.take_dweight,
-                **body.options,
-            )
-            loss = scores.weighted_sum
-            assert loss is not None
+            coef_N = -1.0 / share_N.float() / max(num_diffusion_tokens, 1)
+
+            def score(body: Body) -> Tensor:
+                scores = score_tokens(
+                    body(input_ids, **given),
+                    body.weight,
+                    ids_BS.reshape(-1)[flat_N],
+                    rows=flat_N,
+                    coef=coef_N,
+                    take_dweight=body.take_dweight,
+                    **body.options,
+                )
+                assert scores.weighted_sum is not None
+                return scores.weighted_sum
+
+            loss = with_body(model, score)
             loss_buffer.append(loss.detach().clone())
             recipe._dllm_loss_buffer.append(loss.detach().clone())
             if is_train:  # gradients are averaged over the data-parallel group, the loss is of all of it

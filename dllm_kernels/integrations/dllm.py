@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels import Rollout, checks, generate, headless, score_tokens
-from dllm_kernels.integrations import needs
+from dllm_kernels import Rollout, checks, generate, score_tokens
+from dllm_kernels.integrations import around_step, needs, with_body
+from dllm_kernels.model.headless import Body
 
 with needs("dllm", "pip install git+https://github.com/ZHZisZZ/dllm"):
     from dllm.core.samplers import BaseSampler, BaseSamplerOutput, MDLMSamplerConfig
@@ -30,7 +31,7 @@ class HeadlessMDLMTrainer(MDLMTrainer):
     """
 
     def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        with headless(model):  # a sharded head is gathered and reduced once, around the backward as well
+        with around_step(model):
             return super().training_step(model, *arguments, **named)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -51,20 +52,26 @@ class HeadlessMDLMTrainer(MDLMTrainer):
             raise ValueError("labels must be -100 at the first position where right_shift_logits is set: no row predicts it")
         weight_N = weight_BS.reshape(-1)[flat_N]
         noisy_BS = ids_BS.masked_fill(masked_BS, self.processing_class.mask_token_id)
-        with headless(model) as body:
+        coef_N = -weight_N / self._divisor(scored_BS).expand(B, S).reshape(-1)[flat_N]
+
+        def score(body: Body) -> tuple[Tensor, Tensor]:
             scores = score_tokens(
                 body(noisy_BS, attention_mask=inputs.get("attention_mask")),
                 body.weight,
                 ids_BS.reshape(-1)[flat_N],
                 rows=flat_N - shift,
-                coef=-weight_N / self._divisor(scored_BS).expand(B, S).reshape(-1)[flat_N],
+                coef=coef_N,
                 take_dweight=body.take_dweight,
                 **body.options,
             )
-        assert scores.logp is not None
-        nll_BS = scores.logp.new_zeros(B * S).index_copy(0, flat_N, -scores.logp * weight_N).view(B, S)
+            assert scores.logp is not None
+            assert scores.weighted_sum is not None
+            return scores.weighted_sum, scores.logp
+
+        loss, logp_N = with_body(model, score)
+        nll_BS = logp_N.new_zeros(B * S).index_copy(0, flat_N, -logp_N * weight_N).view(B, S)
         self.meter.update(split="train" if model.training else "eval", value=nll_BS, weight=scored_BS.to(nll_BS.dtype))
-        return (scores.weighted_sum, None) if return_outputs else scores.weighted_sum
+        return (loss, None) if return_outputs else loss
 
     def _divisor(self, scored_BS: Tensor) -> Tensor:
         kinds = ("token", "sequence", "batch")

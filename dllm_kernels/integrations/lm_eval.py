@@ -53,8 +53,9 @@ class DiffusionLM(TemplateLM):
         tokenizer: None takes the checkpoint's.
         mask_id: None takes the tokenizer's mask token, or that of the model's config. shift: 1 where position i
             is predicted by row i - 1.
+        causal_block: tokens per block of a block-causal model; None takes the loader's.
         loader: "module:function", called with `pretrained`; returns an object with `model`, `tokenizer`, `facts`
-            (`mask_id`, `shift`), `suppressed` and `call_kwargs(attention_mask)`. The trainer's is
+            (`mask_id`, `shift`, `block_length`), `suppressed` and `call_kwargs(attention_mask)`. The trainer's is
             "dllm_trainer.models.loading:load", whose table knows the published models.
         law, samples, seed, law_options: of `estimate_elbo`. samples_per_pass: masks in one call of the model.
         greedy: whether to find out, by greedy decoding of one token a step, if a continuation is the likeliest.
@@ -74,6 +75,7 @@ class DiffusionLM(TemplateLM):
         tokenizer: Any = None,
         mask_id: int | None = None,
         shift: int | None = None,
+        causal_block: int | None = None,
         loader: str | None = None,
         dtype: str = "float32",
         device: str | None = None,
@@ -107,7 +109,10 @@ class DiffusionLM(TemplateLM):
         self._call_kwargs = loaded.call_kwargs
         self._suppress = (self.mask_id, *(token for token in loaded.suppressed if token != self.mask_id))
         self._name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+        block = loaded.facts.block_length if causal_block is None else checks.count("causal_block", causal_block)
         self.scoring = {"law": law, "samples": samples, "seed": seed, **(law_options or {}), "samples_per_pass": samples_per_pass}
+        if block is not None:
+            self.scoring["causal_block"] = block
         self.decoding = {"sampler": sampler, "seed": seed, **decoding} | ({} if length is None else {"length": length})
         self._greedy, self._errors = greedy, None if errors is None else Path(errors)
         self._decoded: list[dict[str, Any]] = []
@@ -298,7 +303,9 @@ def _load(source: str | nn.Module, tokenizer: Any, loader: str | None, dtype: st
         model = getattr(transformers, known[0]).from_pretrained(source, **options).eval()
         tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     of_config = getattr(model.config, "mask_token_id", None)
-    facts = SimpleNamespace(mask_id=of_config if tokenizer.mask_token_id is None else tokenizer.mask_token_id, shift=0)
+    facts = SimpleNamespace(
+        mask_id=of_config if tokenizer.mask_token_id is None else tokenizer.mask_token_id, shift=0, block_length=None
+    )
     return SimpleNamespace(model=model, tokenizer=tokenizer, facts=facts, suppressed=(), call_kwargs=_attention)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels import MaskPlan, checks, headless, make_mask_plan, noise, score_tokens
+from dllm_kernels import MaskPlan, checks, make_mask_plan, noise, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
-from dllm_kernels.integrations import needs
+from dllm_kernels.integrations import around_step, needs, with_body
 from dllm_kernels.model.headless import Body
+from dllm_kernels.model.layouts import block_diffusion, check_blocks
 from dllm_kernels.noise import Stream
 
 with needs("transformers", "pip install 'dllm-kernels[train]'"):
@@ -51,6 +52,8 @@ class DiffusionSFTConfig(TrainingArguments):
     reduction: str = "token"
     eval_samples: int = 4  # masks per sequence, the same in every evaluation
     eval_seed: int = 0
+    causal_block: int | None = None  # of a block-causal model: tokens per block, in which everything is drawn
+    block_origin: str = "sequence"  # or "completion": where blocks begin
     packed: bool = False  # calls the model without padding: all sequences in one row, each sees itself alone
     suppress_mask: bool = False  # the mask id gets probability 0, as in rollouts
 
@@ -84,6 +87,9 @@ class DiffusionSFTTrainer(Trainer):
         checks.choice("reduction", args.reduction, REDUCTIONS)
         if schedule is not None and args.law != "bernoulli":
             raise ValueError(f"law must be 'bernoulli' where a schedule is given, got {args.law!r}")
+        for name, given in (("schedule", schedule), ("packed", args.packed)):
+            if given and args.causal_block is not None:
+                raise ValueError(f"causal_block must be None where {name} is given, got {args.causal_block}")
         if named.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: there are no logits; the evaluation gives the loss")
         super().__init__(model, args, *arguments, **named)
@@ -107,7 +113,7 @@ class DiffusionSFTTrainer(Trainer):
         return batches, self.accelerator.reduce(torch.tensor(units, device=device), "sum")
 
     def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        with headless(model):  # a sharded head is gathered and reduced once, around the backward as well
+        with around_step(model):
             return super().training_step(model, *arguments, **named)
 
     def compute_loss(
@@ -124,7 +130,7 @@ class DiffusionSFTTrainer(Trainer):
         if num_items_in_batch is not None:  # gradients are averaged over the processes
             divisor = num_items_in_batch / self.accelerator.num_processes
         rows, share_K = plan.rows, plan.share_K
-        coef_N = -(rows.weight * share_K[rows.sample] * scale_B[rows.sequence]) / divisor
+        coef_N = -(rows.weight * share_K[rows.sample] * scale_B[rows.sequence]) / divisor  # of the scored tokens
         loss = self._score(model, plan, inputs, coef_N)
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -163,7 +169,10 @@ class DiffusionSFTTrainer(Trainer):
             "attention_mask_BS": attention_mask_BS,
         }
         if self.schedule is None:
-            return make_mask_plan(ids_BS, scored_BS, law=self.args.law, samples=samples, **arguments, **self.law_options)
+            blocks = {"causal_block": self.args.causal_block, "block_origin": self.args.block_origin}
+            return make_mask_plan(
+                ids_BS, scored_BS, law=self.args.law, samples=samples, **blocks, **arguments, **self.law_options
+            )
         masked_KBS, weight_KB = self._by_schedule(scored_BS, samples, arguments)
         return make_mask_plan(
             ids_BS, scored_BS, law="given", samples=None, masked_KBS=masked_KBS, weight_KB=weight_KB, **arguments
@@ -185,25 +194,36 @@ class DiffusionSFTTrainer(Trainer):
 
     def _score(self, model: nn.Module, plan: MaskPlan, inputs: Mapping[str, Any], coef_N: Tensor | None = None) -> Tensor:
         """The log-probs of the plan's rows, or their sum weighted by coefficients."""
-        with headless(model) as body:
-            rows, kwargs = plan.rows, {n: v for n, v in inputs.items() if n not in ("input_ids", "labels")}
-            if self.args.packed:
-                hidden, index_N = _packed(body, plan, kwargs.pop("attention_mask", None), kwargs)
+        check_blocks(self.model, plan, {})
+        rows, packed = plan.rows, self.args.packed
+        kwargs = {name: value for name, value in inputs.items() if name not in ("input_ids", "labels")}
+
+        def score(body: Body) -> Tensor:
+            layout, target_N, coef = None, rows.target, coef_N
+            if plan.block_BS is not None:
+                layout = plan.layout()
+                hidden, index_N, target_N = block_diffusion(body, layout, kwargs), layout.index_M, layout.target_M
+                if coef_N is not None:  # a row may predict tokens of several samples
+                    coef = coef_N.new_zeros(len(index_N)).index_put((layout.row_N,), coef_N, accumulate=True)
+            elif packed:
+                hidden, index_N = _packed(body, self.model, plan, kwargs)
             else:
                 hidden, index_N = body(plan.noisy_ids, **_repeated(kwargs, len(plan.sample_K))), rows.index
             scores = score_tokens(
                 hidden,
                 body.weight,
-                rows.target,
+                target_N,
                 rows=index_N,
-                coef=coef_N,
+                coef=coef,
                 suppress=(self.mask_id,) if self.args.suppress_mask else (),
                 take_dweight=body.take_dweight,
                 **body.options,
             )
-        found = scores.logp if coef_N is None else scores.weighted_sum
-        assert found is not None
-        return found
+            found = scores.logp if coef_N is None else scores.weighted_sum
+            assert found is not None
+            return found if layout is None or coef_N is not None else found[layout.row_N]
+
+        return with_body(model, score)
 
     def _parts(self, plan: MaskPlan) -> tuple[Tensor, Tensor]:
         """What multiplies each sequence's sum, and what it adds to the divisor."""
@@ -288,23 +308,24 @@ def _repeated(kwargs: Mapping[str, Any], samples: int) -> dict[str, Any]:
     }
 
 
-def _packed(body: Body, plan: MaskPlan, keep_BS: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _packed(body: Body, model: nn.Module, plan: MaskPlan, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Hidden states `[M, H]` of the M real tokens of all samples in one row, and the plan's rows among them.
 
     Positions restart with every sequence. flash-attn's variable-length kernel finds the sequences by them; other
     kernels get a mask of pairs, which is as exact and takes M x M numbers.
     """
-    if kwargs:
-        raise ValueError(f"packed takes input_ids, labels and attention_mask only, got {', '.join(sorted(kwargs))}")
+    if others := sorted(set(kwargs) - {"attention_mask"}):
+        raise ValueError(f"packed takes input_ids, labels and attention_mask only, got {', '.join(others)}")
+    keep_BS = kwargs.get("attention_mask")
     ids_KBS = plan.noisy_ids
     keep_KBS = torch.ones_like(ids_KBS, dtype=torch.bool) if keep_BS is None else (keep_BS != 0).expand(ids_KBS.shape)
     keep_X = keep_KBS.reshape(-1)
     position_M = (keep_KBS.cumsum(-1) - 1).reshape(-1)[keep_X]
     options: dict[str, Any] = {"position_ids": position_M[None]}
-    if not str(getattr(getattr(body.model, "config", None), "_attn_implementation", "")).startswith("flash"):
+    if not str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash"):
         sequence_M = (position_M == 0).cumsum(-1)
         apart_MM = sequence_M[:, None] != sequence_M
-        dtype = next(body.model.parameters()).dtype
+        dtype = next(model.parameters()).dtype
         mask_MM = torch.zeros(apart_MM.shape, dtype=dtype, device=apart_MM.device)
         options["attention_mask"] = mask_MM.masked_fill_(apart_MM, torch.finfo(dtype).min)[None, None]
     hidden = body(ids_KBS.reshape(-1)[keep_X][None], **options)[0]

@@ -3,28 +3,29 @@
     trainer = DiffusionGRPOTrainer(model, reward_funcs=[correct, short], processing_class=tokenizer, train_dataset=data,
                                    args=DiffusionGRPOConfig("out", algorithm="bgpo", mask_id=126336))
 
-`DiffusionLogps` is the other way in: a trainer of GRPO's kind keeps its own loss, and scores without logits.
+`DiffusionLogps` (`logps.py`, which needs no TRL) is the other way in: a trainer keeps its own loss.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from dllm_kernels import MaskPlan, Rollout, accumulate, generate, headless, make_mask_plan, noise, score_tokens
-from dllm_kernels.accumulation.estimation import content_ids
+from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.integrations import needs
+from dllm_kernels.integrations.logps import DiffusionLogps
 from dllm_kernels.integrations.transformers import find_mask_id
+from dllm_kernels.masks import steps
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):
@@ -33,98 +34,6 @@ with needs("trl"):
 
 with needs("transformers", "pip install 'dllm-kernels[train]'"):
     from transformers import GenerationConfig
-
-
-class DiffusionLogps:
-    """Mixin for trainers of GRPO's kind, before them among the bases: their log-probs, without logits.
-
-    Gives `_get_per_token_logps(model, input_ids, logits_to_keep, mask_seeds)` of d1's lineage, with the host's own
-    `forward_process` for the masks, and TRL's `_get_per_token_logps_and_entropies`. Both score the completion in one
-    call of the model that hides all of it (d1's mean-field estimate, arXiv 2504.12216, no ELBO). Takes from the
-    host's `args` `mask_id`, and `shift` where there is one.
-    """
-
-    args: Any
-    temperature: float
-
-    def _get_per_token_logps(self, model: nn.Module, input_ids: Tensor, logits_to_keep: int, mask_seeds: Sequence[int]) -> Tensor:
-        """float32 `[iterations, B, L]` of ids `[iterations, B, S]`; iteration i is hidden with `mask_seeds[i]`."""
-        iterations, B, S = input_ids.shape
-        if len(mask_seeds) != iterations:
-            raise ValueError(f"mask_seeds must hold one seed for each of {iterations} iterations, got {len(mask_seeds)}")
-        if getattr(self.args, "cfg_scale", 0.0):
-            raise ValueError(f"cfg_scale must be 0, got {self.args.cfg_scale}: guided logits are not scored here")
-        prompt_S = torch.arange(S, device=input_ids.device) < S - logits_to_keep
-        noisy = [
-            self.forward_process(ids_BS, prompt_S, self.args.mask_id, seed=seed)[0]  # type: ignore[attr-defined]
-            for ids_BS, seed in zip(input_ids, mask_seeds)
-        ]
-        scored = (~prompt_S).expand(iterations * B, S)
-        found = self._scored(model, torch.cat(noisy), input_ids.flatten(0, 1), scored, {}, 1.0, ("logp",))
-        return found["logp"].view(iterations, B, S)[:, :, -logits_to_keep:].float()
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **inputs: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probs and, on request, entropies `[B, L]`, 0 at padding; masks depend on `args.seed` and content alone."""
-        if given := sorted(name for name, value in inputs.items() if value is not None):
-            raise ValueError(f"{given[0]} must be None: only texts are scored here")
-        if compute_aux_loss:
-            raise ValueError("router_aux_loss_coef must be 0: there is no auxiliary loss of a masked diffusion model's experts")
-        want = ("logp", "entropy") if compute_entropy else ("logp",)
-        parts = []
-        for first in range(0, len(input_ids), batch_size or len(input_ids)):
-            ids_BS, real_BS = (part[first : first + (batch_size or len(part))] for part in (input_ids, attention_mask.bool()))
-            scored_BS = real_BS & (torch.arange(ids_BS.shape[1], device=ids_BS.device) >= ids_BS.shape[1] - logits_to_keep)
-            plan = make_mask_plan(
-                ids_BS,
-                scored_BS,
-                law="full",
-                samples=1,
-                seed=self.args.seed,
-                sequence_ids=content_ids(ids_BS, scored_BS, real_BS),
-                mask_id=self.args.mask_id,
-                attention_mask_BS=real_BS,
-            )
-            kwargs = {"attention_mask": real_BS.long()}
-            parts.append(self._scored(model, plan.noisy_ids[0], ids_BS, scored_BS, kwargs, self.temperature, want))
-        joined = {name: torch.cat([part[name] for part in parts])[:, -logits_to_keep:] for name in want}
-        return joined["logp"], joined.get("entropy"), None
-
-    def _scored(
-        self,
-        model: nn.Module,
-        noisy_BS: Tensor,
-        ids_BS: Tensor,
-        scored_BS: Tensor,
-        kwargs: dict[str, Tensor],
-        temperature: float,
-        want: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """Statistics `[B, S]` of the scored tokens, 0 elsewhere."""
-        flat_N, shift = scored_BS.reshape(-1).nonzero()[:, 0], getattr(self.args, "shift", 0)
-        if bool(scored_BS[:, :shift].any()):
-            raise ValueError(f"input_ids must begin with {shift} token(s) of a prompt (shift={shift}): no row predicts them")
-        with headless(model) as body:
-            hidden = body(noisy_BS, **kwargs)
-            options = replace(body.options, temperature=body.options.temperature * temperature)
-            target_N = ids_BS.reshape(-1)[flat_N]
-            scores = score_tokens(
-                hidden, body.weight, target_N, rows=flat_N - shift, want=want, take_dweight=body.take_dweight, **options
-            )
-        vectors = {name: getattr(scores, name) for name in want}
-        return {
-            name: vector.new_zeros(scored_BS.numel()).index_copy(0, flat_N, vector).view(scored_BS.shape)
-            for name, vector in vectors.items()
-        }
 
 
 @dataclass
@@ -140,6 +49,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     law: str | None = None  # of `make_mask_plan`; None: the algorithm's
     law_options: dict[str, Any] = field(default_factory=dict)
     samples: int | None = None  # masks per completion; None: the algorithm's
+    causal_block: int | None = None  # of a block-causal model: tokens per block, in which masks are drawn
     rollout: dict[str, Any] = field(default_factory=dict)  # of `generate`: sampler, steps, block_length, eos_id ...
     suppress: list[int] = field(default_factory=list)  # ids that are never predicted, beside the mask id
     samples_per_pass: int = 1
@@ -194,8 +104,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             args.model_init_kwargs = None
         if getattr(model, "generation_config", None) is None:  # TRL writes into it
             model.generation_config = GenerationConfig()
-        steps = args.rollout.get("steps") or args.max_completion_length
-        of_run = {} if self.recipe.from_run is None else self.recipe.from_run(args.max_completion_length, steps)
+        length = args.max_completion_length
+        of_run = {} if self.recipe.from_run is None else self.recipe.from_run(length, args.rollout.get("steps") or length)
         self.options = self.recipe.choose({**of_run, **args.algorithm_options})
         self.objective = self.recipe.make(self.options)
         needed = (*self.objective.per_sequence, *self.objective.per_sample, *self.objective.per_token)
@@ -296,6 +206,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                 shift=args.shift,
                 attention_mask_BS=rollout.attention_mask_BS,
                 iteration=iteration,
+                causal_block=args.causal_block,
                 **(given | args.law_options),
             ).cut(sequences=here_N)
 
@@ -321,7 +232,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             entries |= recipe.entries(update, self.options)
         self._denominator = found.denominator
         if self._denominator is None:  # steps: what the plans of all processes hold
-            count = torch.tensor(float((plans[0].counts > 0).sum()), device=self.accelerator.device)
+            count = torch.tensor(float(steps.number(plans[0])), device=self.accelerator.device)
             self._denominator = max(1.0, float(self.accelerator.reduce(count, "sum")))
         self._update = [(plan, self._batch(plan, entries, states)) for plan in plans]
 
@@ -375,9 +286,10 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if self._update:
             plan, batch = self._update[iteration]
             several = self.accelerator.num_processes > 1
-            with self.compute_loss_context_manager():
+            wrapped = isinstance(model, DistributedDataParallel)
+            with self.compute_loss_context_manager(), model.no_sync() if wrapped else nullcontext():  # type: ignore[operator]
                 report = accumulate(
-                    model,
+                    model.module if wrapped else model,  # type: ignore[arg-type]
                     plan,
                     self.objective,
                     batch,
@@ -385,6 +297,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                     group=dist.group.WORLD if several else None,
                     **self._scoring,
                 )
+            if wrapped:
+                _sum_gradients(model)
             loss = report.loss.float() * self.accelerator.num_processes  # TRL averages what processes log
             told = self._metrics["train"]
             told["elbo"].append(report.sample_elbo_BK.nanmean().item())
@@ -397,3 +311,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Rollouts and their rewards, which TRL logs."""
         self._prepare_inputs(inputs)
         return None, None, None
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Over the processes: the denominators are of all of them, and each made as many backwards as it had to."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)

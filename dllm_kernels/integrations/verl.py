@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dllm_kernels import MaskPlan, checks, headless, make_mask_plan, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
+from dllm_kernels.integrations import with_body
 from dllm_kernels.model.headless import Body
 
 IGNORED = -100  # as a label: not scored
@@ -107,8 +108,9 @@ def forward_micro_batch(
     seen_BS = real_BS & nn.functional.pad(real_BS, (shift, 0))[:, :S]  # real, and predicted by a real row
     if checks.may_read(real_BS) and bool((masked_BKS & ~seen_BS[:, None]).any()):
         raise ValueError(f"mask_indices must be False at padding and at the first {shift} real position(s) (shift={shift})")
-    sums = []
-    with headless(model) as body:
+
+    def elbos(body: Body) -> Tensor:
+        sums = []
         for k in range(K):
             masked_BS = masked_BKS[:, k]
             flat_N = masked_BS.reshape(-1).nonzero()[:, 0]
@@ -119,7 +121,9 @@ def forward_micro_batch(
             assert scores.logp is not None
             weighted_N = scores.logp / p_mask_BKS[:, k].reshape(-1)[flat_N]
             sums.append(scores.logp.new_zeros(B * S).index_copy(0, flat_N, weighted_N).view(B, S).sum(-1))
-    elbo_BK = torch.stack(sums, dim=1)
+        return torch.stack(sums, dim=1)
+
+    elbo_BK = with_body(model, elbos)
     log_prob_BR = elbo_BK.mean(1, keepdim=True).expand(-1, R)
     loss_BKR = (elbo_BK / R)[:, :, None].expand(-1, -1, R).contiguous()
     return -log_prob_BR.exp() * log_prob_BR if calculate_entropy else None, log_prob_BR, loss_BKR

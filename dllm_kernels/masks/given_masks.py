@@ -37,7 +37,7 @@ class GivenPlan(MaskPlan):
         return self._hidden_KBS
 
     @cached_property
-    def weight_KB(self) -> Tensor:
+    def _weight_KU(self) -> Tensor:
         return self.given_weight_BK.t()[self.sample_K]
 
 

@@ -17,6 +17,8 @@ from dllm_kernels import checks
 from dllm_kernels.masks import blocks
 from dllm_kernels.rows import Rows
 
+SPAN = 64  # columns of a copy that attention takes together
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -32,6 +34,7 @@ class Layout:
     sequence_R: Tensor  # int64: the sequence of each input
     clean: int  # S
     copy: int  # C', the widest copy of the batch
+    block: int  # b, tokens of a whole block
     # the M distinct rows of `[R * T]` that predict the N scored tokens, and which of them predicts each: with shift, the
     # clean row before a block predicts its first token for every sample
     index_M: Tensor
@@ -55,6 +58,30 @@ class Layout:
         own = (key == query) & (block_k == block_q)
         return ((before | own) & (block_k >= 0) & (block_q >= 0)) | (column_T[:, None] == column_T)
 
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int, Tensor]]:
+        """The parts of a copy in whole blocks, about `SPAN` columns each: (first column, last + 1, the clean columns
+        that any of its rows may see, bool `[R, 1, columns, clean columns + columns]`: which of those and of its own).
+
+        The same for every copy of an input.
+        """
+        R, S, C = len(self.ids_RT), self.clean, self.copy
+        width = -(-SPAN // self.block) * self.block
+        # of the first copy, which every input has
+        column_RC, block_RC = self.column_RT[:, S : S + C], self.block_RT[:, S : S + C]
+        clean_RS = self.block_RT[:, :S]
+        found = []
+        for first in range(0, C, width):
+            last = min(first + width, C)
+            query = block_RC[:, first:last, None]
+            before = int(torch.where(block_RC[:, first:last] >= 0, column_RC[:, first:last], 0).max())
+            key_RS = clean_RS[:, None, :before]
+            sees_clean = (key_RS < query) & (key_RS >= 0)
+            itself = torch.eye(last - first, dtype=torch.bool, device=query.device)
+            sees_own = (query == query.transpose(1, 2)) & (query >= 0) | itself
+            found.append((first, last, before, torch.cat([sees_clean, sees_own], dim=2).view(R, 1, last - first, -1)))
+        return found
+
     def extended(self, values: Tensor) -> Tensor:
         """An argument of the model, `[B, S, ...]` or `[B, ...]`, for these inputs: `[R, T, ...]` or `[R, ...]`."""
         chosen = values[self.sequence_R]
@@ -72,6 +99,7 @@ def make(
     completion_BS: Tensor,
     block_BS: Tensor,
     *,
+    length: int,
     copies: int | None,
     mask_id: int,
     shift: int,
@@ -132,6 +160,7 @@ def make(
         sequence_R=sequence_R,
         clean=S,
         copy=C,
+        block=length,
         index_M=index_M,
         target_M=target_M,
         row_N=row_N,

@@ -216,7 +216,7 @@ class MaskPlan:
         sample_N, sequence_N = (pairs // B).index_select(0, pair_N), (pairs % B).index_select(0, pair_N)
         token_N = flat_N - sample_N * (B * S)
         if self.units.slot_BS is None:
-            weight_N = self._weight_KU.reshape(-1).index_select(0, pair_N)
+            weight_N = self.weight_KB.reshape(-1).index_select(0, pair_N)
         else:
             weight_N = self.units.at_tokens(self._weight_KU).reshape(-1).index_select(0, flat_N)
         state_BS = self.state_BS if self.step_BS is None else self.step_BS
@@ -254,7 +254,7 @@ class MaskPlan:
             >>> plan.layout().ids_RT.shape  # S + 2 C'
             torch.Size([1, 16])
         """
-        if self.block_BS is None:
+        if self.block_BS is None or self.causal_block is None:
             raise ValueError("layout is of plans of blocks: make the plan with causal_block, the model's block length")
         masked_KBS, ids_BS = self.masked, self.input_ids_BS
         return layout.make(
@@ -264,6 +264,7 @@ class MaskPlan:
             ids_BS,
             self.completion_mask_BS,
             self.block_BS,
+            length=self.causal_block,
             copies=copies,
             mask_id=self.mask_id,
             shift=self.shift,

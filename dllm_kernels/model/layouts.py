@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dllm_kernels import checks
 from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.model.block_attention import BlockMask
 from dllm_kernels.model.headless import Body
 
 
@@ -238,7 +239,8 @@ def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tenso
         raise ValueError(f"model must take position_ids, which the copies repeat, but {type(body.model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
     kwargs: dict[str, Any] = {"position_ids": layout.position_RT, **extended}
-    return body(layout.ids_RT, attention_mask=_additive(layout.sees, body)[:, None], **kwargs)
+    mask = BlockMask.of(_additive(layout.sees, body)[:, None], layout)
+    return body(layout.ids_RT, attention_mask=mask, **kwargs)
 
 
 def causal_block(model: nn.Module) -> int | None:

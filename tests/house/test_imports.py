@@ -23,6 +23,7 @@ FLOORS = (
     ("dllm_kernels",),
     ("dllm_kernels.integrations",),
     ("trainer.errors", "trainer.sections", "trainer.names"),
+    ("trainer.rights",),
     ("trainer.tasks", "trainer.distributed"),
     ("trainer.facts", "trainer.config"),
     ("trainer.models",),

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from tests.tiny import eurobert
+from dllm_kernels import accumulate
+from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
+from dllm_kernels.accumulation.scores import score_samples
+from tests.tiny import eurobert, gradients, worst_gradient_error
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,7 +80,7 @@ class OnLogits(DiffusionSFTTrainer):
         total = sum(sums) / samples
         if self.args.reduction == "sequence":
             total = total / lengths
-        return total.sum() / num_items_in_batch
+        return total.sum() / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged
 
 
 def parameters(trainer):
@@ -134,6 +137,27 @@ def test_the_evaluation_loss_is_a_number_of_the_weights_whatever_the_batch(tmp_p
     logp = logits.log_softmax(-1).gather(-1, plan.input_ids_BS.expand(plan.shape)[..., None])[..., 0]
     want = -(logp.detach() * plan.scored).sum(-1).mul(plan.weight_KB).mean(0).sum() / plan.lengths_B.sum()
     assert first == pytest.approx(float(want), abs=1e-6)
+
+
+@pytest.mark.parametrize("origin", ["sequence", "completion"])
+def test_a_block_causal_model_has_the_loss_of_its_blocks(origin, tmp_path):
+    blocks = {"causal_block": 2, "block_origin": origin, "samples": 2, "reduction": "sequence", "law": "exact"}
+    trainer = make(tmp_path, **blocks)
+    batch = trainer.data_collator(trainer.train_dataset[:4])
+    trainer.compute_loss(trainer.model, batch).backward()
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    plan = trainer.plan(batch, samples=2, seed=trainer.args.seed)
+    assert plan.causal_block == 2
+    mask = {"attention_mask": batch["attention_mask"]}
+    accumulate(trainer.model, plan, NEGATIVE_ELBO, Batch(), denominator=4, model_kwargs=mask)
+    assert worst_gradient_error(gradients(trainer.model), found) < 1e-6
+    batch = trainer.data_collator(trainer.eval_dataset)
+    plan = trainer.plan(batch, samples=4, seed=0)
+    elbo = score_samples(trainer.model, plan, model_kwargs={"attention_mask": batch["attention_mask"]}).mean(-1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(-float((elbo / plan.lengths_B).mean()), abs=1e-6)
+    with pytest.raises(ValueError, match=r"^causal_block must be None where packed is given, got 2"):
+        make(tmp_path, packed=True, **blocks)
 
 
 def test_masks_change_with_the_step_and_the_loss_falls(tmp_path):

@@ -189,7 +189,7 @@ def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
 
     from transformers import AutoModelForMaskedLM
 
-    from dllm_kernels.integrations.trl import DiffusionLogps
+    from dllm_kernels.integrations.logps import DiffusionLogps
 
     class Host(DiffusionLogps):
         args = SimpleNamespace(mask_id=8, cfg_scale=0.0)

@@ -43,7 +43,7 @@ def test_version_and_environment() -> None:
         (["demo", "--out", "/dev/null"], "out: /dev/null is a file; name a folder"),
         (["sft", "rl.updates=5"], "sft makes no reinforcement updates, got rl.updates=5"),
         (["demo", "--resume", "/nonexistent"], "--resume: /nonexistent holds no run"),
-        (["demo", "--resume", "/nonexistent", "seed=1"], "leave out overrides"),
+        (["demo", "--resume", "/nonexistent", "--out", "x"], "leave out --out and --config"),
         (["demo", "--config", "/nonexistent.yaml"], "cannot be read"),
         (["eval", "--checkpoint", "/nonexistent"], "model: /nonexistent cannot be loaded ("),
         (["generate", "--checkpoint", "/nonexistent"], "give --prompt or --input"),

@@ -214,7 +214,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed
 
 
 def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loaded:
-    """A random EuroBERT of the config's sizes and a tokenizer of the task's characters."""
+    """A random EuroBERT of the config's sizes and dtype, and a tokenizer of the task's characters."""
     if alphabet is None:
         raise UserError("model.checkpoint must be given for this task, whose texts have no small alphabet to build a model for")
     tokenizer = make_tokenizer(alphabet)
@@ -224,7 +224,10 @@ def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loa
         eos_id=int(tokenizer.eos_token_id),
         pad_id=int(tokenizer.pad_token_id),
     )
-    return Loaded(build_model(config, tokenizer, seed=seed), tokenizer, facts)
+    model = build_model(config, tokenizer, seed=seed)
+    for parameter in model.parameters():  # of them alone: a checkpoint that is loaded keeps its buffers in float32 too
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return Loaded(model, tokenizer, facts)
 
 
 def parameter_count(model: nn.Module) -> int:

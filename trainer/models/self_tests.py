@@ -1,4 +1,4 @@
-"""Checks of a model before a run: alignment and mask id. With a wrong one a run trains but learns nothing."""
+"""Checks of a model before a run: alignment and mask id, with a wrong one of which nothing is learned, and its rollouts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import headless, noise, score_tokens
+from dllm_kernels.model.layouts import takes_cache
 from dllm_kernels.noise import Stream
+from dllm_kernels.rollouts.samplers import check_steps
 
+from ..config import RolloutConfig
 from ..errors import UserError
 from .loading import Loaded
 
@@ -75,6 +78,24 @@ def shift_self_test(
     if likelier is not None and likelier != facts.shift:
         raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={likelier}")
     return verdict
+
+
+def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
+    """Raises UserError for what `generate` would refuse of this config and model, before anything is trained."""
+    sampler, shift = rollout.resolved(), loaded.facts.shift
+    try:
+        check_steps(sampler, length, rollout.steps, rollout.block_length)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"rollout.{error}") from error
+    if rollout.stop_at_eos and sampler.blocks is None:
+        raise UserError(f"rollout.stop_at_eos must be false for sampler {sampler.name}, which finishes no block before the end")
+    if rollout.cache and (sampler.blocks != "sequence" or shift):
+        raise UserError(f"rollout.cache is for sampler sdar and models without shift, got {sampler.name} and shift {shift}")
+    if rollout.cache:
+        with headless(loaded.model) as body:
+            if not takes_cache(body):
+                name = type(loaded.model).__name__
+                raise UserError(f"rollout.cache must be false for {name}, which takes no past_key_values")
 
 
 def check_mask_id(loaded: Loaded) -> None:

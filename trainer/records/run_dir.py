@@ -4,6 +4,8 @@ config.yaml        the resolved configuration          eval_before.json, eval_af
 metrics.jsonl      one line per step, flushed          curves.png, report.md
 events.out.*       the same for TensorBoard            checkpoint_sft/, checkpoint/
 environment.json   versions and machine                checkpoints/  what --resume reads, see checkpoints.py
+history.jsonl      one line per start: from where, what changed, on which machine
+.lock              while a process writes here
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
+from .checkpoints import Checkpoint
+from .lock import NAME as LOCK
+from .lock import Lock
 
 PHASES = ("sft", "rl")
+HISTORY = "history.jsonl"
 
 
 @dataclass
@@ -29,6 +35,17 @@ class State:
     step: int = 0
     tokens: int = 0  # through the model so far, rollouts and gradients
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, summed over resumes
+    before: dict[str, Any] | None = None  # eval_before.json, once RL began
+
+    @classmethod
+    def read(cls, saved: Checkpoint) -> State:
+        """That of a checkpoint. Raises UserError for a field that is unknown, missing or of a wrong type."""
+        values = {key: value for key, value in saved.state.items() if key not in ("facts", "config")}
+        kinds: dict[str, Any] = {"phase": str, "step": int, "tokens": int, "seconds": dict, "before": (dict, type(None))}
+        wrong = sorted(values.keys() ^ kinds.keys()) or [key for key, kind in kinds.items() if not isinstance(values[key], kind)]
+        if wrong or values["phase"] not in PHASES or not isinstance(saved.state.get("facts"), dict):
+            raise UserError(f"{saved.path}: its trainer_state.json cannot be used (field {(wrong or ['phase or facts'])[0]})")
+        return cls(**values)
 
     def is_past(self, phase: str, step: int) -> bool:
         return (PHASES.index(phase), step) <= (PHASES.index(self.phase), self.step)
@@ -44,6 +61,14 @@ class RunDir:
         self._events: Any = None
         self._kept: list[dict[str, Any]] | None = None  # records before a resume, for TensorBoard
         self._warned = False
+        self._lock: Lock | None = None
+
+    def lock(self) -> None:
+        """Be the one process that writes here, until `close`. Raises UserError naming the one that is."""
+        try:
+            self._lock = Lock(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     @classmethod
     def create(cls, wanted: Path) -> RunDir:
@@ -62,20 +87,25 @@ class RunDir:
         return cls(path)
 
     @classmethod
-    def reopen(cls, path: Path) -> RunDir:
+    def reopen(cls, path: Path, *, alone: bool = False) -> RunDir:
+        """The folder of a run, whatever else happens in it; `alone`: locked, or not at all."""
         if not (path / "config.yaml").is_file():
             raise UserError(f"--resume: {path} holds no run (there is no config.yaml in it)")
+        folder = cls(path)
+        if alone:
+            folder.lock()
         try:
             _check_writable(path)
         except OSError as error:
             raise _unwritable(path, error) from error
-        return cls(path)
+        return folder
 
     def write_text(self, name: str, text: str) -> None:
         """Atomic: written aside, flushed to disk, renamed."""
         target = self.path / name
         aside = target.with_name(f".{target.name}.part")
-        with aside.open("w") as file:
+        aside.unlink(missing_ok=True)  # a link of that name is not followed
+        with aside.open("x", encoding="utf-8") as file:
             file.write(text)
             _flush(file)
         aside.replace(target)
@@ -133,17 +163,20 @@ class RunDir:
             print(f"dllm-kernels: {len(lines) - len(records)} unreadable line(s) of {file} skipped", file=sys.stderr)
         return records
 
-    def rewind(self, state: State) -> None:
-        """Drop the records after the last saved state: these steps will be repeated identically."""
+    def rewind(self, state: State, *, sft_steps: int = 0) -> None:
+        """Drop the records after the last saved state: these steps will be repeated identically. Those that are lost are told."""
         records = self.metrics()
         kept = [record for record in records if state.is_past(record["phase"], record["step"])]
+        done = state.step + (sft_steps if state.phase == "rl" else 0)
+        if (lost := done - len({(record["phase"], record["step"]) for record in kept})) > 0:
+            print(f"dllm-kernels: {self.path / 'metrics.jsonl'} lacks {lost} of the {done} steps that were made", file=sys.stderr)
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         if any(self.path.glob("events.out.tfevents.*")):
             self._kept = kept
 
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step and cannot be resumed."""
-        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl"}:
+        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl", HISTORY, LOCK}:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
@@ -152,6 +185,9 @@ class RunDir:
                 logger.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            lock.release()
 
 
 def _claim(path: Path) -> bool:

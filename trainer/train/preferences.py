@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from dllm_kernels import accumulate, make_mask_plan, noise
-from dllm_kernels.objectives import RECIPES
 
-from ..errors import ConfigError
 from ..models.codec import joined
 from ..tasks.pairs import split
-from .algorithms import Scores, choose_algorithm, make_batches, step_figures
+from .algorithms import Scores, make_batches, step_figures
 from .optimization import batch_indices, guarded_step, learning_rate
+from .rl import prepare_rl
 from .setup import Setup
 from .window import window_of
 
@@ -22,13 +21,8 @@ from .window import window_of
 def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
     """Updates `start`..`rl.updates - 1` of `rl.prompts` pairs each, yielding their figures; a pair stays on one rank."""
     config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
-    if not RECIPES[config.algorithm].pairs:
-        those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
-        raise ConfigError(f"rl.algorithm must be {those} for a task of preference pairs, got {config.algorithm}")
-    if config.prompts % ranks.size:
-        raise ConfigError(f"rl.prompts must be a multiple of the {ranks.size} ranks, got {config.prompts}")
     window = window_of(config, facts)
-    algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
+    algorithm, _ = prepare_rl(setup)
     for update in range(start, config.updates):
         started = time.perf_counter()
         index, epoch = batch_indices("rl", setup.config.seed, len(setup.task.train), config.prompts, update)

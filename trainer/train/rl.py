@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.objectives import Rewards, Signal, Update
+from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..tasks import Example, Reward
@@ -38,6 +38,12 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
     window_of(config, setup.facts)
+    if setup.config.task.kind == "pairs":
+        if not RECIPES[config.algorithm].pairs:
+            those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
+            raise ConfigError(f"rl.algorithm must be {those} for a task of preference pairs, got {config.algorithm}")
+        if config.prompts % setup.ranks.size:
+            raise ConfigError(f"rl.prompts must be a multiple of the {setup.ranks.size} ranks, got {config.prompts}")
     algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
     return algorithm, choose(config.reward, task.rewards, timeout=config.reward_timeout)
 

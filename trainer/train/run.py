@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,50 +20,30 @@ from ..errors import Stopped, UserError
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
-from ..models.self_tests import check_mask_id, shift_self_test
+from ..models.self_tests import check_mask_id, check_rollout, shift_self_test
 from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
+from ..records.manifest import DamagedCheckpoint, verify
 from ..records.plots import draw_curves
 from ..records.progress import bar
 from ..records.report import result_table, write_report
+from ..records.resume import check_config
 from ..records.run_dir import PHASES, RunDir, State
 from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
 from .evaluation import Figures, decodings, evaluate, paired_gain
+from .foreign_code import announce_code
 from .optimization import make_optimizer
 from .preferences import pair_updates
 from .rl import prepare_rl, rl_updates
 from .setup import Setup
 from .sft import sft_steps
+from .stop import Moments, StopRequest
 
 _SHOWN = {"sft": ("loss", "elbo", "grad_norm"), "rl": ("reward", "correct", "elbo", "grad_norm")}
 _SELF_TEST_EXAMPLES = 32
-
-
-class StopRequest:
-    """Ctrl-C asks the run to stop at its next consistent moment; a second one stops it at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def __enter__(self) -> StopRequest:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self) -> None:
-        if self.wanted:
-            raise Stopped
+REFERENCE = "checkpoint_sft"  # the policy with which RL began
 
 
 def is_finished(folder: RunDir, config: RunConfig) -> bool:
@@ -85,7 +62,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     if source is None:
         loaded = from_scratch(model_config, task.alphabet, seed=config.seed)
     else:
-        if saved is None:
+        if saved is None or options.rank:
             verify_weights(source)
         loaded = load(
             source,
@@ -97,6 +74,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
         )
     check_mask_id(loaded)
     codec = Codec(loaded, task, config.prompt, config.rollout.length)
+    check_rollout(config.rollout, loaded, codec.length)
     if model_config.gradient_checkpointing:
         compat.checkpoint_blocks(loaded.model)
     trained: nn.Module = loaded.model
@@ -136,25 +114,42 @@ class Run:
         self.ranks = ranks or Ranks()
         folder.tensorboard, folder.wandb = config.tensorboard, config.wandb
         torch.set_num_threads(config.threads)
-        if self.ranks.is_first:
-            folder.write_text("config.yaml", config.to_yaml())
         keep = config.checkpoints
-        metric = keep.metric if keep.keep_best else None
-        self.checkpoints = Checkpoints(folder.path / "checkpoints", self.ranks, keep.keep_last, keep.keep_best, metric)
+        self.checkpoints = Checkpoints(
+            folder.path / "checkpoints",
+            self.ranks,
+            keep.keep_last,
+            keep.keep_best,
+            keep.metric if keep.keep_best else None,
+            background=keep.background,
+        )
+        self.moments = Moments(keep.every_minutes)
         self._saved = self.checkpoints.latest()
-        self.state = State() if self._saved is None else State(**{k: v for k, v in self._saved.state.items() if k != "facts"})
-        if self._saved is None and config.sft.steps == 0:
-            self.state = State("sft", 0)
-        if self.ranks.is_first:
-            folder.rewind(self.state)
+        self.state = State("sft", 0)
+        if self._saved is not None:
+            check_config(config, self._saved)
+            self.state = State.read(self._saved)
+        total = self._total(self.state.phase)
+        if self.state.step > total:
+            raise UserError(f"this run has made {self.state.step} steps of {self.state.phase} already, asked for are {total}")
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.checkpoints.sweep()
+                folder.write_text("config.yaml", config.to_yaml())
+                folder.rewind(self.state, sft_steps=config.sft.steps)
 
     def execute(self) -> None:
-        """Everything that is not done yet. Raises Stopped at Ctrl-C, with the state saved."""
+        """Everything that is not done yet. Raises Stopped where a signal asks for it, with the state saved."""
         folder, config, ranks = self.folder, self.config, self.ranks
-        with StopRequest() as self.stop:
+        with StopRequest(nothing_to_lose=True) as self.stop:
             if ranks.is_first:
                 folder.write_json("environment.json", environment())
             started = time.perf_counter()
+            with ranks.together():
+                if ranks.is_first:
+                    announce_code(config)
+                if ranks.is_first and self.in_rl:
+                    self._check_beginning()
             with ranks.together():
                 task = make_task(config.task, seed=config.task_seed)
             with ranks.together():
@@ -170,10 +165,11 @@ class Run:
             )
             if config.model.checkpoint is not None and (verdict := self_test(self.setup)):
                 self._say(f"shift self-test: {verdict}")
-            self.stop.check()
+            self.stop.nothing_to_lose = False
             self._train("sft")
-            self._save_model("checkpoint_sft", again=False)
-            self._evaluate("eval_before.json", "after SFT")
+            if not self.in_rl:  # else the weights are later ones, whatever is missing
+                self._save_model(REFERENCE, again=False)
+                self._evaluate("eval_before.json", "after SFT")
             if config.rl.updates:
                 self._train("rl")
                 self._evaluate("eval_after.json", "after RL")
@@ -185,8 +181,33 @@ class Run:
         self._evaluate("eval_after.json", "after RL, which a guard stopped")
 
     def where(self) -> str:
-        total = {"sft": self.config.sft.steps, "rl": self.config.rl.updates}[self.state.phase]
-        return f"{self.state.phase} step {self.state.step} of {total}"
+        return f"{self.state.phase} step {self.state.step} of {self._total(self.state.phase)}"
+
+    def _total(self, phase: str) -> int:
+        return self.config.sft.steps if phase == "sft" else self.config.rl.updates
+
+    @property
+    def in_rl(self) -> bool:
+        """Whether the weights are no longer those with which RL began."""
+        return self.state.phase == "rl" and self.state.step > 0
+
+    def _check_beginning(self) -> None:
+        """That what RL began with is as it was. Raises UserError where the reference policy is not."""
+        config, folder = self.config, self.folder
+        if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+            try:
+                verify(folder.path / REFERENCE)
+            except DamagedCheckpoint as error:
+                raise UserError(
+                    f"{error}; it is the reference policy of this run, which cannot go on without: put it back or start anew"
+                ) from error
+        if not (folder.path / "eval_before.json").exists():
+            if self.state.before is None:
+                raise UserError(
+                    f"{folder.path / 'eval_before.json'} is missing, and its figures cannot be made again: put it back"
+                )
+            folder.write_json("eval_before.json", self.state.before)
+            self._say("eval_before.json was missing; it is restored from the checkpoint")
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
@@ -201,19 +222,20 @@ class Run:
 
     def _save(self, optimizer: torch.optim.Optimizer, figures: dict[str, float]) -> None:
         number = self.state.step + (self.config.sft.steps if self.state.phase == "rl" else 0)
-        state = {**asdict(self.state), "facts": asdict(self.setup.facts)}
+        state = {**asdict(self.state), "facts": asdict(self.setup.facts), "config": self.config.written()}
         numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
         setup = self.setup
+        started = time.monotonic()
         self.checkpoints.save(number, setup.trained, setup.loaded.tokenizer, optimizer, state=state, metrics=numbers)
+        self.moments.saved(time.monotonic() - started)
 
     def _reference(self) -> nn.Module | None:
         """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
         config, setup = self.config, self.setup
         if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
             return None
-        source = str(self.folder.path / "checkpoint_sft")
         model = load(
-            source,
+            self.folder.path / REFERENCE,
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
             facts=asdict(setup.facts),
@@ -234,11 +256,13 @@ class Run:
             return
         config, state, ranks = self.config, self.state, self.ranks
         section: OptimizerConfig = config.sft if phase == "sft" else config.rl
-        total = config.sft.steps if phase == "sft" else config.rl.updates
+        total = self._total(phase)
         probe_every = config.evaluation.probe_every_sft if phase == "sft" else config.evaluation.probe_every_rl
         optimizer = make_optimizer(self.setup.trained, section)
         if state.phase != phase:
             state.phase, state.step = phase, 0
+            if phase == "rl" and ranks.is_first:
+                state.before = self.folder.read_json("eval_before.json")
         elif self._saved is not None:
             load_state(self._saved.path / "state", self.setup.trained, optimizer, ranks)
         name = {"sft": "supervised", "rl": "reinforcement"}[phase]
@@ -252,6 +276,7 @@ class Run:
                 except UserError:  # a guard, before the weights were touched; all ranks are told, and come here
                     if state.step != saved_at and (phase == "sft" or config.rl.inner_iterations == 1):
                         self._save(optimizer, {})
+                    self.checkpoints.finish()
                     raise
                 state.step += 1
                 state.tokens += int(figures["tokens"])
@@ -264,12 +289,17 @@ class Run:
                 if ranks.is_first:
                     self.folder.log({"phase": phase, "step": state.step, **figures})
                 shown.advance(1, {key: figures[key] for key in _SHOWN[phase] if key in figures})
-                stopping = any(ranks.tell(self.stop.wanted))  # read once: what stops here is saved here
-                if state.step % section.save_every == 0 or state.step == total or stopping:
+                told = ranks.tell((self.stop.code, self.moments.is_due()))  # read once: what stops here is saved here
+                stopping, is_due = max(code for code, _ in told), told[0][1]
+                if state.step % section.save_every == 0 or state.step == total or stopping or is_due:
                     self._save(optimizer, figures)
                     saved_at = state.step
                 if stopping:
-                    raise Stopped
+                    self.checkpoints.finish()
+                    raise Stopped(stopping)
+                if warning := self.moments.warning(figures["seconds"]):
+                    self._say(warning)
+        self.checkpoints.finish()
 
     def _autocast(self) -> torch.autocast:
         """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
@@ -294,7 +324,7 @@ class Run:
             return evaluate(self.setup, name, examples, decoding, between=between)
 
     def _evaluate(self, name: str, label: str) -> None:
-        if self.ranks.tell((self.folder.path / name).exists())[0]:
+        if self.ranks.tell(self._has(name))[0]:
             return
         started = time.perf_counter()
         ways, tests = decodings(self.config.rollout), self.setup.task.tests
@@ -303,8 +333,8 @@ class Run:
 
             def between(done: int) -> None:
                 shown.advance(done)
-                if any(self.ranks.tell(self.stop.wanted)):
-                    raise Stopped
+                if stopping := max(self.ranks.tell(self.stop.code)):
+                    raise Stopped(stopping)
 
             sets = {
                 test: {way: self._solve(test, examples, decoding, between) for way, decoding in ways.items()}
@@ -327,6 +357,11 @@ class Run:
         if self.ranks.is_first:
             self.folder.write_json(name, result)
         self.ranks.wait()
+
+    def _has(self, name: str) -> bool:
+        """Whether this evaluation was made; one after RL is made again where there were more updates since."""
+        made = (self.folder.path / name).exists()
+        return made and (name == "eval_before.json" or self.folder.read_json(name).get("at") == self.where())
 
     def _finish(self) -> None:
         folder = self.folder

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_is_no_model_of_ours(damage: object, words: str, finis
         ("model.facts.mask_id=3", "model.facts.mask_id must be a special token, but 3 is '3'"),
         ("model.facts.mask_id=99", "model.facts.mask_id must be in the embedding's 0..9, got 99"),
         ("model.facts.shift=2", "shift must be 0 or 1, got 2"),
-        ("task.kind=countdown rl.reward=exact", "has what the tokenizer does not know: '"),
+        ("task.kind=countdown rl.reward=exact rollout.block_length=7 rollout.steps=7", "has what the tokenizer does not know: '"),
     ],
 )
 def test_keys_that_do_not_fit_the_checkpoint(key: str, words: str, finished: Path, tmp_path: Path) -> None:
