@@ -351,7 +351,10 @@ def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
 
 
 def _mapping(text: str, name: str) -> DictConfig:
-    plain = yaml.safe_load(text)
+    try:
+        plain = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deeply") from error
     if plain is not None and not isinstance(plain, dict):
         kinds = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
         raise ConfigError(f"{name} must hold a mapping of keys, got {kinds.get(type(plain), 'text')}")

@@ -286,6 +286,7 @@ class Run:
                 if probe_every and state.step % probe_every == 0:
                     figures |= self._probe()
                 figures["peak_memory_mb"] = peak_memory_mb()
+                self._check_metric(phase, figures)
                 if ranks.is_first:
                     self.folder.log({"phase": phase, "step": state.step, **figures})
                 shown.advance(1, {key: figures[key] for key in _SHOWN[phase] if key in figures})
@@ -300,6 +301,13 @@ class Run:
                 if warning := self.moments.warning(figures["seconds"]):
                     self._say(warning)
         self.checkpoints.finish()
+
+    def _check_metric(self, phase: str, figures: dict[str, float]) -> None:
+        """Raises UserError where the figure by which the best checkpoints are kept is none."""
+        name, is_last = self.config.checkpoints.metric, phase == "rl" or not self.config.rl.updates
+        probes = ("probe_greedy", "probe_rollout")  # not of every step
+        if self.config.checkpoints.keep_best and is_last and "loss" in figures and name not in (*figures, *probes):
+            raise UserError(f"checkpoints.metric {name} is no figure of a step; there are {', '.join((*figures, *probes))}")
 
     def _autocast(self) -> torch.autocast:
         """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
