@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <string>
@@ -94,23 +95,17 @@ void advise(void* data, size_t bytes) {
 #endif
 }
 
+// What tests fill a workspace with before a call, to see that nothing is read that the call has not written.
+std::atomic<bool> poisoned{false};
+std::atomic<float> poison{0};
+
 // One workspace is kept from call to call, since fresh pages cost more than many a call; a second concurrent call brings
 // its own.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : lock_(mutex(), std::try_to_lock) {
-    if (!lock_.owns_lock()) {
-      data_ = own_ = allocate(bytes);
-      return;
-    }
-    Kept& kept = shared();
-    if (kept.bytes < bytes) {
-      std::free(kept.data);
-      kept = {};
-      kept.data = allocate(bytes);
-      kept.bytes = bytes;
-    }
-    data_ = kept.data;
+    acquire(bytes);
+    if (poisoned) std::fill_n(data(), bytes / sizeof(float), poison.load());
   }
   ~Workspace() { std::free(own_); }
   Workspace(const Workspace&) = delete;
@@ -129,6 +124,20 @@ class Workspace {
     void* data = nullptr;
     size_t bytes = 0;
   };
+  void acquire(size_t bytes) {
+    if (!lock_.owns_lock()) {
+      data_ = own_ = allocate(bytes);
+      return;
+    }
+    Kept& kept = shared();
+    if (kept.bytes < bytes) {
+      std::free(kept.data);
+      kept = {};
+      kept.data = allocate(bytes);
+      kept.bytes = bytes;
+    }
+    data_ = kept.data;
+  }
   static std::mutex& mutex() {
     static std::mutex m;
     return m;
@@ -305,6 +314,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("values_fit", &values_fit);
   m.def("workspace_bytes", &workspace_bytes);
   m.def("release_workspace", &Workspace::release, "Gives the kept workspace back to the system.");
+  m.def("poison_workspace", [](std::optional<float> value) {
+    if (value) poison = *value;
+    poisoned = value.has_value();
+  }, "For tests: every call finds this number all over its workspace; None ends it.");
   m.def("isa", [] { return std::string(current.load()->name); }, "The instruction set in use.");
   m.def("supported_isas", &supported_isas, "What this machine can run, best first.");
   m.def("set_isa", &set_isa, "Use this instruction set from now on.");

@@ -16,6 +16,7 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
 from dllm_kernels.rollouts.generation import generate
 from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
+from dllm_kernels.rows import Rows
 from dllm_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MaskPlan",
     "Rollout",
+    "Rows",
     "__version__",
     "accumulate",
     "bgpo_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +20,9 @@ def elbo_loss(
     weight: Tensor,
     target: Tensor,
     masked: Tensor,
-    p_mask: Tensor,
+    p_mask: Tensor | float,
     *,
-    lengths: Tensor | None = None,
+    lengths: Tensor | float | None = None,
     shift: int = 0,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -39,8 +40,9 @@ def elbo_loss(
         weight: `[V, H]`, the LM head.
         target: int64 `[..., L]`, the clean ids; its leading dimensions broadcast to hidden's.
         masked: bool `[..., L]`, the hidden tokens.
-        p_mask: broadcastable to `[..., L]`, in (0, 1]: the probability with which each token was hidden.
-        lengths: broadcastable to `[...]`, above 0, the answer lengths.
+        p_mask: a number or broadcastable to `[..., L]`: the probability with which each token was hidden, in (0, 1] at
+            the masked ones; what it says of the others is not read.
+        lengths: a number or broadcastable to `[...]`, above 0, the answer lengths.
         shift: 1 where position i is predicted by row i - 1.
         bias, softcap, temperature, suppress, take_dweight: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
@@ -96,7 +98,7 @@ def bgpo_loss(
     weight: Tensor,
     target: Tensor,
     masked: Tensor,
-    token_weight: Tensor,
+    token_weight: Tensor | float,
     old_elbo: Tensor | None,
     advantages: Tensor,
     samples: int,
@@ -117,7 +119,8 @@ def bgpo_loss(
 
     Args:
         hidden: `[B, L, H]` of this sample's noisy sequences. weight: `[V, H]`. target: int64 `[B, L]`. masked: bool `[B, L]`.
-        token_weight: broadcastable to `[B, L]`, above 0: L / n for exact counts, 1 / t for Bernoulli masks.
+        token_weight: a number or broadcastable to `[B, L]`, above 0 at the masked tokens: L / n for exact counts, 1 / t for
+            Bernoulli masks.
         old_elbo: `[B]`, this sample's ELBO under the old policy with the same masks; None when the old policy is the
             current one, then d = 0 and the coefficients A / samples are known before the forward pass, which is cheaper.
         advantages: `[B]`. samples: n_t >= 1.
@@ -137,8 +140,7 @@ def bgpo_loss(
     checks.shape("masked", masked, [None, None])
     checks.shape("advantages", advantages, [B])
     checks.same_device("advantages", advantages, "hidden", hidden)
-    checks.finite("advantages", advantages)
-    advantages = advantages.detach()
+    advantages = checks.between("advantages", advantages.detach())
     divisor = samples * (B if sequences is None else checks.count("sequences", sequences))
     factor_N = _at_rows("token_weight", token_weight, masked.shape, position_N)
     options = HeadOptions(bias, softcap, temperature, suppress)
@@ -150,7 +152,7 @@ def bgpo_loss(
         return scores.weighted_sum - scores.weighted_sum.detach() - (advantages.sum() / divisor).to(scores.weighted_sum.dtype)
     checks.shape("old_elbo", old_elbo, [B])
     checks.same_device("old_elbo", old_elbo, "hidden", hidden)
-    checks.finite("old_elbo", old_elbo)
+    old_elbo = checks.between("old_elbo", old_elbo.detach())
     logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
     assert logp_N is not None
     elbo_B = _sum_by_sequence(logp_N * factor_N.to(logp_N.dtype), position_N, B, L)
@@ -179,15 +181,32 @@ def _masked_rows(hidden: Tensor, target: Tensor, masked: Tensor, shift: int) -> 
     checks.same_device("target", target, "hidden", hidden)
     checks.same_device("masked", masked, "hidden", hidden)
     L = masked.shape[-1]
-    if shift and checks.may_read(masked) and bool(masked[..., :shift].any()):
-        raise ValueError(f"masked must be False at the first {shift} position(s) when shift={shift}: no row predicts them")
-    position_N = masked.reshape(-1).nonzero()[:, 0]
+    position_N = (_positions_op if torch.compiler.is_compiling() else _positions)(masked, shift)
     return masked.numel() // L, L, position_N - shift, target.reshape(-1)[position_N], position_N
 
 
-def _at_rows(name: str, values: Tensor, shape: Sequence[int], index_N: Tensor, *, upper: float | None = None) -> Tensor:
+def _positions(masked: Tensor, shift: int) -> Tensor:
+    """Flat positions of the masked tokens. Reads values: an op of its own in a compiled graph, for their number varies."""
+    if shift and checks.may_read(masked) and bool(masked[..., :shift].any()):
+        raise ValueError(f"masked must be False at the first {shift} position(s) when shift={shift}: no row predicts them")
+    return masked.reshape(-1).nonzero()[:, 0]
+
+
+_positions_op = torch.library.custom_op(
+    "dllm_kernels::positions", _positions, mutates_args=(), schema="(Tensor masked, SymInt shift) -> Tensor"
+)
+
+
+@_positions_op.register_fake
+def _(masked: Tensor, _: int) -> Tensor:
+    return masked.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _at_rows(name: str, values: Tensor | float, shape: Sequence[int], index_N: Tensor, *, upper: float = math.inf) -> Tensor:
     """Positive values, broadcast to `shape`, at flat indices; detached, in float64 where they are, else float32."""
-    checks.require_tensor(name, values)
+    if type(values) in (int, float):
+        values = torch.ones((), dtype=torch.float64, device=index_N.device) * values
+    values = checks.as_tensor(name, values)
     if values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     try:
@@ -195,12 +214,7 @@ def _at_rows(name: str, values: Tensor, shape: Sequence[int], index_N: Tensor, *
     except RuntimeError:
         raise ValueError(f"{name} must be broadcastable to {list(shape)}, got {list(values.shape)}") from None
     checks.same_device(name, values, "hidden", index_N)
-    if checks.may_read(values) and values.numel():
-        smallest, largest = float(values.min()), float(values.max())
-        if not smallest > 0 or not (largest < float("inf") if upper is None else largest <= upper):
-            allowed = "above 0 and finite" if upper is None else f"in (0, {upper:g}]"
-            raise ValueError(f"{name} must be {allowed}, got values from {smallest:g} to {largest:g}")
-    picked_N = broadcast.reshape(-1)[index_N]
+    picked_N = checks.between(name, broadcast.reshape(-1)[index_N], above=0.0, most=upper)
     return picked_N if picked_N.dtype == torch.float64 else picked_N.float()
 
 

@@ -85,7 +85,7 @@ def test_a_tiny_temperature_is_the_argmax_and_a_huge_one_never_draws_a_suppresse
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"suppress": 3}, "suppress must be a tuple or list"),
+        ({"suppress": 3}, "suppress must be a sequence of ids, got int"),
         ({"suppress": ("a",)}, "suppress must hold ints"),
         ({"softcap": "3"}, "softcap must be a number"),
         ({"softcap": math.inf}, "softcap must be finite"),

@@ -157,7 +157,8 @@ def test_the_sum_over_micro_batches_of_weighted_means_is_the_mean_of_the_batch()
         ({"p_mask": torch.tensor(-0.5)}, ValueError, ["p_mask", "-0.5"]),
         ({"p_mask": torch.tensor([0.5, math.nan, 0.5, 0.5, 0.5, 0.5])}, ValueError, ["p_mask", "nan"]),
         ({"p_mask": torch.full((2, 1), 0.5)}, ValueError, ["p_mask", "[3, 6]", "[2, 1]"]),
-        ({"p_mask": 0.5}, TypeError, ["p_mask", "float"]),
+        ({"p_mask": "0.5"}, TypeError, ["p_mask", "str"]),
+        ({"p_mask": 1.5}, ValueError, ["p_mask", "1.5"]),
         ({"masked": torch.ones(3, 6)}, TypeError, ["masked", "bool", "float32"]),
         ({"masked": torch.ones(3, 5, dtype=torch.bool)}, ValueError, ["masked", "5", "6"]),
         ({"target": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, ["target", "[3, 6]", "[3, 5]"]),
@@ -345,3 +346,58 @@ def test_the_shape_of_every_argument_survives_non_contiguous_inputs():
     moved = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (hidden, target, masked, p_mask)]
     assert not any(t.is_contiguous() for t in moved)
     same_value_and_gradients(elbo_loss(moved[0], weight, *moved[1:]), want, (hidden, weight))
+
+
+COMPILED = {
+    "mean": lambda h, w, t, m: elbo_loss(h, w, t, m, 0.5),
+    "sft, shifted": lambda h, w, t, m: elbo_loss(h, w, t, m, torch.tensor(0.5), lengths=torch.tensor([3, 4]), shift=1),
+    "sequence": lambda h, w, t, m: elbo_loss(h, w, t, m, 0.5, reduction="sequence").sum(),
+    "bgpo": lambda h, w, t, m: bgpo_loss(h, w, t, m, 2.0, None, torch.tensor([1.0, -2.0]), 4),
+    "bgpo, off-policy": lambda h, w, t, m: bgpo_loss(h, w, t, m, 2.0, torch.tensor([-9.0, -8.0]), torch.tensor([1.0, -2.0]), 4),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "sequence")) for name in COMPILED])
+def test_a_loss_compiles_in_one_graph_whatever_number_of_tokens_is_masked(name):
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    function = COMPILED[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    target = torch.randint(13, (2, 20), generator=g)
+    for share in (0.5, 0.2, 0.9):
+        masked = torch.rand(2, 20, generator=g) < share
+        masked[:, 0] = False
+        hidden, weight = torch.randn(2, 20, 8, generator=g).requires_grad_(), torch.randn(13, 8, generator=g).requires_grad_()
+        results = []
+        for loss in (compiled, function):
+            value = loss(hidden, weight, target, masked)
+            results.append((value.detach(), *torch.autograd.grad(value, (hidden, weight))))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if "shifted" in name:
+        masked[:, 0] = True
+        with pytest.raises(ValueError, match="masked must be False at the first 1 position"):
+            compiled(hidden, weight, target, masked)
+
+
+def test_a_compiled_loss_checks_values_too():
+    torch._dynamo.reset()
+    hidden, weight, _, target, masked, _ = problem()
+    masked[0, 0] = True
+    compiled = torch.compile(
+        lambda p_mask: elbo_loss(hidden, weight, target, masked, p_mask), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match=r"p_mask must be in \(0, 1\], got values from"):
+        compiled(torch.zeros(3, 6))
+
+
+def test_what_p_mask_says_of_other_tokens_is_not_read():
+    """Forward processes leave 0, or NaN from 0 / 0, where nothing is masked."""
+    hidden, weight, _, target, masked, p_mask = problem()
+    want = elbo_loss(hidden, weight, target, masked, p_mask)
+    for other in (0.0, math.nan, -1.0):
+        assert torch.equal(elbo_loss(hidden, weight, target, masked, torch.where(masked, p_mask, other)), want)
+    assert torch.equal(
+        elbo_loss(hidden, weight, target, masked, 0.25),
+        elbo_loss(hidden, weight, target, masked, torch.tensor(0.25, dtype=torch.float64)),
+    )

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import dllm_kernels as dk
 from dllm_kernels import noise
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
+from dllm_kernels.masks import steps
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests import oracle
@@ -483,6 +484,14 @@ def use_everything(model, tmp_path):
         plan.score(torch.zeros(len(plan.rows)))
         plan.noisy_ids, plan.p_mask_KB, plan.share_K  # noqa: B018
     plan = dk.make_mask_plan(ids, completion, law="exact", samples=4, seed=0, sequence_ids=sequences, mask_id=10)
+    for name in ("bernoulli", "exact", "coupled", "trace", "segments"):  # as block-causal models are scored
+        plan_of_blocks = preset(name, [5, 3], causal_block=8, ids=sequences)
+        plan_of_blocks.layout(2).extended(plan_of_blocks.completion_mask_BS)
+        plan_of_blocks.layout(2).sees, plan_of_blocks.layout(2).copies, plan_of_blocks.layout(2).spans, plan_of_blocks.p_mask_KBS
+        steps.sums(plan_of_blocks, plan_of_blocks.dense(torch.zeros(len(plan_of_blocks.rows))))
+        if name in ("trace", "segments"):
+            steps.states(plan_of_blocks)
+        steps.number(plan_of_blocks), steps.sizes(plan_of_blocks)
     advantages = dk.objectives.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     report = dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}))
     model.disable_adapter = contextlib.nullcontext  # as peft's models have it
@@ -495,8 +504,8 @@ def use_everything(model, tmp_path):
         options = {"length": 4, "steps": 2, "block_length": 2, "mask_id": 10, "temperature": 1.0, "sequence_ids": sequences}
         rollout = dk.generate(model, ids, remasking=remasking, **options)
     entropy = dk.step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL)
-    steps = dk.select_steps(entropy, 1, "random", sequence_ids=sequences)
-    dk.trajectory_logp(rollout, dk.trajectory_rows(rollout, steps))
+    chosen = dk.select_steps(entropy, 1, "random", sequence_ids=sequences)
+    dk.trajectory_logp(rollout, dk.trajectory_rows(rollout, chosen))
     hidden, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(11, 8)
     dk.score_tokens(hidden, weight, torch.arange(3), rows=torch.arange(3)).logp.sum().backward()
     dk.head_backward(hidden.detach().expand(4, 2, 6, 8), weight, plan.rows, torch.ones(len(plan.rows)))

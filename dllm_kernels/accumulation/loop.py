@@ -29,6 +29,7 @@ from dllm_kernels.accumulation.report import Report
 from dllm_kernels.accumulation.scores import refuse_dropout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
+from dllm_kernels.model.layouts import check_blocks
 
 
 def accumulate(
@@ -56,7 +57,7 @@ def accumulate(
             batch, over all ranks if `group` is given, at least 1: "sequences", "tokens" (that may be scored),
             "groups" (distinct "group_ids", required then), "pairs" or "steps" (states with a scored token).
         samples_per_pass, sequences_per_pass: the micro-batch of one forward and backward; it sets the memory
-            and does not change the result.
+            and does not change the result. With blocks, the samples of a pass share one clean copy.
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; sliced along B.
         group: the ranks of the optimizer step; default: those of a sharded model. Objectives of `batch`
@@ -96,6 +97,7 @@ def accumulate(
         raise ValueError("model must have a parameter that requires a gradient, got a fully frozen one")
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}")
+    check_blocks(model, plan, model_kwargs or {})
     cuts = make_cuts(plan, batch, model_kwargs, samples_per_pass, sequences_per_pass)
     coupling = objective.on_policy_coupling if objective.is_on_policy(batch) else objective.coupling
 

@@ -10,20 +10,38 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import Body
+from dllm_kernels.model.layouts import block_diffusion
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Selected rows of a cut, and the pairs (sample, sequence) that hold them: what model and head get."""
+    """Selected rows of a cut, and the pairs (sample, sequence) that hold them: what model and head get.
 
-    ids: Tensor  # [pairs, S]
+    Of a block-diffusion plan a row may predict tokens of several samples: it goes through the head once.
+    """
+
+    ids: Tensor  # [pairs, S]; of block diffusion [sequences, S + k C']
     model_kwargs: dict[str, Tensor]
-    index_N: Tensor  # flat into [pairs, S]
-    target_N: Tensor
+    index_M: Tensor  # flat into ids, distinct
+    target_M: Tensor
+    layout: Layout | None = None
+
+    def merged(self, coef_N: Tensor) -> Tensor:
+        """Coefficients of the selected tokens, summed over those that share a row."""
+        if self.layout is None:
+            return coef_N
+        return coef_N.new_zeros(len(self.index_M)).index_put_((self.layout.row_N,), coef_N, accumulate=True)
+
+    def spread(self, logp_M: Tensor) -> Tensor:
+        """Log-probs of the rows as those of the selected tokens; differentiable."""
+        return logp_M if self.layout is None else logp_M[self.layout.row_N]
 
     def hidden(self, body: Body) -> Tensor:
+        if self.layout is not None:
+            return block_diffusion(body, self.layout, self.model_kwargs)
         return body(self.ids, **self.model_kwargs)
 
 
@@ -41,6 +59,9 @@ class Cut:
 
     def select(self, keep_N: Tensor | None = None) -> Selection:
         """The rows where `keep_N` (default: all), and the pairs (sample, sequence) that hold such a row."""
+        if self.plan.block_BS is not None:
+            layout = self.plan.layout(keep_N=keep_N)
+            return Selection(layout.ids_RT, self.model_kwargs, layout.index_M, layout.target_M, layout)
         K, B, S = self.plan.shape
         ids = self.plan.noisy_ids.view(K * B, S)
         expanded = {

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from dllm_kernels import checks
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 
 Coupling = Literal["none", "token", "sample", "sequence", "batch"]
@@ -69,6 +70,8 @@ class Objective:
     per_sample: tuple[str, ...] = ()  # required entries [B, K], except old scores
     per_token: tuple[str, ...] = ()  # required entries [B, K, S], except old scores
     scale: str | None = None
+    # entries per sample are of step groups: with blocks, where a sample holds a step of each, [B, K, blocks]
+    of_steps: bool = False
     reduce: Callable[[Tensor, MaskPlan], Tensor] | None = None
     couple: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
@@ -82,7 +85,8 @@ class Objective:
         batch.check(plan)
         K, B, S = plan.shape
         sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
-        sizes["per_sample"] = {name: [B, K] for name in self.per_sample} | {name: [B, K, S] for name in self.per_token}
+        of_sample = steps.shape(plan) if self.of_steps else [B, K]
+        sizes["per_sample"] = dict.fromkeys(self.per_sample, of_sample) | {name: [B, K, S] for name in self.per_token}
         optional = {self.old_scores}
         if self.denominator == "groups" and "group_ids" not in self.per_sequence:  # only to count them
             sizes["per_sequence"]["group_ids"] = [B]
@@ -97,3 +101,19 @@ class Objective:
                 if tensor.dim() != len(known[name]):
                     raise ValueError(f"{name} must have {len(known[name])} dimension(s), got shape {list(tensor.shape)}")
                 checks.shape(name, tensor, known[name])
+
+
+def _negative_elbo(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
+    return -(plan.score(logp_N) / plan.lengths_B.clamp(min=1)).sum()
+
+
+# supervised fine-tuning: the negative ELBO of each completion over its length (LLaDA, arXiv 2502.09992, eq. 5; with
+# blocks BD3-LM, arXiv 2503.09573)
+NEGATIVE_ELBO = Objective(
+    name="negative_elbo",
+    contributions=_negative_elbo,
+    coupling="none",
+    on_policy_coupling="none",
+    denominator="sequences",
+    old_scores=None,
+)

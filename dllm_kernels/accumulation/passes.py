@@ -129,14 +129,13 @@ class Passes:
 
     def _score(self, cut: Cut) -> Tensor:
         """Log-probs of a cut's rows without a gradient."""
-        rows = cut.plan.rows
         with torch.no_grad():
             chosen = cut.select()
             hidden = chosen.hidden(self.body)
-            scores = score(hidden, self.body.weight, chosen.target_N, chosen.index_N, self.head_options)
-        self.meter.ran(chosen.ids.numel(), len(rows), "forward", backward=False)
+            scores = score(hidden, self.body.weight, chosen.target_M, chosen.index_M, self.head_options)
+        self.meter.ran(chosen.ids.numel(), len(chosen.index_M), "forward", backward=False)
         assert scores.logp is not None
-        return scores.logp
+        return chosen.spread(scores.logp)
 
     def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradient for given coefficients: (log-probs, 0 for skipped rows; which rows ran)."""
@@ -145,13 +144,13 @@ class Passes:
             return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
-        coef_N = coef_N[keep_N].to(statistics_dtype(hidden))
-        scores = self._scored(hidden, chosen, coef=coef_N)
+        coef_M = chosen.merged(coef_N[keep_N].to(statistics_dtype(hidden)))
+        scores = self._scored(hidden, chosen, coef=coef_M)
         assert scores.weighted_sum is not None
         assert scores.logp is not None
         scores.weighted_sum.backward()
-        self.meter.ran(chosen.ids.numel(), len(coef_N), "coef", backward=True)
-        return _spread(scores.logp, keep_N), keep_N
+        self.meter.ran(chosen.ids.numel(), len(coef_M), "coef", backward=True)
+        return _spread(chosen.spread(scores.logp), keep_N), keep_N
 
     def _learn_late(self, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradient of a cut's own contributions: (its loss, log-probs, which rows ran)."""
@@ -163,16 +162,16 @@ class Passes:
         hidden = chosen.hidden(self.body)
         scores = self._scored(hidden, chosen)
         assert scores.logp is not None
-        logp_N = _spread(scores.logp, keep_N)
+        logp_N = _spread(chosen.spread(scores.logp), keep_N)
         loss = self._contributions(logp_N, cut)
         loss.backward()
-        self.meter.ran(chosen.ids.numel(), len(chosen.index_N), scores.plan, backward=True)
+        self.meter.ran(chosen.ids.numel(), len(chosen.index_M), scores.plan, backward=True)
         return loss.detach(), logp_N.detach(), keep_N
 
     def _scored(self, hidden: Tensor, chosen: Selection, coef: Tensor | None = None) -> Scores:
         """The rows with a gradient; that of a sharded head's weight is added up where the head is gathered."""
         body = self.body
-        rows = chosen.target_N, chosen.index_N
+        rows = chosen.target_M, chosen.index_M
         return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=body.take_dweight)
 
     def _weighed(self, cut: Cut) -> Tensor:
@@ -180,7 +179,8 @@ class Passes:
         rows, scale = cut.plan.rows, self.objective.scale
         if scale is None or scale not in cut.batch.per_sample:
             return torch.ones_like(rows.index, dtype=torch.bool)
-        return cut.batch.per_sample[scale][rows.sequence, rows.sample] != 0
+        weighed_BK = (cut.batch.per_sample[scale] != 0).unsqueeze(-1).flatten(2).any(-1)
+        return weighed_BK[rows.sequence, rows.sample]
 
     def _data_coefficients(self, cut: Cut) -> Tensor:
         """`d loss / d logp` where it does not depend on logp, so it can be taken at 0."""

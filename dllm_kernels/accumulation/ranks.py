@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 
 
@@ -30,7 +31,7 @@ def denominator(objective: Objective, plan: MaskPlan, batch: Batch, group: dist.
     elif kind == "tokens":
         here = int(plan.lengths_B.sum())
     else:
-        here = int((plan.counts > 0).sum())
+        here = steps.number(plan)
     total = sum(_gather(here, group))
     return float(max(1, total // 2 if kind == "pairs" else total))
 

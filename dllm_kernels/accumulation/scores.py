@@ -15,6 +15,7 @@ from dllm_kernels.accumulation.passes import statistics_dtype
 from dllm_kernels.head.scoring import score
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import dropout_names, headless
+from dllm_kernels.model.layouts import check_blocks
 
 
 def score_samples(
@@ -36,6 +37,7 @@ def score_samples(
     """
     K, B, S = plan.shape
     refuse_dropout(model)
+    check_blocks(model, plan, model_kwargs or {})
     cuts = make_cuts(plan, Batch(), model_kwargs, samples_per_pass, sequences_per_pass)
     with torch.no_grad(), headless(model) as body:
         options = replace(body.options, suppress=suppress)
@@ -44,9 +46,10 @@ def score_samples(
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
                 selected = cut.select()
-                target_N, index_N = selected.target_N, selected.index_N
-                logp_N = score(selected.hidden(body), body.weight, target_N, index_N, options).logp
-                assert logp_N is not None
+                target_M, index_M = selected.target_M, selected.index_M
+                logp_M = score(selected.hidden(body), body.weight, target_M, index_M, options).logp
+                assert logp_M is not None
+                logp_N = selected.spread(logp_M)
                 if per_token:
                     dense_KBS = found.new_zeros(cut.plan.shape).masked_scatter_(cut.plan.scored, logp_N)
                     found[cut.sequences, cut.samples] = dense_KBS.transpose(0, 1)

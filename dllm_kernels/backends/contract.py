@@ -31,8 +31,12 @@ class HeadOptions:
     bias: Tensor | None = None  # [V]
     softcap: float | None = None
     temperature: float | Tensor = 1.0  # a number or [N]
-    suppress: Sequence[int] = ()  # ids of probability 0
+    suppress: Sequence[int] = ()  # ids of probability 0, kept as a tuple
     valid_vocab: int | None = None  # ids from here on have probability 0
+
+    def __post_init__(self) -> None:
+        if type(self.suppress) is not tuple or self.suppress:
+            object.__setattr__(self, "suppress", checks.ids("suppress", self.suppress))
 
     def keys(self) -> Iterator[str]:
         """Names of the options that differ from their default."""
@@ -42,19 +46,15 @@ class HeadOptions:
         return getattr(self, name)
 
     def normalised(self, dtype: torch.dtype) -> HeadOptions:
-        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`, ids in a tuple.
-
-        A problem is kept for backward: a list that its owner changes meanwhile must not change it.
-        """
+        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`."""
         bias, softcap, temperature = self.bias, self.softcap, self.temperature
-        if type(temperature) is float and bias is softcap is None and type(self.suppress) is tuple:  # the common case
+        if type(temperature) is float and bias is softcap is None:  # the common case
             return self
         return replace(
             self,
             bias=None if bias is None else bias.detach(),
             softcap=None if softcap is None else float(softcap),
             temperature=temperature.detach().to(dtype) if isinstance(temperature, Tensor) else float(temperature),
-            suppress=tuple(self.suppress),
         )
 
     def of_rows(self, rows: slice | Tensor) -> HeadOptions:
@@ -112,15 +112,33 @@ class HeadProblem:
         index_N = keep_N if self.index_N is None else self.index_N[keep_N]
         return replace(self, target_N=self.target_N[keep_N], index_N=index_N, options=self.options.of_rows(keep_N))
 
-    def without_operands(self) -> HeadProblem:
-        """The problem as it is kept for backward: hidden states, weight and bias are for autograd to save."""
-        options = self.options if self.options.bias is None else replace(self.options, bias=None)
-        return HeadProblem(_NOTHING, _NOTHING, self.target_N, self.index_N, options)
+    def of_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Its tensors with an entry for each row: targets, indices, temperatures where they differ by row."""
+        temperature = self.options.temperature
+        return self.target_N, self.index_N, temperature if isinstance(temperature, Tensor) else None
 
-    def with_operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadProblem:
-        """What `without_operands` left out, put back. `hidden` may have any leading dimensions."""
+    def without_tensors(self) -> HeadProblem:
+        """The problem as it is kept for backward: its tensors are for autograd to save, which notices changes in place."""
+        options = self.options if self.options.bias is None else replace(self.options, bias=None)
+        if isinstance(options.temperature, Tensor):
+            options = replace(options, temperature=1.0)
+        return HeadProblem(_NOTHING, _NOTHING, _NOTHING, None, options)
+
+    def with_tensors(
+        self,
+        of_rows: tuple[Tensor, Tensor | None, Tensor | None],
+        hidden: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> HeadProblem:
+        """What `without_tensors` left out, put back. `hidden` may have any leading dimensions."""
+        target_N, index_N, temperature_N = of_rows
         options = self.options if bias is None else replace(self.options, bias=bias.detach())
-        return replace(self, hidden_MH=flat(hidden), weight_VH=weight.detach(), options=options)
+        if temperature_N is not None:
+            options = replace(options, temperature=temperature_N)
+        if hidden is None or weight is None:
+            return HeadProblem(_NOTHING, _NOTHING, target_N, index_N, options)
+        return HeadProblem(flat(hidden), weight.detach(), target_N, index_N, options)
 
 
 _NOTHING = torch.empty(0, 0)

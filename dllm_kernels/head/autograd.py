@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +33,10 @@ class Score(torch.autograd.Function):
         needs = Needs(need_hidden, need_weight, need_bias, wide=take_dweight is not None)
         result = forward_backward.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
         # what autograd saves it guards against changes in place; `unit` and `coef` need no operand again
-        ctx.save_for_backward(*result.stored, *((hidden, weight, bias) if plan in plans.REREAD else ()))
+        operands = (hidden, weight, bias) if plan in plans.REREAD else ()
+        ctx.save_for_backward(*result.stored, *problem.of_rows(), *operands)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.plan, ctx.shape, ctx.outputs = problem.without_operands(), plan, hidden.shape, outputs
+        ctx.problem, ctx.plan, ctx.shape, ctx.outputs = problem.without_tensors(), plan, hidden.shape, outputs
         ctx.needs, ctx.take_dweight = needs, take_dweight
         vectors = [result.vectors[name] for name in outputs]
         differentiable = () if plan == "coef" else ("logp", "entropy")
@@ -64,12 +64,10 @@ def _backward(ctx: Any, dsum: Tensor | None, *upstream: Tensor | None) -> tuple[
 _backward_once = once_differentiable(_backward)
 
 
-def _gradients(
-    ctx: Any, arrived: Gradients, a: Tensor | None, b: Tensor | None, c: Tensor | None, *operands: Tensor | None
-) -> Gradients:
+def _gradients(ctx: Any, arrived: Gradients, *saved: Any) -> Gradients:
     """Through the op where something looks on: a FlopCounterMode entered after the forward pass counts what backward runs."""
-    stored: Sequence[Tensor | None] = (a, b, c)
+    stored, of_rows, operands = saved[:3], saved[3:6], saved[6:]
+    problem = ctx.problem.with_tensors(of_rows, *operands)
     if ops.observed(*arrived):
-        return ops.run_backward(ctx.problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands)
-    problem = ctx.problem.with_operands(*operands) if operands else ctx.problem
+        return ops.run_backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands)
     return forward_backward.backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived)

@@ -122,8 +122,7 @@ def explain(
         >>> print(str(cost).split(" on ")[0])
         plan 'coef'
     """
-    for name in want:
-        checks.choice("want", name, STATISTICS)
+    checks.names("want", want, STATISTICS)
     if hidden is None and weight is None and target is None:
         if isinstance(rows, Tensor):
             raise TypeError("rows must be an int where no tensors are given, got a Tensor")

@@ -98,11 +98,12 @@ def forward(
         return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), None))
 
     dtype = problem.statistics_dtype
+    known = coef_N is not None
     if coef_N is None:
         coef_N = torch.zeros(problem.rows, dtype=dtype, device=problem.target_N.device)
     elif coef_N.dtype != dtype:
         coef_N = coef_N.to(dtype)
-    wanted = {*outputs, "logp"}
+    wanted = {*outputs, "logp"} if known else {*outputs}
     if needs.hidden:
         wanted.add("dhidden")
     if entropy_coef_N is not None:
@@ -119,7 +120,9 @@ def forward(
         overwrite=True,
     )
     check_finite(vectors["lse"], problem)
-    weighted_sum = torch.dot(coef_N, vectors["logp"])
+    weighted_sum = vectors["lse"].new_zeros(())
+    if known:  # a target of probability 0 adds nothing where its coefficient is 0
+        weighted_sum = torch.dot(coef_N, vectors["logp"].masked_fill(coef_N == 0, 0.0))
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
     return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *_finished(problem, needs, dweight_VH, dbias_V)))
@@ -172,18 +175,31 @@ def add_gradient(
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
 ) -> Tensor:
-    """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers."""
+    """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers.
+
+    A backend writes only into buffers that lie by rows in memory of their own; to others their gradient is added afterwards.
+    """
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
+    read = [problem.hidden_MH, problem.weight_VH, coef_N, entropy_coef_N, problem.options.bias, *problem.of_rows()]
+    own = [_by_rows(buffer, [*read, other]) for buffer, other in ((dweight_VH, dbias_V), (dbias_V, dweight_VH))]
+    given = [b if b is None or direct else torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b, direct in own]
     result = backend.run(
         problem,
         ("dhidden", "lse"),
         coef_N=coef_N.to(problem.statistics_dtype),
         entropy_coef_N=None if entropy_coef_N is None else entropy_coef_N.to(problem.statistics_dtype),
-        dweight_VH=dweight_VH,
-        dbias_V=dbias_V,
+        dweight_VH=given[0],
+        dbias_V=given[1],
     )
     check_finite(result["lse"], problem)
+    for (buffer, direct), gradient in zip(own, given):
+        if buffer is None or gradient is None:
+            continue
+        if direct:  # written behind autograd's back
+            torch.autograd.graph.increment_version(buffer)
+        else:
+            buffer += gradient
     return _scatter(result["dhidden"], problem.index_N, shape)
 
 
@@ -224,6 +240,15 @@ def sample_drawn(
     )
     check_finite(result["lse"], problem)
     return result
+
+
+def _by_rows(buffer: Tensor | None, others: Sequence[Tensor | None]) -> tuple[Tensor | None, bool]:
+    """The buffer, and whether its rows are dense and it shares no memory with any of the others."""
+    if buffer is None or not buffer.numel():
+        return buffer, True
+    width = buffer.shape[1] if buffer.dim() == 2 else 1
+    dense = buffer.stride(-1) == 1 and (buffer.dim() == 1 or len(buffer) == 1 or buffer.stride(0) >= width)
+    return buffer, dense and not any(other is not None and checks.may_overlap(buffer, other) for other in others)
 
 
 def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: Tensor | None) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,8 @@
 Eager calls go through the thinner `autograd.Score` and come here only while something looks on (`observed`). Checks that
 read values run inside the ops, so a compiled call makes them too. An output that a call does not want is an empty tensor.
 
-All ops begin with the same ten arguments, `_HEAD`: a `HeadProblem` spelled out, since a schema holds no structs.
+All ops begin with the same eleven arguments, `_HEAD`: a `HeadProblem` spelled out, since a schema holds no structs. A
+float of a schema is a constant to the compiler, one compilation for each value; one that varies comes as a tensor beside it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dllm_kernels.head.forward_backward import Gradients, Needs
 from dllm_kernels.head.options import make_problem
 
 _HEAD = (
-    "Tensor hidden, Tensor weight, Tensor target, Tensor? rows, Tensor? bias, Tensor? temperature_N, float temperature, "
-    "float? softcap, SymInt[] suppress, SymInt? valid_vocab"
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? rows, Tensor? bias, Tensor? temperatures, float temperature, "
+    "Tensor? softcaps, float? softcap, SymInt[] suppress, SymInt? valid_vocab"
 )
 _SIZE = _HEAD.count(",") + 1
 _OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the eager path takes as they are
@@ -47,27 +48,54 @@ def observed(*tensors: Tensor | None) -> bool:
 
 def _flat(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, options: HeadOptions) -> tuple[Any, ...]:
     """The arguments of `_HEAD`."""
-    temperature, by_row = options.temperature, isinstance(options.temperature, Tensor)
+    temperature, softcap = options.temperature, options.softcap
     return (
         hidden,
         weight,
         target,
         rows,
         options.bias,
-        temperature.detach() if isinstance(temperature, Tensor) else None,
-        1.0 if by_row else float(temperature),
-        options.softcap,
+        *((temperature.detach(), 1.0) if isinstance(temperature, Tensor) else _number(float(temperature))),
+        *((None, None) if softcap is None else _number(float(softcap))),
         list(options.suppress),
         options.valid_vocab,
     )
 
 
+def _number(value: float) -> tuple[Tensor | None, float]:
+    """A tensor that holds it where the compiler lets it vary, else None, and the number where it does not, else 1."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        if not statically_known_true(value != _SOME_NUMBER):
+            return torch.ones((), dtype=torch.float64, device="cpu") * value, 1.0
+    return None, value
+
+
+_SOME_NUMBER = 0.8414709848078965  # that a constant differs from it is known at once; of a varying number nothing is
+
+
 def _problem(
-    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, bias: Tensor | None, by_row: Tensor | None, *numbers: Any
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcaps: Tensor | None,
+    softcap: float | None,
+    suppress: Sequence[int],
+    valid_vocab: int | None,
 ) -> HeadProblem:
-    temperature, softcap, suppress, valid_vocab = numbers
-    options = HeadOptions(bias, softcap, temperature if by_row is None else by_row, tuple(suppress), valid_vocab)
+    by_row = temperatures if temperatures is not None and temperatures.dim() else None
+    number = _held(temperatures, temperature) if by_row is None else by_row
+    options = HeadOptions(bias, _held(softcaps, softcap), number, tuple(suppress), valid_vocab)
     return make_problem(hidden, weight, target, rows, options)
+
+
+def _held(number: Tensor | None, otherwise: Any) -> Any:
+    return otherwise if number is None else float(number)
 
 
 def _given(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -206,9 +234,11 @@ def _run_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, rows, bias, temperature_N, *ctx.numbers = inputs[:_SIZE]
+    hidden, weight, target, rows, bias, temperatures, temperature, softcaps, *numbers = inputs[:_SIZE]
     _coef, _entropy_coef, _outputs, plan, *needs = inputs[_SIZE:]
-    ctx.save_for_backward(*output[6:], target, rows, temperature_N, *((hidden, weight, bias) if plan in plans.REREAD else ()))
+    operands = (hidden, weight, bias) if plan in plans.REREAD else ()
+    ctx.save_for_backward(*output[6:], target, rows, temperatures, softcaps, *operands)
+    ctx.temperature, ctx.numbers = temperature, numbers
     ctx.set_materialize_grads(False)
     ctx.plan, ctx.shape, ctx.needs, ctx.inputs = plan, hidden.shape, Needs(*needs), len(inputs)
     differentiable = (0,) if plan == "coef" else (1, 3)  # weighted_sum, or logp and entropy
@@ -219,9 +249,9 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     arrived = (upstream[0], None, None) if ctx.plan == "coef" else (None, upstream[1], upstream[3])
     if all(gradient is None for gradient in arrived):
         return (None,) * ctx.inputs
-    a, b, c, target, rows, temperature_N, *operands = ctx.saved_tensors
+    a, b, c, target, rows, temperatures, softcaps, *operands = ctx.saved_tensors
     hidden, weight, bias = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None)
-    flat = (hidden, weight, target, rows, bias, temperature_N, *ctx.numbers)
+    flat = (hidden, weight, target, rows, bias, temperatures, ctx.temperature, softcaps, *ctx.numbers)
     dhidden, dweight, dbias = _run_backward(flat, ctx.plan, ctx.shape, (a, b, c), ctx.needs, arrived)
     return dhidden, dweight, None, None, dbias, *((None,) * (ctx.inputs - 5))
 
@@ -257,12 +287,14 @@ def run_add_gradient(
 @torch.library.custom_op(
     "dllm_kernels::sample",
     mutates_args=(),
-    schema=f"({_HEAD}, SymInt step, float sample_temperature, SymInt? top_k=None, float? top_p=None) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, SymInt step, Tensor? sample_temperatures, float sample_temperature, SymInt? top_k=None, "
+    "float? top_p=None) -> (Tensor, Tensor, Tensor)",
 )
 def sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token, its logp and the row's entropy, see `sample_tokens`. In place of targets come the rows' keys."""
     problem = _problem(*arguments[:_SIZE])
-    result = forward_backward.sample(problem, problem.target_N, *arguments[_SIZE:])
+    step, varying, temperature, *restriction = arguments[_SIZE:]
+    result = forward_backward.sample(problem, problem.target_N, step, _held(varying, temperature), *restriction)
     return result["token"], result["logp"], result["entropy"]
 
 
@@ -284,7 +316,8 @@ def run_sample(
     top_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward_backward.sample` through the op."""
-    token, logp, entropy = sample(*_flat(hidden, weight, key, rows, options), step, temperature, top_k, top_p)
+    flat = _flat(hidden, weight, key, rows, options)
+    token, logp, entropy = sample(*flat, step, *_number(temperature), top_k, top_p)
     return token, logp, entropy
 
 

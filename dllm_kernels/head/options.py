@@ -6,8 +6,11 @@ to read values (`backend.check`, `check_finite`) runs inside the op.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, HeadProblem, flat
@@ -16,6 +19,8 @@ from dllm_kernels.backends.contract import HeadOptions, HeadProblem, flat
 def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, options: HeadOptions) -> None:
     """Raise TypeError or ValueError, naming the argument, for what cannot be a problem of `count` rows."""
     bias, temperature = options.bias, options.temperature
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(hidden=hidden, weight=weight, rows=rows, bias=bias, temperature=temperature)
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.dtype("weight", weight, checks.FLOATS)
     if type(weight) is not Tensor or type(hidden) is not Tensor:
@@ -57,8 +62,29 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
         for name, value in (("weight", weight), ("rows", rows), ("bias", bias), ("temperature", temperature)):
             if isinstance(value, Tensor):
                 checks.same_device(name, value, "hidden", hidden)
-    if options.suppress or options.valid_vocab is not None or type(options.suppress) is not tuple:
+    if options.suppress or options.valid_vocab is not None:
         _check_excluded(options, vocabulary)
+
+
+def _refuse_transforms(**arguments: Any) -> None:
+    """Raise TypeError for tensors of torch.func and of forward-mode differentiation, whose second half would be lost."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    dual = forward_ad._current_level >= 0
+    if not transformed and not dual:
+        return
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got one inside a transform of torch.func (vmap, grad, jvp, ...): hidden takes "
+                "any leading dimensions in place of vmap, gradients come by backward() or torch.autograd.grad, there is no jvp"
+            )
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise TypeError(
+                f"{name} must not carry a forward-mode tangent, got a dual tensor of torch.autograd.forward_ad: "
+                "the head differentiates in reverse mode only"
+            )
 
 
 def _check_excluded(options: HeadOptions, vocabulary: int) -> None:
@@ -67,11 +93,7 @@ def _check_excluded(options: HeadOptions, vocabulary: int) -> None:
         limit = checks.count("valid_vocab", valid_vocab)
         if limit > vocabulary:
             raise ValueError(f"valid_vocab must be in 1..{vocabulary}, got {valid_vocab}")
-    if not isinstance(suppress, (tuple, list)):
-        raise TypeError(f"suppress must be a tuple or list of ids, got {type(suppress).__name__}")
     for token in suppress:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise TypeError(f"suppress must hold ints, got {type(token).__name__}")
         if not 0 <= token < vocabulary:
             raise ValueError(f"suppress must hold ids in 0..{vocabulary - 1}, got {token}")
     if len(suppress) >= limit and len({token for token in suppress if token < limit}) == limit:

@@ -39,7 +39,7 @@ def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_kn
     elif not head_trains:
         automatic = "unit"
     else:
-        automatic = "keep" if operand_bytes <= KEEP_BYTES else "recompute"
+        automatic = "keep" if _known(operand_bytes <= KEEP_BYTES) else "recompute"
     if plan is None:
         return automatic
     checks.choice("plan", plan, PLANS)
@@ -51,6 +51,15 @@ def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_kn
     if plan == "forward" and wants_gradient:
         raise ValueError("plan='forward' has no backward: use torch.no_grad() or inputs that require no gradient")
     return plan if wants_gradient or coef_known else "forward"
+
+
+def _known(condition: bool) -> bool:
+    """The condition; False to a compiler that cannot know it, since the number of rows depends on values."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental import symbolic_shapes
+
+        condition = getattr(symbolic_shapes, "guard_or_false", bool)(condition)
+    return condition
 
 
 def why(plan: str, *, forced: bool) -> str:

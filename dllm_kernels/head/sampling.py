@@ -117,8 +117,7 @@ def sample(
         checks.count("top_k", top_k)
     if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    for name in want:
-        checks.choice("want", name, DRAWN)
+    checks.names("want", want, DRAWN)
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, key.numel(), options)
     whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from

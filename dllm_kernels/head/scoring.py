@@ -70,7 +70,7 @@ def score_tokens(
         target: int64 `[N]`, ids below V that are neither suppressed nor beyond `valid_vocab`.
         rows: int64 `[N]`, unique flat indices into `hidden.reshape(-1, H)`; None means all rows in order.
         bias: `[V]`. softcap: > 0. temperature: > 0, a number or `[N]` (no gradient flows to it).
-        suppress: ids that get probability 0 (the mask id). valid_vocab: ids from here on get probability 0.
+        suppress: ids that get probability 0 (the mask id): a sequence or tensor of ints. valid_vocab: ids from here on too.
         coef, entropy_coef: `[N]` finite coefficients known beforehand, detached. Then `weighted_sum = sum coef * logp +
             sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
         want: any of "logp", "entropy", "lse", "top_logp", "top_id".
@@ -80,6 +80,8 @@ def score_tokens(
             torch.compile, where autograd delivers the gradient.
 
     Without coefficients, `logp` and `entropy` are differentiable in hidden, weight and bias; `lse` and `top_*` never are.
+    What backward reads again (rows, target, a per-row temperature; hidden, weight and bias under "keep" and "recompute") must
+    not change in place until then: PyTorch raises. vmap, jvp and tensors with a forward-mode tangent are refused.
     Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
     `hidden` is reported on the CPU always, on a GPU under DLLM_KERNELS_VALIDATE=1. Double backward is not supported.
 
@@ -110,9 +112,7 @@ def score(
     take_dweight: WeightGradient | None = None,
 ) -> Scores:
     """`score_tokens` with its options in one piece."""
-    for name in want:
-        if name not in STATISTICS:
-            checks.choice("want", name, STATISTICS)
+    checks.names("want", want, STATISTICS)
     checks.dtype("target", target, [torch.int64])
     checks.shape("target", target, [None if rows is None else rows.numel()])
     checks.require_tensor("hidden", hidden)
@@ -171,20 +171,21 @@ def head_backward(
     """Gradient of `sum coef * logp + sum entropy_coef * entropy` for callers that run their own loop.
 
     Returns dH in hidden's shape and dtype (zero outside `rows`), and adds dW `[V, H]` and db `[V]` to the caller's
-    buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given. `rows` is a `Rows`, for instance
-    `plan.rows`; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those of `score_tokens`.
+    buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given. These may have any strides under
+    which no two elements coincide; one whose rows are not dense, or that shares memory with another argument, costs a
+    second buffer of its size. They are changed in place, and autograd is told so. Of `rows`, a `Rows`, for instance
+    `plan.rows`, index and target are read; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those
+    of `score_tokens`.
     Nothing is differentiable.
 
     Example:
         >>> hidden, weight = torch.randn(4, 8), torch.randn(11, 8)
-        >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
-        >>> rows = Rows(index=torch.tensor([2]), target=torch.tensor([5]), sequence=zero, sample=zero, weight=one)
-        >>> dweight = torch.zeros(11, 8)
-        >>> head_backward(hidden, weight, rows, one, dweight_out=dweight).shape
+        >>> rows, dweight = Rows(index=torch.tensor([2]), target=torch.tensor([5])), torch.zeros(11, 8)
+        >>> head_backward(hidden, weight, rows, torch.ones(1), dweight_out=dweight).shape
         torch.Size([4, 8])
     """
     if not isinstance(rows, Rows):
-        raise TypeError(f"rows must be a dllm_kernels.Rows, got {type(rows).__name__}")
+        raise TypeError(f"rows must be a dllm_kernels.Rows(index, target), got {type(rows).__name__}")
     checks.require_tensor("coef", coef)
     target, index = rows.target, rows.index
     checks.dtype("target", target, [torch.int64])
@@ -204,6 +205,7 @@ def head_backward(
             checks.dtype(name, buffer, [dtype])
             checks.shape(name, buffer, shape)
             checks.same_device(name, buffer, "hidden", hidden)
+            checks.distinct(name, buffer)
     if ops.observed(hidden, weight, bias, target):
         dhidden = ops.run_add_gradient(hidden, weight, target, index, options, known, entropy_coef, dweight_out, dbias_out)
     else:

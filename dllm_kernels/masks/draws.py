@@ -69,10 +69,13 @@ def _at_nodes(values: list[float], sample_K: Tensor) -> Tensor:
     return table[sample_K % len(values)][:, None]
 
 
-def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:
-    """The levels of a cut, for laws with a probability, a count, nodes, or all."""
+def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor, block_B: Tensor | None = None) -> Level:
+    """The levels of a cut, for laws with a probability, a count, nodes, or all.
+
+    `block_B`: where B are blocks of sequences, the ordinal of each within its sequence, which keys its level.
+    """
     k_K, B = keys.sample_K, len(lengths_B)
-    zero = torch.zeros((), dtype=torch.int64, device=k_K.device)
+    place = torch.zeros((), dtype=torch.int64, device=k_K.device) if block_B is None else block_B
     if law.pairs_from is None:
         second_K, stratum_K, strata = torch.zeros_like(k_K, dtype=torch.bool), k_K, keys.samples
     else:
@@ -81,7 +84,7 @@ def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:
     lead_K = k_K - second_K.long()
     count_KB = None
     if law.level == "t":
-        t_KB = _probability(law, options, keys, lead_K, B)
+        t_KB = _probability(law, options, keys, lead_K, B, place)
     elif law.level == "all":
         t_KB = torch.ones(len(k_K), B, dtype=torch.float64, device=k_K.device)
     else:
@@ -92,33 +95,35 @@ def level(law: Law, options: Options, keys: Keys, lengths_B: Tensor) -> Level:
             smallest = 1 if law.level == "count from 1" else 0
             choices_B = lengths_B + 1 - smallest
             if law.pairing == "stratified":
-                offset_KB = noise.below(keys.bits(Stream.LEVEL, torch.zeros_like(k_K[:1]), zero), choices_B)
+                offset_KB = noise.below(keys.bits(Stream.LEVEL, torch.zeros_like(k_K[:1]), place), choices_B)
                 # floor: rounding half to even would reach only half of the counts in some strata
                 offset_KB = offset_KB + stratum_K[:, None] * choices_B // strata
             else:
-                offset_KB = noise.below(keys.bits(Stream.LEVEL, lead_K, zero), choices_B)
+                offset_KB = noise.below(keys.bits(Stream.LEVEL, lead_K, place), choices_B)
             count_KB = torch.where(lengths_B > 0, smallest + offset_KB % choices_B.clamp(min=1), 0)
         t_KB = torch.where(lengths_B > 0, count_KB.double() / lengths_B, 1.0)
     return Level(t_KB, count_KB, lead_K, second_K[:, None])
 
 
-def _probability(law: Law, options: Options, keys: Keys, lead_K: Tensor, B: int) -> Tensor:
+def _probability(law: Law, options: Options, keys: Keys, lead_K: Tensor, B: int, place: Tensor) -> Tensor:
     low, high = (options["t_low"], options["t_high"]) if law.reduction == "coupled" else (options["t_min"], 1.0)
     if options.get("t") is not None:
         t_KB = torch.full((len(lead_K), B), options["t"], dtype=torch.float64, device=lead_K.device)
     else:
-        zero = torch.zeros((), dtype=torch.int64, device=lead_K.device)
-        t_KB = low + (high - low) * noise.uniform(keys.bits(Stream.LEVEL, lead_K, zero))
+        t_KB = low + (high - low) * noise.uniform(keys.bits(Stream.LEVEL, lead_K, place))
     if law.reduction == "coupled":  # the first sample hides everything
         t_KB = torch.where((lead_K == 0)[:, None], 1.0, t_KB)
     return t_KB
 
 
-def hidden(law: Law, keys: Keys, level: Level, completion_BS: Tensor) -> Tensor:
-    """bool `[K, B, S]`: completion tokens hidden at a level; keyed by the ordinal within the completion."""
+def hidden(law: Law, keys: Keys, level: Level, completion_BS: Tensor, ordinal_BS: Tensor | None = None) -> Tensor:
+    """bool `[K, B, S]`: completion tokens hidden at a level; keyed by the ordinal within the completion.
+
+    `ordinal_BS`: that ordinal, where B are blocks of sequences.
+    """
     if law.level == "all":
         return completion_BS.expand(len(keys.sample_K), *completion_BS.shape)
-    bits_KBS = keys.bits(Stream.MASK, level.lead_K, ordinals(completion_BS))
+    bits_KBS = keys.bits(Stream.MASK, level.lead_K, ordinals(completion_BS) if ordinal_BS is None else ordinal_BS)
     if level.count_KB is None:
         hidden_KBS = completion_BS & noise.bernoulli(bits_KBS, level.t_KB[:, :, None])
     else:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks, noise
-from dllm_kernels.masks import given_states, laws
+from dllm_kernels.masks import blocks, given_masks, given_states, laws
+from dllm_kernels.masks.laws import Law
 from dllm_kernels.masks.plan import MaskPlan, check_tensors, noise_stride
 
 
@@ -26,6 +27,9 @@ def make_mask_plan(
     iteration: int = 0,
     attention_mask_BS: Tensor | None = None,
     eos_id: int | None = None,
+    causal_block: int | None = None,
+    block_origin: str = "sequence",
+    edge: str = "clean",
     **options: Any,
 ) -> MaskPlan:
     """Plan `samples` masks of each sequence's completion.
@@ -47,6 +51,15 @@ def make_mask_plan(
         eos_id: None scores whole completions with their EOS tail. Given, tokens after the first EOS are never
             scored; they stay visible, or are hidden, as published, for `full`, `block`, `trace` and
             `segments`.
+        causal_block: b, the block length of a block-causal model (SDAR, LLaDA2, Fast-dLLM v2, BD3-LM), which
+            denoises a block given the clean blocks before it; None for a bidirectional one. Every law below is
+            then drawn for each block, with the L, n and t of the block in its weight, and `unbiased` refers to
+            the sum over blocks of their ELBOs given clean blocks before (arXiv 2503.09573, eq. 8). The model is
+            called on `plan.layout(k)`, never on `noisy_ids` alone. Not for `block`; the prompt stays clean.
+        block_origin: where blocks begin: "sequence", with the first real token (SDAR, LLaDA2); "completion",
+            with the first token of the completion, the grid going on to the left (dLLM-RL).
+        edge: with shift, the row that predicts the first token of a block: "clean", of the clean copy, or
+            "noisy", of the noisy one (dFactory's shifted branch).
         options: of the law; any other is an error.
 
     Laws (L scorable tokens, n of them hidden in a sample; the score of a sequence is the mean over its K
@@ -76,10 +89,13 @@ def make_mask_plan(
         trace       the states of a rollout: `step_map_BS` (int64, the step that committed each token, -1
                     outside). Sample s hides the tokens of steps >= s, scores those of step s; 1; the score is
                     the sum. `steps_BJ` (int64, -1 none) picks steps; `shrink` merges that many consecutive
-                    steps. (TraceRL, arXiv 2509.06949; EGSPO)
+                    steps. With causal_block, sample r is the r-th distinct step of each block, `steps_BJ` picks
+                    rows, `shrink` merges within a block. (TraceRL, arXiv 2509.06949; EGSPO)
         segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own
                     last + 1): step s is in part s N // T; each is scored in its first state. (d2, arXiv
                     2509.21474)
+        given       masks drawn by another loop: `masked_KBS`, bool `[K, B, S]`, the completion tokens that
+                    each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -91,17 +107,21 @@ def make_mask_plan(
         >>> sorted(plan.counts[:, 0].tolist())
         [1, 2, 3]
     """
-    rule, options = laws.resolve(law, options)
+    given_law = law == given_masks.LAW.name
+    rule, options = (given_masks.LAW, options) if given_law else laws.resolve(law, options)
     checks.count("shift", shift, 0)
     checks.count("iteration", iteration, 0)
     checks.count("mask_id", mask_id, 0)
     noise.check_seed(seed)
-    prompt_noise = rule.prompt_noise if prompt_noise is None else checks.number("prompt_noise", prompt_noise, least=0)
+    if prompt_noise is None:
+        prompt_noise = rule.prompt_noise if causal_block is None else 0.0
+    prompt_noise = checks.number("prompt_noise", prompt_noise, least=0)
     if prompt_noise > 1.0:
         raise ValueError(f"prompt_noise must be in [0, 1], got {prompt_noise}")
     check_tensors(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS)
     if checks.may_read(input_ids_BS):
         _check_values(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS, mask_id, shift)
+    _check_blocks(rule, causal_block, block_origin, edge, prompt_noise, shift)
     given = completion_mask_BS
     tail_BS = None
     if eos_id is not None:
@@ -113,9 +133,32 @@ def make_mask_plan(
         prompt_BS = (given.cumsum(-1) == 0) & given.any(-1, keepdim=True)
         if attention_mask_BS is not None:
             prompt_BS = prompt_BS & (attention_mask_BS != 0)
+    fields: dict[str, Any] = {
+        "input_ids_BS": input_ids_BS,
+        "completion_mask_BS": completion_mask_BS,
+        "sequence_ids_B": sequence_ids,
+        "seed": seed,
+        "mask_id": mask_id,
+        "shift": shift,
+        "iteration": iteration,
+        "prompt_noise": prompt_noise,
+        "prompt_mask_BS": prompt_BS,
+    }
+    if given_law:
+        return given_masks.make(fields, samples, **options)
+    block_BS = step_BS = None
+    if causal_block is not None:
+        real_BS = torch.ones_like(given) if attention_mask_BS is None else (attention_mask_BS != 0) | given
+        block_BS = blocks.grid(real_BS, given, causal_block, block_origin)
+        if shift and checks.may_read(given) and bool((given & (real_BS.cumsum(-1) <= shift)).any()):
+            raise ValueError(f"completion_mask_BS must be False at the first {shift} real token(s), which no row predicts")
     state_BS = state_BK = None
-    if rule.level == "steps":
+    if rule.level == "steps" and block_BS is not None and causal_block is not None:
+        state_BS, state_BK, step_BS = given_states.in_blocks(law, options, completion_mask_BS, block_BS, causal_block, samples)
+        tail_BS = (state_BS >= 0) & ~completion_mask_BS
+    elif rule.level == "steps":
         state_BS, state_BK = given_states.states(law, options, given, samples)
+    if state_BK is not None:
         options = {name: value for name, value in options.items() if name not in given_states.TENSORS}
         samples = state_BK.shape[1]
     samples = checks.count("samples", samples)
@@ -123,23 +166,41 @@ def make_mask_plan(
     if samples > (stride := noise_stride(rule, samples)) or (iteration + 1) * stride > 1 << 32:
         raise ValueError(f"samples and iteration must number at most 2^32 noise samples, got {samples} and {iteration}")
     return MaskPlan(
-        input_ids_BS=input_ids_BS,
-        completion_mask_BS=completion_mask_BS,
-        sequence_ids_B=sequence_ids,
+        **fields,
         sample_K=torch.arange(samples, device=input_ids_BS.device),
         law=law,
         options=options,
         samples=samples,
-        seed=seed,
-        mask_id=mask_id,
-        shift=shift,
-        iteration=iteration,
-        prompt_noise=prompt_noise,
-        prompt_mask_BS=prompt_BS,
         tail_mask_BS=tail_BS if rule.tail == "hidden" else None,
         state_BS=state_BS,
         state_BK=state_BK,
+        causal_block=causal_block,
+        block_origin=block_origin,
+        edge=edge,
+        block_BS=block_BS,
+        step_BS=step_BS,
     )
+
+
+def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: str, prompt_noise: float, shift: int) -> None:
+    checks.choice("block_origin", block_origin, blocks.ORIGINS)
+    checks.choice("edge", edge, blocks.EDGES)
+    if causal_block is None:
+        if block_origin != "sequence" or edge != "clean":
+            raise ValueError(f"causal_block must be given with block_origin={block_origin!r} and edge={edge!r}, got None")
+        return
+    checks.count("causal_block", causal_block)
+    if rule is given_masks.LAW:
+        raise ValueError(f"law must be one that draws per block with causal_block={causal_block}, got {rule.name!r}")
+    if rule.level == "block":
+        raise ValueError(
+            f"law must be another than {rule.name!r} with causal_block={causal_block}: it hides all later blocks and noises "
+            "earlier ones, which a block-causal model never sees"
+        )
+    if prompt_noise > 0:
+        raise ValueError(f"prompt_noise must be 0 with causal_block={causal_block}, whose prompts are clean, got {prompt_noise}")
+    if edge == "noisy" and not shift:
+        raise ValueError("edge must be 'clean' with shift=0, where each row predicts its own token, got 'noisy'")
 
 
 def _check_values(

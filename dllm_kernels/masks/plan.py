@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks, noise
-from dllm_kernels.masks import draws, files, laws
+from dllm_kernels.masks import blocks, describe, draws, files, laws, layout
 from dllm_kernels.masks.laws import Law
+from dllm_kernels.masks.layout import Layout
 from dllm_kernels.noise import Stream
 from dllm_kernels.rows import Rows
 
@@ -45,6 +46,12 @@ class MaskPlan:
     tail_mask_BS: Tensor | None = None  # hidden but never scored: tokens after the first EOS, for some laws
     state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
     state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
+    # of block diffusion: tokens per block, where blocks begin, and which row predicts a block's first token with shift
+    causal_block: int | None = None
+    block_origin: str = "sequence"
+    edge: str = "clean"
+    block_BS: Tensor | None = None  # the block of each token, -1 at padding
+    step_BS: Tensor | None = None  # of a given trace in blocks: the rollout's step of each scored token, -1 none
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,9 +73,21 @@ class MaskPlan:
         return draws.Keys(self.seed, self.iteration, noise_stride(self.rule, self.samples), self.sample_K, self.sequence_ids_B)
 
     @cached_property
+    def units(self) -> blocks.Units:
+        """What a law draws over: completions, or their blocks."""
+        if self.block_BS is None or self.causal_block is None:
+            return blocks.whole(self.completion_mask_BS, self.lengths_B)
+        return blocks.by_block(self.completion_mask_BS, self.block_BS, self.causal_block)
+
+    @property
+    def _unit_keys(self) -> draws.Keys:
+        keys, repeats = self._keys, len(self.units.lengths_U) // max(1, len(self.lengths_B))
+        return replace(keys, sequence_ids_B=keys.sequence_ids_B.repeat_interleave(repeats)) if repeats > 1 else keys
+
+    @cached_property
     def level(self) -> draws.Level:
-        """How much each sample hides, for laws that draw it."""
-        return draws.level(self.rule, self.options, self._keys, self.lengths_B)
+        """How much each sample hides of each unit, for laws that draw it."""
+        return draws.level(self.rule, self.options, self._unit_keys, self.units.lengths_U, self.units.block_U)
 
     @cached_property
     def masked(self) -> Tensor:
@@ -88,7 +107,9 @@ class MaskPlan:
             return self.completion_mask_BS & self._after_KBS
         if self.rule.level == "block":
             return draws.block(self.options, self._keys, self.completion_mask_BS, self.lengths_B, self.prompt_noise)
-        return draws.hidden(self.rule, self._keys, self.level, self.completion_mask_BS)
+        units = self.units
+        hidden_KUW = draws.hidden(self.rule, self._unit_keys, self.level, units.mask_UW, units.token_UW)
+        return hidden_KUW if units.slot_BS is None else units.spread(hidden_KUW) & self.completion_mask_BS
 
     @property
     def _hidden_tail_KBS(self) -> Tensor:
@@ -110,7 +131,8 @@ class MaskPlan:
     def scored(self) -> Tensor:
         """bool `[K, B, S]`: the hidden tokens whose log-probs this sample counts."""
         if self.rule.level == "steps":
-            return self._hidden_KBS & (self.state_BS == self._state_KB1)
+            decided_KBS = self._hidden_KBS & (self.state_BS == self._state_KB1)
+            return decided_KBS if self.step_BS is None else decided_KBS & (self.step_BS >= 0)
         return self._hidden_KBS
 
     @property
@@ -128,18 +150,44 @@ class MaskPlan:
         """Probability of hiding a completion token at the level, fp32: t, or n / L (1 if the completion is
         empty).
 
-        For `block`, `trace` and `segments`, which do not treat all tokens alike: the hidden share.
+        For `block`, `trace` and `segments`, which do not treat all tokens alike: the hidden share. Raises
+        ValueError for plans of blocks, whose levels differ: `p_mask_KBS` has them.
         """
+        self._refuse_blocks("p_mask_KB", "p_mask_KBS")
+        return self._p_mask_KU
+
+    @property
+    def p_mask_KBS(self) -> Tensor:
+        """The same for each token, fp32 `[K, B, S]`, or `[K, B, 1]` where all tokens of a completion have one; arbitrary
+        where nothing can be scored.
+        """
+        return self.units.at_tokens(self._p_mask_KU)
+
+    @property
+    def _p_mask_KU(self) -> Tensor:
         if self.rule.level not in ("block", "steps"):
             return self.level.own_t().float()
-        return torch.where(self.lengths_B > 0, self._hidden_KBS.sum(-1).double() / self.lengths_B, 1.0).float()
+        lengths_U = self.units.lengths_U
+        return torch.where(lengths_U > 0, self.units.collect(self._hidden_KBS).double() / lengths_U, 1.0).float()
+
+    @property
+    def weight_KB(self) -> Tensor:
+        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n ..., see `laws.LAWS`.
+
+        Raises ValueError for plans of blocks, whose weights differ: `rows.weight` has them.
+        """
+        self._refuse_blocks("weight_KB", "rows.weight")
+        return self._weight_KU
 
     @cached_property
-    def weight_KB(self) -> Tensor:
-        """Weight of each scored token of a sample, fp32, as published: 1 / t, L / n ..., see `laws.LAWS`."""
-        scored_KB = self.counts if self.rule.weight in draws.REALISED else None
+    def _weight_KU(self) -> Tensor:
+        scored_KU = self.units.collect(self.scored) if self.rule.weight in draws.REALISED else None
         level = None if self.rule.level in ("block", "steps") else self.level
-        return draws.weights(self.rule, self.options, self._keys, level, self.lengths_B, scored_KB).float()
+        return draws.weights(self.rule, self.options, self._unit_keys, level, self.units.lengths_U, scored_KU).float()
+
+    def _refuse_blocks(self, name: str, instead: str) -> None:
+        if self.block_BS is not None:
+            raise ValueError(f"{name} must not be read of a plan with causal_block, whose blocks differ: take {instead}")
 
     @property
     def share_K(self) -> Tensor:
@@ -152,27 +200,82 @@ class MaskPlan:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows to score, by (sample, sequence, position); the one place where the shift is resolved."""
+        """The rows to score, by (sample, sequence, position); the one place where the shift is resolved (of plans
+        of blocks: in `layout`).
+        """
         K, B, S = self.shape
         flat_N = self.scored.reshape(-1).nonzero()[:, 0]
         # one-dimensional lookups: indexing by (sample, sequence, position) takes twice as long
         pair_N = torch.repeat_interleave(self.counts.reshape(-1), output_size=len(flat_N))
         pairs = torch.arange(K * B, device=flat_N.device)
         sample_N, sequence_N = (pairs // B).index_select(0, pair_N), (pairs % B).index_select(0, pair_N)
+        token_N = flat_N - sample_N * (B * S)
+        if self.units.slot_BS is None:
+            weight_N = self.weight_KB.reshape(-1).index_select(0, pair_N)
+        else:
+            weight_N = self.units.at_tokens(self._weight_KU).reshape(-1).index_select(0, flat_N)
+        state_BS = self.state_BS if self.step_BS is None else self.step_BS
         return Rows(
-            index=flat_N - self.shift,
-            target=self.input_ids_BS.reshape(-1).index_select(0, flat_N - sample_N * (B * S)).long(),
+            index=flat_N - self._row_shift,
+            target=self.input_ids_BS.reshape(-1).index_select(0, token_N).long(),
             sequence=sequence_N,
             sample=sample_N,
-            weight=self.weight_KB.reshape(-1).index_select(0, pair_N),
+            weight=weight_N,
+            state=None if state_BS is None else state_BS.reshape(-1).index_select(0, token_N),
         )
 
+    @property
+    def _row_shift(self) -> int:
+        """By how much `rows.index` lies before the token."""
+        return self.shift if self.block_BS is None else 0
+
+    def layout(self, copies: int | None = None, *, keep_N: Tensor | None = None) -> Layout:
+        """The input `[clean S | noisy_1 C' | ... | noisy_k C']` of a block-causal model, and where the rows lie in it.
+
+        Args:
+            copies: k, the most samples beside a clean sequence; a sequence with more gets several inputs. None:
+                all samples of this cut.
+            keep_N: bool `[N]`, the rows to score; None: all. A sample without one gets no copy, a sequence
+                without one no input.
+
+        The shift is resolved here: a block's first token is predicted by the clean row before it, or with
+        edge="noisy" by the noisy one where there is one. Raises ValueError for a plan without `causal_block`.
+
+        Example:
+            >>> from dllm_kernels import make_mask_plan
+            >>> ids = torch.arange(8)[None]
+            >>> plan = make_mask_plan(ids, ids > 3, law="exact", samples=2, seed=0, causal_block=2,
+            ...                       sequence_ids=torch.tensor([1]), mask_id=9)
+            >>> plan.layout().ids_RT.shape  # S + 2 C'
+            torch.Size([1, 16])
+        """
+        if self.block_BS is None or self.causal_block is None:
+            raise ValueError("layout is of plans of blocks: make the plan with causal_block, the model's block length")
+        masked_KBS, ids_BS = self.masked, self.input_ids_BS
+        return layout.make(
+            self.rows,
+            keep_N,
+            masked_KBS,
+            ids_BS,
+            self.completion_mask_BS,
+            self.block_BS,
+            length=self.causal_block,
+            copies=copies,
+            mask_id=self.mask_id,
+            shift=self.shift,
+            edge=self.edge,
+        )
+
+    def dense(self, values_N: Tensor) -> Tensor:
+        """Values of the rows at their tokens, `[K, B, S]`, 0 where nothing is scored; differentiable."""
+        checks.shape("values_N", values_N, [len(self.rows.index)])
+        flat = values_N.new_zeros(self.scored.numel())
+        return flat.index_copy(0, self.rows.index + self._row_shift, values_N).view(self.shape)
+
     def elbo(self, logp_N: Tensor) -> Tensor:
-        """Per-sample ELBOs `[B, K]`: `weight * sum of logp`; differentiable, whatever the order of rows."""
-        K, B, S = self.shape
+        """Per-sample ELBOs `[B, K]`: the sum of `weight * logp`; differentiable, whatever the order of rows."""
         checks.shape("logp_N", logp_N, [len(self.rows.index)])
-        scattered = logp_N.new_zeros(K * B * S).index_copy(0, self.rows.index + self.shift, logp_N * self.rows.weight)
-        return scattered.view(K, B, S).sum(-1).t()
+        return self.dense(logp_N * self.rows.weight).sum(-1).t()
 
     def score(self, logp_N: Tensor) -> Tensor:
         """Scores `[B]`: the estimate `sum_k share_k elbo_bk`. Scores of cuts along the samples add up."""
@@ -224,7 +327,7 @@ class MaskPlan:
             >>> print(plan.describe(hidden_size=16, vocabulary=100).splitlines()[3])
             rows        5 expected, 31.2% of the positions
         """
-        return _describe(self, hidden_size, vocabulary, dtype)
+        return describe.describe(self, hidden_size, vocabulary, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and copies of the tensors on the CPU."""
@@ -287,66 +390,3 @@ INTEGERS = (torch.int64, torch.int32)
 def noise_stride(rule: Law, samples: int) -> int:
     """Noise samples per iteration; constant for traces, whose number of samples depends on the batch."""
     return 1 << 16 if rule.level == "steps" else samples
-
-
-def expected_rows(plan: MaskPlan) -> float:
-    """Expected number of scored tokens; the actual number where it is not random, and for `block`."""
-    rule, options, lengths_B = plan.rule, plan.options, plan.lengths_B.double()
-    if rule.level in ("all", "nodes", "steps", "block"):
-        return float(plan.counts.sum())
-    if rule.level == "t":
-        low, high = (options["t_low"], options["t_high"]) if rule.reduction == "coupled" else (options["t_min"], 1.0)
-        first = lengths_B.sum() * ((low + high) / 2 if options.get("t") is None else options["t"])
-    else:
-        first = ((lengths_B + (rule.level == "count from 1")) / 2 * (lengths_B > 0)).sum()
-    if rule.pairs_from is None:
-        return float(plan.shape[0] * first)
-    whole = int((plan.sample_K < rule.pairs_from).sum())
-    seconds = int(plan.level.second_K1.sum())
-    firsts = plan.shape[0] - whole - seconds
-    return float(firsts * first + seconds * (lengths_B.sum() - first) + whole * lengths_B.sum())
-
-
-def _describe(plan: MaskPlan, hidden_size: int | None, vocabulary: int | None, dtype: torch.dtype) -> str:
-    """See `MaskPlan.describe`."""
-    rule, (K, B, S) = plan.rule, plan.shape
-    N = expected_rows(plan)
-    options = ", ".join(f"{name}={value}" for name, value in plan.options.items() if value is not None) or "none"
-    draws = (
-        "given" if rule.level == "steps" else f"{rule.pairing}{', in complementary pairs' if rule.pairs_from is not None else ''}"
-    )
-    plan_bytes = sum(tensor.nbytes for tensor in plan.tensors().values())
-    lines = [
-        f"law         {rule.name} ({rule.source}); options {options}",
-        f"            level {rule.level}, samples {draws}, weight {rule.weight}, "
-        + ("unbiased for the ELBO" if rule.unbiased else "no unbiased estimate of the ELBO"),
-        f"size        {K} samples x {B} sequences x {S} tokens, {int(plan.lengths_B.sum())} of them scored; "
-        f"seed {plan.seed}, iteration {plan.iteration}, prompt noise {plan.prompt_noise:g}, shift {plan.shift}",
-        f"rows        {N:,.0f} expected, {N / max(1, K * B * S):.1%} of the positions",
-        f"memory      plan {_size(plan_bytes)}, noisy ids {_size(K * B * S * plan.input_ids_BS.element_size())}, "
-        f"masks {_size(K * B * S)}, rows {_size(N * _ROW_BYTES)}",
-    ]
-    if hidden_size is None or vocabulary is None:
-        lines.append(f"head        2 N H V = {2 * N:,.0f} H V FLOPs forward; hidden_size and vocabulary make it a number")
-    else:
-        H, V = checks.count("hidden_size", hidden_size), checks.count("vocabulary", vocabulary)
-        flops = 2.0 * N * H * V
-        lines.append(
-            f"head        {flops:.3g} FLOPs forward (2 N H V; H={H}, V={V}), {2.0 * K * B * S * H * V:.3g} for every position"
-        )
-        lines.append(
-            f"            logits that are never built, {dtype}: {_size(N * V * dtype.itemsize)} for the rows, "
-            f"{_size(K * B * S * V * dtype.itemsize)} for every position"
-        )
-    return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
-
-
-_ROW_BYTES = 4 * 8 + 4  # index, target, sequence, sample; weight

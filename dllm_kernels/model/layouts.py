@@ -1,19 +1,23 @@
-"""The layouts of a rollout's tokens and how the model is called on them: padded, packed, or with a cache.
+"""How the model is called: on a rollout's tokens, padded, packed, or with a cache, and on block-diffusion layouts.
 
-Each has `ids` (all tokens), `column_BL` (columns of the completions' tokens), `write`, `hidden` (one call of
+Each layout of a rollout has `ids` (all tokens), `column_BL` (columns of the completions' tokens), `write`, `hidden` (one call of
 the model) and `rows` (the rows of its result that predict given completion tokens).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dllm_kernels import checks
+from dllm_kernels.masks.layout import Layout
+from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.model.block_attention import BlockMask
 from dllm_kernels.model.headless import Body
 
 
@@ -223,3 +227,45 @@ def _additive(sees: Tensor, body: Body) -> Tensor:
 
 def takes_cache(body: Body) -> bool:
     return "past_key_values" in inspect.signature(body.model.forward).parameters
+
+
+# --- block diffusion ----------------------------------------------------------------------------------------
+
+
+def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states `[R, T, H]` of a plan's layout; `[B, S, ...]` arguments of the model are extended to it."""
+    parameters = inspect.signature(body.model.forward).parameters
+    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(body.model).__name__} does not")
+    extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
+    kwargs: dict[str, Any] = {"position_ids": layout.position_RT, **extended}
+    mask = BlockMask.of(_additive(layout.sees, body)[:, None], layout)
+    return body(layout.ids_RT, attention_mask=mask, **kwargs)
+
+
+def causal_block(model: nn.Module) -> int | None:
+    """The block length of a block-causal model that says so by an attribute `causal_block`, as the trainer's do."""
+    return next((found for module in model.modules() if isinstance(found := module.__dict__.get("causal_block"), int)), None)
+
+
+def check_blocks(model: nn.Module, plan: MaskPlan, model_kwargs: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where the plan's blocks are not the model's, or its padding is not the attention mask's."""
+    declared = causal_block(model)
+    if declared is not None and plan.causal_block is None:
+        raise ValueError(
+            f"plan must have causal_block={declared} for a block-causal model, which has never seen noise before a block: "
+            "fed a noisy sequence, it would score each block given noisy history"
+        )
+    if plan.block_BS is None:
+        return
+    if declared is not None and plan.causal_block != declared:
+        raise ValueError(f"causal_block must be the model's {declared}, got a plan of {plan.causal_block}")
+    mask = model_kwargs.get("attention_mask")
+    if mask is None or not checks.may_read(mask):
+        return
+    if mask.shape != plan.block_BS.shape:
+        raise ValueError(
+            f"attention_mask must have shape {list(plan.block_BS.shape)}, got {list(mask.shape)}: blocks make the rest"
+        )
+    if bool(((mask != 0) != (plan.block_BS >= 0)).any()):
+        raise ValueError("attention_mask must be that of the plan: give it to make_mask_plan as attention_mask_BS")

@@ -108,10 +108,10 @@ def coupled_grpo_objective(*, epsilon: float = 0.5, beta: float = 0.01) -> Objec
     def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
         logp_KBS = dense_logp(logp_N, plan)
         old_KBS, ref_KBS = old_and_reference(batch, logp_KBS)
-        weight_KB1 = plan.weight_KB.to(logp_N.dtype)[:, :, None] * shares_K11(plan, logp_N)
+        weight_KBS = plan.dense(plan.rows.weight.to(logp_N.dtype)) * shares_K11(plan, logp_N)
 
         def scores(dense_KBS: Tensor) -> Tensor:
-            return (torch.where(plan.scored, dense_KBS, 0.0) * weight_KB1).sum(0)
+            return (torch.where(plan.scored, dense_KBS, 0.0) * weight_KBS).sum(0)
 
         return token_terms(
             scores(logp_KBS),

@@ -179,8 +179,7 @@ def dmpo_objective(*, baseline: str = "neg", strength: float = 1.0) -> Objective
 
     def reduce(logp_N: Tensor, plan: MaskPlan) -> Tensor:
         """The mean over the replicates of the mean log-prob of their masked tokens."""
-        sums_BK = surrogates.dense_logp(logp_N, plan).sum(-1).t()
-        return (sums_BK / plan.counts.t().clamp(min=1)).sum(1) / plan.samples
+        return surrogates.mean_logp(logp_N, plan).sum(1) / plan.samples
 
     def couple(mean_logp_B: Tensor, lengths_B: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         coefficients_B = entries["weights"]

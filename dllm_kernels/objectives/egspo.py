@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.advantages import group_advantages
 from dllm_kernels.objectives.recipe import Clip, Recipe, Trajectory
@@ -117,8 +118,9 @@ def egspo_objective(
     """EGSPO for the engine, on plans of law `trace` with the chosen steps as `steps_BJ`; KL by k3.
 
     Entries: "advantages" `[B]`; "old_sample_elbo" `[B, K]`, absent on-policy; "ref_sample_elbo" `[B, K]` where beta is above
-    0. Its denominator is the number of pairs (sequence, step) with a token, `int((plan.counts > 0).sum())`, summed over
-    the plans of an optimizer step: all K steps of a sequence at once, where the code takes one per micro-batch.
+    0; with blocks `[B, K, blocks]`, as `masks.steps` has them. Its denominator is the number of pairs (sequence, step)
+    with a token, `masks.steps.number(plan)`, summed over the plans of an optimizer step: all K steps of a sequence at
+    once, where the code takes one per micro-batch.
     """
     return _objective("egspo", epsilon_low, epsilon_high, beta, tokens_per_step)
 
@@ -135,14 +137,17 @@ def _objective(name: str, epsilon_low: float, epsilon_high: float, beta: float, 
     stepwise = name == "egspo_sa"
 
     def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
-        step_BK = plan.elbo(logp_N)
-        old_BK = batch.per_sample.get("old_sample_elbo", step_BK).detach()
-        advantages = batch.per_sample["step_advantages"] if stepwise else batch.per_sequence["advantages"][:, None]
-        terms_BK = -clipped_ratio_term(step_BK - old_BK, advantages, epsilon_low, epsilon_high)
+        joint = steps.sums(plan, plan.dense(logp_N))  # [B, K], a step of a sequence each; with blocks [B, K, blocks]
+        old = batch.per_sample.get("old_sample_elbo", joint).detach()
+        if stepwise:
+            advantages = batch.per_sample["step_advantages"]
+        else:
+            advantages = batch.per_sequence["advantages"].view(-1, *[1] * (joint.dim() - 1))
+        terms = -clipped_ratio_term(joint - old, advantages, epsilon_low, epsilon_high)
         if beta > 0:
-            terms_BK = terms_BK + beta * _kl(step_BK, batch.per_sample.get("ref_sample_elbo"))
+            terms = terms + beta * _kl(joint, batch.per_sample.get("ref_sample_elbo"))
         # a sequence may have fewer steps than others: what is not there is no action
-        return torch.where(plan.counts.t() > 0, terms_BK, 0.0).sum() / tokens_per_step
+        return torch.where(steps.present(plan), terms, 0.0).sum() / tokens_per_step
 
     scores = ("old_sample_elbo", "ref_sample_elbo") if beta > 0 else ("old_sample_elbo",)
     return Objective(
@@ -155,6 +160,7 @@ def _objective(name: str, epsilon_low: float, epsilon_high: float, beta: float, 
         per_sequence=() if stepwise else ("advantages",),
         per_sample=(*scores, "step_advantages") if stepwise else scores,
         scale=None if beta > 0 else "step_advantages" if stepwise else "advantages",
+        of_steps=True,
     )
 
 
@@ -214,7 +220,11 @@ def _step_advantages(update: Update, options: OptionsSA) -> dict[str, Tensor]:
     seen_BJ = torch.where(steps_BJ < 0, 0.0, update.reward(greedy_BTL.gather(1, index_BJL)))
     final_B = update.rewards.values_B[update.kept_N]
     everyone, mine = update.gather(stepwise_returns(final_B, seen_BJ, lam=options.stepwise))
-    return {"step_advantages": group_advantages(everyone, update.rewards.group_ids_B, kind="mean")[mine]}
+    advantages_BJ = group_advantages(everyone, update.rewards.group_ids_B, kind="mean")[mine]
+    if states.plan.step_BS is None:
+        return {"step_advantages": advantages_BJ}
+    there = steps.states(states.plan)[..., None] == steps_BJ.masked_fill(steps_BJ < 0, -2)[:, None, None]
+    return {"step_advantages": torch.where(there, advantages_BJ[:, None, None], 0.0).sum(-1)}
 
 
 RECIPE = Recipe(

@@ -77,8 +77,20 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None =
 def dense_logp(logp_N: Tensor, plan: MaskPlan) -> Tensor:
     """A plan's row log-probs as `[K, B, S]`, 0 where nothing is scored; differentiable, every row at its own place."""
     checks.shape("logp_N", logp_N, [len(plan.rows.index)])
-    flat = logp_N.new_zeros(plan.scored.numel())
-    return flat.index_copy(0, plan.rows.index + plan.shift, logp_N).view(plan.shape)
+    return plan.dense(logp_N)
+
+
+def mean_logp(logp_N: Tensor, plan: MaskPlan) -> Tensor:
+    """Mean log-probs `[B, K]` of the scored tokens of each sample, 0 where there is none; differentiable.
+
+    Of a plan of blocks: the means of the blocks, weighed by their lengths.
+    """
+    if plan.block_BS is None:
+        return dense_logp(logp_N, plan).sum(-1).t() / plan.counts.t().clamp(min=1)
+    units = plan.units
+    shares_KU = units.lengths_U / units.collect(plan.scored).clamp(min=1)
+    share_KBS = torch.where(plan.scored, units.at_tokens(shares_KU), 0.0).to(logp_N.dtype)
+    return (dense_logp(logp_N, plan) * share_KBS).sum(-1).t() / plan.lengths_B[:, None].clamp(min=1)
 
 
 def sequence_scores(logp_N: Tensor, plan: MaskPlan) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import (
@@ -79,27 +80,37 @@ def trace_rl(
         check_values("advantages_B", advantages_B, sizes[:1], logp_BL)
     advantages_BL = advantages_B if per_token else advantages_B[:, None]
     window = sizes[1] if mode == "sdar" else None
-    return _row_losses(logp_BL, old_logp_BL, advantages_BL, step_mask_BL, epsilon, beta, window).mean()
+    size_B1 = step_mask_BL.sum(-1, keepdim=True)
+    losses_BL = _token_losses(logp_BL, old_logp_BL, advantages_BL, step_mask_BL, size_B1, epsilon, beta, window)
+    return losses_BL.sum(-1).mean()
 
 
-def _row_losses(
-    logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, beta: float, window: int | None
+def _token_losses(
+    logp: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    size: Tensor,
+    epsilon: float,
+    beta: float,
+    window: int | None,
 ) -> Tensor:
-    """Loss of each row, over the last dimension; `window` is the divisor of the SDAR form, None is LLaDA's form."""
+    """Each token's part of its row's loss. `size`: tokens of the row, LLaDA's divisor of the surrogate; `window`: that of the
+    SDAR form, None is LLaDA's form.
+    """
     delta = masked_difference(logp, old, mask)
     if window is not None:
         delta = delta.clamp(-DELTA_BOUND, DELTA_BOUND)
-    surrogate = torch.where(mask, clipped_ratio_term(delta, advantages, epsilon, epsilon), 0.0).sum(-1)
-    kl = k3(delta).sum(-1)
+    surrogate = torch.where(mask, clipped_ratio_term(delta, advantages, epsilon, epsilon), 0.0)
     if window is not None:
-        return (beta * kl - surrogate) / window
-    return beta * kl - surrogate / mask.sum(-1).clamp(min=1)
+        return (beta * k3(delta) - surrogate) / window
+    return beta * k3(delta) - surrogate / size.clamp(min=1)
 
 
 def trace_rl_objective(*, epsilon: float = 0.2, beta: float = 0.01, mode: str = "llada", window: int | None = None) -> Objective:
     """TraceRL for the engine, on plans of law `trace`; its denominator is the number of pairs (sequence, state) with a token.
 
-    That number is `int((plan.counts > 0).sum())`, summed over the plans of an optimizer step. `window` is the divisor of mode
+    That number is `masks.steps.number(plan)`, summed over the plans of an optimizer step. `window` is the divisor of mode
     "sdar", the length of the response window. Entries: "advantages" `[B]`; "old_logp" `[B, K, S]`, absent on-policy.
     """
     checks.choice("mode", mode, MODES)
@@ -114,7 +125,8 @@ def trace_rl_objective(*, epsilon: float = 0.2, beta: float = 0.01, mode: str = 
         old_BKS = batch.per_sample.get("old_logp")
         old_KBS = logp_KBS if old_BKS is None else old_BKS.transpose(0, 1)
         advantages_B1 = batch.per_sequence["advantages"][:, None]
-        return _row_losses(logp_KBS, old_KBS, advantages_B1, plan.scored, epsilon, beta, window).sum()
+        size_KBS = steps.sizes(plan)
+        return _token_losses(logp_KBS, old_KBS, advantages_B1, plan.scored, size_KBS, epsilon, beta, window).sum()
 
     return Objective(
         name="trace_rl",

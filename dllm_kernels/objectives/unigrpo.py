@@ -72,8 +72,8 @@ def unigrpo_objective(*, epsilon: float = 0.2, beta: float = 0.01) -> Objective:
 
     def contributions(logp_N: Tensor, plan: MaskPlan, batch: Batch) -> Tensor:
         elbo_BK = plan.elbo(logp_N)
-        # an ELBO is the weight times the sum over the masked tokens, so this many times their mean
-        times_BK = (plan.weight_KB * plan.counts).t().to(elbo_BK.dtype)
+        # an ELBO is the weighted sum over the masked tokens, so this many times their (weighted) mean
+        times_BK = plan.elbo(torch.ones_like(logp_N)).detach()
 
         def means(scores_BK: Tensor) -> Tensor:
             return torch.where(times_BK > 0, scores_BK, 0.0) / torch.where(times_BK > 0, times_BK, 1.0)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Objective
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.advantages import group_advantages
-from dllm_kernels.rollouts.trajectories import Rollout, trajectory_logp
+from dllm_kernels.rollouts.trajectories import Rollout, rollout_logp
 
 # (plan, name of an entry such as "old_elbo" or "ref_logp") -> the scores of that policy
 ScoreOf = Callable[[MaskPlan, str], Tensor]
@@ -82,11 +83,8 @@ class States:
         """What the rollout itself saw, where a scoring pass would give the same: where states are single steps."""
         if self.plan.law != "trace" or self.plan.options["shrink"] != 1:
             return None
-        if name == "old_sample_elbo":
-            return trajectory_logp(self.rollout, self.plan)
-        logp_BS = torch.zeros_like(self.rollout.ids_BS, dtype=torch.float32)
-        logp_BS = logp_BS.masked_scatter(self.rollout.completion_mask_BS, self.rollout.commit_logp_BL)
-        return torch.where(self.plan.scored, logp_BS, 0.0).transpose(0, 1)
+        logp_KBS = rollout_logp(self.rollout, self.plan)
+        return steps.sums(self.plan, logp_KBS) if name == "old_sample_elbo" else logp_KBS.transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

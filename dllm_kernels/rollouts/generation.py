@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
 from dllm_kernels.model.headless import Body, context_length, dropout_names, headless
-from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, collect, takes_cache
+from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, causal_block, collect, takes_cache
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.samplers import check_steps, resolve
 from dllm_kernels.rollouts.trajectories import Rollout
@@ -140,6 +140,8 @@ def generate(
         raise ValueError(
             "cache takes sampler='sdar', whose blocks are those of the prompt, with shift=0, guidance=0, greedy=False"
         )
+    if resolved.blocks == "sequence" and causal_block(model) not in (None, block_length):
+        raise ValueError(f"block_length must be the model's {causal_block(model)} for sampler={sampler!r}, got {block_length}")
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
 
     with headless(model) as body:
@@ -200,6 +202,7 @@ def generate(
         "guidance": guidance,
         "shift": shift,
         "eos_id": eos_id,
+        "causal_block": block_length if cache else causal_block(model),
     }
     return _assemble(parts, prompts, sequence_ids, mask_id, settings)
 

@@ -169,6 +169,7 @@ def trajectory_rows(
     segments: int | None = None,
     shift: int | None = None,
     eos_id: int | None = None,
+    causal_block: int | None = None,
 ) -> MaskPlan:
     """The states of a rollout and the tokens decided in each, as a `MaskPlan` with states as samples.
 
@@ -177,7 +178,9 @@ def trajectory_rows(
         shrink: number of consecutive steps per state (TraceRL). segments: number of equal parts of the steps
             instead (d2; law "segments"), each scored in its first state.
         shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: tokens after
-            the first EOS are not scored; None takes that of the rollout.
+            the first EOS are not scored; None takes that of the rollout. causal_block: the block length of a
+            block-causal model, as in `make_mask_plan`; None takes that of the rollout, of whose settings it is
+            one where the model is known to be block-causal.
 
     Failed sequences cannot be scored: remove them first (`rollout.kept`). Raises ValueError or
     TypeError naming the argument.
@@ -216,6 +219,8 @@ def trajectory_rows(
         mask_id=rollout.mask_id,
         shift=rollout.settings.get("shift", 0) if shift is None else shift,
         eos_id=rollout.settings.get("eos_id") if eos_id is None else eos_id,
+        attention_mask_BS=rollout.attention_mask_BS,
+        causal_block=rollout.settings.get("causal_block") if causal_block is None else causal_block,
         **options,
     )
 
@@ -238,6 +243,11 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
     """
     if plan.law != "trace" or plan.options["shrink"] != 1:
         raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")
+    return rollout_logp(rollout, plan).sum(-1).t()
+
+
+def rollout_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
+    """Log-probs `[K, B, S]` of a plan's scored tokens at their commits, 0 elsewhere."""
     filled_BS = torch.zeros_like(rollout.ids_BS, dtype=rollout.commit_logp_BL.dtype)
     logp_BS = filled_BS.masked_scatter(rollout.completion_mask_BS, rollout.commit_logp_BL)
-    return torch.where(plan.scored, logp_BS, 0.0).sum(-1).t()
+    return torch.where(plan.scored, logp_BS, 0.0)

@@ -39,8 +39,11 @@ LATE = ("unit", "entropy_unit", "operand", "entropy_operand")
 
 @pytest.fixture(autouse=True)
 def _restore():
+    """Every call finds NaN all over its workspace."""
     threads, isa = torch.get_num_threads(), _C.isa()
+    _C.poison_workspace(math.nan)
     yield
+    _C.poison_workspace(None)
     torch.set_num_threads(threads)
     _C.set_isa(isa)
 
@@ -141,6 +144,8 @@ def check(p: HeadProblem) -> None:
 def test_pitfall_what_an_earlier_call_left_in_the_workspace_does_not_matter(isa, dtype, rows):
     """Lanes past the last row are paired with it: NaN there would reach dW, though their coefficient is 0."""
     _C.set_isa(isa)
+
+    _C.poison_workspace(None)
 
     def gradients(p: HeadProblem) -> tuple[torch.Tensor, torch.Tensor]:
         dweight = torch.empty(33, 48)

@@ -63,6 +63,7 @@ def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="log
         case.options["bias"],
         None,
         0.7,
+        None,
         3.0,
         [],
         None,
@@ -89,9 +90,10 @@ def test_opcheck_of_score_with_other_outputs_and_a_per_row_temperature(backend, 
 def test_opcheck_of_the_other_ops(backend):
     case = make_case(torch.float32)
     key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
-    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, None, None, 1.0, None, [3], 12, 4, 1.0))
+    options = (None, None, 1.0, None, None, [3], 12)
+    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, *options, 4, None, 1.0))
     dweight, dbias = torch.zeros(13, 6), torch.zeros(13)
-    arguments = (case.hidden, case.weight, case.target, case.rows, None, None, 1.0, None, [], None, case.coef.float(), None)
+    arguments = (case.hidden, case.weight, case.target, case.rows, None, None, 1.0, None, None, [], None, case.coef.float(), None)
     torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias))
     torch.library.opcheck(ops.add_gradient, (*arguments, None, None))
 
@@ -177,6 +179,38 @@ def test_shapes_may_vary_under_compile(backend):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (5, 9, 40):
         assert torch.equal(compiled(case.hidden[:n], case.target[:n]), function(case.hidden[:n], case.target[:n]))
+
+
+def test_sampling_takes_shapes_and_temperatures_that_vary_under_compile(backend):
+    torch._dynamo.reset()
+    case = make_case(torch.float32, shape=(40,), rows=None)
+    key = row_bits(0, Stream.TOKEN, torch.arange(40), torch.tensor(0), torch.tensor(0))
+
+    def function(hidden, key, temperature):
+        return sample_tokens(hidden, case.weight, key, temperature=temperature, logit_temperature=2 * temperature).token
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in range(12):  # more than the compiler's limit of recompilations
+        arguments = case.hidden[: 5 + n], key[: 5 + n], 0.5 + n / 10
+        assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+@pytest.mark.parametrize("plan", ["recompute", "coef"])
+def test_temperature_and_softcap_may_change_at_every_compiled_call(backend, plan):
+    torch._dynamo.reset()
+    case = make_case(torch.float32).fresh()
+    coef = case.coef.float()
+
+    def function(temperature, softcap):
+        more = {"temperature": temperature, "softcap": softcap, "plan": plan, "rows": case.rows}
+        if plan == "coef":
+            return score_tokens(case.hidden, case.weight, case.target, coef=coef, **more).weighted_sum
+        return (score_tokens(case.hidden, case.weight, case.target, **more).logp * coef).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for n in range(12):
+        got, want = (torch.autograd.grad(f(0.5 + n / 10, 3.0 + n), case.hidden)[0] for f in (compiled, function))
+        assert torch.equal(got, want), n
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ PUBLIC = {
 INSIDE = {
     ("dllm_kernels/backends/contract.py", "HeadOptions"),
     ("dllm_kernels/model/headless.py", "Body"),
-    *(("dllm_kernels/head/ops.py", name) for name in ("_flat", "_problem")),
+    ("dllm_kernels/head/ops.py", "_problem"),
     *(("dllm_kernels/backends/triton/rows.py", name) for name in ("_logit", "row_kernel")),
     *(("dllm_kernels/backends/triton/fused.py", name) for name in ("_final", "_take", "fused_kernel")),
     *(("dllm_kernels/backends/triton/gate.py", name) for name in ("", "variants")),

@@ -336,3 +336,63 @@ def test_a_plan_s_score_has_that_expectation(name, options, samples, monkeypatch
     score_B = plan.score(logp_KBS[plan.scored])
     monkeypatch.undo()
     assert float((score_B.double() * outcomes.probability_B).sum()) == pytest.approx(exact_elbo(scores), rel=1e-6)
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockOutcomes:
+    """Every pair of outcomes of two blocks: a block's level is keyed by its ordinal, tokens by the completion's."""
+
+    blocks: tuple[Outcomes, Outcomes]
+    lengths: tuple[int, int]
+
+    @property
+    def probability_B(self):
+        first, second = (block.probability_B for block in self.blocks)
+        return (first[:, None] * second).flatten()
+
+    def row_bits(self, seed, stream, sequence_id, sample, position):
+        sequence_id, _, position = torch.broadcast_tensors(sequence_id, sample, position)
+        first, second = self.blocks
+        one, two = sequence_id // len(second.probability_B), sequence_id % len(second.probability_B)
+        if stream == Stream.LEVEL:
+            return torch.where(position == 0, first.level_bits_B[one], second.level_bits_B[two])
+        assert stream == Stream.MASK
+        place, later = position.clamp(max=self.lengths[0] - 1), (position - self.lengths[0]).clamp(0, self.lengths[1] - 1)
+        return torch.where(position < self.lengths[0], first.mask_bits_BL[one, place], second.mask_bits_BL[two, later])
+
+
+@pytest.mark.parametrize(("name", "options", "samples"), CLAIMS, ids=str)
+def test_every_law_that_claims_it_is_unbiased_for_the_bound_of_blocks(name, options, samples, monkeypatch):
+    """A prompt token shares the first block; L, n and t in a token's weight are those of its own block."""
+    lengths, scores = (2, 3), (table(2), table(3, seed=1))
+    law, full = laws.resolve(name, options)
+    outcomes = BlockOutcomes(tuple(outcomes_of(law, full, length) for length in lengths), lengths)
+    B = len(outcomes.probability_B)
+    monkeypatch.setattr(noise, "row_bits", outcomes.row_bits)
+    completion = torch.arange(6).expand(B, -1) >= 1
+    plan = make_mask_plan(
+        torch.arange(6).expand(B, -1),
+        completion,
+        law=name,
+        samples=samples,
+        seed=0,
+        sequence_ids=torch.arange(B),
+        mask_id=9,
+        causal_block=3,
+        **options,
+    )
+    hidden_KBS = plan.masked
+    assert torch.equal(hidden_KBS, plan.scored)
+    assert len(plan.rows) == int(hidden_KBS.sum())
+    monkeypatch.undo()
+    logp_KBS = torch.zeros(hidden_KBS.shape, dtype=torch.float64)
+    for first, length, scores_ML in ((1, 2, scores[0]), (3, 3, scores[1])):
+        inside = hidden_KBS[:, :, first : first + length].long()
+        code_KB = (inside << torch.arange(length)).sum(-1)
+        logp_KBS[:, :, first : first + length] = scores_ML[code_KB]
+    estimate = float((plan.score(logp_KBS[plan.scored]) * outcomes.probability_B).sum())
+    want = exact_elbo(scores[0]) + exact_elbo(scores[1])
+    assert estimate == pytest.approx(want, rel=2e-6 if name == "bernoulli" else 2e-7)  # weights of a plan are fp32

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from dllm_kernels.model.block_attention import BlockMask
+
 from ..distributed import find_blocks
 from ..facts import Facts
 
@@ -165,7 +167,8 @@ class AttentionForm:
         if mask_BS is not None and mask_BS.dim() == 4:
             if self.kind == "none":
                 raise ValueError("attention_mask must be None for a model that takes none, got a mask of pairs")
-            return self._as_kind(mask_BS if mask_BS.dtype == torch.bool else mask_BS == 0, dtype)
+            form = self._as_kind(mask_BS if mask_BS.dtype == torch.bool else mask_BS == 0, dtype)
+            return BlockMask.of(form, mask_BS.of_layout) if isinstance(mask_BS, BlockMask) else form
         if self.kind == "none":
             return None
         if self.block_length is None and mask_BS is None:
@@ -193,6 +196,8 @@ def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
     if facts.attention_mask == "int":  # two dimensions cannot express what a block sees
         raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
     block_length = facts.block_length if facts.topology == "block_causal" else None
+    if block_length is not None:
+        model.causal_block = block_length  # type: ignore[assignment]  # for the library, which scores such models by blocks
     setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
     cls = type(model)
     if not hasattr(cls.forward, FORM):

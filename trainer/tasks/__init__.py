@@ -24,6 +24,7 @@ MODULES = {
     "gsm8k": ".gsm8k",
     "math": ".math",
     "file": ".files",
+    "code": ".code",
     "pairs": ".pairs",
 }
 

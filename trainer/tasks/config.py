@@ -82,6 +82,25 @@ class FileConfig(Section):
     completion_length: Positive = 256
 
 
+class CodeConfig(Section):
+    kind: Literal["code"] = "code"
+    style: Literal["words", "characters"] = "words"  # characters: a toy for a model from scratch
+    train: Text | None = None  # JSONL in MBPP's or HumanEval's form; None: a small set that ships
+    tests: dict[str, Text] = Field({})  # name of the test set -> path
+    train_rows: Rows = None
+    test_rows: Rows = None
+    train_problems: Positive = 4000  # of the toy
+    test_problems: Positive = 32
+    careless_share: Share = 0.5  # share of the toy's demonstrations without parentheses
+    completion_length: Positive = 256
+    # where programs run: bubblewrap or, where it is missing, unshare; none: with all your rights
+    sandbox: Literal["auto", "bubblewrap", "unshare", "none"] = "auto"
+    timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = 5.0  # seconds for all tests of one program
+    memory_mib: Annotated[int, Field(ge=64)] = 256  # of each process
+    processes: Annotated[int, Field(ge=1, le=256)] = 8
+    workers: Positive | None = None  # programs at once; None: the cores of this process
+
+
 class PairsConfig(Section):
     kind: Literal["pairs"] = "pairs"
     train: Text
@@ -106,6 +125,7 @@ AnyTaskConfig = Annotated[
     | Annotated[Gsm8kConfig, Tag("gsm8k")]
     | Annotated[MathConfig, Tag("math")]
     | Annotated[FileConfig, Tag("file")]
+    | Annotated[CodeConfig, Tag("code")]
     | Annotated[PairsConfig, Tag("pairs")],
     Discriminator(_kind),
 ]

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..errors import first_line
+from .trl_rewards import as_reward
 
 
 def main(spec: str, descriptor: int) -> None:
@@ -55,7 +56,7 @@ def _find(spec: str) -> tuple[bool, Any]:
         return False, f"cannot be loaded: importing {module} raised {first_line(error)}"
     if not callable(found):
         return False, f"is not a function but {type(found).__name__}"
-    return True, found
+    return True, as_reward(found)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def checked(reward: Reward, name: str) -> Reward:
 def load_reward(spec: str, *, timeout: float) -> Reward:
     """`module:function`, called as `function(examples, completions)` in a process of its own, checked.
 
+    One whose signature names `prompts` is called as TRL does, `function(prompts=, completions=, **columns)`.
+
     A call that takes more than `timeout` seconds ends the process; the next call starts another. Output of
     the function goes to stderr. Raises UserError if there is no such function.
     """

@@ -15,6 +15,7 @@ from dllm_kernels import Rollout
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.accumulation.report import Report
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Clip, Recipe, Rewards, Signal, States, Update
 from dllm_kernels.objectives.update import ScoreOf
@@ -87,6 +88,8 @@ class Scores:
     def _scores(self, model: nn.Module, plan: MaskPlan, kind: str) -> Tensor:
         if kind == "logp":
             return score_samples(model, plan, per_token=True, **self.options)
+        if kind == "sample_elbo" and plan.step_BS is not None:  # one for each step, of which a sample has several
+            return steps.sums(plan, score_samples(model, plan, per_token=True, **self.options).transpose(0, 1))
         elbo_BK = score_samples(model, plan, **self.options)
         return elbo_BK if kind == "sample_elbo" else (elbo_BK * plan.share_K).sum(-1)
 
@@ -141,7 +144,7 @@ def step_figures(algorithm: Algorithm, report: Report, plan: MaskPlan, batch: Ba
     figures: dict[str, float] = {}
     for name in filter(None, (algorithm.objective.old_scores, "ref_elbo", "ref_sample_elbo")):
         if name in batch.per_sample and name.endswith("_sample_elbo"):
-            difference = elbo_BK - batch.per_sample[name]
+            difference = elbo_BK - batch.per_sample[name].unsqueeze(-1).flatten(2).sum(-1)
         elif name in batch.per_sequence:
             difference = score_B1 - batch.per_sequence[name][:, None]
         else:

@@ -41,6 +41,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
             mask_id=facts.mask_id,
             shift=facts.shift,
             attention_mask_BS=real,
+            causal_block=facts.block_length,
             **config.law_options(),
         ).to(ranks.device)
         options = setup.scoring_options(None if real is None else real.to(ranks.device), config.micro_batch, as_rolled_out=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
@@ -127,6 +128,7 @@ def _learn(
             shift=setup.facts.shift,
             attention_mask_BS=sampled.attention_mask_BS,
             iteration=iteration,
+            causal_block=setup.facts.block_length,
             **config.law_options(),
         ).cut(sequences=here_N)
 
@@ -150,7 +152,7 @@ def _learn(
     lr = learning_rate(config, number, config.updates)
     denominator = found.denominator
     if denominator is None:  # steps: what the plans of all ranks hold
-        denominator = max(1.0, ranks.total(float((plans[0].counts > 0).sum())))
+        denominator = max(1.0, ranks.total(float(steps.number(plans[0]))))
     figures: dict[str, float] = {}
     for plan, batch in zip(plans, batches, strict=True):
         report = accumulate(setup.model, plan, objective, batch, denominator=denominator, group=ranks.group, **options)

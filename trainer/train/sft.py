@@ -6,8 +6,11 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from dllm_kernels import elbo_loss, headless, make_mask_plan, noise
+from dllm_kernels import accumulate, elbo_loss, headless, make_mask_plan, noise
+from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
+from dllm_kernels.masks.plan import MaskPlan
 
 from ..errors import ConfigError
 from ..models.codec import joined
@@ -37,22 +40,10 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
             mask_id=facts.mask_id,
             shift=facts.shift,
             attention_mask_BS=real,
+            causal_block=facts.block_length,
             **config.law_options(),
         ).to(ranks.device)
-        micro_batch = config.micro_batch or len(examples)
-        value = 0.0
-        with headless(setup.model) as body:
-            for first in range(0, len(examples), micro_batch):
-                span = slice(first, first + micro_batch)
-                part = plan.cut(sequences=span)
-                mask = None if real is None else real[span].to(ranks.device)
-                hidden = body(part.noisy_ids[0], **setup.loaded.call_kwargs(mask))
-                p_mask, lengths = part.p_mask_KB[0][:, None], part.lengths_B
-                options = {**body.options, "shift": facts.shift, "take_dweight": body.take_dweight}
-                loss = elbo_loss(hidden, body.weight, part.input_ids_BS, part.masked[0], p_mask, lengths=lengths, **options)
-                share = len(part.input_ids_BS) / config.batch
-                (loss if share == 1 else loss * share).backward()
-                value += float(loss.detach()) * share
+        value = _accumulate(setup, plan, None if real is None else real.to(ranks.device))
         value = ranks.total(value)
         lr = learning_rate(config, step, config.steps)
         norm = guarded_step(setup.model, optimizer, value, config, lr)
@@ -67,3 +58,34 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
         }
+
+
+def _accumulate(setup: Setup, plan: MaskPlan, real_BS: Tensor | None) -> float:
+    """Add the gradient of this rank's examples to `.grad`; their part of the loss."""
+    config, facts = setup.config.sft, setup.facts
+    examples = len(plan.input_ids_BS)
+    micro_batch = config.micro_batch or examples
+    if facts.block_length is not None:
+        report = accumulate(
+            setup.model,
+            plan,
+            NEGATIVE_ELBO,
+            Batch(),
+            denominator=float(config.batch),
+            sequences_per_pass=micro_batch,
+            model_kwargs=setup.loaded.call_kwargs(real_BS),
+        )
+        return float(report.loss)
+    value = 0.0
+    with headless(setup.model) as body:
+        for first in range(0, examples, micro_batch):
+            span = slice(first, first + micro_batch)
+            part = plan.cut(sequences=span)
+            hidden = body(part.noisy_ids[0], **setup.loaded.call_kwargs(None if real_BS is None else real_BS[span]))
+            p_mask, lengths = part.p_mask_KB[0][:, None], part.lengths_B
+            options = {**body.options, "shift": facts.shift, "take_dweight": body.take_dweight}
+            loss = elbo_loss(hidden, body.weight, part.input_ids_BS, part.masked[0], p_mask, lengths=lengths, **options)
+            share = len(part.input_ids_BS) / config.batch
+            (loss if share == 1 else loss * share).backward()
+            value += float(loss.detach()) * share
+    return value

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dllm_kernels import accumulate, generate, headless, make_mask_plan, noise
 from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import BGPO
 from tests.tiny import gradients, worst_gradient_error
 from tests.trainer.models.tiny_checkpoints import MASK, PAD, PUBLISHED, TEXT, VOCABULARY, write
@@ -114,6 +115,7 @@ def test_one_bgpo_step_gives_the_gradient_of_the_model_s_own_logits(case: Case) 
         mask_id=facts.mask_id,
         shift=facts.shift,
         attention_mask_BS=REAL,
+        causal_block=facts.block_length,
     )
     batch = Batch({"advantages": torch.tensor([1.0, 0.5])})
     suppress = case.loaded.suppressed
@@ -123,19 +125,43 @@ def test_one_bgpo_step_gives_the_gradient_of_the_model_s_own_logits(case: Case) 
     ours = gradients(model)
     model.zero_grad()
 
-    logits = torch.stack([model(input_ids=ids, **kwargs).logits for ids in plan.noisy_ids]).double()
+    if facts.block_length is None:
+        logits = torch.stack([model(input_ids=ids, **kwargs).logits for ids in plan.noisy_ids]).double()
+        index = plan.rows.index
+    else:
+        layout = plan.layout()
+        own = {"attention_mask": layout.sees[:, None], "position_ids": layout.position_RT}
+        logits = model(input_ids=layout.ids_RT, **own).logits.double()
+        index = layout.index_M[layout.row_N]
     if suppress:
         logits[..., list(suppress)] = -math.inf
-    logp = logits.log_softmax(-1).flatten(0, 2)[plan.rows.index].gather(1, plan.rows.target[:, None])[:, 0]
+    logp = logits.log_softmax(-1).flatten(0, -2)[index].gather(1, plan.rows.target[:, None])[:, 0]
     loss = BGPO.contributions(logp, plan, batch) / 2
     loss.backward()
-    tolerance = 1e-4 if case.kind == "llada2" else 1e-9  # fp32 logits
+    tolerance = {"llada2": 1e-4, "sdar": 1e-6}.get(case.kind, 1e-9)  # fp32 logits; fp32 rotations in other batches
     torch.testing.assert_close(report.loss, loss.detach(), rtol=tolerance, atol=0)
     want = gradients(model)
     # experts that no token chose have no gradient either way
     assert worst_gradient_error(ours, want) < tolerance
     assert len(ours) > 5
     model.zero_grad()
+
+
+def test_a_block_causal_model_refuses_plans_that_feed_it_noisy_history_or_other_blocks(case: Case) -> None:
+    facts = case.loaded.facts
+    options = {"law": "exact", "samples": 1, "seed": 1, "sequence_ids": noise.sequence_ids(["a", "b"]), "mask_id": facts.mask_id}
+    completion = torch.arange(IDS.shape[1]).expand(2, -1) >= PROMPT
+    if facts.block_length is None:
+        return
+    whole = make_mask_plan(IDS, completion, attention_mask_BS=REAL, **options)
+    with pytest.raises(ValueError, match=f"plan must have causal_block={facts.block_length} for a block-causal model"):
+        score_samples(case.loaded.model, whole, model_kwargs=case.loaded.call_kwargs(REAL))
+    other = make_mask_plan(IDS, completion, attention_mask_BS=REAL, causal_block=facts.block_length + 1, **options)
+    with pytest.raises(ValueError, match=f"causal_block must be the model's {facts.block_length}, got a plan of"):
+        score_samples(case.loaded.model, other, model_kwargs=case.loaded.call_kwargs(REAL))
+    padded = make_mask_plan(IDS, completion, causal_block=facts.block_length, **options)
+    with pytest.raises(ValueError, match="attention_mask must be that of the plan"):
+        score_samples(case.loaded.model, padded, model_kwargs=case.loaded.call_kwargs(REAL))
 
 
 def test_saving_keeps_names_and_code_and_reloads_to_the_same_logits(case: Case, tmp_path: Path) -> None:

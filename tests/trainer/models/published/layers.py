@@ -27,8 +27,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.original_inv_freq = self.inv_freq
 
-    def forward(self, length, device):
-        angle = torch.outer(torch.arange(length, device=device).float(), self.inv_freq)
+    def forward(self, length, device, position_ids=None):
+        """`[S, D]`, or `[B, 1, S, D]` for positions `[B, S]`."""
+        positions = torch.arange(length, device=device) if position_ids is None else position_ids[:, None]
+        angle = positions[..., None].float() * self.inv_freq
         return torch.cat([angle, angle], dim=-1)
 
 

@@ -117,7 +117,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
             attention_mask = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
         elif attention_mask.shape != (B, 1, S, S):
             raise ValueError(f"attention_mask must be (batch, 1, seq_len, kv_len), got {attention_mask.shape}")
-        angle = self.rotary_emb(S, x.device)
+        angle = self.rotary_emb(S, x.device, position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask=attention_mask, position_embeddings=angle)[0]
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x))

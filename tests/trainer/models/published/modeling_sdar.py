@@ -99,7 +99,7 @@ class SDARModel(SDARPreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
         use_cache = use_cache if use_cache is not None else self.config.use_cache
         x = self.embed_tokens(input_ids)
-        angle = self.rotary_emb(x.shape[1], x.device)
+        angle = self.rotary_emb(x.shape[1], x.device, position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask=attention_mask, position_embeddings=angle)[0]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x))

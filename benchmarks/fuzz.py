@@ -1,0 +1,209 @@
+"""Fuzz the head on this machine's CPU: every call, option and instruction set, against float64.
+
+    python benchmarks/fuzz.py --cases 100000 --seed 0      go on to 100,000 cases in all
+    python benchmarks/fuzz.py --case 4711 --seed 0         one drawn problem again, in this process
+    python benchmarks/fuzz.py --cases 1000000 --out benchmarks/results/fuzz.json
+
+A case is one call (`score_tokens` under a plan, `head_backward`, `sample_tokens`, a loss) of one drawn problem on one
+instruction set. Inputs and results lie between forbidden pages, the engine's workspace holds NaN or 1e30 or what the
+call before left, one problem in forty is bad and must be refused. What came out is compared with float64 within bounds of
+rounding (benchmarks/fuzzing/truth.py). The same seed draws the same problems on every machine.
+
+A process of its own makes the calls: one that dies is a wrong case, and the next goes on after it. The state is kept in
+--state (default runs/fuzz-<seed>.json) and a run that was cut off goes on from there. Exit codes: 0 nothing is wrong;
+1 something is; 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    import checkout  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+POISONS = (math.nan, 1e30, None)
+BATCH = 500  # problems of one child process between two writes of the state
+MEASURED = 16  # of so many problems one has its gradients compared with those of plain PyTorch
+KEPT = 50  # wrong cases that the state describes
+State = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10000, help="in all, those of earlier runs of the state included")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--isa", action="append", help="these instruction sets alone; default all that this CPU has")
+    parser.add_argument("--case", type=int, metavar="PROBLEM", help="judge one problem, here, and keep no state")
+    parser.add_argument("--stop", action="store_true", help="after the first wrong case")
+    parser.add_argument("--state", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the counts there too, with what machine this is")
+    arguments = parser.parse_args(argv)
+    from dllm_kernels.backends import cpu
+
+    allowed = [] if cpu._C is None else cpu._C.supported_isas()
+    isas = arguments.isa or allowed
+    if arguments.cases < 1 or not isas or not set(isas) <= set(allowed):
+        print(f"error: --cases must be at least 1 and --isa one of {', '.join(allowed) or '(no engine)'}", file=sys.stderr)
+        return 2
+    if arguments.case is not None:
+        found = judged(arguments.seed, arguments.case, isas)
+        print("\n".join(found["wrong"]) or f"{sum(found['by_engine'].values())} cases, nothing is wrong")
+        return int(bool(found["wrong"]))
+    path = arguments.state or ROOT / "runs" / f"fuzz-{arguments.seed}.json"
+    state = fuzz(arguments.cases, arguments.seed, isas, path, stop=arguments.stop)
+    if arguments.out is not None:
+        from dllm_trainer.records.environment import environment
+
+        arguments.out.write_text(json.dumps(state | {"environment": environment()}, indent=1) + "\n")
+    print(table(state))
+    print(f"{state['cases']} cases, {state['wrong_cases']} wrong, {state['seconds']:.0f} s; {path}")
+    return int(bool(state["wrong_cases"]))
+
+
+def fresh(seed: int, isas: list[str]) -> State:
+    counts: State = {"by_engine": {}, "by_call": {}, "by_dtype": {}, "by_outcome": {}}
+    told: State = {"wrong_cases": 0, "wrong": [], "gradient_errors": {}}
+    return {"schema": 1, "seed": seed, "isas": isas, "next_problem": 0, "cases": 0, "seconds": 0.0, **counts, **told}
+
+
+def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = False) -> State:
+    """Goes on from the state in `path` until `cases` cases are judged or, with `stop`, one is wrong."""
+    state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas)
+    if (state["seed"], state["isas"]) != (seed, isas):
+        raise SystemExit(f"error: {path} is of seed {state['seed']} on {', '.join(state['isas'])}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    child = None
+    while state["cases"] < cases and not (stop and state["wrong_cases"]):
+        started, first = time.monotonic(), state["next_problem"]
+        if child is None or not child[0].is_alive():
+            ours, theirs = context.Pipe()
+            child = context.Process(target=work, args=(seed, isas, theirs), daemon=True), ours
+            child[0].start()
+            theirs.close()
+        enough = -(-(cases - state["cases"]) // len(isas))
+        died = not follow(state, child[1], range(first, first + min(BATCH // 10 if stop else BATCH, enough)))
+        if died:
+            child[0].join()
+            note(
+                state, state["next_problem"], [f"the process died ({child[0].exitcode}): memory beside a tensor was touched?"], {}
+            )
+        state["seconds"] = round(state["seconds"] + time.monotonic() - started, 1)
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps(state, indent=1) + "\n")
+        os.replace(written, path)
+    if child is not None:
+        child[0].terminate()
+    return state
+
+
+def follow(state: State, child: Connection, problems: range) -> bool:
+    """Adds what the child finds to the state; False if it died, and then `next_problem` names the one that it died of."""
+    try:
+        child.send((problems.start, problems.stop))
+        for number in problems:
+            state["next_problem"] = number
+            found = child.recv()
+            note(state, number, found["wrong"], found)
+    except (EOFError, ConnectionError):
+        return False
+    return True
+
+
+def note(state: State, number: int, wrong: list[str], found: State) -> None:
+    state["next_problem"] = number + 1
+    state["cases"] += sum(found.get("by_engine", {}).values()) or len(state["isas"])
+    state["wrong_cases"] += len(wrong)
+    if wrong and len(state["wrong"]) < KEPT:
+        print(f"problem {number}: {wrong[0]}", file=sys.stderr, flush=True)
+        state["wrong"].append({"problem": number, "what": wrong})
+    for key in ("by_engine", "by_call", "by_dtype", "by_outcome"):
+        state[key] = dict(Counter(state[key]) + Counter(found.get(key, {})))
+    for key, (ours, eager) in found.get("gradient_errors", {}).items():
+        worst = state["gradient_errors"].setdefault(key, {"measured": 0, "largest": 0.0, "ratio": 0.0, "above_1.5": 0})
+        ratio = ours / eager if eager else 0.0
+        worst["measured"] += 1
+        worst["above_1.5"] += ratio > 1.5
+        worst["largest"] = max(worst["largest"], ours)
+        if ratio > worst["ratio"]:
+            worst |= {"ratio": round(ratio, 3), "error_there": ours, "of_problem": number}
+
+
+def work(seed: int, isas: list[str], parent: Connection) -> None:
+    """The child: judges ranges of problems until the parent is gone."""
+    while True:
+        try:
+            first, end = parent.recv()
+        except EOFError:
+            return
+        for number in range(first, end):
+            parent.send(judged(seed, number, isas))
+
+
+def judged(seed: int, number: int, isas: list[str]) -> State:
+    """Counts, and a sentence for each call that is wrong, of one problem on these instruction sets."""
+    from benchmarks.fuzzing import calls, problems
+    from benchmarks.fuzzing.guards import Guarded
+    from benchmarks.fuzzing.truth import Truth
+
+    guarded = _GUARDED.setdefault("", Guarded())
+    problem = problems.draw(seed, number)
+    truth = None if problem.bad else Truth(problem)
+    float64 = problem.dtype.itemsize == 8  # runs in PyTorch, whatever the instruction set
+    engines = [calls.REFERENCE] if float64 else isas
+    dtype = str(problem.dtype).removeprefix("torch.")
+    wrong, errors = [], {}
+    for place, engine in enumerate(engines):
+        try:
+            said = calls.judge(problem, truth, engine, POISONS[(number + place) % 3], guarded)
+        except Exception:
+            said = [traceback.format_exc(limit=-3)]
+        if said:
+            shape = f"hidden {list(problem.hidden.shape)}, V {len(problem.weight)}, rows {len(problem.target)}"
+            wrong.append(f"{problem.call} {dtype} on {engine}, {shape}, {', '.join(problem.options) or 'no options'}: {said}")
+    if truth is not None and number % MEASURED == 0 and problem.call in ("unit", "coef", "keep", "recompute") and not wrong:
+        for name, pair in calls.gradient_errors(problem, truth, engines[0], guarded).items():
+            errors[f"{dtype} {problem.call} {name}"] = pair
+    count = len(engines)
+    return {
+        "wrong": wrong,
+        "by_engine": dict.fromkeys(engines, 1),
+        "by_call": {problem.call: count},
+        "by_dtype": {dtype: count},
+        "by_outcome": {"refused" if problem.bad else "computed": count},
+        "gradient_errors": errors,
+    }
+
+
+def table(state: State) -> str:
+    """The worst gradients by dtype and plan, as docs/loop.md shows them."""
+    lines = ["| dtype | plan | measured | largest error | over eager's, at most |", "|---|---|---|---|---|"]
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for plan in ("unit", "coef", "keep", "recompute"):
+            found = [x for key, x in state["gradient_errors"].items() if key.startswith(f"{dtype} {plan} ")]
+            if not found:
+                continue
+            worst = max(found, key=lambda x: x["ratio"])
+            measured, largest = sum(x["measured"] for x in found), max(x["largest"] for x in found)
+            over = f"{worst['ratio']:.1f} x, at an error of {worst['error_there']:.0e}"
+            lines.append(f"| {dtype} | `{plan}` | {measured} | {largest:.0e} | {over} |")
+    return "\n".join(lines)
+
+
+_GUARDED: dict[str, Any] = {}  # this process's pages
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What a call must return, in float64 from the formulas alone, and how far rounding may take it.
+
+A bound is first-order error analysis for each element: the sum of absolute values behind it, times a few units in the last
+place. Where a result exceeds it, `calls` allows twice what PyTorch's own result in the same dtype is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.fuzzing.problems import Problem
+
+TINY = 1e-36  # exponentials below 1e-38 are 0 by design
+
+
+class Bounded(NamedTuple):
+    exact: Tensor
+    bound: Tensor
+
+
+class Truth:
+    """Of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = p = problem
+        self._gradients: dict[tuple[float, ...], dict[str, Bounded]] = {}
+        self.eps = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32).eps
+        self.h_NH = p.hidden.double().reshape(-1, p.hidden.shape[-1])[p.index]
+        self.W_VH = p.weight.double()
+        self.N, self.V, self.H = len(self.h_NH), *self.W_VH.shape
+        options = p.options
+        z_NV, size_NV = self.h_NH @ self.W_VH.t(), self.h_NH.abs() @ self.W_VH.abs().t()
+        bias = options.get("bias")
+        if bias is not None:
+            z_NV = z_NV + bias.double()
+            size_NV = size_NV + bias.double().abs().masked_fill(bias == -torch.inf, 0.0)
+        temperature = options.get("temperature", 1.0)
+        T_N1 = (
+            temperature.double()[:, None]
+            if isinstance(temperature, Tensor)
+            else torch.tensor(float(temperature), dtype=torch.float64)
+        )
+        slope_NV, flat_NV = torch.ones_like(z_NV), torch.zeros_like(z_NV)
+        if cap := options.get("softcap"):
+            tanh_NV = torch.tanh(z_NV / cap)
+            slope_NV, z_NV = 1 - tanh_NV**2, cap * tanh_NV
+            flat_NV = 4 * self.eps * (1 + size_NV / cap)  # a slope near 0 is the difference of two numbers near 1
+        excluded_V = torch.zeros(self.V, dtype=torch.bool)
+        excluded_V[list(options.get("suppress", ()))] = True
+        excluded_V[options.get("valid_vocab", self.V) :] = True
+        self.z_NV = (z_NV / T_N1).masked_fill(excluded_V, -torch.inf)
+        self.lse_N = self.z_NV.logsumexp(-1)
+        self.logp_NV = self.z_NV - self.lse_N[:, None]
+        self.p_NV = self.logp_NV.exp()
+        self.finite_NV = self.logp_NV.masked_fill(self.p_NV == 0, 0.0)
+        self.entropy_N = -(self.p_NV * self.finite_NV).sum(-1)
+        self.slope_NV, self.flat_NV = slope_NV / T_N1, flat_NV / T_N1
+        largest_N = (size_NV / T_N1).masked_fill(excluded_V, 0.0).amax(-1) if self.N else size_NV.sum(-1)
+        self.logit_error_N = self.eps * (4 + math.sqrt(self.H)) * (largest_N + self.z_NV.amax(-1).abs() if self.N else largest_N)
+
+    # --- statistics -----------------------------------------------------------------------------------------------
+
+    def at(self, ids_N: Tensor) -> Tensor:
+        return self.logp_NV.gather(1, ids_N[:, None])[:, 0]
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, Bounded]:
+        e_N = 2 * self.logit_error_N + 8 * self.eps
+        logp_N, top_N = self.at(self.problem.target), self.logp_NV.amax(-1) if self.N else self.lse_N
+        log_V = math.log(self.V)
+        return {
+            "logp": Bounded(logp_N, e_N + 4 * self.eps * logp_N.abs().clamp(max=1e30)),
+            "lse": Bounded(self.lse_N, e_N + 4 * self.eps * self.lse_N.abs()),
+            "top_logp": Bounded(top_N, e_N + 4 * self.eps * top_N.abs()),
+            "entropy": Bounded(self.entropy_N, e_N * (2 + 2 * log_V) + self.eps * (16 + 4 * log_V)),
+        }
+
+    def weighted_sum(self, coef: Tensor | None, entropy_coef: Tensor | None) -> Bounded:
+        statistics, exact, bound = self.statistics, torch.zeros(()).double(), torch.zeros(()).double()
+        for name, c in (("logp", coef), ("entropy", entropy_coef)):
+            if c is None:
+                continue
+            value_N, error_N = statistics[name]
+            terms_N = torch.where(c == 0, 0.0, c.double() * value_N)
+            exact = exact + terms_N.sum()
+            bound = bound + (c.double().abs() * error_N).sum() + self.eps * (4 + len(c) ** 0.5) * terms_N.abs().sum()
+        return Bounded(exact, bound)
+
+    # --- gradients ------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """d logp / d logit and d entropy / d logit."""
+        rows_N, y_N = torch.arange(self.N), self.problem.target
+        others_NV = self.p_NV.clone()
+        others_NV[rows_N, y_N] = 0.0
+        logp_NV = -others_NV
+        logp_NV[rows_N, y_N] = others_NV.sum(-1)
+        return logp_NV, -self.p_NV * (self.finite_NV + self.entropy_N[:, None])
+
+    def gradients(
+        self, coef: Tensor | None, entropy_coef: Tensor | None, *, rounded: float = 0.0, flushed: float = 0.0, extra: float = 0.0
+    ) -> dict[str, Bounded]:
+        """Of hidden, weight and bias, computed once for a problem's coefficients. `rounded`, `flushed`: relative and absolute
+        rounding of stored operands; `extra`: relative error of the coefficients.
+        """
+        key = rounded, flushed, extra
+        if key not in self._gradients:
+            self._gradients[key] = self._bounded_gradients(coef, entropy_coef, *key)
+        return self._gradients[key]
+
+    def _bounded_gradients(
+        self, coef: Tensor | None, entropy_coef: Tensor | None, rounded: float, flushed: float, extra: float
+    ) -> dict[str, Bounded]:
+        zero_N = torch.zeros(self.N).double()
+        c_N1, e_N1 = ((zero_N if c is None else c.double())[:, None] for c in (coef, entropy_coef))
+        logp_NV, entropy_NV = self._operands
+        raw_NV = c_N1 * logp_NV + e_N1 * entropy_NV
+        size_NV = c_N1.abs() * logp_NV.abs() + e_N1.abs() * self.p_NV * (self.finite_NV.abs() + self.entropy_N[:, None] + 1)
+        relative_N1 = (3 * self.logit_error_N + 16 * self.eps)[:, None] + rounded + extra
+        operand_NV, whole_NV = raw_NV * self.slope_NV, size_NV * self.slope_NV
+        lost = (TINY + flushed) * (c_N1.abs() + e_N1.abs())
+        error_NV = whole_NV * relative_N1 + size_NV * self.flat_NV + lost
+        out = torch.finfo(self.problem.dtype).eps
+        least = torch.finfo(self.problem.dtype).smallest_normal * out
+
+        biggest = float((c_N1.abs() + e_N1.abs()).max()) if self.N else 0.0
+        absolute_W, absolute_h = self.W_VH.abs(), self.h_NH.abs()
+        grow_H, grow_W = out + self.eps * (8 + self.V**0.5), out + self.eps * (8 + self.N**0.5)
+        dhidden = Bounded(
+            operand_NV @ self.W_VH, error_NV @ absolute_W + grow_H * (whole_NV @ absolute_W) + least * (1 + biggest)
+        )
+        dweight = Bounded(operand_NV.t() @ self.h_NH, error_NV.t() @ absolute_h + grow_W * (whole_NV.t() @ absolute_h) + least)
+        # the bias is in float32 whatever the dtype of hidden
+        single = torch.finfo(torch.float32).eps
+        dbias = Bounded(operand_NV.sum(0), error_NV.sum(0) + single * (8 + self.N**0.5) * whole_NV.sum(0) + TINY)
+        return {"hidden": dhidden, "weight": dweight, "bias": dbias}

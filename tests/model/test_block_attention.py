@@ -1,0 +1,82 @@
+"""Attention in the parts that exist equals attention under the whole mask, whatever surrounds the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dllm_kernels import headless
+from dllm_kernels.model import block_attention, layouts
+from tests.accumulation.test_block_diffusion import plan_of
+from tests.rollouts.test_layouts import causal
+from tests.tiny import gradients, worst_gradient_error
+
+
+@pytest.fixture(scope="module")
+def model():
+    return causal("Qwen3")  # two query heads share a key
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """How often attention was computed in parts."""
+    calls, real = [], block_attention._noisy
+    monkeypatch.setattr(block_attention, "_noisy", lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
+def both(model, layout):
+    """Hidden states of columns that are no padding, in parts and under the whole mask, and gradients of them."""
+    weight = torch.randn(layout.ids_RT.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.where(layout.block_RT >= 0, weight, 0.0)
+    found = []
+    for whole in (False, True):
+        model.zero_grad()
+        with headless(model) as body:
+            if whole:
+                mask = layouts._additive(layout.sees, body)[:, None]
+                hidden = body(layout.ids_RT, attention_mask=mask, position_ids=layout.position_RT)
+            else:
+                hidden = layouts.block_diffusion(body, layout, {})
+            (hidden.square().sum(-1) * weight).sum().backward()
+        found.append((hidden.detach()[layout.block_RT >= 0], gradients(model)))
+    model.zero_grad()
+    (got, got_gradients), (want, want_gradients) = found
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    assert worst_gradient_error(got_gradients, want_gradients) < 1e-6  # Qwen3 normalises in fp32
+
+
+@pytest.mark.parametrize("span", [4, 6, 64])
+@pytest.mark.parametrize("origin", ["sequence", "completion"])
+@pytest.mark.parametrize("left", [False, True])
+def test_parts_are_exact(model, parts, monkeypatch, span, origin, left):
+    """Ragged prompts and completions, copies that some sequences do not have, parts of one block or of all."""
+    monkeypatch.setattr("dllm_kernels.masks.layout.SPAN", span)
+    both(model, plan_of(model, "trace", left=left, block_origin=origin).layout())
+    assert len(parts) == 2
+
+
+def test_parts_survive_checkpointing(parts):
+    """The recomputation in backward is outside of any patch; the mask itself is what knows."""
+    model = causal("Llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    both(model, plan_of(model, "exact").layout(3))
+    assert len(parts) == 4  # two layers, each twice
+
+
+def test_any_other_attention_sees_an_ordinary_mask(parts):
+    model = causal("Llama")
+    model.set_attn_implementation("eager")
+    both(model, plan_of(model, "exact").layout(3))
+    assert not parts
+
+
+def test_the_mask_keeps_its_structure_through_what_keeps_its_values_and_loses_it_otherwise(model):
+    layout = plan_of(model, "exact").layout(2)
+    mask = block_attention.BlockMask.of(layout.sees[:, None], layout)
+    for kept in (mask.contiguous(), mask[:, :, :, : mask.shape[-1]], mask.to(torch.bool), mask.detach()):
+        assert isinstance(kept, block_attention.BlockMask)
+        assert kept.of_layout is layout
+    for lost in (~mask, mask[:1], mask & mask, torch.where(mask, 0.0, 1.0)):
+        assert type(lost) is torch.Tensor

@@ -1,0 +1,229 @@
+"""Programs that a model wrote are judged by their tests, and reach nothing else of this machine."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dllm_trainer.errors import UserError
+from dllm_trainer.tasks import make_task
+from dllm_trainer.tasks.code import SHIPPED, program, read
+from dllm_trainer.tasks.config import CodeConfig
+from dllm_trainer.tasks.judge import Job, Judge
+from dllm_trainer.tasks.sandbox import Limits, _working
+
+from tests.trainer.tasks.hostile import HOSTILE
+
+LIMITS = Limits(seconds=2.0, memory_mib=128, processes=8)
+
+
+def _mechanisms() -> Iterator[str]:
+    """Those that work here; the one that `auto` takes must be among them."""
+    for name in ("bubblewrap", "unshare"):
+        try:
+            _working(name)  # type: ignore[arg-type]
+        except UserError:
+            continue
+        yield name
+
+
+MECHANISMS = tuple(_mechanisms())
+
+
+@pytest.fixture(scope="module", params=MECHANISMS)
+def judge(request: pytest.FixtureRequest) -> Judge:
+    return Judge(request.param, LIMITS)
+
+
+def run(judge: Judge, text: str, *tests: str) -> list[bool]:
+    return judge([Job(text, tests)])[0]
+
+
+def test_a_sandbox_works_on_this_machine() -> None:
+    assert MECHANISMS, "neither bubblewrap nor unshare works here"
+
+
+def test_plain_values_changes_in_place_and_exceptions_cross_the_wall(judge: Judge) -> None:
+    text = (
+        "def same(*args, **options):\n    return [args, options]\n"
+        "def push(items, table, kinds):\n    items.append(3); table['k'] = (1, {2}); kinds.add(b'x')\n"
+        "def fail(kind):\n    raise kind_of(kind)\n"
+        "def kind_of(name):\n    return {'value': ValueError, 'own': type('Own', (Exception,), {})}[name]('no')\n"
+    )
+    tests = (
+        "assert same(1, 2.5, float('inf'), 'é', None, True, (1, [2]), {3: {4}}, b'\\0', 1j, key=frozenset({5})) == "
+        "[(1, 2.5, float('inf'), 'é', None, True, (1, [2]), {3: {4}}, b'\\0', 1j), {'key': frozenset({5})}]",
+        "items, table, kinds = [1], {}, set()\npush(items, table, kinds)\n"
+        "assert (items, table, kinds) == ([1, 3], {'k': (1, {2})}, {b'x'})",
+        "try:\n    fail('value')\nexcept ValueError:\n    pass\nelse:\n    raise AssertionError",
+        "try:\n    fail('own')\nexcept RuntimeError as error:\n    assert 'Own' in str(error)\nelse:\n    raise AssertionError",
+        "try:\n    missing()\nexcept NameError:\n    pass\nelse:\n    raise AssertionError",
+        "import math\nassert math.isclose(sorted([same(2)[0][0], same(1)[0][0]])[1], 2)",
+        "assert same(lambda: 0)",  # no plain value
+    )
+    assert run(judge, text, *tests) == [True] * 6 + [False]
+
+
+def test_results_come_in_order_whatever_ends_when(judge: Judge) -> None:
+    jobs = [
+        Job(
+            f"import time\ntime.sleep({0.3 if i % 3 == 0 else 0})\ndef f():\n    return {i}",
+            (f"assert f() == {i}", f"assert f() == {i + i % 2}"),
+        )
+        for i in range(9)
+    ]
+    assert judge(jobs) == [[True, i % 2 == 0] for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What the hostile programs are after: a secret file and variable, a listening port, and this process."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "a-secret-file").write_text("secret")
+    os.environ["SECRET_TOKEN"] = "a-secret-token"
+    abstract = f"dllm-test-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind(f"\0{abstract}")
+        local.listen()
+        server.setblocking(False)
+        local.setblocking(False)
+        yield {
+            "HOME": str(folder),
+            "SECRET": str(folder / "a-secret-file"),
+            "MARKER": str(folder / "marker"),
+            "PORT": server.getsockname()[1],
+            "ABSTRACT": abstract,
+            "TRAINER": os.getpid(),
+            "sockets": (server, local),
+        }
+    del os.environ["SECRET_TOKEN"]
+
+
+def _processes_of_sandboxes() -> list[str]:
+    """What still runs of the code of the cells, which every one of them has in its command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = place.read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if b"What runs inside the two sandboxes of one program" in text:
+            found.append(place.parent.name)
+    return found
+
+
+def test_hostile_programs_reach_nothing_and_the_pool_goes_on(judge: Judge, machine: dict[str, Any]) -> None:
+    facts = "".join(f"{name} = {value!r}\n" for name, value in machine.items() if name.isupper())
+    jobs = [Job(facts + text, tests) for text, tests, _ in HOSTILE.values()]
+    assert len(jobs) >= 40
+    started = time.monotonic()
+    verdicts = judge(jobs)
+    seconds = time.monotonic() - started
+    wrong = {name: got for (name, (_, _, want)), got in zip(HOSTILE.items(), verdicts, strict=True) if got != want}
+    assert not wrong
+    assert seconds < len(jobs) * (LIMITS.seconds + 2)
+    assert os.listdir(machine["HOME"]) == ["a-secret-file"]  # no marker
+    for server in machine["sockets"]:
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody came
+    while left := _processes_of_sandboxes():  # the kernel ends a namespace a moment after its first process
+        assert time.monotonic() < started + seconds + 5, f"processes {left} are left"
+        time.sleep(0.01)
+    assert run(judge, "def f():\n    return 1", "assert f() == 1") == [True]
+
+
+def test_the_same_programs_reach_this_machine_without_a_sandbox(machine: dict[str, Any]) -> None:
+    """The control: what is denied above is there to be had."""
+    bare = Judge("none", LIMITS)
+    facts = "".join(f"{name} = {value!r}\n" for name, value in machine.items() if name.isupper())
+    for name in ("reads a file by its path", "reads the home directory", "connects to this machine", "writes outside"):
+        text, tests, _ = HOSTILE[name]
+        assert run(bare, facts + text, *tests) == [False]
+    assert (Path(machine["MARKER"])).read_text() == "x"
+    Path(machine["MARKER"]).unlink()
+    for server in machine["sockets"][:1]:
+        server.accept()[0].close()
+    for place in ("/marker", "/usr/marker", "/usr/lib/marker", "/dev/marker"):
+        Path(place).unlink(missing_ok=True)
+
+
+def test_the_shipped_programs_pass_their_tests_and_their_mutants_do_not() -> None:
+    task = make_task(CodeConfig(), seed=0)
+    answers = [example.answer for example in task.train]
+    assert task.correct(task.train, answers) == [1.0] * len(answers)
+    returning = [example for example in task.train if "return " in example.answer]
+    assert len(returning) >= len(answers) - 1
+    broken = [example.answer.replace("return ", "return None and ") for example in returning]
+    assert max(task.rewards["tests"](returning, broken)) < 1.0
+    assert task.rewards["tests_and_format"](task.train[:2], [answers[0], "no block"]) == [pytest.approx(1.1), 0.0]
+
+
+def test_a_completion_is_a_program_in_every_form_that_models_write() -> None:
+    example = next(iter(read(str(SHIPPED), 1)))
+    assert program(example, "Here:\n```python\na = 1\n```\nor\n```py\nb = 2\n```") == "b = 2\n"
+    assert program(example, "a = 1") == "a = 1"
+    assert program(example, "a = 1\n```\nand so on") == "a = 1\n"
+
+
+def test_human_evals_form_is_read_and_judged(tmp_path: Path) -> None:
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def add(a, b):\n    '''The sum.'''\n",
+        "entry_point": "add",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert add(2, 2) == 4\n",
+    }
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    task = make_task(CodeConfig(train=str(path)), seed=0)
+    (example,) = task.train
+    bodies = [
+        example.answer,
+        "    return a + b",
+        "```python\n    return b + a\n```",
+        "    return a - b",
+        "def add(a, b):\n    return a + b",
+    ]
+    assert task.correct([example] * 5, bodies) == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "x", "code": "y"}, "tests are columns test_list (as MBPP's) or test and entry_point (as HumanEval's)"),
+        ({"prompt": "x", "test_list": "assert f()"}, "column 'test_list' must be a list of texts, got 'assert f()'"),
+        ({"prompt": "x", "test_list": []}, "column 'test_list' must be a list of texts, got []"),
+        ({"prompt": "x", "test_list": ["assert 1"], "test_imports": [1]}, "column 'test_imports' must be a list of texts"),
+        ({"test_list": ["assert 1"]}, "there is no column 'text'"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"data\.jsonl:1") as caught:
+        make_task(CodeConfig(train=str(path)), seed=0)
+    assert said in str(caught.value)
+
+
+def test_without_a_sandbox_programs_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    _working.cache_clear()
+    task = make_task(CodeConfig(), seed=0)  # nothing runs before it must
+    with pytest.raises(UserError, match="bwrap is not installed; unshare is not installed; install bubblewrap"):
+        task.correct(task.train[:1], [task.train[0].answer])
+    _working.cache_clear()
+
+
+def test_the_toy_holds_out_values_and_its_expressions_are_right() -> None:
+    task = make_task(CodeConfig(style="characters", careless_share=0.0, train_problems=200), seed=0)
+    assert not {e.prompt for e in task.train} & {e.prompt for e in task.tests["unseen"]}
+    some = task.train[:10]
+    assert task.correct(some, [e.answer for e in some]) == [1.0] * 10
+    assert task.rewards["tests"](some[:2], ["", "x("]) == [0.0, 0.0]
+    assert all(
+        len(e.answer) <= task.completion_length and set(e.prompt + e.answer) <= set(task.alphabet or "") for e in task.train
+    )

@@ -1,0 +1,184 @@
+"""Programs with unit tests: MBPP's and HumanEval's files, a small set that ships, and a toy for models from scratch.
+
+The reward is the share of tests that a completion's program passes, each run in a sandbox.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_kernels import noise
+from dllm_kernels.noise import Stream
+
+from ..errors import ConfigError, UserError
+from .config import CodeConfig
+from .files import distinct, first_rows, text_of
+from .judge import Job, Judge
+from .sandbox import Limits
+from .task import Example, Reward, Task
+
+SHIPPED = Path(__file__).with_name("programs.jsonl")
+SYSTEM = "Answer with one Python function in a block that begins with ```python and ends with ```, and nothing else."
+
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_TOY_INPUTS = range(6)
+_TOY_SHOWN = 3  # values of the first inputs in the prompt; the tests ask for all
+_TOY_LENGTH = 7  # (x+1)*2
+
+
+def make(config: CodeConfig, *, seed: int) -> Task:
+    limits = Limits(seconds=config.timeout, memory_mib=config.memory_mib, processes=config.processes)
+    judge = Judge(config.sandbox, limits, config.workers)
+    toy = config.style == "characters"
+    train: Sequence[Example]
+    tests: Mapping[str, Sequence[Example]]
+    if toy:
+        train, tests = toy_examples(config, "train", seed=seed), {"unseen": toy_examples(config, "unseen", seed=seed)}
+    else:
+        train = read(str(config.train or SHIPPED), config.train_rows)
+        tests = {name: read(source, config.test_rows) for name, source in config.tests.items()}
+    share, solved = _rewards(judge, _toy_program if toy else program)
+    return Task(
+        name="code",
+        train=train,
+        tests=tests,
+        rewards={"tests": share, "solved": solved, **({} if toy else {"tests_and_format": _with_format(share)})},
+        correct=solved,
+        metrics={"tests": share, **({} if toy else {"format": well_formed})},
+        completion_length=_TOY_LENGTH if toy else config.completion_length,
+        alphabet="0123456789+-*()x,=" if toy else None,
+        system="" if toy else SYSTEM,
+    )
+
+
+def read(source: str, rows: int | None) -> list[Example]:
+    """Rows in the form of MBPP (`test_list`) or of HumanEval (`test`, `entry_point`)."""
+    found: list[Example] = []
+    for where, row in first_rows(source, rows):
+        name = text_of(row, "task_id", where) if "task_id" in row else str(len(found))
+        reader = _mbpp if "test_list" in row else _human_eval if "entry_point" in row else None
+        if reader is None:
+            raise UserError(
+                f"{where}: tests are columns test_list (as MBPP's) or test and entry_point (as HumanEval's), "
+                f"and the columns are {', '.join(row) or 'none'}"
+            )
+        found.append(reader(name, row, where))
+    return distinct(found, source)
+
+
+def _mbpp(name: str, row: Mapping[str, Any], where: str) -> Example:
+    tests, imports = _texts(row, "test_list", where), _texts(row, "test_imports", where)
+    setup = [text_of(row, "test_setup_code", where)] if "test_setup_code" in row else []
+    asked = text_of(row, "prompt" if "prompt" in row else "text", where)
+    facts = {"tests": tests, "setup": "\n".join([*imports, *setup]), "before": ""}
+    shown = text_of(row, "code", where) if "code" in row else ""
+    # the tests tell the function's name, as in MBPP's own prompts
+    return Example(name, f"{asked}\nIt must pass these tests:\n{chr(10).join(tests)}", _block(shown), facts)
+
+
+def _human_eval(name: str, row: Mapping[str, Any], where: str) -> Example:
+    head = text_of(row, "prompt", where)
+    check = f"{text_of(row, 'test', where)}\ncheck({text_of(row, 'entry_point', where)})"
+    shown = head + text_of(row, "canonical_solution", where) if "canonical_solution" in row else ""
+    facts = {"tests": [check], "setup": "", "before": head}
+    return Example(name, f"Complete this function:\n```python\n{head}```", _block(shown), facts)
+
+
+def _texts(row: Mapping[str, Any], column: str, where: str) -> list[str]:
+    found = row.get(column, [])
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found) or (column == "test_list" and not found):
+        raise UserError(f"{where}: column {column!r} must be a list of texts, got {found!r:.60}")
+    return list(found)
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code.strip()}\n```" if code else ""
+
+
+def program(example: Example, completion: str) -> str:
+    """The last block of a completion, or all of it; after the example's own lines where it begins in the body."""
+    blocks = _BLOCK.findall(completion)
+    code = blocks[-1] if blocks else completion.partition("```")[0]
+    before = example.facts["before"]
+    return f"{before}{code}" if before and not re.search(r"^(?:def|import|from) ", code, re.MULTILINE) else code
+
+
+def _toy_program(example: Example, completion: str) -> str:
+    return f"def f(x):\n    return {completion.strip() or None}"
+
+
+def well_formed(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+    """1.0 for one block and nothing around it."""
+    return [float(_BLOCK.fullmatch(text.strip()) is not None) for text in completions]
+
+
+def _rewards(judge: Judge, written: Any) -> tuple[Reward, Reward]:
+    def verdicts(examples: Sequence[Example], completions: Sequence[str]) -> list[list[bool]]:
+        pairs = zip(examples, completions, strict=True)
+        return judge([Job(written(e, text), tuple(e.facts["tests"]), e.facts["setup"]) for e, text in pairs])
+
+    def share(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        return [sum(passed) / len(passed) for passed in verdicts(examples, completions)]
+
+    def solved(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        return [float(all(passed)) for passed in verdicts(examples, completions)]
+
+    return share, solved
+
+
+def _with_format(share: Reward) -> Reward:
+    def reward(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        both = zip(share(examples, completions), well_formed(examples, completions), strict=True)
+        return [passed + _FORMAT * form for passed, form in both]
+
+    return reward
+
+
+_FORMAT = 0.1
+
+
+def toy_examples(config: CodeConfig, name: str, *, seed: int) -> list[Example]:
+    """Expressions in x by their values: `08,10,12=` for (x+4)*2, or 2*x+8, which is as right.
+
+    A hash of the values decides whether a problem is held out. A share of the training demonstrations leaves the
+    parentheses out, as if precedence did not matter.
+    """
+    count = config.train_problems if name == "train" else config.test_problems
+    kinds = [kind for kind in _toy_kinds() if _held_out(kind[1]) == (name != "train")]
+    if name != "train":
+        kinds = kinds[:count]
+        if len(kinds) < count:
+            raise ConfigError(f"task.test_problems must be at most {len(kinds)}, the held-out problems of the toy, got {count}")
+    sequence = torch.tensor(noise.sequence_id(f"code/{name}"))
+    draws = noise.uniform(noise.row_bits(seed, Stream.DATA, sequence, torch.arange(count)[:, None], torch.arange(2))).tolist()
+    found = []
+    for index, (which, quality) in enumerate(draws):
+        text, values = kinds[int(which * len(kinds)) if name == "train" else index]
+        careless = name == "train" and quality < config.careless_share
+        tests = [f"assert f({x}) == {value}" for x, value in zip(_TOY_INPUTS, values, strict=True)]
+        answer = text.replace("(", "").replace(")", "") if careless else text
+        shown = ",".join(f"{value:02d}" for value in values[:_TOY_SHOWN])
+        found.append(Example(str(index), f"{shown}=", answer, {"tests": tests, "setup": ""}))
+    return found
+
+
+def _toy_kinds() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every (x+a)*b, x*b+a and x*x+a once per list of values, in a fixed order that mixes them."""
+    found: dict[tuple[int, ...], str] = {}
+    texts = [f"(x+{a})*{b}" for b in range(2, 10) for a in range(1, 10)]
+    texts += [text for a in range(1, 61) for text in (f"x*x+{a}", *(f"x*{b}+{a}" for b in range(2, 10)))]
+    for text in texts:
+        values = tuple(eval(text, {"x": x}) for x in _TOY_INPUTS)  # of the lines above, never a model's
+        if max(values[:_TOY_SHOWN]) < 100:
+            found.setdefault(values, text)
+    for values in sorted(found, key=lambda values: noise.sequence_id(f"code/order/{values}")):
+        yield found[values], values
+
+
+def _held_out(values: tuple[int, ...]) -> bool:
+    return noise.sequence_id(f"code/{values}") % 4 == 0

@@ -1,0 +1,89 @@
+"""Programs that a model wrote, judged by tests: each program in one sandbox, its tests in another."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from . import code_cell
+from .sandbox import Limits, Mechanism, Sandbox, python
+
+
+@dataclass(frozen=True)
+class Job:
+    program: str
+    tests: tuple[str, ...]  # each a text that raises unless it holds
+    setup: str = ""  # run before each test
+
+
+class Judge:
+    """Judges programs, several at once; results come in order, whatever ends when.
+
+    Raises UserError at the first use where no sandbox works.
+    """
+
+    def __init__(self, mechanism: Mechanism = "auto", limits: Limits | None = None, workers: int | None = None):
+        self._mechanism, self._limits = mechanism, limits or Limits()
+        self._workers = workers or max(1, len(os.sched_getaffinity(0)))
+
+    def __call__(self, jobs: Sequence[Job]) -> list[list[bool]]:
+        """Which tests hold; all that come after one that exceeds the limits fail."""
+        different = list(dict.fromkeys(jobs))  # a group of rollouts often writes the same program
+        verdicts = dict(zip(different, self._pool.map(self._judge, different), strict=True))
+        return [verdicts[job] for job in jobs]
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self._mechanism)
+
+    @cached_property
+    def _slots(self) -> queue.SimpleQueue[int]:
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self._workers):
+            slots.put(slot)
+        return slots
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        self._slots, self._sandbox  # noqa: B018  made here, not in a thread
+        return ThreadPoolExecutor(self._workers, thread_name_prefix="judge")
+
+    def _judge(self, job: Job) -> list[bool]:
+        slot = self._slots.get()
+        try:
+            lines = self._run(job, slot)
+        finally:
+            self._slots.put(slot)
+        passed = [line == b"true" for line in lines[: len(job.tests)]]
+        return passed + [False] * (len(job.tests) - len(passed))
+
+    def _run(self, job: Job, slot: int) -> list[bytes]:
+        limits = asdict(self._limits) | ({"processes": None} if self._sandbox.mechanism == "none" else {})
+        command = [*python(), _SOURCE]
+        calls_read, calls_write = os.pipe()
+        answers_read, answers_write = os.pipe()
+        started = []
+        try:
+            program = [*command, "program", json.dumps(limits)]
+            started.append(self._sandbox.start(program, slot=2 * slot, stdin=calls_read, stdout=answers_write))
+            tests = [*command, "tests", json.dumps(limits), str(calls_write), str(answers_read)]
+            ours = (calls_write, answers_read)
+            pipe = subprocess.PIPE
+            started.append(self._sandbox.start(tests, slot=2 * slot + 1, stdin=pipe, stdout=pipe, pass_fds=ours))
+            for end in (calls_read, calls_write, answers_read, answers_write):
+                os.close(end)
+            spec = json.dumps({"program": job.program, "tests": job.tests, "setup": job.setup})
+            return started[1].communicate(spec.encode(), self._limits.seconds).splitlines()
+        finally:
+            for process in started:
+                process.end()
+
+
+_SOURCE = Path(code_cell.__file__).read_text()

@@ -1,0 +1,196 @@
+"""Processes that see an empty machine: a read-only system, a private /tmp, no network, no other process.
+
+Two mechanisms, both of well-kept tools: bubblewrap (`bwrap`), or `unshare`, `mount`, `pivot_root` and `setpriv` of
+util-linux. Either gives a process its own mount, pid, network, ipc and uts namespaces, a user that owns nothing (its own
+user namespace where the trainer does not run as root), no capability and no environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from ..errors import UserError
+
+Mechanism = Literal["auto", "bubblewrap", "unshare", "none"]
+
+_FIRST_UID = 61000  # of the users that sandboxes run as where the trainer runs as root
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+_DEVICES = ("null", "zero", "urandom")
+_TMP_BYTES = 16 * 2**20
+
+# As pid 1 of its own namespaces: build a root of read-only binds, enter it, run the command as a user without rights. The
+# shell stays pid 1, so that it dies with `unshare` whatever the command does, and all others with it.
+_ENTER = """
+set -eu
+root=$1 places=$2; shift 2
+echo 0 2>/dev/null >/proc/sys/kernel/shmall || :
+mount -t tmpfs -o size=1m,mode=755,nosuid,nodev tmpfs "$root"
+cd "$root"
+for place in $places; do
+  if [ -L "$place" ]; then ln -s "$(readlink "$place")" ".$place"
+  elif [ -e "$place" ]; then
+    if [ -d "$place" ]; then mkdir -p ".$place"; else mkdir -p ".${place%/*}"; : >".$place"; fi
+    mount --rbind "$place" ".$place"
+    mount -o remount,bind,ro,nosuid,nodev ".$place"
+  fi
+done
+mkdir -p proc dev tmp old
+mount -t proc -o nosuid,nodev,noexec proc proc
+for device in DEVICES; do : >"dev/$device"; mount --bind "/dev/$device" "dev/$device"; done
+mount -t tmpfs -o size=TMP,mode=1777,nosuid,nodev tmpfs tmp
+pivot_root . old
+umount -l /old
+mount -o remount,ro,nosuid,nodev /
+cd /tmp
+"$@" || exit $?
+exit 0
+""".replace("DEVICES", " ".join(_DEVICES)).replace("TMP", str(_TMP_BYTES))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sandbox may use; processes and memory multiply, so that all of it may take their product."""
+
+    seconds: float = 5.0  # of wall time, for all tests of a program
+    memory_mib: int = 256  # address space of each process
+    processes: int = 8
+    file_bytes: int = 4 * 2**20
+    files: int = 32
+    answer_bytes: int = 2**20  # of one answer
+
+
+class Sandbox:
+    """Starts processes in sandboxes. Raises UserError where the mechanism does not work on this machine."""
+
+    def __init__(self, mechanism: Mechanism = "auto"):
+        self.mechanism = _working(mechanism)
+        self._root = tempfile.TemporaryDirectory(prefix="dllm-sandbox-")  # sandboxes mount their root over it, each its own
+
+    def start(self, command: Sequence[str], *, slot: int, stdin: int, stdout: int, pass_fds: Sequence[int] = ()) -> Process:
+        """Start a command; sandboxes that run at the same time have different slots."""
+        return Process(_wrapped(self.mechanism, command, self._root.name, slot), stdin, stdout, pass_fds)
+
+
+class Process:
+    """A command in a sandbox; after `end` nothing of it runs."""
+
+    def __init__(self, command: Sequence[str], stdin: int, stdout: int, pass_fds: Sequence[int]):
+        self._process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            pass_fds=tuple(pass_fds),
+            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
+
+    def communicate(self, given: bytes, seconds: float) -> bytes:
+        """Send bytes; what came back when the process ended, or when the time was over."""
+        try:
+            return self._process.communicate(given, timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return self._process.communicate()[0]
+
+    def end(self) -> None:
+        self._kill()
+        self._process.communicate()
+
+    def _kill(self) -> None:
+        """End the group, and with its first process all of its pid namespace."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def python() -> list[str]:
+    """The interpreter without site packages, user settings or bytecode files, for code that comes by `-c`."""
+    return [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-B", "-c"]
+
+
+def _wrapped(mechanism: str, command: Sequence[str], root: str, slot: int) -> list[str]:
+    as_root = os.geteuid() == 0
+    uid = str(_FIRST_UID + slot)
+    user = ["--reuid", uid, "--regid", uid, "--clear-groups"] if as_root else []
+    dropped = ["setpriv", *user, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--", *command]
+    bound_to_us = ["setpriv", "--pdeathsig", "KILL", "--"]
+    if mechanism == "unshare":
+        own = ["--mount", "--pid", "--net", "--ipc", "--uts", *([] if as_root else ["--user", "--map-root-user"])]
+        enter = ["sh", "-c", _ENTER, "sh", root, " ".join(_places()), *dropped]
+        return [*bound_to_us, "unshare", *own, "--fork", "--kill-child", "--", *enter]
+    if mechanism == "bubblewrap":
+        own = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--new-session"]
+        own += [f for c in ("SETUID", "SETGID", "SETPCAP") for f in ("--cap-add", f"CAP_{c}")] if as_root else ["--unshare-user"]
+        binds: list[str] = []
+        for place in _places():
+            kind = ["--symlink", os.readlink(place)] if os.path.islink(place) else ["--ro-bind", place]
+            binds += [*kind, place]
+        rest = [
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            "--perms",
+            "1777",
+            "--size",
+            str(_TMP_BYTES),
+            "--tmpfs",
+            "/tmp",
+            "--remount-ro",
+            "/",
+        ]
+        return [*bound_to_us, "bwrap", *own, *binds, *rest, "--chdir", "/tmp", "--", *dropped]
+    return list(command)
+
+
+@cache
+def _places() -> tuple[str, ...]:
+    """What of this machine is there to read: the system's libraries, and the interpreter."""
+    found = [place for place in _SYSTEM if os.path.lexists(place)]
+    for prefix in {os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}:
+        if not any(prefix == place or prefix.startswith(f"{place}/") for place in found):
+            found.append(prefix)
+    return tuple(found)
+
+
+@cache
+def _working(mechanism: Mechanism) -> str:
+    """The mechanism by name, tried once."""
+    if mechanism == "none":
+        return "none"
+    tried = []
+    for name, program in (("bubblewrap", "bwrap"), ("unshare", "unshare")):
+        if mechanism not in ("auto", name):
+            continue
+        why = "is not installed" if shutil.which(program) is None else _fails(name)
+        if why is None:
+            return name
+        tried.append(f"{program} {why}")
+    raise UserError(
+        f"programs that a model writes run in a sandbox, and none works here: {'; '.join(tried)}; install bubblewrap, or "
+        "write task.sandbox=none to run them with all your rights"
+    )
+
+
+def _fails(name: str) -> str | None:
+    """Why a mechanism does not work; None if it does."""
+    with tempfile.TemporaryDirectory() as root:
+        command = _wrapped(name, [*python(), "print('inside')"], root, 0)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"cannot be run ({type(error).__name__})"
+    if done.stdout == b"inside\n":
+        return None
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return f"fails ({lines[-1] if lines else f'exit code {done.returncode}'})"
