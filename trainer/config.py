@@ -78,6 +78,7 @@ class ParallelConfig(Section):
     replicas: Positive = 1  # HSDP: copies of the model, each sharded over ranks / replicas
     dtype: Dtype | None = None  # of parameters in forward and backward; None: their own
     reshard_after_forward: bool = True
+    patience: Annotated[float, Field(ge=5.0)] = 600.0  # seconds that a rank may stand still before the first step; then fewer
 
 
 class CheckpointsConfig(Section):

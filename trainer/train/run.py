@@ -32,6 +32,7 @@ from ..records.run_dir import PHASES, RunDir, State
 from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
+from ..watch import watching
 from .evaluation import Figures, decodings, evaluate, paired_gain
 from .foreign_code import announce_code
 from .optimization import make_optimizer
@@ -141,7 +142,7 @@ class Run:
     def execute(self) -> None:
         """Everything that is not done yet. Raises Stopped where a signal asks for it, with the state saved."""
         folder, config, ranks = self.folder, self.config, self.ranks
-        with StopRequest(nothing_to_lose=True) as self.stop:
+        with StopRequest(nothing_to_lose=True) as self.stop, watching(ranks, config.parallel.patience) as self._watch:
             if ranks.is_first:
                 folder.write_json("environment.json", environment())
             started = time.perf_counter()
@@ -298,6 +299,8 @@ class Run:
                 if stopping:
                     self.checkpoints.finish()
                     raise Stopped(stopping)
+                if self._watch is not None:
+                    self._watch.step_made(figures["seconds"])
                 if warning := self.moments.warning(figures["seconds"]):
                     self._say(warning)
         self.checkpoints.finish()
