@@ -22,9 +22,11 @@ TENSORS = ("step_map_BS", "steps_BJ")  # options that become the states of a pla
 def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples: int | None) -> tuple[Tensor, Tensor]:
     """(state of each token `[B, S]`, state of each sample `[B, K]`), int64, -1 for none; K may be ragged.
 
+    A token outside the completion that has a step is hidden as its state says, and never scored.
+
     Raises ValueError or TypeError naming the option, or `samples` where it is not the number of states.
     """
-    step_map_BS = torch.where(completion_BS, _checked_steps(law, options, completion_BS), -1)
+    step_map_BS = _checked_steps(law, options, completion_BS).clamp(min=-1)
     if law == "segments":
         state_BS, count = _segments(step_map_BS, options["segments"], options["total_steps"]), options["segments"]
     else:
@@ -73,8 +75,7 @@ def in_blocks(
     """(rank of each token's state within its block `[B, S]`, rank of each sample `[B, K]`, step of each token that
     is scored `[B, S]`), int64, -1 for none.
 
-    A token outside the completion that has a step is hidden as its state says, and never scored. The step of
-    merged ones is the last of them, that of a segment its number. Raises as `states` does.
+    The step of merged ones is the last of them, that of a segment its number. Otherwise as `states`.
     """
     step_map_BS = _checked_steps(law, options, completion_BS)
     step_map_BS = torch.where(block_BS >= 0, step_map_BS, -1).clamp(min=-1)

@@ -155,10 +155,10 @@ def make_mask_plan(
     state_BS = state_BK = None
     if rule.level == "steps" and block_BS is not None and causal_block is not None:
         state_BS, state_BK, step_BS = given_states.in_blocks(law, options, completion_mask_BS, block_BS, causal_block, samples)
-        tail_BS = (state_BS >= 0) & ~completion_mask_BS
     elif rule.level == "steps":
         state_BS, state_BK = given_states.states(law, options, given, samples)
-    if state_BK is not None:
+    if state_BK is not None and state_BS is not None:
+        tail_BS = (state_BS >= 0) & ~completion_mask_BS
         options = {name: value for name, value in options.items() if name not in given_states.TENSORS}
         samples = state_BK.shape[1]
     samples = checks.count("samples", samples)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_kernels import noise
 from dllm_kernels.head.sampling import Samples, sample
-from dllm_kernels.model.layouts import Cached, Packed, Padded
+from dllm_kernels.model.layouts import Cached, Lengths, Packed, Padded
 from dllm_kernels.noise import Stream
 from dllm_kernels.rollouts.samplers import TRUSTED_LAST, Sampler, commits_per_step, committed, schedule, transfer_shares
 
@@ -42,15 +42,21 @@ class Denoiser:
     """The state of a micro-batch; after `run`, its tensors are the rollout's."""
 
     def __init__(
-        self, canvas: Padded | Packed | Cached, sequence_ids_B: Tensor, prompt_lengths_B: Tensor, decoding: Decoding
+        self,
+        canvas: Padded | Packed | Cached,
+        sequence_ids_B: Tensor,
+        prompt_lengths_B: Tensor,
+        lengths: Lengths,
+        decoding: Decoding,
     ) -> None:
         self.canvas, self.decoding = canvas, decoding
         body, d = canvas.body, decoding
         self._head = replace(body.options, suppress=d.suppress)
-        B, L, device = len(sequence_ids_B), d.length, sequence_ids_B.device
+        B, L, device = len(sequence_ids_B), lengths.widest, sequence_ids_B.device
+        place_L = torch.arange(L, device=device)
         self._everyone = torch.arange(B, device=device)
         self.completion_BL = torch.full((B, L), d.mask_id, dtype=torch.int64, device=device)
-        self.masked_BL = torch.ones(B, L, dtype=torch.bool, device=device)
+        self.masked_BL = (place_L < lengths.lengths_B[:, None]).expand(B, L).clone()
         self.commit_step_BL = torch.full((B, L), -1, dtype=torch.int32, device=device)
         self.commit_logp_BL = torch.zeros(B, L, dtype=torch.float32, device=device)
         self.commit_entropy_BL = torch.zeros_like(self.commit_logp_BL)
@@ -62,7 +68,6 @@ class Denoiser:
         self.masked_entropy_BT = torch.full((B, most), torch.nan, dtype=torch.float32, device=device)
         self.greedy_BTL = torch.full((B, most, L), d.mask_id, dtype=torch.int32, device=device) if d.greedy else None
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        place_L = torch.arange(L, device=device)
         self._key_BL = noise.row_bits(d.seed, Stream.TOKEN, sequence_ids_B[:, None], zero, place_L)
         if d.sampler.stochastic:
             self._chance_BL = noise.row_bits(d.seed, Stream.REMASK, sequence_ids_B[:, None], zero, place_L)
@@ -102,7 +107,7 @@ class Denoiser:
             self._step(who_A, place_AR, None, step.number, step.commit, all_places_AM)
             left -= step.commit
             if on_step is not None:
-                on_step(step.number, self.completion_BL)
+                on_step(step.number, self.completion_BL[:, : self.decoding.length])
         self._after_block(block)
 
     def _run_dynamic(self, on_step: OnStep | None) -> None:
@@ -114,7 +119,7 @@ class Denoiser:
         per_step = commits_per_step(d.block_length, d.steps) if d.steps and not by_chance else []
         # the most tokens of a prompt that the first block may hold
         first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0
-        for block in range(-(-(first + d.length) // d.block_length)):
+        for block in range(-(-(first + self.masked_BL.shape[1]) // d.block_length)):
             if isinstance(self.canvas, Cached):
                 self.canvas.enter(block)
             for inner in range(len(shares) or d.block_length):
@@ -128,10 +133,10 @@ class Denoiser:
                     who_A = torch.tensor([b for b, count in enumerate(counts) if count], device=live_BL.device)
                     place_AR = self._first_places(live_BL[who_A], max(counts))
                     valid_AR = live_BL[who_A].gather(1, place_AR)
-                    least = d.length if by_chance else per_step[inner] if per_step else 1
+                    least = self.masked_BL.shape[1] if by_chance else per_step[inner] if per_step else 1
                     self._step(who_A, place_AR, valid_AR, number, least, self._every_place(who_A))
                     if on_step is not None:
-                        on_step(number, self.completion_BL)
+                        on_step(number, self.completion_BL[:, : d.length])
                 elif self._most(0) > 0:
                     self._idle()
                 elif not by_chance:

@@ -84,7 +84,7 @@ _TABLE = (
         "drawn_logp",
         "threshold",
         strict=True,
-        options={"remasking": "low_confidence_dynamic", "threshold": 0.9},
+        options={"remasking": "low_confidence_dynamic", "threshold": 0.85},
     ),
     Sampler(
         "entropy_bound",

@@ -38,6 +38,9 @@ class Rollout:
     sequence_ids_B: Tensor
     mask_id: int
     attention_mask_BS: Tensor | None = None  # bool, False at padding; None where there is none
+    # int64: the step of each token between the completion and the end of its last block, which later steps of the block saw, -1
+    # elsewhere; None where there is none
+    overhang_step_BS: Tensor | None = None
     # int32, on request: the likeliest completion before each step, decided tokens kept
     greedy_BTL: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -49,11 +52,21 @@ class Rollout:
 
     @property
     def step_map_BS(self) -> Tensor:
-        """int64: the step of each completion token, -1 elsewhere; tokens filled up after EOS get the last
-        step.
-        """
+        """int64: the step of each generated token, -1 elsewhere; tokens filled up after EOS get the last step."""
         steps_BL = torch.where(self.commit_step_BL < 0, self.steps_B[:, None] - 1, self.commit_step_BL.long())
-        return torch.full_like(self.ids_BS, -1).masked_scatter(self.completion_mask_BS, steps_BL)
+        beyond_BS = torch.full_like(self.ids_BS, -1) if self.overhang_step_BS is None else self.overhang_step_BS
+        return beyond_BS.masked_scatter(self.completion_mask_BS, steps_BL)
+
+    @property
+    def text_mask_BS(self) -> Tensor | None:
+        """bool: prompts and completions, without what lies between a completion and the end of its block; None: all.
+
+        The attention mask of masks drawn by a law; that of the rollout's own states is `attention_mask_BS`.
+        """
+        if self.overhang_step_BS is None:
+            return self.attention_mask_BS
+        own_BS = self.overhang_step_BS < 0
+        return own_BS if self.attention_mask_BS is None else self.attention_mask_BS & own_BS
 
     def state_at(self, step: int | Tensor) -> Tensor:
         """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw in that step."""

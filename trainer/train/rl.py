@@ -126,14 +126,15 @@ def _learn(
             sequence_ids=sampled.sequence_ids_B,
             mask_id=setup.facts.mask_id,
             shift=setup.facts.shift,
-            attention_mask_BS=sampled.attention_mask_BS,
+            attention_mask_BS=sampled.text_mask_BS,
             iteration=iteration,
             causal_block=setup.facts.block_length,
             **config.law_options(),
         ).cut(sequences=here_N)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
-    options = setup.scoring_options(kept.attention_mask_BS, config.micro_batch, as_rolled_out=states is not None)
+    seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
+    options = setup.scoring_options(seen_BS, config.micro_batch, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
         rewards=rewards,
