@@ -34,6 +34,7 @@ from dllm_trainer.records.environment import environment  # noqa: E402
 from dllm_trainer.records.lock import Lock  # noqa: E402
 from dllm_trainer.tasks import make_task  # noqa: E402
 from dllm_trainer.tasks.config import CountdownConfig, SudokuConfig  # noqa: E402
+from dllm_trainer.train.run import Run  # noqa: E402, F401 - what the command imports when it is called
 
 TINY = [
     *("threads=1", "tensorboard=false", "task.train_puzzles=100", "task.test_puzzles=2", "model.hidden_size=16"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dllm_kernels.model.sharding import find_shards, is_sharded
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, visible
 
 
 class OtherRankError(UserError, RuntimeError):
@@ -136,7 +136,7 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
         if isinstance(error, UserError):
             code = 2
             if ranks.is_first or not isinstance(error, OtherRankError):
-                print(f"dllm-kernels: {error}", file=sys.stderr, flush=True)
+                print(f"dllm-kernels: {visible(error)}", file=sys.stderr, flush=True)
         elif _is_loss_of_a_rank(error):
             print(f"dllm-kernels: rank {ranks.rank} ends, as another rank has ended or cannot be reached", file=sys.stderr)
         elif not isinstance(error, SystemExit | KeyboardInterrupt):

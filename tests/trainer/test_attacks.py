@@ -6,6 +6,7 @@ The long campaigns are `benchmarks/attack.py`; these are one case of each kind.
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -20,8 +21,10 @@ import torch
 import yaml
 from dllm_trainer.cli import app
 from dllm_trainer.config import load_config
-from dllm_trainer.errors import Stopped, UserError
+from dllm_trainer.errors import GuardError, Stopped, UserError
 from dllm_trainer.records.lock import Lock
+from dllm_trainer.tasks import Example, d1_compat, shaping
+from dllm_trainer.tasks.rewards import checked, load_reward
 from dllm_trainer.train.run import Run
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
@@ -407,3 +410,140 @@ def test_what_is_read_from_the_environment_is_not_written_down(tmp_path: Path, m
     assert config.wandb == "swordfish"
     assert "swordfish" not in config.to_yaml()
     assert load_config(base=config.to_yaml()) == config
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+PIECES = ("<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "a", "\n</answer>\n")
+
+
+def test_layouts_are_what_the_regular_expressions_say_but_in_linear_time() -> None:
+    draw = random.Random(0)
+    strict = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\s*", re.DOTALL)
+    soft = re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+    of_d1 = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
+    tagged = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+    whole = "<reasoning>\na\n</reasoning>\n<answer>\na\n</answer>\n"
+    example = Example("0", "")
+    for _ in range(4000):
+        text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(12)))
+        if draw.random() < 0.5:
+            place = draw.randrange(len(whole))
+            text = whole[:place] + draw.choice(PIECES) + whole[place + draw.randrange(3) :]
+        assert shaping._strict(text) == float(strict.fullmatch(text) is not None), text
+        assert shaping._soft(text) == float(soft.match(text) is not None), text
+        assert d1_compat._soft(example, text) == 0.5 * float(of_d1.match(text) is not None), text
+        assert d1_compat._tagged(text) == tagged.findall(text), text
+    started = time.perf_counter()
+    for piece in (*PIECES, "</reasoning><answer>", "\n</reasoning>\n<answer>\n"):
+        text = ("<reasoning>\n" + piece * (1_000_000 // len(piece)))[:1_000_000]
+        shaping.layout([example], [text])
+        d1_compat._soft(example, text.replace("\n", " "))
+        d1_compat._tagged(text)
+    assert time.perf_counter() - started < 5, "a megabyte takes milliseconds"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["seed=" + "9" * 5000], "config is not readable: Exceeds the limit"),
+        (["rl.options.beta=.inf"], r"rl: options.beta must be finite, got inf"),
+        (["model.lora.rank=2", "model.lora.targets=[]"], r"model.lora.targets must have 1 entries"),
+        (["model.four_bit=true", "model.lora.rank=2"], r"model: four_bit is for a checkpoint"),
+        (["wandb=" + "[" * 3000], r"config is not readable"),
+        (['task.train_file="\\0.csv"'], r"task.train_file must match pattern"),
+        (["task.train_file=pipe.csv"], r"pipe.csv: a data source must be a regular file"),
+        (["task.train_file=/dev/zero"], r"data source is a file that ends in"),
+    ],
+)
+def test_hostile_values_are_told_in_a_sentence(
+    keys: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe.csv")
+    told(call("demo", *TINY, *keys, "--out", tmp_path / "demo"), words)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_control_characters_are_printed_visibly() -> None:
+    result = call("eval", "--checkpoint", "\x1b[2J[red]x")
+    told(result, r"\\x1b\[2J\[red\]x")
+    assert "\x1b" not in result.output
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+REWARD = """
+import json, os, subprocess, sys
+def forged(examples, completions):
+    for number in range(3, 20):
+        try: os.write(number, (b'{"good": true}' if number else b"").rjust(18, b"\\0"))
+        except OSError: pass
+    return [1.0 for _ in completions]
+def secrets(examples, completions): return [float("HF_TOKEN" in os.environ or "MY_SECRET" in os.environ) for _ in completions]
+def parent(examples, completions):
+    child = subprocess.Popen(["sleep", "300"])
+    open(examples[0].facts["file"], "w").write(str(child.pid))
+    return [1.0 for _ in completions]
+def much(examples, completions): return ["x" * 100_000_000]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "attacking.py").write_text(REWARD)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("HF_TOKEN", "swordfish")
+    monkeypatch.setenv("MY_SECRET", "swordfish")
+    return tmp_path
+
+
+def test_a_reward_sees_no_secrets_and_cannot_forge_or_flood_its_answer(rewards: Path) -> None:
+    example = Example("0", "", "", {"file": str(rewards / "pid")})
+    assert load_reward("attacking:secrets", timeout=30.0)([example], ["a"]) == [0.0]
+    for name in ("forged", "much"):
+        with pytest.raises(UserError, match=rf"reward attacking:{name}: "):
+            load_reward(f"attacking:{name}", timeout=30.0)([example], ["a"])
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_what_a_reward_started_ends_with_a_trainer_that_is_killed(rewards: Path) -> None:
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(rewards)!r})
+from dllm_trainer.tasks import Example
+from dllm_trainer.tasks.rewards import load_reward
+load_reward("attacking:parent", timeout=60.0)([Example("0", "", "", {{"file": {str(rewards / "pid")!r}}})], ["a"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    pid, deadline = int((rewards / "pid").read_text()), time.monotonic() + 20
+    while lives(pid):
+        assert time.monotonic() < deadline, "an orphan"
+        time.sleep(0.05)
+
+
+def test_what_counts_right_answers_returns_shares() -> None:
+    right = checked(lambda examples, completions: [2.0 for _ in completions], "correct", share=True)
+    with pytest.raises(UserError, match=r"reward correct must return truth values or numbers in 0..1, got 2 for 0"):
+        right([Example("0", "")], ["a"])
+
+
+def test_a_model_with_nan_is_not_one_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path / "demo", *FEW)
+    evaluate = run._evaluate
+
+    def broken(name: str, label: str) -> None:
+        with torch.no_grad():
+            next(run.setup.model.parameters()).fill_(float("nan"))
+        evaluate(name, label)
+
+    monkeypatch.setattr(run, "_evaluate", broken)
+    with pytest.raises(GuardError, match="hidden states that are not finite"):
+        run.execute()

@@ -16,7 +16,7 @@ from dllm_kernels.objectives import RECIPES
 from .. import distributed
 from ..config import OptimizerConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
@@ -212,7 +212,7 @@ class Run:
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
     def _spend(self, part: str, started: float) -> None:
         self.state.seconds[part] = self.state.seconds.get(part, 0.0) + time.perf_counter() - started
