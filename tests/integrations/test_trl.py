@@ -188,6 +188,56 @@ def test_log_probs_of_trl_are_those_of_full_logits(folder, tmp_path):
     assert_close(entropies, (-(logp.exp() * logp).sum(-1) * real)[:, -4:], rtol=0, atol=1e-5)
 
 
+def test_a_loss_of_trl_s_own_learns_from_rollouts_of_ours(folder, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
+    from trl import GRPOTrainer
+
+    from dllm_kernels.integrations.logps import DiffusionLogps
+    from dllm_kernels.integrations.trl import DiffusionGRPOConfig
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    class Trainer(DiffusionLogps, GRPOTrainer):
+        """GRPO as TRL has it."""
+
+    def rollouts(prompts, trainer):
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        keys = sequence_ids([f"{trainer.state.global_step}/{n}" for n in range(len(ids))])
+        options = {"length": LENGTH, "steps": LENGTH, "block_length": LENGTH, "temperature": 1.0}
+        found = generate(
+            trainer.model.eval(), [torch.tensor(row) for row in ids], mask_id=trainer.args.mask_id, sequence_ids=keys, **options
+        )
+        trainer.model.train()
+        return {"prompt_ids": ids, "completion_ids": found.completion_BL.tolist(), "logprobs": found.commit_logp_BL.tolist()}
+
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.generation_config = GenerationConfig()  # TRL writes into it
+    args = DiffusionGRPOConfig(
+        str(tmp_path),
+        mask_id=tokenizer.mask_token_id,
+        loss_type="grpo",
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=LENGTH,
+        max_steps=12,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = Trainer(model, even, args, train_dataset=data, processing_class=tokenizer, rollout_func=rollouts)
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15
+    assert all("entropy" in row for row in trainer.state.log_history[:-1])
+
+
 def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
     """A host as d1's: its `forward_process` hides the completion and, by a seed, some of the prompt."""
     from types import SimpleNamespace
