@@ -195,7 +195,7 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+        if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
@@ -233,7 +233,7 @@ class Run:
     def _reference(self) -> nn.Module | None:
         """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
         config, setup = self.config, self.setup
-        if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
+        if not RECIPES[config.rl.algorithm].wants_reference(config.rl.options) or config.model.lora.rank:
             return None
         model = load(
             self.folder.path / REFERENCE,
