@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -56,12 +56,14 @@ class DiffusionGRPOConfig(GRPOConfig):
     sequences_per_pass: int | None = None
 
 
-# arguments of TRL's that would change nothing here, and what says it instead
+# arguments of TRL's that would change nothing here, and what does instead
 _ELSEWHERE = {
-    "use_vllm": "generate samples",
-    "use_transformers_continuous_batching": "generate samples",
-    "beta": "it is one of algorithm_options",
-    "min_p": "generate has top_k and top_p",
+    **dict.fromkeys(("use_vllm", "use_transformers_continuous_batching", "generation_kwargs"), "rollout has generate's options"),
+    **dict.fromkeys(("min_p", "repetition_penalty", "cache_implementation"), "rollout has generate's options"),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high", "delta"), "algorithm_options has the algorithm's own"),
+    **dict.fromkeys(("loss_type", "importance_sampling_level", "off_policy_mask_threshold"), "algorithm says what is minimised"),
+    **dict.fromkeys(("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile"), "algorithm says what is minimised"),
+    **dict.fromkeys(("router_aux_loss_coef", "cast_lm_head_to_fp32", "use_liger_kernel"), "the head's statistics are fp32"),
     "fp16": "gradients have no scaler; bf16 needs none",
     "mask_truncated_completions": "every completion has max_completion_length tokens",
     "sync_ref_model": "the reference is the model as it was at the start",
@@ -85,9 +87,13 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
     ) -> None:
         if not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"args must be a DiffusionGRPOConfig, got {type(args).__name__}")
+        published = {entry.name: entry.default for entry in fields(GRPOConfig)}
         for name, instead in _ELSEWHERE.items():
-            if getattr(args, name):
-                raise ValueError(f"{name} must be left as it is, got {getattr(args, name)!r}: {instead}")
+            if name in published and (value := getattr(args, name)) != published[name]:
+                raise ValueError(f"{name} must be left at {published[name]!r}, got {value!r}: {instead}")
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if named.get(name) is not None:
+                raise ValueError(f"{name} must be None: completions are generate's, of one turn")
         if (args.gradient_accumulation_steps, args.steps_per_generation) != (1, 1):
             raise ValueError(
                 "gradient_accumulation_steps and steps_per_generation must be 1, got "

@@ -38,8 +38,7 @@ class GivenPlan(MaskPlan):
 
     @cached_property
     def _weight_KU(self) -> Tensor:
-        weight_KB = self.given_weight_BK.t()[self.sample_K]
-        return weight_KB.repeat_interleave(len(self.units.lengths_U) // max(1, len(self.lengths_B)), dim=1)
+        return self.given_weight_BK.t()[self.sample_K]
 
 
 def make(

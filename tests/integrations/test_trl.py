@@ -217,7 +217,9 @@ def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
     ("options", "said"),
     [
         ({"gradient_accumulation_steps": 2}, r"^gradient_accumulation_steps and steps_per_generation must be 1, got 2"),
-        ({"beta": 0.1}, r"^beta must be left as it is, got 0.1: it is one of algorithm_options"),
+        ({"beta": 0.1}, r"^beta must be left at 0.0, got 0.1: algorithm_options has"),
+        ({"epsilon": 0.1}, r"^epsilon must be left at 0.2, got 0.1: algorithm_options has"),
+        ({"loss_type": "grpo"}, r"^loss_type must be left at 'dapo', got 'grpo': algorithm says"),
         ({"algorithm": "grpo"}, r"^algorithm must be one of bgpo"),
         ({"algorithm": "egspo_sa"}, r"^algorithm must not score intermediate states by the reward"),
         ({"algorithm_options": {"epsilon": 1}}, r"^epsilon is unknown: bgpo has no options"),
