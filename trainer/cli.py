@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from .config import RunConfig, load_config, shipped_configs
-from .errors import STOPPED_BY_CTRL_C, Stopped, StoppedAtOnce, UserError, first_line, telling_of_algorithms
+from .errors import STOPPED_BY_CTRL_C, Stopped, StoppedAtOnce, UserError, first_line, telling_of_algorithms, visible
 from .rights import FUNCTIONS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"dllm-kernels: {error}", file=sys.stderr)
+        print(f"dllm-kernels: {visible(error)}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print("dllm-kernels: stopped", file=sys.stderr)

@@ -10,6 +10,7 @@ from dllm_kernels import generate, noise
 
 from ..config import RolloutConfig
 from ..tasks import Example
+from .guards import guard_failures
 from .setup import Setup
 
 Figures = dict[str, Any]
@@ -51,6 +52,7 @@ def evaluate(
             **options,
         )
         with ranks.together():
+            guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing
             texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
             found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
         for told in ranks.tell(found):

@@ -16,7 +16,7 @@ from dllm_kernels.objectives import RECIPES
 from .. import distributed
 from ..config import OptimizerConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
@@ -32,6 +32,7 @@ from ..records.run_dir import PHASES, RunDir, State
 from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
+from ..watch import watching
 from .evaluation import Figures, decodings, evaluate, paired_gain
 from .foreign_code import announce_code
 from .optimization import make_optimizer
@@ -141,7 +142,7 @@ class Run:
     def execute(self) -> None:
         """Everything that is not done yet. Raises Stopped where a signal asks for it, with the state saved."""
         folder, config, ranks = self.folder, self.config, self.ranks
-        with StopRequest(nothing_to_lose=True) as self.stop:
+        with StopRequest(nothing_to_lose=True) as self.stop, watching(ranks, config.parallel.patience) as self._watch:
             if ranks.is_first:
                 folder.write_json("environment.json", environment())
             started = time.perf_counter()
@@ -211,7 +212,7 @@ class Run:
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
     def _spend(self, part: str, started: float) -> None:
         self.state.seconds[part] = self.state.seconds.get(part, 0.0) + time.perf_counter() - started
@@ -286,6 +287,7 @@ class Run:
                 if probe_every and state.step % probe_every == 0:
                     figures |= self._probe()
                 figures["peak_memory_mb"] = peak_memory_mb()
+                self._check_metric(phase, figures)
                 if ranks.is_first:
                     self.folder.log({"phase": phase, "step": state.step, **figures})
                 shown.advance(1, {key: figures[key] for key in _SHOWN[phase] if key in figures})
@@ -297,9 +299,18 @@ class Run:
                 if stopping:
                     self.checkpoints.finish()
                     raise Stopped(stopping)
+                if self._watch is not None:
+                    self._watch.step_made(figures["seconds"])
                 if warning := self.moments.warning(figures["seconds"]):
                     self._say(warning)
         self.checkpoints.finish()
+
+    def _check_metric(self, phase: str, figures: dict[str, float]) -> None:
+        """Raises UserError where the figure by which the best checkpoints are kept is none."""
+        name, is_last = self.config.checkpoints.metric, phase == "rl" or not self.config.rl.updates
+        probes = ("probe_greedy", "probe_rollout")  # not of every step
+        if self.config.checkpoints.keep_best and is_last and "loss" in figures and name not in (*figures, *probes):
+            raise UserError(f"checkpoints.metric {name} is no figure of a step; there are {', '.join((*figures, *probes))}")
 
     def _autocast(self) -> torch.autocast:
         """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
