@@ -28,6 +28,8 @@ from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 
+MOST_ROLLOUTS = 1_000_000  # of an update; more is a slip of the finger, and its lists alone fill the memory
+
 
 def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     """The algorithm and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
@@ -36,6 +38,8 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total < setup.ranks.size:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    if total > MOST_ROLLOUTS:
+        raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
             those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
