@@ -129,6 +129,8 @@ class RlConfig(OptimizerConfig):
     inner_iterations: Positive
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool
+    window: Literal["eos", "completion"] | None = None  # scored tokens: up to the first EOS, or all; None: as published
+    tail: Literal["shown", "hidden", "removed"] | None = None  # what the model sees of the rest; None: as published
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
     options: dict[str, Any] = Field(default_factory=dict)  # the algorithm's own, over those of its recipe: beta, epsilon ...
@@ -151,10 +153,19 @@ class RlConfig(OptimizerConfig):
         if self.law in TRACES and not recipe.needs_trajectory:
             those = ", ".join(name for name, other in recipes.items() if other.needs_trajectory)
             raise ValueError(f"law {self.law} is for the trajectories of {those}, got algorithm {self.algorithm}")
+        window, _ = self.scored()
+        if self.tail is not None and window != "eos":
+            raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")
         if self.law not in TRACES:
             options = laws.resolve(self.law, self.law_options())
             laws.check_samples(*options, self.samples)
         return self
+
+    def scored(self) -> tuple[str, str | None]:
+        """(window, tail): the recipe's, where the config does not say."""
+        recipe = _recipes()[self.algorithm]
+        window = self.window or recipe.window
+        return window, self.tail or (recipe.tail if window == recipe.window else None)
 
     def law_options(self) -> dict[str, Any]:
         """What `make_mask_plan` takes beside the law's name and samples: the recipe's for its own law."""

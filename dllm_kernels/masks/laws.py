@@ -17,6 +17,7 @@ from torch import Tensor
 from dllm_kernels import checks
 
 Options = Mapping[str, Any]
+TAILS = ("shown", "hidden", "removed")  # what a model sees of the tokens after the first EOS
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,8 @@ class Law:
     # from this sample on, every second sample hides what the one before it shows
     pairs_from: int | None = None
     prompt_noise: float = 0.0
-    # tokens after the first EOS, if eos_id is given; never scored
-    tail: Literal["dropped", "hidden"] = "dropped"
+    # tokens after the first EOS, if eos_id is given and tail is not; never scored
+    tail: Literal["shown", "hidden"] = "shown"
 
 
 _TABLE = (

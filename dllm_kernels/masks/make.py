@@ -27,6 +27,7 @@ def make_mask_plan(
     iteration: int = 0,
     attention_mask_BS: Tensor | None = None,
     eos_id: int | None = None,
+    tail: str | None = None,
     causal_block: int | None = None,
     block_origin: str = "sequence",
     edge: str = "clean",
@@ -49,8 +50,12 @@ def make_mask_plan(
         attention_mask_BS: bool or int `[B, S]`, False at padding. Without it, every token before the
             completion counts as prompt.
         eos_id: None scores whole completions with their EOS tail. Given, tokens after the first EOS are never
-            scored; they stay visible, or are hidden, as published, for `full`, `block`, `trace` and
-            `segments`.
+            scored, and lengths and weights leave them out.
+        tail: what the model sees of those tokens: "shown", as they are; "hidden", as the law hides the others
+            where it draws each token by itself (`coupled`, `bernoulli`, DMPO's pairs) or follows steps, else
+            always; "removed", nothing: they are padding of the plan, and the caller leaves them out of the
+            model's attention mask (`eos_tail` finds them). None: the law's own, "hidden" for `full`, `block`,
+            `trace` and `segments`, "shown" for the others.
         causal_block: b, the block length of a block-causal model (SDAR, LLaDA2, Fast-dLLM v2, BD3-LM), which
             denoises a block given the clean blocks before it; None for a bidirectional one. Every law below is
             then drawn for each block, with the L, n and t of the block in its weight, and `unbiased` refers to
@@ -122,11 +127,14 @@ def make_mask_plan(
     if checks.may_read(input_ids_BS):
         _check_values(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS, mask_id, shift)
     _check_blocks(rule, causal_block, block_origin, edge, prompt_noise, shift)
+    if tail is not None:
+        checks.choice("tail", tail, laws.TAILS)
+        if eos_id is None or given_law:
+            raise ValueError(f"tail must be None without eos_id and with law='given', whose masks say it, got {tail!r}")
     given = completion_mask_BS
     tail_BS = None
     if eos_id is not None:
-        eos_BS = given & (input_ids_BS == checks.count("eos_id", eos_id, 0))
-        tail_BS = given & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
+        tail_BS = eos_tail(input_ids_BS, given, eos_id)
         completion_mask_BS = given & ~tail_BS
     prompt_BS = None
     if prompt_noise > 0.0:
@@ -149,6 +157,8 @@ def make_mask_plan(
     block_BS = step_BS = None
     if causal_block is not None:
         real_BS = torch.ones_like(given) if attention_mask_BS is None else (attention_mask_BS != 0) | given
+        if tail == "removed" and tail_BS is not None:
+            real_BS, given = real_BS & ~tail_BS, completion_mask_BS
         block_BS = blocks.grid(real_BS, given, causal_block, block_origin)
         if shift and checks.may_read(given) and bool((given & (real_BS.cumsum(-1) <= shift)).any()):
             raise ValueError(f"completion_mask_BS must be False at the first {shift} real token(s), which no row predicts")
@@ -171,7 +181,7 @@ def make_mask_plan(
         law=law,
         options=options,
         samples=samples,
-        tail_mask_BS=tail_BS if rule.tail == "hidden" else None,
+        tail_mask_BS=tail_BS if (tail or rule.tail) == "hidden" else None,
         state_BS=state_BS,
         state_BK=state_BK,
         causal_block=causal_block,
@@ -180,6 +190,18 @@ def make_mask_plan(
         block_BS=block_BS,
         step_BS=step_BS,
     )
+
+
+def eos_tail(input_ids_BS: Tensor, completion_mask_BS: Tensor, eos_id: int) -> Tensor:
+    """bool `[B, S]`: the tokens of each completion after its first EOS.
+
+    Example:
+        >>> ids = torch.tensor([[7, 1, 7, 2, 7]])
+        >>> eos_tail(ids, torch.tensor([[False, True, True, True, True]]), 7)
+        tensor([[False, False, False,  True,  True]])
+    """
+    eos_BS = completion_mask_BS & (input_ids_BS == checks.count("eos_id", eos_id, 0))
+    return completion_mask_BS & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
 
 
 def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: str, prompt_noise: float, shift: int) -> None:

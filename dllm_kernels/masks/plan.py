@@ -43,7 +43,7 @@ class MaskPlan:
     iteration: int
     prompt_noise: float
     prompt_mask_BS: Tensor | None = None  # real prompt tokens, where prompt_noise > 0
-    tail_mask_BS: Tensor | None = None  # hidden but never scored: tokens after the first EOS, for some laws
+    tail_mask_BS: Tensor | None = None  # tokens after the first EOS, where they are hidden; never scored
     state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
     state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
     # of block diffusion: tokens per block, where blocks begin, and which row predicts a block's first token with shift
@@ -114,7 +114,12 @@ class MaskPlan:
     @property
     def _hidden_tail_KBS(self) -> Tensor:
         assert self.tail_mask_BS is not None
-        return self.tail_mask_BS & self._after_KBS if self.rule.level == "steps" else self.tail_mask_BS
+        if self.rule.level == "steps":
+            return self.tail_mask_BS & self._after_KBS
+        if self.rule.level == "t":  # each token has its own draw, so those of the others stay as they are
+            window = replace(self, completion_mask_BS=self.completion_mask_BS | self.tail_mask_BS, tail_mask_BS=None)
+            return self.tail_mask_BS & window._hidden_KBS
+        return self.tail_mask_BS
 
     @property
     def _state_KB1(self) -> Tensor:

@@ -127,6 +127,8 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=False,
     inner_iterations=1,
+    window="eos",
+    tail="removed",
     notes="The paper's text was read in full, and two ports; its own repository is not reachable. Exact counts, stratified, are "
     "the port's, t ~ U[0, 1] the paper's. Groups of 8, 16 prompts, learning rate 5e-7, full fine-tuning, 32 samples for Sudoku.",
 )

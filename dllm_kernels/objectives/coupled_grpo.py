@@ -149,6 +149,8 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=2,
+    window="eos",
+    tail="hidden",
     notes="The code was read; it draws one t for the whole batch, the law one per sequence. Groups of 10, learning rate 1e-6 "
     "to 10 % by a cosine, full fine-tuning, completions of 256 tokens, temperature 1.",
 )

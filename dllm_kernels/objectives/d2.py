@@ -120,6 +120,8 @@ RECIPE = Recipe(
     inner_iterations=12,
     options=Options,
     trajectory=Trajectory(_segments, _segment_tokens),
+    window="eos",
+    tail="hidden",
     notes="The code was read. 8 segments for GSM8K, 16 for Countdown; the rest as diffu-GRPO. "
     "The any-order variant for a causal model is not here.",
 )

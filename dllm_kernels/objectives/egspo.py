@@ -244,6 +244,7 @@ RECIPE = Recipe(
     from_run=lambda length, steps: {"tokens_per_step": length / steps},
     trajectory=Trajectory(_selected_steps, _step_tokens),
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high),
+    window="completion",
     notes="The code was read in full, of the paper the abstract and notes. The 8 steps of highest entropy of 128, for 256 "
     "tokens; the code takes 2 of the 8 per optimizer step, we take all. Groups of 8, learning rate 3e-5, LoRA, temperature "
     "0.9.",

@@ -132,6 +132,7 @@ RECIPE = Recipe(
     needs_reference=False,
     inner_iterations=12,
     clip=lambda options: Clip(options.epsilon, options.epsilon, per_token=options.mode == "code"),
+    window="completion",
     notes="The official code was read, the paper's form (no length inside the ratio, 1/|y| outside) is secondhand. "
     "Code: 6 completions a prompt, learning rate 3e-7, 256 tokens, LoRA 128.",
 )

@@ -19,6 +19,7 @@ from dllm_kernels.objectives.update import Rewards, Signal, States, Update, adva
 from dllm_kernels.rollouts.trajectories import Rollout
 
 Status = Literal["verified against the paper", "verified against the code", "unverified"]
+WINDOWS = ("eos", "completion")
 _KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", NoneType: "null"}
 
 
@@ -65,11 +66,21 @@ class Recipe:
     signal: Callable[[Rewards, Objective, Any], Signal] = advantage_signal
     pairs: bool = False  # learns from one chosen and one rejected completion of a prompt: given pairs will do
     trajectory: Trajectory | None = None  # None: masks are drawn by the law
+    # tokens that are scored, and that lengths and denominators count: up to the first EOS, inclusive, or all
+    window: Literal["eos", "completion"] = "completion"
+    # what the model sees of the tokens after it; None: the law's own, see `make_mask_plan`
+    tail: Literal["shown", "hidden", "removed"] | None = None
     greedy: bool = False  # wants the greedy completion of every state of a rollout
     entries: Callable[[Update, Any], dict[str, Tensor]] | None = None  # beyond the signal's and old and reference scores
     figures: Callable[[Update, Batch, Any], dict[str, float]] | None = None  # to log, of each optimizer step
     clip: Callable[[Any], Clip] | None = None
     notes: str = ""  # a sentence on the status, then the published group size, learning rate and the like
+
+    def __post_init__(self) -> None:
+        if self.window not in WINDOWS:
+            raise ValueError(f"window must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.tail is not None and self.window != "eos":
+            raise ValueError(f"tail must be None with window='completion', which leaves no tail, got {self.tail!r}")
 
     @property
     def needs_trajectory(self) -> bool:

@@ -178,6 +178,8 @@ RECIPE = Recipe(
     inner_iterations=1,
     options=Options,
     trajectory=Trajectory(_merged_steps, _state_tokens),
+    window="eos",
+    tail="hidden",
     notes="The code was read; its value model is left out. 8 steps are merged for LLaDA, 1 for TraDo. 32 prompts of 8 rollouts, "
     "learning rate 1e-6, full fine-tuning, 512 tokens, temperature 0.8; prompts solved less than 20 % or more than 80 % of "
     "the time are dropped.",

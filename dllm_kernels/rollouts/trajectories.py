@@ -15,6 +15,7 @@ from dllm_kernels import checks, noise
 from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
+from dllm_kernels.rollouts.events import Events
 
 SELECTIONS = ("entropy", "uniform", "random")
 
@@ -41,6 +42,7 @@ class Rollout:
     # int64: the step of each token between the completion and the end of its last block, which later steps of the block saw, -1
     # elsewhere; None where there is none
     overhang_step_BS: Tensor | None = None
+    recorded: Events | None = None  # where the commit tensors above do not hold all `events`
     # int32, on request: the likeliest completion before each step, decided tokens kept
     greedy_BTL: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -76,12 +78,36 @@ class Rollout:
             step = step[:, None]
         else:
             checks.count("step", step, 0)
+        if self.edited:
+            before_B = step if isinstance(step, Tensor) else torch.full((len(self.ids_BS), 1), step, device=self.ids_BS.device)
+            return self.events.states(self.ids_BS, before_B[:, None].expand(-1, 1, self.ids_BS.shape[1]))[:, 0]
         return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
+
+    @property
+    def events(self) -> Events:
+        """Every change of a token, by sequence, step and position; the commit tensors hold the last of each token."""
+        if self.recorded is not None:
+            return self.recorded
+        there_BL = (self.commit_step_BL >= 0) & ~self.failed_B[:, None]
+        sequence_E, place_E = there_BL.nonzero(as_tuple=True)
+        columns_BL = self.completion_mask_BS.nonzero()[:, 1].view(there_BL.shape)
+        at = sequence_E, place_E
+        old_E, new_E = torch.full_like(sequence_E, self.mask_id), self.completion_BL[at].long()
+        step_E, position_E = self.commit_step_BL[at].long(), columns_BL[at]
+        found = Events(sequence_E, step_E, position_E, old_E, new_E, self.commit_logp_BL[at], self.commit_entropy_BL[at])
+        return found.ordered(self.ids_BS.shape[1])
+
+    @property
+    def edited(self) -> bool:
+        """Whether a decided token was replaced."""
+        return self.recorded is not None and bool((self.recorded.old_id_E != self.mask_id).any())
 
     def kept(self, index_N: Tensor) -> Rollout:
         """The rollouts at these indices."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         parts: dict[str, Any] = {name: value[index_N] for name, value in values.items() if isinstance(value, Tensor)}
+        if self.recorded is not None:
+            parts["recorded"] = self.recorded.kept(index_N, len(self.ids_BS))
         return replace(self, **parts)
 
 

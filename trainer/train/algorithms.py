@@ -34,8 +34,8 @@ class Algorithm:
     options: Any  # an instance of `recipe.option_type`
     objective: Objective
 
-    def rewards(self, values_B: Tensor, group_ids_B: Tensor, length: int) -> Rewards:
-        return Rewards(values_B, group_ids_B, length, self.config.advantage, self.config.positive_only)
+    def rewards(self, values_B: Tensor, group_ids_B: Tensor, lengths_B: Tensor) -> Rewards:
+        return Rewards(values_B, group_ids_B, lengths_B, self.config.advantage, self.config.positive_only)
 
     def signal(self, rewards: Rewards) -> Signal:
         return self.recipe.signal(rewards, self.objective, self.options)
