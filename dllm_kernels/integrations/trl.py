@@ -115,8 +115,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         of_run = {} if self.recipe.from_run is None else self.recipe.from_run(length, args.rollout.get("steps") or length)
         self.options = self.recipe.choose({**of_run, **args.algorithm_options})
         self.objective = self.recipe.make(self.options)
-        needed = (*self.objective.per_sequence, *self.objective.per_sample, *self.objective.per_token)
-        wants_reference = self.recipe.entries is not None or any(name.startswith("ref_") for name in needed)
+        wants_reference = self.recipe.wants_reference(args.algorithm_options)
         adapted = named.get("peft_config") is not None or hasattr(model, "disable_adapter")
         # before TRL replaces the model's forward
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if wants_reference and not adapted else None
@@ -208,7 +207,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
 
         def plan_of(iteration: int) -> MaskPlan:
             if states is not None:
-                return states.plan
+                return states.plan if states.plan.prompt_noise == 0 else replace(states.plan, iteration=iteration)
             given = dict(recipe.law_options) if args.law in (None, recipe.law) else {}
             return make_mask_plan(
                 rollout.ids_BS,
@@ -293,6 +292,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             scored = self.reference if reference and self.reference is not None else model
             if kind == "logp":
                 return score_samples(scored, plan, per_token=True, **self._scoring)
+            if kind == "sample_elbo" and plan.step_KBS is not None:  # one for each step, of which a sample has several
+                return steps.sums(plan, score_samples(scored, plan, per_token=True, **self._scoring).transpose(0, 1))
             elbo_BK = score_samples(scored, plan, **self._scoring)
         return elbo_BK if kind == "sample_elbo" else (elbo_BK * plan.share_K).sum(-1)
 
