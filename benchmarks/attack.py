@@ -351,7 +351,12 @@ def answers(peace: Peace, folder: Path, draw: random.Random) -> None:
 def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
     """An algorithm in a dtype, in peace and stopped once: the same metrics and weights."""
     algorithm = draw.choice(["bgpo", "espo", "diffu_grpo", "wd1", "gdpo", "dmpo", "vrpo", "spg"])
-    keys = [f"rl.algorithm={algorithm}", f"model.dtype={draw.choice(['float32', 'bfloat16'])}", "rl.gap_bound=100.0"]
+    keys = [
+        f"rl.algorithm={algorithm}",
+        f"model.dtype={draw.choice(['float32', 'bfloat16'])}",
+        "rl.gap_bound=100.0",
+        "rl.samples=12",
+    ]
     if draw.random() < 0.4:
         keys += ["rl.inner_iterations=2"] if draw.random() < 0.5 else ["sft.micro_batch=3"]
     ends = []

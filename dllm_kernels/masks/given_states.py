@@ -154,4 +154,5 @@ def _segments(step_map_BS: Tensor, segments: int, total_steps: int | None) -> Te
         total = total_steps
         if checks.may_read(step_map_BS) and int(step_map_BS.max()) >= total_steps:
             raise ValueError(f"step_map_BS must be below total_steps={total_steps}, got {int(step_map_BS.max())}")
-    return torch.where(step_map_BS >= 0, step_map_BS * segments // total, -1)
+    # segment k begins with step int(k T / N), as in the code
+    return torch.where(step_map_BS >= 0, ((step_map_BS + 1) * segments - 1) // total, -1)

@@ -131,6 +131,7 @@ _TABLE = (
         False,
         "d2, arXiv 2509.21474",
         {"step_map_BS": None, "segments": None, "total_steps": None},
+        prompt_noise=0.15,
         tail="hidden",
     ),
 )

@@ -44,8 +44,8 @@ def make_mask_plan(
         sequence_ids: int64 `[B]` from `noise.sequence_ids`, distinct.
         mask_id: the id written at hidden positions; must not occur in the completions.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`
-            and `block`, else 0.
+        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`,
+            `block` and `segments`, else 0.
         iteration: inner iteration; the samples of different iterations are independent.
         attention_mask_BS: bool or int `[B, S]`, False at padding. Without it, every token before the
             completion counts as prompt.
@@ -99,7 +99,7 @@ def make_mask_plan(
                     (any, int64) that each sample shows, `event_steps_BKS`, the step of what it scores, -1
                     nothing, and `event_ids_BKS`, what that step wrote. (TraceRL, arXiv 2509.06949; EGSPO)
         segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own
-                    last + 1): step s is in part s N // T; each is scored in its first state. (d2, arXiv
+                    last + 1): part k begins with step k T // N; each is scored in its first state. (d2, arXiv
                     2509.21474)
         given       masks drawn by another loop: `masked_KBS`, bool `[K, B, S]`, the completion tokens that
                     each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used.

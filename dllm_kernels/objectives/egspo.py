@@ -86,7 +86,8 @@ def stepwise_returns(rewards_B: Tensor, step_rewards: Tensor, *, lam: float = 0.
 
     `group_advantages(returns, group_ids, kind="mean")` then centres them by group and entropy rank: column k holds each
     sequence's k-th chosen step, not one time step. lam = 0 is EGSPO. The code's option `standard_grpo_returns` is
-    `group_advantages(rewards_B, group_ids)[:, None] + lam * (rewards_B[:, None] - step_rewards)`.
+    `(group_advantages(rewards_B, group_ids)[:, None] + lam * (rewards_B[:, None] - step_rewards)) / (1 + lam)`, without the
+    division where it does not normalise.
 
     Args:
         rewards_B: R, `[B]`, of the final completions.

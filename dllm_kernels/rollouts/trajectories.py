@@ -210,6 +210,7 @@ def trajectory_rows(
     shift: int | None = None,
     eos_id: int | None = None,
     causal_block: int | None = None,
+    prompt_noise: float | None = None,
     score: str = "last",
 ) -> MaskPlan:
     """The states of a rollout and the tokens decided in each, as a `MaskPlan` with states as samples.
@@ -221,7 +222,8 @@ def trajectory_rows(
         shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: tokens after
             the first EOS are not scored; None takes that of the rollout. causal_block: the block length of a
             block-causal model, as in `make_mask_plan`; None takes that of the rollout, of whose settings it is
-            one where the model is known to be block-causal.
+            one where the model is known to be block-causal. prompt_noise: probability of hiding a prompt token;
+            None: 0.15 for segments, as published, and 0 for single or merged steps.
         score: "last": each token of the completion in the state before the event that last set it, an edited
             one from the row that shows what it replaced. "all_events": every event, also those that later
             edits superseded.
@@ -274,6 +276,7 @@ def trajectory_rows(
         eos_id=rollout.settings.get("eos_id") if eos_id is None else eos_id,
         attention_mask_BS=rollout.attention_mask_BS,
         causal_block=causal_block,
+        prompt_noise=prompt_noise,
         **options,
     )
 

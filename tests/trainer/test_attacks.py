@@ -297,7 +297,7 @@ def test_the_evaluation_before_rl_is_restored_and_never_made_of_later_weights(co
     shutil.rmtree(copy / "checkpoint_sft")
     result = call("demo", "--resume", copy)
     assert result.exit_code == 0, result.output
-    assert "eval_before.json was missing; it is restored from the checkpoint" in result.output
+    assert "eval_before.json was missing or had changed; it is restored from the checkpoint" in result.output
     assert json.loads((copy / "eval_before.json").read_text()) == before
     assert not (copy / "checkpoint_sft").exists(), "later weights under the name of those of the start"
 
@@ -547,3 +547,40 @@ def test_a_model_with_nan_is_not_one_that_answers_nothing(tmp_path: Path, monkey
     monkeypatch.setattr(run, "_evaluate", broken)
     with pytest.raises(GuardError, match="hidden states that are not finite"):
         run.execute()
+
+
+# --- memory and the terminal ------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_a_sentence_with_the_prediction_and_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(self: Run, phase: str) -> None:
+        torch.empty(10**16)
+
+    monkeypatch.setattr(Run, "_train", exhaust)
+    told(
+        call("demo", *TINY, "--out", tmp_path / "demo"),
+        r"can't allocate memory.*; plan predicts a peak of .* MiB.*micro_batch",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.hidden_size=4000000", "do not fit this machine's memory"),
+        ("model.layers=1000000000000", "do not fit this machine's memory"),
+        ("rl.group=1000000000", "rl.prompts x rl.group must be at most 1,000,000 rollouts"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_allocated(key: str, words: str, tmp_path: Path) -> None:
+    told(call("demo", *TINY, key, "--out", tmp_path / "demo"), words)
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_writer(tmp_path: Path) -> None:
+    code = "import dllm_trainer.records.terminal as t; t.forgive_closed_streams(); [print('x' * 9999) for _ in range(99)]"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,6 +30,8 @@ from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 from .window import Window, window_of
 
+MOST_ROLLOUTS = 1_000_000  # of an update; more is a slip of the finger, and its lists alone fill the memory
+
 
 def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     """The algorithm and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
@@ -37,6 +40,8 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total < setup.ranks.size:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    if total > MOST_ROLLOUTS:
+        raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     window_of(config, setup.facts)
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
@@ -121,7 +126,7 @@ def _learn(
 
     def plan_of(iteration: int) -> MaskPlan:
         if states is not None:
-            return states.plan
+            return states.plan if states.plan.prompt_noise == 0 else replace(states.plan, iteration=iteration)
         return make_mask_plan(
             sampled.ids_BS,
             sampled.completion_mask_BS,

@@ -33,7 +33,7 @@ from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
 from ..watch import watching
-from .evaluation import Figures, decodings, evaluate, paired_gain
+from .evaluation import Figures, decodings, evaluate, is_whole, paired_gain
 from .foreign_code import announce_code
 from .optimization import make_optimizer
 from .preferences import pair_updates
@@ -195,20 +195,22 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+        if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
                 raise UserError(
                     f"{error}; it is the reference policy of this run, which cannot go on without: put it back or start anew"
                 ) from error
-        if not (folder.path / "eval_before.json").exists():
-            if self.state.before is None:
-                raise UserError(
-                    f"{folder.path / 'eval_before.json'} is missing, and its figures cannot be made again: put it back"
-                )
+        if self.state.before is None:
+            raise UserError(f"{folder.path}: its checkpoint does not hold the evaluation before RL, which cannot be made again")
+        try:
+            known = folder.read_json("eval_before.json")
+        except UserError:
+            known = None
+        if known != self.state.before:
             folder.write_json("eval_before.json", self.state.before)
-            self._say("eval_before.json was missing; it is restored from the checkpoint")
+            self._say("eval_before.json was missing or had changed; it is restored from the checkpoint")
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
@@ -233,7 +235,7 @@ class Run:
     def _reference(self) -> nn.Module | None:
         """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
         config, setup = self.config, self.setup
-        if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
+        if not RECIPES[config.rl.algorithm].wants_reference(config.rl.options) or config.model.lora.rank:
             return None
         model = load(
             self.folder.path / REFERENCE,
@@ -370,9 +372,17 @@ class Run:
         self.ranks.wait()
 
     def _has(self, name: str) -> bool:
-        """Whether this evaluation was made; one after RL is made again where there were more updates since."""
-        made = (self.folder.path / name).exists()
-        return made and (name == "eval_before.json" or self.folder.read_json(name).get("at") == self.where())
+        """Whether this evaluation was made and is whole; one after RL is made again where there were more updates since."""
+        if not (self.folder.path / name).exists():
+            return False
+        found, tests = self.folder.read_json(name), self.setup.task.tests
+        if name == "eval_after.json":
+            return is_whole(found, tests) and found.get("at") == self.where()
+        if not is_whole(found, tests):
+            raise UserError(
+                f"{self.folder.path / name} is damaged: it lacks figures of {', '.join(tests)}; put it back or start anew"
+            )
+        return True
 
     def _finish(self) -> None:
         folder = self.folder
