@@ -80,3 +80,13 @@ def test_a_sampler_of_other_blocks_is_refused(model_folder: Path) -> None:
     setup = setup_of(model_folder)
     with pytest.raises(ValueError, match="block_length must be the model's 4 for sampler='sdar', got 8"):
         generate(setup.model, torch.tensor([[1, 2]]), length=8, mask_id=9, sampler="sdar", steps=4, block_length=8)
+
+
+def test_adapters_and_checkpointing_change_nothing_of_how_it_is_scored(model_folder: Path) -> None:
+    """Attention in parts is recomputed in backward, and the reference is the model with its adapters off."""
+    keys = ["rl.algorithm=trace_rl", "rl.gap_every=1", "model.lora.rank=2", "model.gradient_checkpointing=true"]
+    setup = setup_of(model_folder, *keys)
+    records = list(sft_steps(setup, make_optimizer(setup.trained, setup.config.sft)))
+    records += rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
+    assert all(record["on_policy_gap"] < 1e-4 for record in records[3:])
+    assert all(record["grad_norm"] > 0 for record in records)
