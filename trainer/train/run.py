@@ -20,7 +20,7 @@ from ..errors import Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
-from ..models.self_tests import check_mask_id, check_rollout, shift_self_test
+from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
 from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
 from ..records.manifest import DamagedCheckpoint, verify
@@ -74,6 +74,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
             four_bit=model_config.four_bit,
         )
     check_mask_id(loaded)
+    check_positions(loaded)
     codec = Codec(loaded, task, config.prompt, config.rollout.length)
     check_rollout(config.rollout, loaded, codec.length)
     if model_config.gradient_checkpointing:
