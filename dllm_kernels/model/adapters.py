@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,14 +95,15 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.W
 def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
     """Raise ValueError where the head's own forward is not `h W^T + b` with the active adapters, once for each set of them.
 
-    Compared on one row that no norm maps to itself. Called where the head runs, so that FSDP has its parameters whole.
+    Compared on one row that no norm maps to itself. Called where the head runs, so that FSDP has its parameters whole; those
+    that FSDP was told to ignore are gathered meanwhile, by all ranks.
     """
     layer: Any = head
     live = [] if getattr(layer, "disable_adapters", True) else list(layer.active_adapters)
     state = type(head), *live, bool(getattr(layer, "merged", False))
     if state in _checked.get(head, ()) or hidden.is_meta or torch.compiler.is_compiling() or not hidden.numel():
         return
-    with torch.no_grad():
+    with torch.no_grad(), _gathered(head, hidden.dtype):
         row_1H = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
         row_1H = row_1H + torch.linspace(-2, 3, row_1H.shape[1], device=row_1H.device).to(row_1H.dtype)
         got = own(row_1H)
@@ -122,6 +124,23 @@ def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: T
             f"{error:.3g} on one row, of logits up to {size:.3g}: a norm, a scale or an unknown adapter lies in its forward"
         )
     _checked.setdefault(head, set()).add(state)
+
+
+@contextmanager
+def _gathered(head: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the context the head's DTensors are plain tensors of its input's dtype, so that its own forward can run."""
+    replaced = []
+    for module in head.modules():
+        for name, parameter in module._parameters.items():
+            if hasattr(parameter, "full_tensor"):
+                replaced.append((module._parameters, name, parameter))
+    try:
+        for parameters_of, name, parameter in replaced:
+            parameters_of[name] = parameter.full_tensor().to(dtype)
+        yield
+    finally:
+        for parameters_of, name, parameter in replaced:
+            parameters_of[name] = parameter
 
 
 def _whole(parameter: Any) -> Tensor | None:
