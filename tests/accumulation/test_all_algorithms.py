@@ -103,6 +103,8 @@ def test_the_couplings_are_those_of_the_design():
         "gdpo": ("sequence", "none"),
         "gdpo, KL": ("sequence", "sequence"),
         "gdpo, code": ("sequence", "none"),
+        "gdsd": ("sequence", "sequence"),
+        "justgrpo": ("token", "none"),
         "rspo": ("batch", "batch"),
         "spg": ("sequence", "sequence"),
         "trace_rl": ("token", "none"),
