@@ -95,6 +95,7 @@ def test_the_couplings_are_those_of_the_design():
         "dmpo": ("none", "none"),
         "dmpo, no baseline": ("none", "none"),
         "dmpo, unbias": ("batch", "batch"),
+        "ebpo": ("sequence", "none"),
         "egspo": ("sample", "sample"),
         "egspo, no KL": ("sample", "none"),
         "egspo_sa": ("sample", "sample"),
