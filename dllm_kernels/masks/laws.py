@@ -119,7 +119,7 @@ _TABLE = (
         "sum",
         False,
         "TraceRL, arXiv 2509.06949; EGSPO, arXiv 2603.12554",
-        {"step_map_BS": None, "steps_BJ": None, "shrink": 1},
+        {"step_map_BS": None, "steps_BJ": None, "shrink": 1, "shown_BKS": None, "event_steps_BKS": None, "event_ids_BKS": None},
         tail="hidden",
     ),
     Law(

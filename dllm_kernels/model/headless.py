@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
+from dllm_kernels.model import adapters
 from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
 
 
@@ -22,14 +24,17 @@ class _Tap:
     Whatever the model does to its logits afterwards (softcap, scaling, an upcast) costs one column.
     """
 
-    def __init__(self, shards: Shards | None, head: WholeHead) -> None:
+    def __init__(self, shards: Shards | None, head: WholeHead, check: Callable[[Tensor], None] | None = None) -> None:
         self.hidden: Tensor | None = None
+        self.check = check
         self.column: Any = None
         self.active = True
         self.shards, self.head = shards, head
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
+        if self.check is not None:
+            self.check(hidden)
         return hidden[..., :1].clone()  # not a view: OLMo-style code (LLaDA) may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -56,8 +61,8 @@ class _LinearTap(TorchFunctionMode):
 class Body:
     """A model without its head, made by `headless`. Calling it returns hidden states.
 
-    `weight` is the head's; with `options` (bias, softcap, temperature), `score_tokens` and `sample_tokens`
-    reproduce the model's own logits.
+    `weight` is the head's; with `options` (bias, softcap, temperature, and `low_rank` while an adapter on the head is
+    switched on), `score_tokens` and `sample_tokens` reproduce the model's own logits.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
@@ -101,7 +106,8 @@ class Body:
 
     @property
     def options(self) -> HeadOptions:
-        return HeadOptions(self.bias, self.softcap, self.temperature)
+        low_rank = adapters.low_rank(self.head, self._tap.head.get)
+        return HeadOptions(self.bias, self.softcap, self.temperature, low_rank=low_rank)
 
     @property
     def take_dweight(self) -> WeightGradient | None:
@@ -142,6 +148,7 @@ class Body:
         if torch.is_autocast_enabled(hidden.device.type):  # autocast would bring both operands to one dtype
             hidden = hidden.to(self.parameter.dtype)
         self._tap.head.get("weight", hidden.dtype)  # a collective, which all ranks call here
+        adapters.low_rank(self.head, self._tap.head.get)  # likewise, and refuses what cannot be right
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
@@ -175,7 +182,11 @@ def headless(model: nn.Module) -> Iterator[Body]:
     Yields a `Body`. The model is restored on exit, also after an exception. Only the head's forward is
     replaced: modules, parameters, state dict and hooks stay in place, so training and saving work as usual.
 
-    Raises TypeError if `model` is not a module, ValueError if it has no output embedding.
+    peft's LoRA on the head is a part of it (`body.options`), merged or not, and a head in `modules_to_save` is the active
+    copy; a head whose own output on one row is not what the options say is refused, once per model.
+
+    Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
+    forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind.
 
     Example:
         >>> import torch
@@ -197,6 +208,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
             + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
         )
+    head = adapters.in_use(head)
     previous = head.__dict__.get("forward")  # accelerate and others patch instances, too
     outer = previous if isinstance(previous, _Tap) else None
     if outer is not None:
@@ -205,7 +217,10 @@ def headless(model: nn.Module) -> Iterator[Body]:
         shards = find_shards(model)
         tap = _Tap(shards, WholeHead(head.weight, getattr(head, "bias", None)))
         tap.head.get("bias")
+        tap.head.parameters |= adapters.parameters(head)
     checks.shape("model's output embedding weight", head.weight, [None, None])
+    if getattr(head, "lora_embedding_A", None):
+        raise ValueError("model's output embedding must not be an input embedding with LoRA: its logits would be without it")
     if isinstance(head, nn.Embedding):  # its forward is the input lookup and must stay
         if tap.shards is not None:
             raise ValueError(
@@ -219,6 +234,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
     hooks = [
         module.register_forward_hook(tap.hand_out, prepend=True) for module in (tap.shards.modules[:1] if tap.shards else ())
     ]
+    tap.check = functools.partial(adapters.check_own_output, head, head.forward) if outer is None else outer.check
     head.forward = tap
     try:
         yield Body(model, head, tap)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tests.tiny import checkpoint
 
-pytestmark = pytest.mark.slow  # every run imports the trainer anew in each process
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # every run imports the trainer anew in each process
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,7 +33,7 @@ def run(kind: str, world: int, out: Path, **options) -> tuple[torch.Tensor, obje
         for place, log in zip(places, logs, strict=True)
     ]
     try:
-        codes = [rank.wait(timeout=150) for rank in ranks]
+        codes = [rank.wait(timeout=240) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -53,6 +53,12 @@ def test_sft_of_transformers(options, tmp_path):
     assert_close(two[0], one[0], rtol=0, atol=1e-6)
     assert_close(two[0], plain[0], rtol=0, atol=1e-6)
     assert two[1] == pytest.approx(one[1], abs=1e-6), "seven sequences: one is there twice, and counted once"
+
+
+def test_sft_of_a_block_causal_model(tmp_path):
+    one, two = (run("sft", world, tmp_path / str(world), causal_block=2, law="exact") for world in (1, 2))
+    assert_close(two[0], one[0], rtol=0, atol=1e-6)
+    assert two[1] == pytest.approx(one[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ["bgpo", "rspo"])

@@ -215,10 +215,11 @@ def _run(config: RunConfig) -> str:
     """A run from its start, or from where it was stopped; how it ended, in a few words."""
     path = Path(config.out)
     if (path / "config.yaml").is_file():
-        folder = RunDir.reopen(path)
+        folder = RunDir.reopen(path, alone=True)
     else:
         path.mkdir(parents=True, exist_ok=True)
         folder = RunDir(path)
+        folder.lock()
     run = Run(folder, config, Console(quiet=True))
     try:
         run.execute()

@@ -30,6 +30,8 @@ from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 from .window import Window, window_of
 
+MOST_ROLLOUTS = 1_000_000  # of an update; more is a slip of the finger, and its lists alone fill the memory
+
 
 def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     """The algorithm and the reward of a run. Raises UserError for what the first update would refuse, hours earlier."""
@@ -38,6 +40,8 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total < setup.ranks.size:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    if total > MOST_ROLLOUTS:
+        raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     window_of(config, setup.facts)
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
@@ -132,7 +136,7 @@ def _learn(
             sequence_ids=sampled.sequence_ids_B,
             mask_id=setup.facts.mask_id,
             shift=setup.facts.shift,
-            attention_mask_BS=sampled.attention_mask_BS,
+            attention_mask_BS=sampled.text_mask_BS,
             iteration=iteration,
             causal_block=setup.facts.block_length,
             **window.plan_options,
@@ -140,7 +144,8 @@ def _learn(
         ).cut(sequences=here_N)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
-    attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, kept.attention_mask_BS)
+    seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
+    attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
     options = setup.scoring_options(attention_BS, config.micro_batch, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
