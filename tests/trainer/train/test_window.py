@@ -35,6 +35,8 @@ PUBLISHED = {
     "egspo": ("completion", None),
     "egspo_sa": ("completion", None),
     "dmpo": ("completion", None),
+    "gdsd": ("completion", None),
+    "justgrpo": ("completion", None),
     "rspo": ("completion", None),
     "unigrpo": ("completion", None),
 }
