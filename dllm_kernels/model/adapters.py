@@ -136,7 +136,7 @@ def _gathered(head: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 replaced.append((module._parameters, name, parameter))
     try:
         for parameters_of, name, parameter in replaced:
-            parameters_of[name] = parameter.full_tensor().to(dtype)
+            parameters_of[name] = parameter.full_tensor().to(dtype)  # type: ignore[union-attr]
         yield
     finally:
         for parameters_of, name, parameter in replaced:
