@@ -28,6 +28,8 @@ def elbo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     reduction: str = "mean",
     take_dweight: WeightGradient | None = None,
 ) -> Tensor:
@@ -44,7 +46,7 @@ def elbo_loss(
             the masked ones; what it says of the others is not read.
         lengths: a number or broadcastable to `[...]`, above 0, the answer lengths.
         shift: 1 where position i is predicted by row i - 1.
-        bias, softcap, temperature, suppress, take_dweight: as in `score_tokens`.
+        bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
             (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`.
@@ -62,7 +64,7 @@ def elbo_loss(
     factor_N = 1.0 / _at_rows("p_mask", p_mask, masked.shape, position_N, upper=1.0)
     sequence_N = position_N // L
     leading = masked.shape[:-1]
-    options = HeadOptions(bias, softcap, temperature, suppress)
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     if reduction == "sequence":
         if lengths is not None:
             raise ValueError("lengths divides only under reduction='mean', got reduction='sequence'")
@@ -109,6 +111,8 @@ def bgpo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     suppress: Sequence[int] = (),
+    valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     take_dweight: WeightGradient | None = None,
 ) -> Tensor:
     """BGPO's bound terms of one Monte-Carlo sample: call backward on each of the `samples` in turn.
@@ -125,7 +129,7 @@ def bgpo_loss(
             current one, then d = 0 and the coefficients A / samples are known before the forward pass, which is cheaper.
         advantages: `[B]`. samples: n_t >= 1.
         sequences: the denominator, the number of sequences of the whole optimizer step; default B.
-        shift, bias, softcap, temperature, suppress, take_dweight: as in `elbo_loss`.
+        shift, bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight: as in `elbo_loss`.
 
     old_elbo and advantages are detached. Returns a float32 scalar (float64 for float64 inputs). Raises as `elbo_loss`.
 
@@ -143,7 +147,7 @@ def bgpo_loss(
     advantages = checks.between("advantages", advantages.detach())
     divisor = samples * (B if sequences is None else checks.count("sequences", sequences))
     factor_N = _at_rows("token_weight", token_weight, masked.shape, position_N)
-    options = HeadOptions(bias, softcap, temperature, suppress)
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     if old_elbo is None:
         coef_N = -advantages.to(factor_N.dtype)[position_N // L] * factor_N / divisor
         scores = score(hidden, weight, target_N, rows, options, coef=coef_N, take_dweight=take_dweight)

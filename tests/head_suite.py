@@ -75,6 +75,12 @@ class Case:
             options["bias"] = leaf(options["bias"], self.trainable_head)
             if self.trainable_head:
                 leaves["bias"] = options["bias"]
+        if options.get("low_rank") is not None:  # A needs no trainable head: it acts on hidden states alone
+            down, up, scale = options["low_rank"]
+            leaves["low_rank_A"], up = leaf(down, True), leaf(up, self.trainable_head)
+            options["low_rank"] = leaves["low_rank_A"], up, scale
+            if self.trainable_head:
+                leaves["low_rank_B"] = up
         case = Case(hidden, weight, self.target, self.rows, options, self.coef, self.entropy_coef, self.trainable_head, leaves)
         return case
 
@@ -125,10 +131,11 @@ def make_case(
     temperature=None,
     suppress=(),
     valid_vocab=None,
+    low_rank=None,
     trainable_head=True,
 ) -> Case:
     """Random inputs. `rows`: how many of the `shape` rows are scored, in random order; None for all. `temperature`: a
-    number, or "row" for one each."""
+    number, or "row" for one each. `low_rank`: the rank of an adapter on the head."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -144,6 +151,8 @@ def make_case(
     if temperature is not None:
         row_temperature = torch.rand(N, generator=g, dtype=F64) + 0.5
         options["temperature"] = row_temperature.to(device) if temperature == "row" else temperature
+    if low_rank is not None:
+        options["low_rank"] = normal(low_rank, H).to(device, dtype), normal(V, low_rank).to(device, dtype), 0.5
     return Case(
         hidden=(normal(*shape, H) * scale).to(device, dtype),
         weight=normal(V, H).to(device, dtype),
@@ -165,7 +174,8 @@ VARIANTS = {
     "row_temperature": {"temperature": "row"},
     "suppress": {"suppress": (0, 5)},
     "valid_vocab": {"valid_vocab": 9},
-    "everything": {"bias": True, "softcap": 4.0, "temperature": "row", "suppress": (2,), "valid_vocab": 11},
+    "low_rank": {"low_rank": 2},
+    "everything": {"bias": True, "softcap": 4.0, "temperature": "row", "suppress": (2,), "valid_vocab": 11, "low_rank": 3},
 }
 
 
@@ -308,6 +318,7 @@ def test_head_backward_equals_autograd_and_adds_into_its_buffers(backend, dtype)
     statistics = F64 if dtype == F64 else torch.float32
     dweight = torch.full(case.weight.shape, 2.0, dtype=statistics, device=backend.device)
     dbias = torch.full(case.weight.shape[:1], 3.0, dtype=statistics, device=backend.device)
+    dlow = [torch.full(x.shape, 4.0, dtype=statistics, device=backend.device) for x in case.options["low_rank"][:2]]
     for _ in range(2):
         dhidden = head_backward(
             case.hidden,
@@ -317,6 +328,7 @@ def test_head_backward_equals_autograd_and_adds_into_its_buffers(backend, dtype)
             entropy_coef=case.entropy_coef,
             dweight_out=dweight,
             dbias_out=dbias,
+            dlow_rank_out=tuple(dlow),
             **case.options,
         )
     _, want = case.run_oracle()
@@ -327,6 +339,8 @@ def test_head_backward_equals_autograd_and_adds_into_its_buffers(backend, dtype)
     limit += backend.operand_error(dtype)
     assert relative_error(dweight - 2.0, 2 * want["weight"]) < limit  # fp32 buffers for a 16-bit head too
     assert relative_error(dbias - 3.0, 2 * want["bias"]) < limit
+    assert relative_error(dlow[1] - 4.0, 2 * want["low_rank_B"]) < limit
+    assert relative_error(dlow[0] - 4.0, 2 * want["low_rank_A"]) < max(limit, torch.finfo(dtype).eps)
     untouched = torch.ones(case.hidden[..., 0].numel(), dtype=torch.bool)
     untouched[case.rows.cpu()] = False
     assert (dhidden.reshape(-1, dhidden.shape[-1])[untouched.to(dhidden.device)] == 0).all()

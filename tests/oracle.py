@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def logits(hidden, weight, rows=None, *, bias=None, softcap=None, temperature=1.0, suppress=(), valid_vocab=None) -> Tensor:
+def logits(
+    hidden, weight, rows=None, *, bias=None, softcap=None, temperature=1.0, suppress=(), valid_vocab=None, low_rank=None
+) -> Tensor:
     """Final logits `[N, V]` of the selected rows, full size, differentiable."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     z = (flat if rows is None else flat[rows]) @ weight.t()
+    if low_rank is not None:
+        down, up, scale = low_rank
+        z = z + scale * ((flat if rows is None else flat[rows]) @ down.t()) @ up.t()
     if bias is not None:
         z = z + bias
     if softcap is not None:

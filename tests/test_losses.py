@@ -401,3 +401,31 @@ def test_what_p_mask_says_of_other_tokens_is_not_read():
         elbo_loss(hidden, weight, target, masked, 0.25),
         elbo_loss(hidden, weight, target, masked, torch.tensor(0.25, dtype=torch.float64)),
     )
+
+
+def adapter(H=5, V=9, R=2):
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(*size, generator=g, dtype=F64).requires_grad_() for size in ((R, H), (V, R))]
+
+
+def test_an_adapter_on_the_head_is_the_weight_that_it_makes_with_gradients_for_both_factors():
+    hidden, weight, _, target, masked, p_mask = problem()
+    down, up = adapter()
+
+    def same(loss):
+        ours, want = loss(weight, low_rank=(down, up, 0.5)), loss(weight + 0.5 * up @ down)
+        same_value_and_gradients(ours.sum(), want.sum(), (hidden, weight, down, up))
+
+    for reduction in ("mean", "sequence"):
+        same(lambda w, how=reduction, **low: elbo_loss(hidden, w, target, masked, p_mask, reduction=how, **low))
+    advantages = torch.tensor([1.0, -1.0, 0.5], dtype=F64)
+    for old_elbo in (None, torch.zeros(3, dtype=F64)):
+        same(lambda w, old=old_elbo, **low: bgpo_loss(hidden, w, target, masked, 2.0, old, advantages, 2, **low))
+
+
+def test_ids_from_valid_vocab_on_have_no_share_in_a_loss():
+    hidden, weight, bias, target, masked, p_mask = problem()
+    target = target.clamp(max=6)
+    ours = elbo_loss(hidden, weight, target, masked, p_mask, bias=bias, valid_vocab=7)
+    want = elbo_loss(hidden, weight[:7], target, masked, p_mask, bias=bias[:7])
+    same_value_and_gradients(ours, want, (hidden, weight, bias))

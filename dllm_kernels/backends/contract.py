@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class HeadOptions:
     temperature: float | Tensor = 1.0  # a number or [N]
     suppress: Sequence[int] = ()  # ids of probability 0, kept as a tuple
     valid_vocab: int | None = None  # ids from here on have probability 0
+    low_rank: tuple[Tensor, Tensor, float] | None = None  # (A [R, H], B [V, R], s): the weight is W + s B A
 
     def __post_init__(self) -> None:
         if type(self.suppress) is not tuple or self.suppress:
@@ -46,15 +47,19 @@ class HeadOptions:
         return getattr(self, name)
 
     def normalised(self, dtype: torch.dtype) -> HeadOptions:
-        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`."""
+        """As a problem holds them: no gradient, numbers as floats, a per-row temperature in `dtype`.
+
+        `low_rank` is left out: a problem holds it as a second pair of operands, see `LowRank`.
+        """
         bias, softcap, temperature = self.bias, self.softcap, self.temperature
-        if type(temperature) is float and bias is softcap is None:  # the common case
+        if type(temperature) is float and bias is softcap is self.low_rank is None:  # the common case
             return self
         return replace(
             self,
             bias=None if bias is None else bias.detach(),
             softcap=None if softcap is None else float(softcap),
             temperature=temperature.detach().to(dtype) if isinstance(temperature, Tensor) else float(temperature),
+            low_rank=None,
         )
 
     def of_rows(self, rows: slice | Tensor) -> HeadOptions:
@@ -80,6 +85,18 @@ def _excluded(suppress: tuple[int, ...], valid_vocab: int | None, vocabulary: in
     return excluded_V
 
 
+class LowRank(NamedTuple):
+    """The operands of a head's adapter: `hidden_MR weight_VR^T` is added to the raw logits. Any floating dtypes."""
+
+    hidden_MR: Tensor  # s h A^T of every row of hidden
+    weight_VR: Tensor  # B
+
+    @staticmethod
+    def of(hidden: Tensor | None = None, weight_VR: Tensor | None = None) -> LowRank | None:
+        """The operands, where there are any; `hidden` is `[..., R]`. No gradient is recorded."""
+        return None if hidden is None or weight_VR is None else LowRank(flat(hidden), weight_VR.detach())
+
+
 @dataclass(frozen=True)
 class HeadProblem:
     """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.
@@ -93,6 +110,12 @@ class HeadProblem:
     target_N: Tensor
     index_N: Tensor | None = None
     options: HeadOptions = HeadOptions()
+    low_rank: LowRank | None = None
+
+    @property
+    def width(self) -> int:
+        """H, and R more with an adapter: what a gradient vector of one row holds, dH first."""
+        return self.hidden_MH.shape[1] + (0 if self.low_rank is None else self.low_rank.hidden_MR.shape[1])
 
     @property
     def rows(self) -> int:
@@ -130,6 +153,7 @@ class HeadProblem:
         hidden: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        *pair: Tensor | None,
     ) -> HeadProblem:
         """What `without_tensors` left out, put back. `hidden` may have any leading dimensions."""
         target_N, index_N, temperature_N = of_rows
@@ -138,7 +162,7 @@ class HeadProblem:
             options = replace(options, temperature=temperature_N)
         if hidden is None or weight is None:
             return HeadProblem(_NOTHING, _NOTHING, target_N, index_N, options)
-        return HeadProblem(flat(hidden), weight.detach(), target_N, index_N, options)
+        return HeadProblem(flat(hidden), weight.detach(), target_N, index_N, options, LowRank.of(*pair))
 
 
 _NOTHING = torch.empty(0, 0)
@@ -179,9 +203,9 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 
 def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor]:
-    """Uninitialised results of `run`: statistics `[N]`, kept operands `[N, V]`, all else `[N, H]` in hidden's dtype."""
+    """Uninitialised results of `run`: statistics `[N]`, kept operands `[N, V]`, all else `[N, H + R]` in hidden's dtype."""
     p, rows, dtype = problem, problem.rows, problem.statistics_dtype
-    vocabulary, hidden_size = p.weight_VH.shape
+    vocabulary = len(p.weight_VH)
     where: dict[str, Any] = (
         {} if p.hidden_MH.is_cpu else {"device": p.hidden_MH.device}
     )  # naming the CPU costs as much as the tensor
@@ -192,7 +216,7 @@ def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor
         elif name in OPERANDS:
             result[name] = empty_operand(p.hidden_MH, rows, vocabulary)
         else:
-            result[name] = p.hidden_MH.new_empty(rows, hidden_size)
+            result[name] = p.hidden_MH.new_empty(rows, p.width)
     return result
 
 

@@ -1,9 +1,9 @@
 """The LM head on CPUs: the engine of csrc/ (own matrix products, fused softmax) for float32, bfloat16 and float16.
 
 The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and the
-caller takes `reference`; float64 goes to the reference too. DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16 forces an
-instruction set. Whatever the number of threads and of rows, a row's bits are the same; threads are torch's own
-(`torch.get_num_threads()`).
+caller takes `reference`; float64 and heads with an adapter go to the reference too.
+DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16 forces an instruction set. Whatever the number of threads and of
+rows, a row's bits are the same; threads are torch's own (`torch.get_num_threads()`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def why_unavailable() -> str | None:
 def isa() -> str | None:
     """The instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"; None without the extension."""
     return None if _C is None else str(_C.isa())
+
+
+def _takes(problem: HeadProblem) -> bool:
+    """Whether the engine computes a problem; the reference does otherwise."""
+    return _C is not None and problem.hidden_MH.dtype in _TYPES and problem.low_rank is None
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -125,11 +130,12 @@ def run(
     entropy_coef_N: Tensor | None = None,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """`reference.run` in one C++ call; `operand` and `entropy_operand` come as transposed views of `[V, N]` storage."""
     p = problem
-    if _C is None or p.hidden_MH.dtype not in _TYPES:
+    if not _takes(p):
         return reference.run(
             p,
             outputs,
@@ -137,6 +143,7 @@ def run(
             entropy_coef_N=entropy_coef_N,
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
+            dlow_VR=dlow_VR,
             overwrite=overwrite,
         )
     combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
@@ -166,12 +173,15 @@ def from_operands(
     dhidden: bool,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
     """`reference.from_operands` in one C++ call, for operands that `run` of this backend stored."""
     p = problem
-    if _C is None or p.hidden_MH.dtype not in _TYPES:
-        return reference.from_operands(p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, overwrite=overwrite)
+    if not _takes(p):
+        return reference.from_operands(
+            p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, dlow_VR=dlow_VR, overwrite=overwrite
+        )
     result = contract.allocate(p, ("dhidden",) if dhidden else ())
     if p.rows == 0 and overwrite:
         contract.zero(dweight_VH, dbias_V)
@@ -201,7 +211,7 @@ def sample(
     `top_k` and `top_p` need all logits of a row at once: they go the reference's way, chunk by chunk.
     """
     p = problem
-    if _C is None or p.hidden_MH.dtype not in _TYPES or (temperature > 0 and (top_k is not None or top_p is not None)):
+    if not _takes(p) or (temperature > 0 and (top_k is not None or top_p is not None)):
         return reference.sample(p, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
     result = {"token": torch.empty(p.rows, dtype=torch.int64)}
     result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}

@@ -1,8 +1,9 @@
 """The LM head in plain PyTorch: the specification of every backend, its oracle, and the benchmark's baseline.
 
-`run` walks the selected rows in chunks of a fixed row block, so that the bits of a row depend neither on how many rows
-there are nor on its place among them; `row_kernel_` turns one chunk of logits into statistics and, in place, into the
-gradient operand. Other backends offer `check`, `run`, `from_operands`, `sample` and `workspace_bytes` with these signatures.
+`run` walks the selected rows in chunks of a fixed row block, so that the bits of a row do not depend on how many rows there
+are, nor on its place among them where the vendor's product sums all rows alike (on several threads it may not).
+`row_kernel_` turns one chunk of logits into statistics and, in place, into the gradient operand. Other backends offer
+`check`, `run`, `from_operands`, `sample` and `workspace_bytes` with these signatures.
 """
 
 from __future__ import annotations
@@ -132,12 +133,53 @@ def _slabs(weight_VH: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
     return [(slice(v, min(v + rows, vocabulary)), weight_VH[v : v + rows]) for v in range(0, vocabulary, rows)]
 
 
-def _matmul_nt_(out_NV: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> None:
+def _matmul_nt_(out_NV: Tensor, hidden_NH: Tensor, weight_VH: Tensor, *, add: bool = False) -> None:
     """out = hidden @ weight^T in blocks of ROW_BLOCK rows; fp32 accumulators and results for 16-bit operands too."""
     for span, slab_VH in _slabs(weight_VH, out_NV.dtype):
         slab_HV = slab_VH.to(out_NV.dtype).t()
         for n in range(0, len(hidden_NH), ROW_BLOCK):
-            torch.mm(hidden_NH[n : n + ROW_BLOCK], slab_HV, out=out_NV[n : n + ROW_BLOCK, span])
+            hidden, out = hidden_NH[n : n + ROW_BLOCK], out_NV[n : n + ROW_BLOCK, span]
+            if add:
+                out.addmm_(hidden, slab_HV)
+            else:
+                torch.mm(hidden, slab_HV, out=out)
+
+
+class Adapter:
+    """The second pair of operands of a problem, beside chunks of rows: does nothing where there is none."""
+
+    def __init__(self, problem: HeadProblem, chunk: int) -> None:
+        p = problem
+        self.pair, self.index_N = p.low_rank, p.index_N
+        if self.pair is not None:
+            hidden_MR, weight_VR = self.pair
+            self.weight_VR = weight_VR.to(p.statistics_dtype)
+            self.hidden_CR = torch.zeros(chunk, hidden_MR.shape[1], dtype=p.statistics_dtype, device=hidden_MR.device)
+
+    def add_logits_(self, logits_CV: Tensor, span: slice) -> None:
+        """To the logits of `span`'s rows, padding included, whose adapter operands are kept for `add_gradient`."""
+        if self.pair is not None:
+            self.load(span)
+            _matmul_nt_(logits_CV, self.hidden_CR[: len(logits_CV)], self.weight_VR, add=True)
+
+    def vectors(self, vectors_CH: Tensor, operand_CV: Tensor) -> Tensor:
+        """Gradient vectors with those of the adapter's operand beside them."""
+        if self.pair is None:
+            return vectors_CH
+        return torch.cat((vectors_CH, _matmul_nn(operand_CV.to(self.weight_VR.dtype), self.weight_VR)), 1)
+
+    def add_gradient(self, operand_NV: Tensor, dlow_VR: Tensor | None, *, overwrite: bool) -> None:
+        """The share of the rows of the last `add_logits_` or `load` in the gradient of B."""
+        if self.pair is not None and dlow_VR is not None:
+            operand_NV = operand_NV.to(dlow_VR.dtype)
+            _add_head_gradient(operand_NV, self.hidden_CR[: len(operand_NV)], dlow_VR, None, overwrite=overwrite)
+
+    def load(self, span: slice) -> None:
+        """Take the operands of `span`'s rows where no logits are made."""
+        if self.pair is not None:
+            hidden_MR = self.pair.hidden_MR
+            rows_NR = hidden_MR[span] if self.index_N is None else hidden_MR[self.index_N[span]]
+            self.hidden_CR[: len(rows_NR)] = rows_NR
 
 
 def _matmul_nn(operand_NV: Tensor, weight_VH: Tensor) -> Tensor:
@@ -175,6 +217,7 @@ def run(
     entropy_coef_N: Tensor | None = None,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """Everything a plan needs from one walk over the rows.
@@ -182,13 +225,15 @@ def run(
     `outputs`: any of STATISTICS (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
     d entropy / d h); `operand`, `entropy_operand` (`[N, V]`, the same before the product with W); `dhidden` (`[N, H]`,
     sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
-    `dweight_VH`, `dbias_V`: buffers in the statistics' dtype to which the coefficients' gradients are added; with
+    With an adapter, `low_rank`, the vectors are `[N, H + R]`: what its operand of the row gets lies beside what h gets.
+    `dweight_VH`, `dbias_V`, `dlow_VR` (of the adapter's B): buffers in the statistics' dtype to which the coefficients'
+    gradients are added; with
     `overwrite` their old content is not read and they hold the gradients alone.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
     vocabulary, hidden_size = p.weight_VH.shape
-    accumulate = dweight_VH is not None or dbias_V is not None
+    accumulate = dweight_VH is not None or dbias_V is not None or dlow_VR is not None
     combined = "dhidden" in outputs or accumulate
     late = any(name in outputs for name in ("unit", "entropy_unit", "operand", "entropy_operand"))
     late_entropy = "entropy_unit" in outputs or "entropy_operand" in outputs
@@ -197,13 +242,14 @@ def run(
     result = allocate(p, outputs)
     if rows == 0:
         if overwrite:
-            zero(dweight_VH, dbias_V)
+            zero(dweight_VH, dbias_V, dlow_VR)
         return result
 
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=2 if late_entropy else 1)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
     entropy_CV = torch.empty_like(logits_CV) if late_entropy else None
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
+    adapter = Adapter(p, chunk)
 
     for start in range(0, rows, chunk):
         n = min(chunk, rows - start)
@@ -212,6 +258,7 @@ def run(
         source_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
         hidden_CH[:n] = source_NH
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
+        adapter.add_logits_(logits_CV[:padded], span)
         stats = row_kernel_(
             logits_CV[:n],
             p.target_N[span],
@@ -232,10 +279,13 @@ def run(
             result["entropy_operand"][span] = entropy_CV[:n]
         for name in ("unit", "dhidden"):
             if name in result:
-                result[name][span] = _matmul_nn(logits_CV[:padded], p.weight_VH)[:n]
+                vectors_CH = _matmul_nn(logits_CV[:padded], p.weight_VH)
+                result[name][span] = adapter.vectors(vectors_CH, logits_CV[:padded])[:n]
         if "entropy_unit" in result and entropy_CV is not None:
-            result["entropy_unit"][span] = _matmul_nn(entropy_CV[:padded], p.weight_VH)[:n]
+            vectors_CH = _matmul_nn(entropy_CV[:padded], p.weight_VH)
+            result["entropy_unit"][span] = adapter.vectors(vectors_CH, entropy_CV[:padded])[:n]
         _add_head_gradient(logits_CV[:n], hidden_CH[:n], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+        adapter.add_gradient(logits_CV[:n], dlow_VR, overwrite=overwrite and start == 0)
     return result
 
 
@@ -247,15 +297,17 @@ def from_operands(
     dhidden: bool,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
     """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits. Buffers as in `run`."""
     p = problem
     dtype, rows = p.statistics_dtype, p.rows
-    out_NH = torch.empty(rows, p.weight_VH.shape[1], dtype=p.hidden_MH.dtype, device=p.hidden_MH.device) if dhidden else None
+    out_NH = p.hidden_MH.new_empty(rows, p.width) if dhidden else None
     if rows == 0 and overwrite:
-        zero(dweight_VH, dbias_V)
+        zero(dweight_VH, dbias_V, dlow_VR)
     chunk = chunk_rows(max(rows, 1), p.weight_VH.shape[0], dtype, p.hidden_MH.device, buffers=2)
+    adapter = Adapter(p, chunk)
     for start in range(0, rows, chunk):
         span = slice(start, min(start + chunk, rows))
         terms = [operand_NV[span].to(dtype) * coef_N[span, None] for operand_NV, coef_N in operands]
@@ -263,11 +315,14 @@ def from_operands(
         if out_NH is not None:
             # padded to whole row blocks, like every other product: a row's bits depend on no other row
             padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
-            out_NH[span] = _matmul_nn(padded_NV, p.weight_VH)[: len(scaled_NV)]
+            out_NH[span] = adapter.vectors(_matmul_nn(padded_NV, p.weight_VH), padded_NV)[: len(scaled_NV)]
         source_NH = None
         if dweight_VH is not None:
             source_NH = (p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]).to(dtype)
         _add_head_gradient(scaled_NV, source_NH, dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+        if dlow_VR is not None:
+            adapter.load(span)
+            adapter.add_gradient(scaled_NV, dlow_VR, overwrite=overwrite and start == 0)
     return out_NH
 
 
@@ -333,12 +388,14 @@ def sample(
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64; sorting takes less
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
+    adapter = Adapter(p, chunk)
     for start in range(0, rows, chunk):
         n = min(chunk, rows - start)
         padded = -(-n // ROW_BLOCK) * ROW_BLOCK
         span = slice(start, start + n)
         hidden_CH[:n] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
+        adapter.add_logits_(logits_CV[:padded], span)
         options = p.options.of_rows(span)
         perturbed_NV = logits_CV[:n].clone()
         _transform_(perturbed_NV, options)

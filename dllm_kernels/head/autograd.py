@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from dllm_kernels.backends.contract import HeadProblem, WeightGradient
 from dllm_kernels.head import forward_backward, ops, plans
-from dllm_kernels.head.forward_backward import Gradients, Needs
+from dllm_kernels.head.forward_backward import Arrived, Gradients, Needs
 
 
 class Score(torch.autograd.Function):
@@ -22,6 +22,8 @@ class Score(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        low_hidden: Tensor | None,
+        low_weight: Tensor | None,
         problem: HeadProblem,
         outputs: tuple[str, ...],
         plan: str,
@@ -29,11 +31,11 @@ class Score(torch.autograd.Function):
         entropy_coef_N: Tensor | None,
         take_dweight: WeightGradient | None,
     ) -> tuple[Tensor | None, ...]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        needs = Needs(need_hidden, need_weight, need_bias, wide=take_dweight is not None)
+        hidden_, weight_, bias_, low_hidden_, low_weight_ = ctx.needs_input_grad[:5]
+        needs = Needs(hidden_, weight_, bias_, low_hidden_, low_weight_, take_dweight is not None)
         result = forward_backward.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
         # what autograd saves it guards against changes in place; `unit` and `coef` need no operand again
-        operands = (hidden, weight, bias) if plan in plans.REREAD else ()
+        operands = (hidden, weight, bias, low_hidden, low_weight) if plan in plans.REREAD else ()
         ctx.save_for_backward(*result.stored, *problem.of_rows(), *operands)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.plan, ctx.shape, ctx.outputs = problem.without_tensors(), plan, hidden.shape, outputs
@@ -53,20 +55,20 @@ def _backward(ctx: Any, dsum: Tensor | None, *upstream: Tensor | None) -> tuple[
     by_name = dict(zip(ctx.outputs, upstream))
     arrived = dsum, by_name.get("logp"), by_name.get("entropy")
     if dsum is arrived[1] is arrived[2] is None:  # autograd may pass no gradient at all
-        return (None,) * 9
-    dhidden, dweight, dbias = _gradients(ctx, arrived, *ctx.saved_tensors)
+        return (None,) * 11
+    dhidden, dweight, *more = _gradients(ctx, arrived, *ctx.saved_tensors)
     if ctx.take_dweight is not None and dweight is not None:
         ctx.take_dweight(dweight)
         dweight = None
-    return dhidden, dweight, dbias, None, None, None, None, None, None
+    return dhidden, dweight, *more, None, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
 
 
-def _gradients(ctx: Any, arrived: Gradients, *saved: Any) -> Gradients:
+def _gradients(ctx: Any, arrived: Arrived, *saved: Any) -> Gradients:
     """Through the op where something looks on: a FlopCounterMode entered after the forward pass counts what backward runs."""
-    stored, of_rows, operands = saved[:3], saved[3:6], saved[6:]
+    stored, of_rows, operands = saved[:4], saved[4:7], saved[7:]
     problem = ctx.problem.with_tensors(of_rows, *operands)
     if ops.observed(*arrived):
         return ops.run_backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands)

@@ -91,6 +91,7 @@ def explain(
     temperature: float | Tensor = 1.0,
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
@@ -123,6 +124,7 @@ def explain(
         plan 'coef'
     """
     checks.names("want", want, STATISTICS)
+    R, need_down, need_up = 0, False, False
     if hidden is None and weight is None and target is None:
         if isinstance(rows, Tensor):
             raise TypeError("rows must be an int where no tensors are given, got a Tensor")
@@ -131,6 +133,8 @@ def explain(
         checks.choice("dtype", dtype, checks.FLOATS)
         need_hidden, need_weight, need_bias = wants_gradient, wants_gradient and trainable_head, False
         indexed = False
+        if low_rank is not None:
+            raise TypeError("low_rank goes with hidden, weight and target, got numbers instead")
     elif hidden is None or weight is None or target is None:
         raise TypeError("explain takes hidden, weight and target together, or none of them and numbers instead")
     else:
@@ -138,39 +142,50 @@ def explain(
         hidden, weight = autocast_operands(hidden, weight)
         if isinstance(rows, int):
             raise TypeError("rows must be a torch.Tensor where hidden is one, got int")
-        check_arguments(hidden, weight, rows, target.numel(), HeadOptions(bias, softcap, temperature, suppress, valid_vocab))
+        options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
+        check_arguments(hidden, weight, rows, target.numel(), options)
         (V, H), N, dtype = weight.shape, target.numel(), hidden.dtype
         M, indexed = hidden.numel() // H, rows is not None
         coef_known = coef is not None or entropy_coef is not None
         recorded = torch.is_grad_enabled()
         need_hidden, need_weight = recorded and hidden.requires_grad, recorded and weight.requires_grad
         need_bias = recorded and bias is not None and bias.requires_grad
+        if low_rank is not None:
+            down, up, _ = low_rank
+            R, need_down, need_up = len(down), recorded and down.requires_grad, recorded and up.requires_grad
         if not hidden.is_meta:
             device = hidden.device
 
     chosen = plans.choose(
         plan,
-        wants_gradient=plans.recorded(want, coef_known) and (need_hidden or need_weight or need_bias),
-        head_trains=plans.recorded(want, coef_known) and (need_weight or need_bias),
+        wants_gradient=plans.recorded(want, coef_known) and (need_hidden or need_weight or need_bias or need_down or need_up),
+        head_trains=plans.recorded(want, coef_known) and (need_weight or need_bias or need_up),
         coef_known=coef_known,
         operand_bytes=N * V * dtype.itemsize,
     )
     if chosen == "forward":
-        need_hidden = need_weight = need_bias = False
+        need_hidden = need_weight = need_bias = need_down = need_up = False
     backend = backends.for_device(torch.device(device))
-    vectors = plans.late_vectors(want)
-    forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_hidden, need_dweight=need_weight, vectors=vectors)
+    if R and backend.NAME == "cpu":  # chunks of logits that a second product adds to
+        backend = backends.reference
+    vectors, need_rows = plans.late_vectors(want), need_hidden or need_down
+    forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_weight, vectors=vectors)
+    low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors)) if R else 0
+    low_flops = 2 * low_gemms * N * R * V + 2 * (1 + need_hidden + need_down) * M * H * R  # the latter before and after
 
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)
 
     def workspace(gradient: bool) -> int:
-        return backend.workspace_bytes(N, H, V, dtype, gradient=gradient, dhidden=need_hidden, dweight=need_weight)
+        return backend.workspace_bytes(N, H, V, dtype, gradient=gradient, dhidden=need_rows, dweight=need_weight)
 
     outputs = N * sum(8 if name == "top_id" else statistic for name in {*want, "lse", *(("logp",) if coef_known else ())})
-    compact, scattered = need_hidden * N * H * item, need_hidden * M * H * item
+    compact, scattered = need_rows * N * (H + R) * item, need_hidden * M * H * item
     head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
     casting = head if item != statistic else 0
     gradients = scattered + head + need_bias * V * item
+    if low_rank is not None:  # the operand of the rows and its gradient, which hidden's gradient is then added to
+        gradients += sum(need * x.numel() * x.element_size() for need, x in zip((need_down, need_up), low_rank[:2]))
+        outputs += M * R * statistic
     rest = casting + (scattered if indexed else 0)
     # a workspace counts to the end: the C++ engine keeps it from call to call, because fresh pages are expensive
     if chosen == "forward":
@@ -197,7 +212,7 @@ def explain(
         dtype=dtype,
         forward_gemms=forward_gemms,
         backward_gemms=backward_gemms,
-        flops=2 * (forward_gemms + backward_gemms) * N * H * V,
+        flops=2 * (forward_gemms + backward_gemms) * N * H * V + low_flops,
         passes=2 if chosen == "recompute" else 1,
         traffic_bytes=traffic,
         workspace_bytes=space,

@@ -28,19 +28,27 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    low_hidden: bool = False  # of the operands of an adapter, see `LowRank`
+    low_weight: bool = False
     wide: bool = False  # the weight's as it was added up, in fp32 where the weight has 16 bits
+
+    @property
+    def vectors(self) -> bool:
+        """Whether a gradient of the rows is wanted: hidden states and the adapter's operand get theirs from one vector."""
+        return self.hidden or self.low_hidden
 
 
 class Result(NamedTuple):
     """What `forward` computes.
 
-    stored: what `backward` gets back. With the plan "coef" the finished gradients of hidden, weight and bias, which its
-    upstream scalar multiplies; with "unit" and "keep" the vectors or operands of logp and of entropy; None where not wanted.
+    stored: what `backward` gets back. With the plan "coef" the finished gradients of the rows (hidden's, the adapter's
+    beside it), weight, bias and the adapter's B, which its upstream scalar multiplies; with "unit" and "keep" the vectors
+    or operands of logp and of entropy; None where not wanted.
     """
 
     vectors: dict[str, Tensor]
     weighted_sum: Tensor | None = None
-    stored: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    stored: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
 
 
 def _outside_autocast(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -95,7 +103,7 @@ def forward(
         check_finite(vectors["lse"], problem)
         if kept is None:
             return Result(vectors)
-        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), None))
+        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), None, None))
 
     dtype = problem.statistics_dtype
     known = coef_N is not None
@@ -104,12 +112,12 @@ def forward(
     elif coef_N.dtype != dtype:
         coef_N = coef_N.to(dtype)
     wanted = {*outputs, "logp"} if known else {*outputs}
-    if needs.hidden:
+    if needs.vectors:
         wanted.add("dhidden")
     if entropy_coef_N is not None:
         wanted.add("entropy")
         entropy_coef_N = entropy_coef_N.to(dtype)
-    dweight_VH, dbias_V = _buffers(problem, needs)
+    dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
     vectors = backend.run(
         problem,
         wanted,
@@ -117,6 +125,7 @@ def forward(
         entropy_coef_N=entropy_coef_N,
         dweight_VH=dweight_VH,
         dbias_V=dbias_V,
+        dlow_VR=dlow_VR,
         overwrite=True,
     )
     check_finite(vectors["lse"], problem)
@@ -125,17 +134,19 @@ def forward(
         weighted_sum = torch.dot(coef_N, vectors["logp"].masked_fill(coef_N == 0, 0.0))
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
-    return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *_finished(problem, needs, dweight_VH, dbias_V)))
+    finished = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
+    return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *finished))
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Arrived = tuple[Tensor | None, Tensor | None, Tensor | None]  # upstream gradients of weighted_sum, logp and entropy
+Gradients = tuple[Tensor | None, ...]  # of hidden, weight and bias, and of the adapter's two operands
 
 
 @_outside_autocast
 def backward(
-    problem: HeadProblem, plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Gradients
+    problem: HeadProblem, plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Arrived
 ) -> Gradients:
-    """Gradients of hidden, weight and bias from what `forward` stored and what arrives upstream, which is not nothing.
+    """The five gradients from what `forward` stored and what arrives upstream, which is not nothing.
 
     arrived: the gradients of `weighted_sum`, logp and entropy. `shape` is hidden's. The problem's operands are read for
     the plans "keep" and "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
@@ -144,26 +155,37 @@ def backward(
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
-        dhidden_NH, dweight, dbias = [g if g is None or factor is None else g * factor for g in stored]
-        return None if dhidden_NH is None else _scatter(dhidden_NH, problem.index_N, shape), dweight, dbias
+        rows_NH, dweight, dbias, dlow_weight = [g if g is None or factor is None else g * factor for g in stored]
+        dhidden, dlow_hidden = _scattered(rows_NH, problem.index_N, shape, needs)
+        return dhidden, dweight, dbias, dlow_hidden, dlow_weight
     if plan not in plans.REREAD:
-        return _sum_of_scaled_rows(_pairs(stored, dlogp_N, dentropy_N), problem.index_N, shape), None, None
+        pairs, H = _pairs(stored, dlogp_N, dentropy_N), shape[-1]
+        width = pairs[0][0].shape[1]
 
-    dweight_VH, dbias_V = _buffers(problem, needs)
+        def summed(columns: slice, size: int) -> Tensor:
+            of_columns = pairs if size == width else [(vectors_NH[:, columns], coef_N) for vectors_NH, coef_N in pairs]
+            return _sum_of_scaled_rows(of_columns, problem.index_N, (*shape[:-1], size))
+
+        dhidden = summed(slice(H), H) if needs.hidden else None
+        return dhidden, None, None, summed(slice(H, None), width - H) if needs.low_hidden else None, None
+
+    dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
     index_N = problem.index_N
     if plan == "keep":
         dhidden_NH = backends.select(problem).from_operands(
             problem,
             _pairs(stored, dlogp_N, dentropy_N),
-            dhidden=needs.hidden,
+            dhidden=needs.vectors,
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
+            dlow_VR=dlow_VR,
             overwrite=True,
         )
     else:
-        dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V)
-    dhidden = None if dhidden_NH is None else _scatter(dhidden_NH, index_N, shape)
-    return dhidden, *_finished(problem, needs, dweight_VH, dbias_V)
+        dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V, dlow_VR)
+    dhidden, dlow_hidden = _scattered(dhidden_NH, index_N, shape, needs)
+    dweight, dbias, dlow_weight = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
+    return dhidden, dweight, dbias, dlow_hidden, dlow_weight
 
 
 @_outside_autocast
@@ -174,15 +196,20 @@ def add_gradient(
     entropy_coef_N: Tensor | None,
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
-) -> Tensor:
-    """dH in hidden's `shape` for coefficients known beforehand; what weight and bias get is added to the buffers.
+    dlow_VR: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dH in hidden's `shape` for coefficients known beforehand, and what the adapter's operand of the rows gets.
+
+    What weight, bias and the adapter's B get is added to the buffers.
 
     A backend writes only into buffers that lie by rows in memory of their own; to others their gradient is added afterwards.
     """
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
     read = [problem.hidden_MH, problem.weight_VH, coef_N, entropy_coef_N, problem.options.bias, *problem.of_rows()]
-    own = [_by_rows(buffer, [*read, other]) for buffer, other in ((dweight_VH, dbias_V), (dbias_V, dweight_VH))]
+    read += problem.low_rank or ()
+    buffers = (dweight_VH, dbias_V, dlow_VR)
+    own = [_by_rows(buffer, [*read, *buffers[:k], *buffers[k + 1 :]]) for k, buffer in enumerate(buffers)]
     given = [b if b is None or direct else torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b, direct in own]
     result = backend.run(
         problem,
@@ -191,6 +218,7 @@ def add_gradient(
         entropy_coef_N=None if entropy_coef_N is None else entropy_coef_N.to(problem.statistics_dtype),
         dweight_VH=given[0],
         dbias_V=given[1],
+        dlow_VR=given[2],
     )
     check_finite(result["lse"], problem)
     for (buffer, direct), gradient in zip(own, given):
@@ -200,7 +228,10 @@ def add_gradient(
             torch.autograd.graph.increment_version(buffer)
         else:
             buffer += gradient
-    return _scatter(result["dhidden"], problem.index_N, shape)
+    needs = Needs(True, False, False, low_hidden=problem.low_rank is not None)
+    dhidden, dlow_hidden = _scattered(result["dhidden"], problem.index_N, shape, needs)
+    assert dhidden is not None
+    return dhidden, dlow_hidden
 
 
 @_outside_autocast
@@ -255,20 +286,23 @@ def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: 
     return [(s, c) for s, c in zip(stored[:2], (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
 
 
-def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    """Uninitialised gradient buffers of weight and bias."""
-    like, dtype = problem.weight_VH, problem.statistics_dtype
+def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Uninitialised gradient buffers of weight, bias and the adapter's B."""
+    like, dtype, low = problem.weight_VH, problem.statistics_dtype, problem.low_rank
     return (
         torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None,
         torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None,
+        torch.empty(low.weight_VR.shape, dtype=dtype, device=like.device) if low and needs.low_weight else None,
     )
 
 
 def _finished(
-    problem: HeadProblem, needs: Needs, dweight_VH: Tensor | None, dbias_V: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The buffers in the dtypes of weight and bias, unless the weight's is wanted as it is."""
-    return dweight_VH if needs.wide else _cast(dweight_VH, problem.weight_VH), _cast(dbias_V, problem.options.bias)
+    problem: HeadProblem, needs: Needs, dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The buffers in the dtypes of weight, bias and B, unless the weight's is wanted as it is."""
+    dweight = dweight_VH if needs.wide else _cast(dweight_VH, problem.weight_VH)
+    low = problem.low_rank
+    return dweight, _cast(dbias_V, problem.options.bias), None if low is None else _cast(dlow_VR, low.weight_VR)
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -284,6 +318,22 @@ def _scatter(compact_NH: Tensor, index_N: Tensor | None, shape: Sequence[int]) -
     whole = compact_NH.new_zeros(shape)
     whole.view(-1, shape[-1]).index_copy_(0, index_N, compact_NH)
     return whole
+
+
+def _scattered(
+    rows_NH: Tensor | None, index_N: Tensor | None, shape: Sequence[int], needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden, in its `shape`, and of the adapter's operand, from what lies beside each other in a row."""
+    if rows_NH is None:
+        return None, None
+    H = shape[-1]
+    R = rows_NH.shape[1] - H
+    if R == 0:
+        return _scatter(rows_NH, index_N, shape) if needs.hidden else None, None
+    return (
+        _scatter(rows_NH[:, :H].contiguous(), index_N, shape) if needs.hidden else None,
+        _scatter(rows_NH[:, H:].contiguous(), index_N, (*shape[:-1], R)) if needs.low_hidden else None,
+    )
 
 
 def _sum_of_scaled_rows(pairs: list[tuple[Tensor, Tensor]], index_N: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -313,6 +363,7 @@ def _recompute(
     needs: Needs,
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
+    dlow_VR: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients from a second pass over the rows whose coefficients are not 0, and the flat indices of these rows."""
     keep_N = plans.live_rows(coef_N, entropy_coef_N)
@@ -323,11 +374,12 @@ def _recompute(
         entropy_coef_N = None if entropy_coef_N is None else entropy_coef_N[keep_N]
     result = backends.select(problem).run(
         problem,
-        ("dhidden",) if needs.hidden else (),
+        ("dhidden",) if needs.vectors else (),
         coef_N=coef_N,
         entropy_coef_N=entropy_coef_N,
         dweight_VH=dweight_VH,
         dbias_V=dbias_V,
+        dlow_VR=dlow_VR,
         overwrite=True,
     )
     return result.get("dhidden"), problem.index_N

@@ -3,7 +3,7 @@
 Eager calls go through the thinner `autograd.Score` and come here only while something looks on (`observed`). Checks that
 read values run inside the ops, so a compiled call makes them too. An output that a call does not want is an empty tensor.
 
-All ops begin with the same eleven arguments, `_HEAD`: a `HeadProblem` spelled out, since a schema holds no structs. A
+All ops begin with the same thirteen arguments, `_HEAD`: a `HeadProblem` spelled out, since a schema holds no structs. A
 float of a schema is a constant to the compiler, one compilation for each value; one that varies comes as a tensor beside it.
 """
 
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, empty_operand
-from dllm_kernels.head import forward_backward, plans
-from dllm_kernels.head.forward_backward import Gradients, Needs
+from dllm_kernels.head import forward_backward, low_rank, plans
+from dllm_kernels.head.forward_backward import Arrived, Gradients, Needs
+from dllm_kernels.head.low_rank import Pair
 from dllm_kernels.head.options import make_problem
 
 _HEAD = (
-    "Tensor hidden, Tensor weight, Tensor target, Tensor? rows, Tensor? bias, Tensor? temperatures, float temperature, "
-    "Tensor? softcaps, float? softcap, SymInt[] suppress, SymInt? valid_vocab"
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? rows, Tensor? bias, Tensor? low_hidden, Tensor? low_weight, "
+    "Tensor? temperatures, float temperature, Tensor? softcaps, float? softcap, SymInt[] suppress, SymInt? valid_vocab"
 )
 _SIZE = _HEAD.count(",") + 1
 _OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the eager path takes as they are
-_NINE = "(" + ", ".join(["Tensor"] * 9) + ")"
+_TEN = "(" + ", ".join(["Tensor"] * 10) + ")"
+_NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dlow_hidden, bool need_dlow_weight"
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -46,7 +48,9 @@ def observed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _flat(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, options: HeadOptions) -> tuple[Any, ...]:
+def _flat(
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, options: HeadOptions, pair: Pair = (None, None)
+) -> tuple[Any, ...]:
     """The arguments of `_HEAD`."""
     temperature, softcap = options.temperature, options.softcap
     return (
@@ -55,6 +59,7 @@ def _flat(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, o
         target,
         rows,
         options.bias,
+        *pair,
         *((temperature.detach(), 1.0) if isinstance(temperature, Tensor) else _number(float(temperature))),
         *((None, None) if softcap is None else _number(float(softcap))),
         list(options.suppress),
@@ -81,6 +86,8 @@ def _problem(
     target: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
     softcaps: Tensor | None,
@@ -91,7 +98,7 @@ def _problem(
     by_row = temperatures if temperatures is not None and temperatures.dim() else None
     number = _held(temperatures, temperature) if by_row is None else by_row
     options = HeadOptions(bias, _held(softcaps, softcap), number, tuple(suppress), valid_vocab)
-    return make_problem(hidden, weight, target, rows, options)
+    return make_problem(hidden, weight, target, rows, options, (low_hidden, low_weight))
 
 
 def _held(number: Tensor | None, otherwise: Any) -> Any:
@@ -112,11 +119,10 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
 @torch.library.custom_op(
     "dllm_kernels::score",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, str outputs, str plan, "
-    f"bool need_dhidden, bool need_dweight, bool need_dbias) -> {_NINE}",
+    schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, str outputs, str plan, {_NEEDS}) -> {_TEN}",
 )
 def score(*arguments: Any) -> tuple[Tensor, ...]:
-    """`weighted_sum`, the five vectors of STATISTICS, and the three tensors that backward gets back.
+    """`weighted_sum`, the five vectors of STATISTICS, and the four tensors that backward gets back.
 
     `outputs`: names joined by commas. See `forward_backward.forward` for the rest.
     """
@@ -133,25 +139,30 @@ def score(*arguments: Any) -> tuple[Tensor, ...]:
 
 @score.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, weight, target, _, bias = arguments[:5]
-    _, _, outputs, plan, need_dhidden, need_dweight, need_dbias = arguments[_SIZE:]
-    rows_N, (vocabulary, hidden_size) = target.numel(), weight.shape
+    hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
+    _, _, outputs, plan, *flags = arguments[_SIZE:]
+    needs = Needs(*flags)
+    rows_N, (vocabulary, width) = target.numel(), weight.shape
+    if low_hidden is not None:
+        width += low_hidden.shape[-1]
     dtype, names, nothing = _statistics_dtype(hidden), outputs.split(","), target.new_empty(0)
     vectors = [
         hidden.new_empty(rows_N, dtype=torch.int64 if name == "top_id" else dtype) if name in names else target.new_empty(0)
         for name in STATISTICS
     ]
-    stored = [nothing, target.new_empty(0), target.new_empty(0)]
+    stored = [nothing, target.new_empty(0), target.new_empty(0), target.new_empty(0)]
     if plan == "coef":
-        like = ((need_dhidden, hidden, (rows_N, hidden_size)), (need_dweight, weight, weight.shape))
+        like = ((needs.vectors, hidden, (rows_N, width)), (needs.weight, weight, weight.shape))
         stored[:2] = [x.new_empty(size) if needed else target.new_empty(0) for needed, x, size in like]
-        if need_dbias:
+        if needs.bias:
             stored[2] = (weight if bias is None else bias).new_empty(vocabulary)
+        if needs.low_weight and low_weight is not None:
+            stored[3] = low_weight.new_empty(low_weight.shape)
     elif plan in ("unit", "keep"):
         for place, name in enumerate(("logp", "entropy")):
             if name in names:
                 keeps = plan == "keep"
-                stored[place] = empty_operand(hidden, rows_N, vocabulary) if keeps else hidden.new_empty(rows_N, hidden_size)
+                stored[place] = empty_operand(hidden, rows_N, vocabulary) if keeps else hidden.new_empty(rows_N, width)
     return hidden.new_empty(() if plan == "coef" else 0, dtype=dtype), *vectors, *stored
 
 
@@ -161,6 +172,7 @@ def run_score(
     target: Tensor,
     rows: Tensor | None,
     options: HeadOptions,
+    pair: Pair,
     coef: Tensor | None,
     entropy_coef: Tensor | None,
     outputs: tuple[str, ...],
@@ -168,8 +180,8 @@ def run_score(
     wants_gradient: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """`weighted_sum` and the vectors that `outputs` names, through the op."""
-    needs = [wants_gradient and x is not None and x.requires_grad for x in (hidden, weight, options.bias)]
-    flat = _flat(hidden, weight, target, rows, options)
+    needs = [wants_gradient and x is not None and x.requires_grad for x in (hidden, weight, options.bias, *pair)]
+    flat = _flat(hidden, weight, target, rows, options, pair)
     weighted_sum, *rest = score(*flat, coef, entropy_coef, ",".join(outputs), plan, *needs)
     return (weighted_sum if plan == "coef" else None), {name: vector for name, vector in zip(STATISTICS, rest) if name in outputs}
 
@@ -178,32 +190,36 @@ def run_score(
     "dllm_kernels::score_backward",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor? dsum, Tensor? dlogp, Tensor? dentropy, Tensor[] stored, str plan, SymInt[] hidden_shape, "
-    "bool need_dhidden, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    f"{_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def score_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; `hidden` and `weight` hold something where the plan reads them again."""
-    *arrived, stored, plan, hidden_shape, a, b, c = arguments[_SIZE:]
+def score_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of hidden, weight, bias and the adapter's operands, which hold something where the plan reads them again."""
+    dsum, dlogp, dentropy, stored, plan, hidden_shape, *flags = arguments[_SIZE:]
     problem = _problem(*arguments[:_SIZE])
     kept = [tensor if tensor.numel() or tensor.dim() == 2 else None for tensor in stored]
-    gradients = forward_backward.backward(problem, plan, hidden_shape, kept, Needs(a, b, c), tuple(arrived))
+    gradients = forward_backward.backward(problem, plan, hidden_shape, kept, Needs(*flags), (dsum, dlogp, dentropy))
     # an op's result must not share memory with its arguments
     taken = {tensor.untyped_storage().data_ptr() for tensor in stored}
     fresh = [g.clone() if g is not None and g.untyped_storage().data_ptr() in taken else g for g in gradients]
-    dhidden, dweight, dbias = (_given(gradient, problem.target_N) for gradient in fresh)
-    return dhidden, dweight, dbias
+    return tuple(_given(gradient, problem.target_N) for gradient in fresh)
 
 
 @score_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, target, _, bias = arguments[:5]
-    *_, stored, plan, hidden_shape, need_dhidden, need_dweight, need_dbias = arguments[_SIZE:]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
+    _, _, _, stored, plan, hidden_shape, *flags = arguments[_SIZE:]
+    needs = Needs(*flags)
+    rank = 0 if low_hidden is None else low_hidden.shape[-1]
     if plan not in plans.REREAD:
-        a, weight, bias = stored
+        a, weight, bias, low_weight = stored
         hidden = a if plan == "coef" or a.dim() == 2 else weight
+        rank = hidden.shape[-1] - hidden_shape[-1]
     return (
-        hidden.new_empty(hidden_shape) if need_dhidden else target.new_empty(0),
-        weight.new_empty(weight.shape) if need_dweight else target.new_empty(0),
-        bias.new_empty(bias.shape) if need_dbias and bias is not None else target.new_empty(0),
+        hidden.new_empty(hidden_shape) if needs.hidden else target.new_empty(0),
+        weight.new_empty(weight.shape) if needs.weight else target.new_empty(0),
+        bias.new_empty(bias.shape) if needs.bias and bias is not None else target.new_empty(0),
+        hidden.new_empty((*hidden_shape[:-1], rank)) if needs.low_hidden else target.new_empty(0),
+        low_weight.new_empty(low_weight.shape) if needs.low_weight else target.new_empty(0),
     )
 
 
@@ -213,32 +229,31 @@ def run_backward(
     shape: Sequence[int],
     stored: Sequence[Tensor | None],
     needs: Needs,
-    arrived: Gradients,
+    arrived: Arrived,
     operands: Sequence[Any],
 ) -> Gradients:
-    """`forward_backward.backward` through the op; `operands` are hidden, weight and bias where the plan reads them again."""
+    """`forward_backward.backward` through the op; `operands` are the five that the plan reads again, or none."""
     observed()
     p, nothing = problem, problem.target_N.new_empty(0, 0)
-    hidden, weight, bias = operands or (nothing, nothing, None)
-    flat = _flat(hidden, weight, p.target_N, p.index_N, replace(p.options, bias=bias))
+    hidden, weight, bias, low_hidden, low_weight = operands or (nothing, nothing, None, None, None)
+    flat = _flat(hidden, weight, p.target_N, p.index_N, replace(p.options, bias=bias), (low_hidden, low_weight))
     return _run_backward(flat, plan, shape, stored, needs, arrived)
 
 
 def _run_backward(
-    flat: Sequence[Any], plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Gradients
+    flat: Sequence[Any], plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Arrived
 ) -> Gradients:
-    wanted = needs[:3]
+    wanted = needs[:5]
     gradients = score_backward(*flat, *arrived, [_given(tensor, flat[2]) for tensor in stored], plan, shape, *wanted)
-    dhidden, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
-    return dhidden, dweight, dbias
+    return tuple(gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, rows, bias, temperatures, temperature, softcaps, *numbers = inputs[:_SIZE]
+    hidden, weight, target, rows, bias, *pair, temperatures, temperature, softcaps, _, _, _ = inputs[:_SIZE]
     _coef, _entropy_coef, _outputs, plan, *needs = inputs[_SIZE:]
-    operands = (hidden, weight, bias) if plan in plans.REREAD else ()
+    operands = (hidden, weight, bias, *pair) if plan in plans.REREAD else ()
     ctx.save_for_backward(*output[6:], target, rows, temperatures, softcaps, *operands)
-    ctx.temperature, ctx.numbers = temperature, numbers
+    ctx.temperature, ctx.numbers = temperature, inputs[_SIZE - 3 : _SIZE]
     ctx.set_materialize_grads(False)
     ctx.plan, ctx.shape, ctx.needs, ctx.inputs = plan, hidden.shape, Needs(*needs), len(inputs)
     differentiable = (0,) if plan == "coef" else (1, 3)  # weighted_sum, or logp and entropy
@@ -249,11 +264,11 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     arrived = (upstream[0], None, None) if ctx.plan == "coef" else (None, upstream[1], upstream[3])
     if all(gradient is None for gradient in arrived):
         return (None,) * ctx.inputs
-    a, b, c, target, rows, temperatures, softcaps, *operands = ctx.saved_tensors
-    hidden, weight, bias = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None)
-    flat = (hidden, weight, target, rows, bias, temperatures, ctx.temperature, softcaps, *ctx.numbers)
-    dhidden, dweight, dbias = _run_backward(flat, ctx.plan, ctx.shape, (a, b, c), ctx.needs, arrived)
-    return dhidden, dweight, None, None, dbias, *((None,) * (ctx.inputs - 5))
+    a, b, c, d, target, rows, temperatures, softcaps, *operands = ctx.saved_tensors
+    hidden, weight, bias, *pair = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None, None, None)
+    flat = (hidden, weight, target, rows, bias, *pair, temperatures, ctx.temperature, softcaps, *ctx.numbers)
+    dhidden, dweight, *more = _run_backward(flat, ctx.plan, ctx.shape, (a, b, c, d), ctx.needs, arrived)
+    return dhidden, dweight, None, None, *more, *((None,) * (ctx.inputs - 7))
 
 
 score.register_autograd(_backward, setup_context=_setup)
@@ -264,24 +279,30 @@ score.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op(
     "dllm_kernels::add_gradient",
-    mutates_args=("dweight_out", "dbias_out"),
-    schema=f"({_HEAD}, Tensor coef, Tensor? entropy_coef, Tensor(a12!)? dweight_out, Tensor(a13!)? dbias_out) -> Tensor",
+    mutates_args=("dweight_out", "dbias_out", "dlow_out"),
+    schema=f"({_HEAD}, Tensor coef, Tensor? entropy_coef, Tensor(a15!)? dweight_out, Tensor(a16!)? dbias_out, "
+    "Tensor(a17!)? dlow_out) -> (Tensor, Tensor)",
 )
-def add_gradient(*arguments: Any) -> Tensor:
-    """`head_backward`: dH in hidden's shape; dW and db are added to their buffers."""
-    return forward_backward.add_gradient(_problem(*arguments[:_SIZE]), arguments[0].shape, *arguments[_SIZE:])
+def add_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`head_backward`: dH in hidden's shape and what the adapter's operand gets; dW, db and dB are added to their buffers."""
+    problem = _problem(*arguments[:_SIZE])
+    dhidden, dlow = forward_backward.add_gradient(problem, arguments[0].shape, *arguments[_SIZE:])
+    return dhidden, _given(dlow, problem.target_N)
 
 
 @add_gradient.register_fake
-def _(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape)
+def _(hidden: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    target, low_hidden = more[1], more[4]
+    dlow = target.new_empty(0) if low_hidden is None else hidden.new_empty(low_hidden.shape)
+    return hidden.new_empty(hidden.shape), dlow
 
 
 def run_add_gradient(
-    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, options: HeadOptions, *more: Tensor | None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, options: HeadOptions, pair: Pair, *more: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """`forward_backward.add_gradient` through the op; `more` are its coefficients and buffers."""
-    return add_gradient(*_flat(hidden, weight, target, rows, options), *more)
+    dhidden, dlow = add_gradient(*_flat(hidden, weight, target, rows, options, pair), *more)
+    return dhidden, None if pair[0] is None else dlow
 
 
 @torch.library.custom_op(
@@ -310,13 +331,14 @@ def run_sample(
     key: Tensor,
     rows: Tensor | None,
     options: HeadOptions,
+    pair: Pair,
     step: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward_backward.sample` through the op."""
-    flat = _flat(hidden, weight, key, rows, options)
+    flat = _flat(hidden, weight, key, rows, options, pair)
     token, logp, entropy = sample(*flat, step, *_number(temperature), top_k, top_p)
     return token, logp, entropy
 
@@ -342,36 +364,44 @@ def _register_flops() -> None:
             registry.setdefault(op, formula)
 
 
-def _flops(count: int, rows: int, weight: Tensor) -> int:
-    return 2 * count * rows * weight.shape[0] * weight.shape[1]
+def _flops(count: int, rows: int, weight: Tensor | None) -> int:
+    return 0 if weight is None else 2 * count * rows * weight.shape[0] * weight.shape[1]
 
 
 def _score_flops(*arguments: Any, out_val: Any) -> int:
-    _, _, outputs, plan, need_dhidden, need_dweight, _ = arguments[_SIZE:]
-    vectors = plans.late_vectors(outputs.split(","))
-    forward, _ = plans.gemms(plan, need_dhidden=need_dhidden, need_dweight=need_dweight, vectors=vectors)
-    return _flops(forward, arguments[2].numel(), arguments[1])
+    _, weight, target, _, _, _, low_weight = arguments[:7]
+    _, _, outputs, plan, *flags = arguments[_SIZE:]
+    needs, vectors, total = Needs(*flags), plans.late_vectors(outputs.split(",")), 0
+    for matrix, need_gradient in ((weight, needs.weight), (low_weight, needs.low_weight)):
+        forward, _ = plans.gemms(plan, need_dhidden=needs.vectors, need_dweight=need_gradient, vectors=vectors)
+        total += _flops(forward, target.numel(), matrix)
+    return total
 
 
 def _score_backward_flops(*arguments: Any, out_val: Any) -> int:
-    weight, target = arguments[1:3]
-    _, dlogp, dentropy, _, plan, _, need_dhidden, need_dweight, _ = arguments[_SIZE:]
-    _, backward = plans.gemms(plan, need_dhidden=need_dhidden, need_dweight=need_dweight)
-    if not backward:
+    _, weight, target, _, _, _, low_weight = arguments[:7]
+    _, dlogp, dentropy, _, plan, _, *flags = arguments[_SIZE:]
+    needs, total = Needs(*flags), 0
+    if plan not in plans.REREAD:
         return 0
     live = None
     if plan == "recompute" and type(target) is Tensor:  # not a fake one: rows without a coefficient are not gone through again
         live = plans.live_rows(dlogp, dentropy)
-    return _flops(backward, target.numel() if live is None else len(live), weight)
+    for matrix, need_gradient in ((weight, needs.weight), (low_weight, needs.low_weight)):
+        _, backward = plans.gemms(plan, need_dhidden=needs.vectors, need_dweight=need_gradient)
+        total += _flops(backward, target.numel() if live is None else len(live), matrix)
+    return total
 
 
 def _add_gradient_flops(*arguments: Any, out_val: Any) -> int:
-    dweight_out = arguments[_SIZE + 2]
-    return _flops(2 + (dweight_out is not None), arguments[2].numel(), arguments[1])
+    _, weight, target, _, _, _, low_weight = arguments[:7]
+    dweight_out, _, dlow_out = arguments[_SIZE + 2 :]
+    rows = target.numel()
+    return _flops(2 + (dweight_out is not None), rows, weight) + _flops(2 + (dlow_out is not None), rows, low_weight)
 
 
 def _sample_flops(*arguments: Any, out_val: Any, **_: Any) -> int:
-    return _flops(1, arguments[2].numel(), arguments[1])
+    return _flops(1, arguments[2].numel(), arguments[1]) + _flops(1, arguments[2].numel(), arguments[6])
 
 
 _FLOPS = {
@@ -379,4 +409,6 @@ _FLOPS = {
     "score_backward": _score_backward_flops,
     "add_gradient": _add_gradient_flops,
     "sample": _sample_flops,
+    "low_rank": low_rank.flops,
+    "low_rank_backward": low_rank.backward_flops,
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dllm_kernels import checks
-from dllm_kernels.backends.contract import HeadOptions, HeadProblem, flat
+from dllm_kernels.backends.contract import HeadOptions, HeadProblem, LowRank, flat
+from dllm_kernels.head import low_rank
 
 
 def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, options: HeadOptions) -> None:
@@ -21,6 +22,9 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
     bias, temperature = options.bias, options.temperature
     if not torch.compiler.is_compiling():
         _refuse_transforms(hidden=hidden, weight=weight, rows=rows, bias=bias, temperature=temperature)
+        if options.low_rank is not None:
+            _refuse_transforms(low_rank=options.low_rank[0])
+            _refuse_transforms(low_rank=options.low_rank[1])
     checks.dtype("hidden", hidden, checks.FLOATS)
     checks.dtype("weight", weight, checks.FLOATS)
     if type(weight) is not Tensor or type(hidden) is not Tensor:
@@ -62,6 +66,8 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
         for name, value in (("weight", weight), ("rows", rows), ("bias", bias), ("temperature", temperature)):
             if isinstance(value, Tensor):
                 checks.same_device(name, value, "hidden", hidden)
+    if options.low_rank is not None:
+        low_rank.check(options.low_rank, hidden, weight)
     if options.suppress or options.valid_vocab is not None:
         _check_excluded(options, vocabulary)
 
@@ -100,10 +106,17 @@ def _check_excluded(options: HeadOptions, vocabulary: int) -> None:
         raise ValueError("suppress and valid_vocab must leave at least one id, got all of them excluded")
 
 
-def make_problem(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor | None, options: HeadOptions) -> HeadProblem:
+def make_problem(
+    hidden: Tensor,
+    weight: Tensor,
+    target_N: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    pair: low_rank.Pair = (None, None),
+) -> HeadProblem:
     """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return HeadProblem(flat(hidden), weight, target_N, rows, options.normalised(dtype))
+    return HeadProblem(flat(hidden), weight, target_N, rows, options.normalised(dtype), LowRank.of(*pair))
 
 
 def device_type(tensor: Tensor) -> str:

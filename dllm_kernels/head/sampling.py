@@ -11,6 +11,7 @@ from torch import Tensor
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.head import forward_backward, ops
+from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
 from dllm_kernels.head.scoring import score
 
@@ -49,11 +50,12 @@ def sample_tokens(
     logit_temperature: float = 1.0,
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
 ) -> Samples:
     """Draw one token per selected row: `argmax_v z_v / temperature + g_v`, with g Gumbel noise of `(key, token, step)`.
 
     Args:
-        hidden: `[..., H]`. weight: `[V, H]`. rows, bias, softcap, suppress, valid_vocab: as in `score_tokens`.
+        hidden: `[..., H]`. weight: `[V, H]`. rows, bias, softcap, suppress, valid_vocab, low_rank: as in `score_tokens`.
         key: int64 `[N]`, row keys from `noise.row_bits(seed, Stream.TOKEN, sequence, sample, position)`.
         step: denoising step; draws of different steps are independent.
         temperature: >= 0; 0 takes the largest logit, ties go to the smallest id.
@@ -75,7 +77,7 @@ def sample_tokens(
         torch.Size([4])
     """
     checks.number("logit_temperature", logit_temperature, above=0)
-    options = HeadOptions(bias, softcap, logit_temperature, suppress, valid_vocab)
+    options = HeadOptions(bias, softcap, logit_temperature, suppress, valid_vocab, low_rank)
     return sample(
         hidden,
         weight,
@@ -120,9 +122,10 @@ def sample(
     checks.names("want", want, DRAWN)
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, key.numel(), options)
+    pair = adapter.pair(hidden, options)
     whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from
     if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and not whole):
-        problem = make_problem(hidden, weight, key, rows, options)
+        problem = make_problem(hidden, weight, key, rows, options, pair)
         result = forward_backward.sample_drawn(problem, key, step, float(temperature), top_k, top_p, top_p_first=top_p_first)
         return Samples(
             result["token"],
@@ -133,10 +136,10 @@ def sample(
         )
     if whole:
         top_p = None
-    if ops.observed(hidden, weight, options.bias, key):
-        token, logp, entropy = ops.run_sample(hidden, weight, key, rows, options, step, float(temperature), top_k, top_p)
+    if ops.observed(hidden, weight, options.bias, key, pair[1]):
+        token, logp, entropy = ops.run_sample(hidden, weight, key, rows, options, pair, step, float(temperature), top_k, top_p)
     else:
-        problem = make_problem(hidden, weight, key, rows, options)
+        problem = make_problem(hidden, weight, key, rows, options, pair)
         result = forward_backward.sample(problem, key, step, float(temperature), top_k, top_p)
         token, logp, entropy = result["token"], result["logp"], result["entropy"]
     drawn: dict[str, Tensor | None] = {}

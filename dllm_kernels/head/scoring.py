@@ -21,6 +21,7 @@ from torch import Tensor
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions, WeightGradient
 from dllm_kernels.head import forward_backward, ops, plans
+from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
@@ -53,6 +54,7 @@ def score_tokens(
     temperature: float | Tensor = 1.0,
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
@@ -71,6 +73,8 @@ def score_tokens(
         rows: int64 `[N]`, unique flat indices into `hidden.reshape(-1, H)`; None means all rows in order.
         bias: `[V]`. softcap: > 0. temperature: > 0, a number or `[N]` (no gradient flows to it).
         suppress: ids that get probability 0 (the mask id): a sequence or tensor of ints. valid_vocab: ids from here on too.
+        low_rank: `(A, B, s)` of an adapter on the head, `[R, H]` and `[V, R]` of any float dtypes and a number: the weight is
+            `W + s B A`, which is never built; both products and their sums are in fp32.
         coef, entropy_coef: `[N]` finite coefficients known beforehand, detached. Then `weighted_sum = sum coef * logp +
             sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
         want: any of "logp", "entropy", "lse", "top_logp", "top_id".
@@ -79,7 +83,7 @@ def score_tokens(
             weight's dtype, in place of autograd. `body.take_dweight` is one for a head that `headless` gathered. Not under
             torch.compile, where autograd delivers the gradient.
 
-    Without coefficients, `logp` and `entropy` are differentiable in hidden, weight and bias; `lse` and `top_*` never are.
+    Without coefficients, `logp` and `entropy` are differentiable in hidden, weight, bias, A and B; `lse` and `top_*` never are.
     What backward reads again (rows, target, a per-row temperature; hidden, weight and bias under "keep" and "recompute") must
     not change in place until then: PyTorch raises. vmap, jvp and tensors with a forward-mode tangent are refused.
     Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
@@ -95,7 +99,7 @@ def score_tokens(
         ('unit', (2,))
         >>> scores.logp.sum().backward()
     """
-    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight)
 
 
@@ -123,9 +127,10 @@ def score(
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
 
     bias, known = options.bias, coef is not None or entropy_coef is not None
+    pair = low_hidden, low_weight = adapter.pair(hidden, options)
     recorded = torch.is_grad_enabled() and plans.recorded(want, known)
-    head_trains = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    wants_gradient = head_trains or (recorded and hidden.requires_grad)
+    head_trains = recorded and any(x is not None and x.requires_grad for x in (weight, bias, low_weight))
+    wants_gradient = head_trains or (recorded and any(x is not None and x.requires_grad for x in (hidden, low_hidden)))
     chosen = plans.choose(
         plan,
         wants_gradient=wants_gradient,
@@ -136,16 +141,18 @@ def score(
     outputs = tuple([name for name in STATISTICS if name in want or name == "lse"])
     values: dict[str, Tensor]
     weighted_sum = None
-    if ops.observed(hidden, weight, bias, target):
+    if ops.observed(hidden, weight, bias, target, low_weight):
         weighted_sum, values = ops.run_score(
-            hidden, weight, target, rows, options, coef, entropy_coef, outputs, chosen, wants_gradient
+            hidden, weight, target, rows, options, pair, coef, entropy_coef, outputs, chosen, wants_gradient
         )
     else:
-        problem = make_problem(hidden, weight, target, rows, options)
+        problem = make_problem(hidden, weight, target, rows, options, pair)
         if wants_gradient or known:
             if wants_gradient and (hidden.is_inference() or weight.is_inference()):
                 raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
-            weighted_sum, *vectors = Score.apply(hidden, weight, bias, problem, outputs, chosen, coef, entropy_coef, take_dweight)
+            weighted_sum, *vectors = Score.apply(
+                hidden, weight, bias, *pair, problem, outputs, chosen, coef, entropy_coef, take_dweight
+            )
             values = dict(zip(outputs, vectors))
         else:
             values = forward_backward.forward(problem, outputs, chosen, Needs(False, False, False)).vectors
@@ -165,13 +172,16 @@ def head_backward(
     temperature: float | Tensor = 1.0,
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
     dweight_out: Tensor | None = None,
     dbias_out: Tensor | None = None,
+    dlow_rank_out: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Gradient of `sum coef * logp + sum entropy_coef * entropy` for callers that run their own loop.
 
     Returns dH in hidden's shape and dtype (zero outside `rows`), and adds dW `[V, H]` and db `[V]` to the caller's
-    buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given. These may have any strides under
+    buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given, likewise dA `[R, H]` and dB `[V, R]`
+    of `low_rank` to the pair `dlow_rank_out`. These may have any strides under
     which no two elements coincide; one whose rows are not dense, or that shares memory with another argument, costs a
     second buffer of its size. They are changed in place, and autograd is told so. Of `rows`, a `Rows`, for instance
     `plan.rows`, index and target are read; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those
@@ -193,25 +203,41 @@ def head_backward(
     checks.require_tensor("hidden", hidden)
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
-    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
+    options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     check_arguments(hidden, weight, index, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
     known = _coefficient("coef", coef, target, hidden)
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
     assert known is not None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    for name, buffer, shape in (("dweight_out", dweight_out, weight.shape), ("dbias_out", dbias_out, weight.shape[:1])):
+    down_out, up_out = dlow_rank_out
+    if low_rank is None and (down_out is not None or up_out is not None):
+        raise ValueError("dlow_rank_out needs low_rank, got None")
+    down, up, scale = low_rank or (weight, weight, 1.0)
+    buffers = {"dweight_out": (dweight_out, weight.shape), "dbias_out": (dbias_out, weight.shape[:1])}
+    buffers |= {"dlow_rank_out A": (down_out, down.shape), "dlow_rank_out B": (up_out, up.shape)}
+    for name, (buffer, shape) in buffers.items():
         if buffer is not None:
             checks.dtype(name, buffer, [dtype])
             checks.shape(name, buffer, shape)
             checks.same_device(name, buffer, "hidden", hidden)
             checks.distinct(name, buffer)
-    if ops.observed(hidden, weight, bias, target):
-        dhidden = ops.run_add_gradient(hidden, weight, target, index, options, known, entropy_coef, dweight_out, dbias_out)
-    else:
-        problem = make_problem(hidden, weight, target, index, options)
-        with torch.no_grad():
-            dhidden = forward_backward.add_gradient(problem, hidden.shape, known, entropy_coef, dweight_out, dbias_out)
+    with torch.no_grad():
+        pair = adapter.pair(hidden, options)
+        if ops.observed(hidden, weight, bias, target, pair[1]):
+            dhidden, dlow = ops.run_add_gradient(
+                hidden, weight, target, index, options, pair, known, entropy_coef, dweight_out, dbias_out, up_out
+            )
+        else:
+            problem = make_problem(hidden, weight, target, index, options, pair)
+            dhidden, dlow = forward_backward.add_gradient(
+                problem, hidden.shape, known, entropy_coef, dweight_out, dbias_out, up_out
+            )
+        if dlow is not None:
+            more, ddown = adapter.project_backward(dlow, hidden, down.to(dtype), float(scale), True, down_out is not None)
+            dhidden += more
+            if down_out is not None:
+                down_out += ddown
     return dhidden.to(like.dtype)
 
 

@@ -24,9 +24,9 @@ def needs(package: str, command: str = "pip install 'dllm-kernels[integrations]'
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != package:
+        if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise ModuleNotFoundError(f"{package} is missing; {command} brings it", name=package) from None
+        raise ModuleNotFoundError(f"{error.name} is missing; {command} brings it", name=error.name) from None
 
 
 def with_body(model: nn.Module, function: Callable[[Body], _Result]) -> _Result:

@@ -54,7 +54,8 @@ class DiffusionLM(TemplateLM):
         mask_id: None takes the tokenizer's mask token, or that of the model's config. shift: 1 where position i
             is predicted by row i - 1.
         causal_block: tokens per block of a block-causal model; None takes the loader's.
-        loader: "module:function", called with `pretrained`; returns an object with `model`, `tokenizer`, `facts`
+        loader: "module:function", called with `pretrained`, and with `dtype` and `trust_remote_code` where they are given;
+            returns an object with `model`, `tokenizer`, `facts`
             (`mask_id`, `shift`, `block_length`), `suppressed` and `call_kwargs(attention_mask)`. The trainer's is
             "dllm_trainer.models.loading:load", whose table knows the published models.
         law, samples, seed, law_options: of `estimate_elbo`. samples_per_pass: masks in one call of the model.
@@ -77,7 +78,7 @@ class DiffusionLM(TemplateLM):
         shift: int | None = None,
         causal_block: int | None = None,
         loader: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int | str = 1,
@@ -232,6 +233,9 @@ class DiffusionLM(TemplateLM):
         """Whether greedy decoding, the surest token first, one a step, writes each continuation."""
         found = []
         for context, continuation in batch:
+            if not continuation:
+                found.append(True)
+                continue
             rollout = generate(
                 self.model,
                 [self._tensor(context)],
@@ -282,13 +286,17 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     yield from (items[first : first + size] for first in range(0, len(items), size))
 
 
-def _load(source: str | nn.Module, tokenizer: Any, loader: str | None, dtype: str, trusted: bool) -> Any:
+def _load(source: str | nn.Module, tokenizer: Any, loader: str | None, dtype: str | None, trusted: bool) -> Any:
     """What a loader returns, for a model at hand or one that transformers loads."""
+    options: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype, None)}
+    if not isinstance(options.get("dtype", torch.float32), torch.dtype):
+        raise ValueError(f"dtype must name one of torch's, such as bfloat16, got {dtype!r}")
+    options |= {"trust_remote_code": True} if trusted else {}
     if loader is not None:
         module, _, function = loader.partition(":")
         if not module or not function:
             raise ValueError(f"loader must be written module:function, got {loader!r}")
-        return getattr(importlib.import_module(module), function)(source)
+        return getattr(importlib.import_module(module), function)(source, **options)
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise ValueError("tokenizer must be given where pretrained is a model")
@@ -299,8 +307,7 @@ def _load(source: str | nn.Module, tokenizer: Any, loader: str | None, dtype: st
         known = [name for name in _AUTO_CLASSES if name in names or type(config) in getattr(transformers, name)._model_mapping]
         if not known:
             raise ValueError(f"pretrained must name a masked language model that transformers knows, {source} is none of them")
-        options = {"trust_remote_code": trusted, "dtype": getattr(torch, dtype)}
-        model = getattr(transformers, known[0]).from_pretrained(source, **options).eval()
+        model = getattr(transformers, known[0]).from_pretrained(source, **{"dtype": torch.float32, **options}).eval()
         tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     of_config = getattr(model.config, "mask_token_id", None)
     facts = SimpleNamespace(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from dllm_kernels.integrations import needs
 from dllm_kernels.integrations.logps import DiffusionLogps
 from dllm_kernels.integrations.transformers import find_mask_id
 from dllm_kernels.masks import steps
+from dllm_kernels.masks.make import eos_tail
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):
@@ -55,12 +56,14 @@ class DiffusionGRPOConfig(GRPOConfig):
     sequences_per_pass: int | None = None
 
 
-# arguments of TRL's that would change nothing here, and what says it instead
+# arguments of TRL's that would change nothing here, and what does instead
 _ELSEWHERE = {
-    "use_vllm": "generate samples",
-    "use_transformers_continuous_batching": "generate samples",
-    "beta": "it is one of algorithm_options",
-    "min_p": "generate has top_k and top_p",
+    **dict.fromkeys(("use_vllm", "use_transformers_continuous_batching", "generation_kwargs"), "rollout has generate's options"),
+    **dict.fromkeys(("min_p", "repetition_penalty", "cache_implementation"), "rollout has generate's options"),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high", "delta"), "algorithm_options has the algorithm's own"),
+    **dict.fromkeys(("loss_type", "importance_sampling_level", "off_policy_mask_threshold"), "algorithm says what is minimised"),
+    **dict.fromkeys(("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile"), "algorithm says what is minimised"),
+    **dict.fromkeys(("router_aux_loss_coef", "cast_lm_head_to_fp32", "use_liger_kernel"), "the head's statistics are fp32"),
     "fp16": "gradients have no scaler; bf16 needs none",
     "mask_truncated_completions": "every completion has max_completion_length tokens",
     "sync_ref_model": "the reference is the model as it was at the start",
@@ -84,9 +87,13 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
     ) -> None:
         if not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"args must be a DiffusionGRPOConfig, got {type(args).__name__}")
+        published = {entry.name: entry.default for entry in fields(GRPOConfig)}
         for name, instead in _ELSEWHERE.items():
-            if getattr(args, name):
-                raise ValueError(f"{name} must be left as it is, got {getattr(args, name)!r}: {instead}")
+            if name in published and (value := getattr(args, name)) != published[name]:
+                raise ValueError(f"{name} must be left at {published[name]!r}, got {value!r}: {instead}")
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if named.get(name) is not None:
+                raise ValueError(f"{name} must be None: completions are generate's, of one turn")
         if (args.gradient_accumulation_steps, args.steps_per_generation) != (1, 1):
             raise ValueError(
                 "gradient_accumulation_steps and steps_per_generation must be 1, got "
@@ -175,7 +182,10 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Plans and batches of all inner iterations, scored before the first of them."""
         rollout, args, recipe = self._rollout, self.args, self.recipe
         assert rollout is not None
-        rewards = self._rewards(len(advantages_B))
+        eos, real_BS = self._eos, rollout.text_mask_BS
+        tail_BS = None if eos is None else eos_tail(rollout.ids_BS, rollout.completion_mask_BS, eos)
+        scored_BS = rollout.completion_mask_BS if tail_BS is None else rollout.completion_mask_BS & ~tail_BS
+        rewards = self._rewards(self.accelerator.gather(scored_BS.sum(-1)))
         mine = slice(start := self.accelerator.process_index * len(advantages_B), start + len(advantages_B))
         if recipe.signal is advantage_signal:
             advantages_A = self.accelerator.gather(advantages_B)
@@ -188,7 +198,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         self._update = []
         if not len(found.kept_N):
             return
-        states = None if recipe.trajectory is None else recipe.trajectory.states(rollout, self.options, args.seed).kept(here_N)
+        states = None
+        if recipe.trajectory is not None:
+            # where it ended early, what was filled up was never drawn
+            read = rollout if eos is None else replace(rollout, settings={**rollout.settings, "eos_id": eos})
+            states = recipe.trajectory.states(read, self.options, args.seed).kept(here_N)
+            real_BS = rollout.attention_mask_BS
 
         def plan_of(iteration: int) -> MaskPlan:
             if states is not None:
@@ -203,14 +218,17 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                 sequence_ids=rollout.sequence_ids_B,
                 mask_id=args.mask_id,
                 shift=args.shift,
-                attention_mask_BS=rollout.attention_mask_BS,
+                attention_mask_BS=rollout.text_mask_BS,
+                eos_id=eos,
+                tail=None if eos is None else recipe.tail,
                 iteration=iteration,
                 causal_block=args.causal_block,
                 **(given | args.law_options),
             ).cut(sequences=here_N)
 
         plans = [plan_of(iteration) for iteration in range(self.num_iterations)]
-        real_BS = rollout.attention_mask_BS
+        if tail_BS is not None and recipe.tail == "removed":
+            real_BS = ~tail_BS if real_BS is None else (real_BS != 0) & ~tail_BS
         self._scoring = {
             "suppress": (args.mask_id, *args.suppress),
             "model_kwargs": None if real_BS is None else {"attention_mask": real_BS[here_N].long()},
@@ -235,7 +253,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             self._denominator = max(1.0, float(self.accelerator.reduce(count, "sum")))
         self._update = [(plan, self._batch(plan, entries, states)) for plan in plans]
 
-    def _rewards(self, here: int) -> Rewards:
+    @property
+    def _eos(self) -> int | None:
+        """The token with which a completion ends, where the algorithm scores no more than that."""
+        return self._tokenizer.eos_token_id if self.recipe.window == "eos" else None
+
+    def _rewards(self, lengths_B: Tensor) -> Rewards:
         assert self._rewards_BF is not None
         values_B = (self._rewards_BF * self.reward_weights.to(self._rewards_BF.device)).nansum(-1)
         if self.recipe.signal is not advantage_signal and bool(self._rewards_BF.isnan().all(-1).any()):
@@ -243,7 +266,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                 f"reward_funcs must give every completion a reward for {self.recipe.name}, got None from all of them"
             )
         group_ids_B = torch.arange(len(values_B), device=values_B.device) // self.num_generations
-        return Rewards(values_B, group_ids_B, self.max_completion_length, self.recipe.advantage or "mean")
+        return Rewards(values_B, group_ids_B, lengths_B, self.recipe.advantage or "mean")
 
     def _batch(self, plan: MaskPlan, entries: dict[str, Tensor], states: Any) -> Batch:
         objective, values = self.objective, dict(entries)

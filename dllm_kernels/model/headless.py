@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
+from dllm_kernels.model import adapters
 from dllm_kernels.model.sharding import Shards, WholeHead, find_shards, is_sharded
 from dllm_kernels.model.wrappers import HandedOut, Wrapper, check_alone, check_head, find_outer, unwrapped
 
@@ -28,16 +30,23 @@ class _Tap:
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
         self.open: list[Body] = []
+        self.check: Callable[[Tensor], None] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
+        if not torch.compiler.is_compiling() and self.check is not None:
+            self.check(hidden)
         return hidden[..., :1].clone()  # not a view: OLMo-style code (LLaDA) may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook of the module whose output reducers look at."""
         if self.hidden is None:
             return None
-        parameters = [p for p in self.open[-1].whole.parameters.values() if p is not None and not is_sharded(p)]
+        body = self.open[-1]
+        used_names = {"weight", "bias", *adapters.active_names(body.head)}
+        parameters = [
+            p for name, p in body.whole.parameters.items() if name in used_names and p is not None and not is_sharded(p)
+        ]
         used = tuple(p[:0] for p in parameters if p.requires_grad) if torch.is_grad_enabled() else ()
         return HandedOut(self.hidden, getattr(output, "logits", None), used)
 
@@ -61,8 +70,8 @@ class _LinearTap(TorchFunctionMode):
 class Body:
     """A model without its head, made by `headless`. Calling it returns hidden states.
 
-    `weight` is the head's; with `options` (bias, softcap, temperature), `score_tokens` and `sample_tokens`
-    reproduce the model's own logits.
+    `weight` is the head's; with `options` (bias, softcap, temperature, and `low_rank` while an adapter on the head is
+    switched on), `score_tokens` and `sample_tokens` reproduce the model's own logits.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, wrapper: Wrapper, whole: WholeHead) -> None:
@@ -110,7 +119,8 @@ class Body:
 
     @property
     def options(self) -> HeadOptions:
-        return HeadOptions(self.bias, self.softcap, self.temperature)
+        low_rank = adapters.low_rank(self.head, self.whole.get)
+        return HeadOptions(self.bias, self.softcap, self.temperature, low_rank=low_rank)
 
     @property
     def take_dweight(self) -> WeightGradient | None:
@@ -157,6 +167,7 @@ class Body:
         if torch.is_autocast_enabled(hidden.device.type):  # autocast would bring both operands to one dtype
             hidden = hidden.to(self.parameter.dtype)
         self.whole.get("weight", hidden.dtype)  # a collective, which all ranks call here
+        adapters.low_rank(self.head, self.whole.get)  # likewise, and refuses what cannot be right
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     @contextmanager
@@ -201,8 +212,12 @@ def headless(model: nn.Module) -> Iterator[Body]:
     on exit, also after an exception. Only the head's forward is replaced: modules, parameters, state dict and hooks stay in
     place, so training and saving work as usual.
 
-    Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or is in a wrapper under which
-    gradients could not be right: FSDP1, ZeRO stage 3, DataParallel.
+    peft's LoRA on the head is a part of it (`body.options`), merged or not, and a head in `modules_to_save` is the active
+    copy; a head whose own output on one row is not what the options say is refused, once per model.
+
+    Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
+    forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind; or if it is in a wrapper under
+    which gradients could not be right: FSDP1, ZeRO stage 3, DataParallel.
 
     Example:
         >>> import torch
@@ -224,6 +239,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
         raise ValueError(
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
         )
+    head = adapters.in_use(head)
     check_head(head)
     own_embedding = isinstance(head, nn.Embedding)  # its forward is the input lookup and must stay
     previous = head.__dict__.get("forward")  # accelerate and others patch instances, too
@@ -242,10 +258,15 @@ def headless(model: nn.Module) -> Iterator[Body]:
             wrapper = shards
         whole = WholeHead(head.weight, getattr(head, "bias", None), shards)
         whole.get("bias")
+        whole.parameters |= adapters.parameters(head)
         carrier = wrapper.carrier
         if carrier is not None and carrier is not head and any(module is head for module in carrier.modules()):
             hook = carrier.register_forward_hook(tap.hand_out, prepend=True)
     checks.shape("model's output embedding weight", head.weight, [None, None])
+    if getattr(head, "lora_embedding_A", None):
+        raise ValueError("model's output embedding must not be an input embedding with LoRA: its logits would be without it")
+    if not tap.open and not own_embedding:
+        tap.check = functools.partial(adapters.check_own_output, head, head.forward)
     body = Body(model, head, wrapper, whole)
     tap.open.append(body)
     if not own_embedding:
@@ -263,6 +284,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
             hook.remove()
         wrapper.reshard()
         if not tap.open:
+            tap.check = None  # holds the head
             whole.close()
     if not tap.open:  # not after an error: other ranks may be elsewhere
         whole.reduce()

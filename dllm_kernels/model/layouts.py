@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,32 +57,65 @@ def collect(prompts: Sequence[Tensor], width: int | None) -> Prompts:
     return Prompts(ids_BP, keep_BP, True)
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens each sequence generates: those asked for, and what lies between them and the end of their block."""
+
+    lengths_B: Tensor
+    widest: int  # at least the longest, in all micro-batches
+    columns: int  # of prompts and completions together, in all micro-batches
+    ragged: bool  # whether any is shorter than the widest
+
+    def part(self, span: Tensor) -> Lengths:
+        return replace(self, lengths_B=self.lengths_B[span])
+
+
+def lengths_of(prompts: Prompts, length: int, block_length: int | None, *, fixed: bool) -> Lengths:
+    """`length` tokens each; with the sequence's own blocks, the last one to its end. `fixed`: columns that do not
+    depend on the prompts.
+    """
+    B, P = prompts.ids_BP.shape
+    lengths_B = torch.full((B,), length, device=prompts.ids_BP.device)
+    if block_length is None:
+        return Lengths(lengths_B, length, P + length, False)
+    lengths_B = lengths_B + -(prompts.lengths_B + length) % block_length
+    widest = length + block_length - 1 if fixed else int(lengths_B.max())
+    # prompts that begin in the first column end with a block of the same grid
+    columns = P + length + -(P + length) % block_length if prompts.ragged else P + widest
+    return Lengths(lengths_B, widest, columns, bool((lengths_B < widest).any()))
+
+
 class Padded:
     """One row per sequence; with `guidance`, a second half of rows with hidden prompts."""
 
-    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int, *, guidance: float = 0.0) -> None:
+    def __init__(
+        self, body: Body, prompts: Prompts, lengths: Lengths, mask_id: int, shift: int, *, guidance: float = 0.0
+    ) -> None:
         self.body, self.shift, self.guidance, self.mask_id = body, shift, guidance, mask_id
+        length, self.columns = lengths.widest, lengths.columns  # places that a sequence lacks lie beyond them
         (B, P), device = prompts.ids_BP.shape, prompts.ids_BP.device
         self.ids = torch.cat([prompts.ids_BP, prompts.ids_BP.new_full((B, length), mask_id)], dim=1)
         first_B = prompts.first_columns()
         self.column_BL = first_B[:, None] + torch.arange(length, device=device)
         place_W = torch.arange(P + length, device=device)
-        self.completion_BW = (place_W >= first_B[:, None]) & (place_W < first_B[:, None] + length)
+        self.completion_BW = (place_W >= first_B[:, None]) & (place_W < (first_B + lengths.lengths_B)[:, None])
         self.keep_BW: Tensor | None = None
-        if prompts.keep_BP is not None:
-            self.keep_BW = torch.nn.functional.pad(prompts.keep_BP, (0, length)) | self.completion_BW
+        if prompts.keep_BP is not None or lengths.ragged:
+            keep_BP = torch.ones_like(prompts.ids_BP, dtype=torch.bool) if prompts.keep_BP is None else prompts.keep_BP
+            self.keep_BW = torch.nn.functional.pad(keep_BP, (0, length)) | self.completion_BW
             self.ids = torch.where(self.completion_BW, mask_id, self.ids)
 
     def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
         self.ids[who_A1, self.column_BL[who_A1, place_AR]] = token_AR
 
     def hidden(self, who_A: Tensor | None) -> Tensor:
-        ids = self.ids if who_A is None else self.ids[who_A]
+        who = slice(None) if who_A is None else who_A
+        ids = self.ids[who, : self.columns]
         kwargs = {}
         if self.keep_BW is not None:
-            kwargs["attention_mask"] = (self.keep_BW if who_A is None else self.keep_BW[who_A]).long()
+            kwargs["attention_mask"] = self.keep_BW[who, : self.columns].long()
         if self.guidance:
-            completion = self.completion_BW if who_A is None else self.completion_BW[who_A]
+            completion = self.completion_BW[who, : self.columns]
             ids = torch.cat([ids, torch.where(completion, ids, self.mask_id)])
             kwargs = {name: torch.cat([mask, mask]) for name, mask in kwargs.items()}
         return self.body(ids, **kwargs)
@@ -90,19 +123,10 @@ class Padded:
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
         """Flat rows `[A, R]` of `hidden(who_A)`, or of `hidden(None)` if `whole`."""
         row_A = who_A if whole else torch.arange(len(who_A), device=who_A.device)
-        return row_A[:, None] * self.ids.shape[1] + self.column_BL[who_A].gather(1, place_AR) - self.shift
+        return row_A[:, None] * self.columns + self.column_BL[who_A].gather(1, place_AR) - self.shift
 
     def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
-        """Hidden states `[N, H]` of these rows, with guidance `h + guidance (h - h without prompt)`.
-
-        The head is linear, so this is guidance of the logits.
-        """
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        chosen_NH = flat.index_select(0, row_N)
-        if not self.guidance:
-            return chosen_NH
-        without_NH = flat.index_select(0, row_N + len(flat) // 2).float()
-        return (chosen_NH.float() + self.guidance * (chosen_NH.float() - without_NH)).to(flat.dtype)
+        return _guided(hidden, row_N, self.guidance)
 
 
 class Packed:
@@ -112,9 +136,9 @@ class Packed:
     block-diagonal mask, which is as exact and no faster.
     """
 
-    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, shift: int) -> None:
+    def __init__(self, body: Body, prompts: Prompts, lengths: Lengths, mask_id: int, shift: int) -> None:
         self.body, self.shift = body, shift
-        canvas = Padded(body, prompts, length, mask_id, shift)
+        canvas = Padded(body, prompts, lengths, mask_id, shift)
         B, W = canvas.ids.shape
         keep_BW = torch.ones(B, W, dtype=torch.bool, device=canvas.ids.device) if canvas.keep_BW is None else canvas.keep_BW
         self.ids = canvas.ids[keep_BW]
@@ -157,20 +181,32 @@ class Cached:
 
     All sequences lie on one grid of blocks: prompts are padded on the left by whole blocks, so all
     completions begin in the same block. The first step of a block recomputes the block before it, whose keys
-    and values are final by then: one call of the model per step.
+    and values are final by then: one call of the model per step. With shift every step does, since a block's
+    first token is predicted by the row before it.
     """
 
-    def __init__(self, body: Body, prompts: Prompts, length: int, mask_id: int, block_length: int) -> None:
+    def __init__(
+        self,
+        body: Body,
+        prompts: Prompts,
+        lengths: Lengths,
+        mask_id: int,
+        block_length: int,
+        *,
+        shift: int = 0,
+        guidance: float = 0.0,
+    ) -> None:
         from transformers import DynamicCache
 
-        self.body, self.block_length = body, block_length
-        canvas = Padded(body, prompts, length, mask_id, 0)
+        self.body, self.block_length, self.shift = body, block_length, shift
+        self.guidance, self.mask_id = guidance, mask_id
+        canvas = Padded(body, prompts, lengths, mask_id, 0)
         B, W = canvas.ids.shape
         device = canvas.ids.device
         lengths_B = prompts.lengths_B
         blocks_B = lengths_B // block_length
         self.prompt_blocks = int(blocks_B.max())
-        ends_B = lengths_B % block_length + length
+        ends_B = lengths_B % block_length + lengths.lengths_B
         columns = (self.prompt_blocks + -(-int(ends_B.max()) // block_length)) * block_length
         keep_BW = torch.ones(B, W, dtype=torch.bool, device=device) if canvas.keep_BW is None else canvas.keep_BW
         offset_B = (self.prompt_blocks - blocks_B) * block_length
@@ -181,6 +217,8 @@ class Cached:
         self.ids[row_BW[keep_BW], grid_BW[keep_BW]] = canvas.ids[keep_BW]
         self.keep_BC[row_BW[keep_BW], grid_BW[keep_BW]] = True
         self.column_BL = grid_BW.gather(1, canvas.column_BL)
+        self.completion_BC = torch.zeros_like(self.keep_BC)
+        self.completion_BC[row_BW[canvas.completion_BW], grid_BW[canvas.completion_BW]] = True
         self.position_BC = (torch.arange(columns, device=device) - offset_B[:, None]).clamp(min=0)
         self.cache = DynamicCache()
         self.cached = 0  # columns
@@ -201,23 +239,37 @@ class Cached:
         # padding attends to itself, or its softmax would be empty
         sees_BQC = sees_QC & self.keep_BC[:, None, :last] | (query_Q[:, None] == column_C)
         self._window = first
-        hidden = self.body(
-            self.ids[:, first:last],
-            attention_mask=_additive(sees_BQC, self.body)[:, None],
-            position_ids=self.position_BC[:, first:last],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cached = last - self.block_length
-        self.cache.crop(-self.block_length)  # the block is not final yet
+        ids, position = self.ids[:, first:last], self.position_BC[:, first:last]
+        mask = _additive(sees_BQC, self.body)[:, None]
+        if self.guidance:
+            ids = torch.cat([ids, torch.where(self.completion_BC[:, first:last], ids, self.mask_id)])
+            position, mask = torch.cat([position, position]), torch.cat([mask, mask])
+        hidden = self.body(ids, attention_mask=mask, position_ids=position, past_key_values=self.cache, use_cache=True)
+        # the block is not final yet
+        again = min(last, self.block_length * (2 if self.shift else 1))
+        self.cached = last - again
+        self.cache.crop(-again)
         return hidden
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
         width = (self.prompt_blocks + self.block + 1) * self.block_length - self._window
-        return who_A[:, None] * width + self.column_BL[who_A].gather(1, place_AR) - self._window
+        return who_A[:, None] * width + self.column_BL[who_A].gather(1, place_AR) - self._window - self.shift
 
     def pick(self, hidden: Tensor, row_N: Tensor) -> Tensor:
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, row_N)
+        return _guided(hidden, row_N, self.guidance)
+
+
+def _guided(hidden: Tensor, row_N: Tensor, guidance: float) -> Tensor:
+    """Hidden states `[N, H]` of these rows, with guidance `h + guidance (h - h without prompt)` of the second half.
+
+    The head is linear, so this is guidance of the logits.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chosen_NH = flat.index_select(0, row_N)
+    if not guidance:
+        return chosen_NH
+    without_NH = flat.index_select(0, row_N + len(flat) // 2).float()
+    return (chosen_NH.float() + guidance * (chosen_NH.float() - without_NH)).to(flat.dtype)
 
 
 def _additive(sees: Tensor, body: Body) -> Tensor:

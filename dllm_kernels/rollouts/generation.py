@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,19 @@ from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
 from dllm_kernels.model.headless import Body, context_length, dropout_names, headless
-from dllm_kernels.model.layouts import Cached, Packed, Padded, Prompts, causal_block, collect, takes_cache
+from dllm_kernels.model.layouts import (
+    Cached,
+    Lengths,
+    Packed,
+    Padded,
+    Prompts,
+    causal_block,
+    collect,
+    lengths_of,
+    takes_cache,
+)
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
+from dllm_kernels.rollouts.events import Events
 from dllm_kernels.rollouts.samplers import check_steps, resolve
 from dllm_kernels.rollouts.trajectories import Rollout
 
@@ -72,7 +84,7 @@ def generate(
         packed: all sequences in one row without padding, for ragged prompts (with flash-attn's
             variable-length kernel if the model uses flash-attn).
         cache: keep keys and values of finished blocks; for block-causal models that take `past_key_values`,
-            with sampler "sdar".
+            with a sampler of the sequence's own blocks.
         greedy: also return `greedy_BTL`, the likeliest completion before each step (EGSPO-SA), from the same
             passes; the head then runs on all masked rows.
         on_step: called with the step's number and the completions so far `[B, L]` after each step.
@@ -88,10 +100,17 @@ def generate(
                        Dream's own models.
         fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more,
                        at least one.
-        sdar           blocks count from the start of the prompt, so the first and the last may be partial;
-                       `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.9, at
-                       least what the schedule says), "low_confidence_static" or "sequential"; probabilities
-                       of the distribution that is drawn from.
+        sdar           blocks count from the start of the prompt, so the first may hold some of it; the last is
+                       generated to its end, and what lies beyond `length` is kept in the rollout, unscored;
+                       `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.85, at
+                       least what the schedule says), "low_confidence_static", "sequential" or
+                       "entropy_bounded" (as entropy_bound, with bound=0.1 and no steps); probabilities of the
+                       distribution that is drawn from. (The published loop overwrites decided tokens
+                       where a schedule asks for more than are left; here it takes those that are left.)
+        llada2         blocks as for sdar; a step commits every token of probability above threshold=0.95, at
+                       least one (LLaDA2.0). With editing_threshold (LLaDA2.1: 0.9) it also replaces decided
+                       tokens of the active block by others of a probability above it, and a block ends when
+                       no mask is left and nothing was edited, or after max_post_steps=16 steps without a mask.
         entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less
                        the largest, within bound=0.1 nats, at least one.
 
@@ -136,18 +155,17 @@ def generate(
         raise ValueError("packed must be False with guidance, cache or deterministic, whose rows are padded")
     if packed and not prompts.ragged:
         raise ValueError("packed takes ragged prompts: give prompt_ids as a sequence of int64 [P_b]")
-    if cache and (resolved.blocks != "sequence" or shift or guidance or greedy):
-        raise ValueError(
-            "cache takes sampler='sdar', whose blocks are those of the prompt, with shift=0, guidance=0, greedy=False"
-        )
+    if cache and (resolved.blocks != "sequence" or greedy):
+        raise ValueError("cache takes a sampler whose blocks are those of the prompt, such as 'sdar', with greedy=False")
     if resolved.blocks == "sequence" and causal_block(model) not in (None, block_length):
         raise ValueError(f"block_length must be the model's {causal_block(model)} for sampler={sampler!r}, got {block_length}")
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
 
+    of_blocks = block_length if resolved.blocks == "sequence" else None
+    lengths = lengths_of(prompts, length, of_blocks, fixed=deterministic)
+
     with headless(model) as body:
-        _check_model(
-            body, prompts.ids_BP.shape[1] + length, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache
-        )
+        _check_model(body, lengths.columns, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache)
         rounds = -(-B // micro_batch)
         idle, uneven = 0, False
         if body.shards is not None:  # ranks that share the model must call it equally often
@@ -175,15 +193,15 @@ def generate(
             span = torch.arange(min(b, B), min(b + micro_batch, B), device=sequence_ids.device)
             if deterministic and 0 < len(span) < micro_batch:  # filled up with copies that are dropped
                 span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
-            part = prompts.part(span)
+            part, of_part = prompts.part(span), lengths.part(span)
             canvas: Padded | Packed | Cached
             if cache:
-                canvas = Cached(body, part, length, mask_id, block_length)
+                canvas = Cached(body, part, of_part, mask_id, block_length, shift=shift, guidance=guidance)
             elif packed:
-                canvas = Packed(body, part, length, mask_id, shift)
+                canvas = Packed(body, part, of_part, mask_id, shift)
             else:
-                canvas = Padded(body, part, length, mask_id, shift, guidance=guidance)
-            denoiser = Denoiser(canvas, sequence_ids[span], part.lengths_B, decoding)
+                canvas = Padded(body, part, of_part, mask_id, shift, guidance=guidance)
+            denoiser = Denoiser(canvas, sequence_ids[span], part.lengths_B, of_part, decoding)
             denoiser.run(on_step)
             parts.append(denoiser)
     settings = {
@@ -204,7 +222,7 @@ def generate(
         "eos_id": eos_id,
         "causal_block": block_length if cache else causal_block(model),
     }
-    return _assemble(parts, prompts, sequence_ids, mask_id, settings)
+    return _assemble(parts, prompts, lengths, sequence_ids, mask_id, settings)
 
 
 def _check_prompts(
@@ -274,40 +292,74 @@ def _check_model(
         raise ValueError(f"cache must be False for {type(body.model).__name__}, which takes no past_key_values")
 
 
-def _assemble(parts: list[Denoiser], prompts: Prompts, sequence_ids: Tensor, mask_id: int, settings: dict[str, Any]) -> Rollout:
+def _assemble(
+    parts: list[Denoiser], prompts: Prompts, lengths: Lengths, sequence_ids: Tensor, mask_id: int, settings: dict[str, Any]
+) -> Rollout:
     """Join the micro-batches into one rollout, in the layout of the prompts."""
-    B = len(prompts.ids_BP)
+    B, L, width = len(prompts.ids_BP), settings["length"], lengths.widest
     most = max(part.masked_entropy_BT.shape[1] for part in parts)
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])[:B]
 
-    completion_BL = joined("completion_BL")
-    place_BL = prompts.first_columns()[:, None] + torch.arange(completion_BL.shape[1], device=completion_BL.device)
-    ids_BS = torch.nn.functional.pad(prompts.ids_BP, (0, completion_BL.shape[1])).scatter(1, place_BL, completion_BL)
-    mask_BS = torch.zeros_like(ids_BS, dtype=torch.bool).scatter(1, place_BL, True)
-    keep_BS = None
-    if prompts.keep_BP is not None:
-        keep_BS = torch.nn.functional.pad(prompts.keep_BP, (0, completion_BL.shape[1])) | mask_BS
+    written_BW, step_BW = joined("completion_BL"), joined("commit_step_BL")
+    place_W = torch.arange(width, device=written_BW.device)
+    column_BW = prompts.first_columns()[:, None] + place_W
+    there_BW = place_W < lengths.lengths_B[:, None]
+    ids_BS = torch.nn.functional.pad(prompts.ids_BP, (0, width)).scatter(1, column_BW, torch.where(there_BW, written_BW, 0))
+    mask_BS = torch.zeros_like(ids_BS, dtype=torch.bool).scatter(1, column_BW, (place_W < L).expand(B, -1))
+    keep_BS = overhang_step_BS = None
+    if prompts.keep_BP is not None or lengths.ragged:
+        keep_BP = torch.ones_like(prompts.ids_BP, dtype=torch.bool) if prompts.keep_BP is None else prompts.keep_BP
+        keep_BS = torch.nn.functional.pad(keep_BP, (0, width)).scatter(1, column_BW, there_BW)
+    if width > L:
+        # tokens filled up after the end have no step of their own
+        step_BW = torch.where(step_BW < 0, joined("steps_B")[:, None] - 1, step_BW.long())
+        beyond_BW = there_BW & (place_W >= L)
+        overhang_step_BS = torch.full_like(ids_BS, -1).scatter(1, column_BW, torch.where(beyond_BW, step_BW, -1))
     entropy_BT = torch.cat([_padded(part.masked_entropy_BT, most, torch.nan) for part in parts])[:B]
     greedy_BTL = None
     if all(part.greedy_BTL is not None for part in parts):
         greedy_BTL = torch.cat([_padded(part.greedy_BTL, most, mask_id) for part in parts if part.greedy_BTL is not None])[:B]
+        greedy_BTL = greedy_BTL[:, :, :L]
+    columns = lengths.columns
+    # the events of a rollout without edits follow from its commits, without a look at a GPU
+    simple = width == L and not any(part.superseded for part in parts)
     return Rollout(
-        ids_BS=ids_BS,
-        completion_mask_BS=mask_BS,
-        commit_step_BL=joined("commit_step_BL"),
-        commit_logp_BL=joined("commit_logp_BL"),
-        commit_entropy_BL=joined("commit_entropy_BL"),
+        ids_BS=ids_BS[:, :columns],
+        completion_mask_BS=mask_BS[:, :columns],
+        commit_step_BL=joined("commit_step_BL")[:, :L],
+        commit_logp_BL=joined("commit_logp_BL")[:, :L],
+        commit_entropy_BL=joined("commit_entropy_BL")[:, :L],
         masked_entropy_BT=entropy_BT,
         steps_B=joined("steps_B"),
         failed_B=joined("failed_B"),
         sequence_ids_B=sequence_ids,
         mask_id=mask_id,
-        attention_mask_BS=keep_BS,
+        attention_mask_BS=None if keep_BS is None else keep_BS[:, :columns],
+        overhang_step_BS=None if overhang_step_BS is None else overhang_step_BS[:, :columns],
+        recorded=None if simple else _events(parts, column_BW, joined).ordered(columns),
         greedy_BTL=greedy_BTL,
         settings=settings,
     )
+
+
+def _events(parts: list[Denoiser], column_BW: Tensor, joined: Callable[[str], Tensor]) -> Events:
+    """The last event of each token that a step wrote, and those that edits superseded."""
+    step_BW = joined("commit_step_BL").long()
+    sequence_E, place_E = (step_BW >= 0).nonzero(as_tuple=True)
+    at = sequence_E, place_E
+    last = [joined(name)[at] for name in ("old_BL", "completion_BL", "commit_logp_BL", "commit_entropy_BL")]
+    found: list[tuple[Tensor, ...]] = [(sequence_E, step_BW[at], place_E, *last)]
+    first = 0
+    for part in parts:
+        for who_E, *rest in part.superseded:
+            found.append((who_E + first, *rest))
+        first += len(part.steps_B)
+    sequence_E, step_E, place_E, *values = (torch.cat(column) for column in zip(*found, strict=True))
+    here_E = (sequence_E < len(column_BW)) & ~joined("failed_B")[sequence_E.clamp(max=len(column_BW) - 1)]
+    events = Events(sequence_E, step_E, place_E, *values).at(here_E)
+    return replace(events, position_E=column_BW[events.sequence_E, events.position_E])
 
 
 def _padded(values: Tensor, steps: int, fill: float) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dllm_kernels import head_backward, sample_tokens, score_tokens
-from dllm_kernels.head import ops, plans
+from dllm_kernels import explain, head_backward, sample_tokens, score_tokens
+from dllm_kernels.head import low_rank, ops, plans
 from dllm_kernels.noise import Stream, row_bits
 from tests.head_suite import PLANS, as_rows, make_case
 
@@ -46,7 +46,7 @@ def value_and_gradients(function, case):
 # --- torch.library ----------------------------------------------------------------------------------------------------
 
 
-def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="logp,lse,entropy,top_id", rows=True):
+def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="logp,lse,entropy,top_id", rows=True, pair=None):
     case = make_case(dtype, bias=True, trainable_head=trainable_head, rows=11 if rows else None).fresh()
     coef = case.coef.to(torch.float32) if plan == "coef" else None
     grad = plan != "forward"
@@ -54,13 +54,14 @@ def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="log
         case.hidden.requires_grad_(False)
         case.weight.requires_grad_(False)
         case.options["bias"].requires_grad_(False)
-    needs = (grad, grad and trainable_head, grad and trainable_head)
+    needs = (grad, *[grad and trainable_head] * 2, pair is not None, pair is not None and pair[1].requires_grad)
     return (
         case.hidden,
         case.weight,
         case.target,
         case.rows,
         case.options["bias"],
+        *(pair or (None, None)),
         None,
         0.7,
         None,
@@ -83,19 +84,62 @@ def test_opcheck_of_score(backend, plan):
 @pytest.mark.parametrize("outputs", ["lse,entropy", "logp,lse"])
 def test_opcheck_of_score_with_other_outputs_and_a_per_row_temperature(backend, outputs):
     arguments = list(score_arguments("keep", torch.bfloat16, outputs=outputs, rows=False))
-    arguments[5] = torch.rand(21) + 0.5
+    arguments[7] = torch.rand(21) + 0.5
     torch.library.opcheck(ops.score, tuple(arguments))
 
 
 def test_opcheck_of_the_other_ops(backend):
     case = make_case(torch.float32)
     key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
-    options = (None, None, 1.0, None, None, [3], 12)
+    options = (None, None, None, None, 1.0, None, None, [3], 12)
     torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, *options, 4, None, 1.0))
     dweight, dbias = torch.zeros(13, 6), torch.zeros(13)
-    arguments = (case.hidden, case.weight, case.target, case.rows, None, None, 1.0, None, None, [], None, case.coef.float(), None)
-    torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias))
-    torch.library.opcheck(ops.add_gradient, (*arguments, None, None))
+    more = (None, 1.0, None, None, [], None, case.coef.float(), None)
+    arguments = (case.hidden, case.weight, case.target, case.rows, None, None, None, *more)
+    torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias, None))
+    torch.library.opcheck(ops.add_gradient, (*arguments, None, None, None))
+    pair = torch.randn(3, 7, 2), torch.randn(13, 2)
+    arguments = (case.hidden, case.weight, case.target, case.rows, None, *pair, *more)
+    torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias, torch.zeros(13, 2)))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_opcheck_of_a_head_with_an_adapter(backend, plan):
+    pair = torch.randn(3, 7, 2, requires_grad=True), torch.randn(13, 2, requires_grad=plan != "unit")
+    torch.library.opcheck(ops.score, score_arguments(plan, trainable_head=plan != "unit", pair=pair))
+    down = torch.randn(2, 6, requires_grad=True)
+    torch.library.opcheck(low_rank.project, (torch.randn(3, 7, 6, dtype=torch.bfloat16, requires_grad=True), down, 0.5))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_adapter_costs_its_own_products_and_a_compiled_call_gives_the_bits_of_an_eager_one(backend, plan):
+    torch._dynamo.reset()
+    case = make_case(torch.float32, low_rank=2, trainable_head=plan != "unit")
+
+    def loss(hidden, weight, down, up):
+        common = {"rows": case.rows, "low_rank": (down, up, 0.5)}
+        if plan == "coef":
+            return score_tokens(hidden, weight, case.target, coef=case.coef.float(), **common).weighted_sum
+        return (score_tokens(hidden, weight, case.target, plan=plan, **common).logp * case.coef.float()).sum()
+
+    def value_and_gradients(function):
+        fresh = case.fresh()
+        down, up, _ = fresh.options["low_rank"]
+        value = function(fresh.hidden, fresh.weight, down, up)
+        value.backward()
+        return {"value": value.detach()} | fresh.grads
+
+    got = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    for name, want in value_and_gradients(loss).items():
+        assert torch.equal(got[name], want), name
+    with FlopCounterMode(display=False) as counter:
+        value_and_gradients(loss)
+    products = 2 + (plan == "recompute") + (plan != "unit")
+    assert counter.get_total_flops() == products * 2 * 11 * (6 + 2) * 13 + 3 * 2 * 21 * 6 * 2
+    fresh = case.fresh()
+    coef = {"coef": case.coef} if plan == "coef" else {}
+    cost = explain(fresh.hidden, fresh.weight, case.target, rows=case.rows, plan=plan, **coef, **fresh.options)
+    assert cost.flops == counter.get_total_flops()
 
 
 def test_an_op_checks_values_too(backend):

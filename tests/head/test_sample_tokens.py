@@ -124,3 +124,37 @@ def test_a_sampling_error_names_the_argument(changes, error, words):
         sample_tokens(**arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 3, "want": ("margin",)}, {"temperature": 0.0}, {"temperature": 0.7}])
+def test_an_adapter_draws_as_the_weight_that_it_makes(backend, more):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, down, up = (torch.randn(*size, generator=g, dtype=F64) for size in ((40, 8), (23, 8), (2, 8), (23, 2)))
+    key = noise.row_bits(1, Stream.TOKEN, torch.arange(20), torch.tensor(0), torch.tensor(0))
+    rows = torch.randperm(40, generator=g)[:20]
+    ours = sample_tokens(hidden, weight, key, rows=rows, low_rank=(down, up, -1.5), **more)
+    want = sample_tokens(hidden, weight - 1.5 * up @ down, key, rows=rows, **more)
+    assert torch.equal(ours.token, want.token)
+    torch.testing.assert_close(ours.logp, want.logp, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.entropy, want.entropy, rtol=1e-11, atol=1e-11)
+    low = {"rows": rows, **more}
+    got = sample_tokens(hidden.float(), weight.float(), key, low_rank=(down.float(), up.float(), -1.5), **low)
+    assert torch.equal(got.token, want.token)
+
+
+@pytest.mark.parametrize(
+    ("low_rank", "error", "words"),
+    [
+        ([1, 2, 3], TypeError, r"low_rank must be a tuple \(A, B, scale\), got list"),
+        ((torch.ones(2, 7), torch.ones(5, 2), 1.0), ValueError, "low_rank A must have shape"),
+        ((torch.ones(2, 3), torch.ones(4, 2), 1.0), ValueError, "low_rank B must have shape"),
+        ((torch.ones(2, 3), torch.ones(5, 1), 1.0), ValueError, "low_rank A must have shape"),
+        ((torch.ones(0, 3), torch.ones(5, 0), 1.0), ValueError, "rank of at least 1"),
+        ((torch.ones(2, 3), torch.ones(5, 2), math.inf), ValueError, "low_rank scale must be finite"),
+        ((torch.ones(2, 3), torch.ones(5, 2).int(), 1.0), TypeError, "low_rank B"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(low_rank, error, words):
+    key = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(error, match=words):
+        sample_tokens(torch.ones(1, 3), torch.ones(5, 3), key, low_rank=low_rank)

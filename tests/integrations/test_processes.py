@@ -55,6 +55,12 @@ def test_sft_of_transformers(options, tmp_path):
     assert two[1] == pytest.approx(one[1], abs=1e-6), "seven sequences: one is there twice, and counted once"
 
 
+def test_sft_of_a_block_causal_model(tmp_path):
+    one, two = (run("sft", world, tmp_path / str(world), causal_block=2, law="exact") for world in (1, 2))
+    assert_close(two[0], one[0], rtol=0, atol=1e-6)
+    assert two[1] == pytest.approx(one[1], abs=1e-6)
+
+
 @pytest.mark.parametrize("algorithm", ["bgpo", "rspo"])
 def test_grpo_of_trl(algorithm, tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed: pip install 'dllm-kernels[integrations]'")

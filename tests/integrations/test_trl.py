@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from dllm_kernels import accumulate, generate, make_mask_plan
+from dllm_kernels.masks.make import eos_tail
 from dllm_kernels.noise import sequence_ids
-from dllm_kernels.objectives import BGPO, Batch
+from dllm_kernels.objectives import BGPO, RECIPES, Batch
 from tests.tiny import checkpoint
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'dllm-kernels[integrations]'")
@@ -109,7 +110,11 @@ def test_a_step_is_that_of_the_library_in_a_loop_of_one_s_own(folder, tmp_path):
         sequence_ids=ids_B,
         mask_id=mask,
         attention_mask_BS=rollout.attention_mask_BS,
+        eos_id=end,  # what BGPO scores ends with the first EOS, and what the model sees of the rest is its recipe's
+        tail=RECIPES["bgpo"].tail,
     )
+    real = rollout.attention_mask_BS & ~eos_tail(rollout.ids_BS, rollout.completion_mask_BS, end)
+    assert RECIPES["bgpo"].window == "eos"
     accumulate(
         model,
         plan,
@@ -117,7 +122,7 @@ def test_a_step_is_that_of_the_library_in_a_loop_of_one_s_own(folder, tmp_path):
         Batch({"advantages": advantages}),
         denominator=16,
         suppress=(mask,),
-        model_kwargs={"attention_mask": rollout.attention_mask_BS.long()},
+        model_kwargs={"attention_mask": (real if RECIPES["bgpo"].tail == "removed" else rollout.attention_mask_BS).long()},
     )
     want = [p.detach() - 0.1 * p.grad for p in model.parameters()]
     assert_close(found, want, rtol=0, atol=1e-6)
@@ -138,7 +143,7 @@ def test_it_learns(folder, tmp_path):
     assert told["eval_completions/mean_length"] <= LENGTH
 
 
-@pytest.mark.parametrize("algorithm", ["gdpo", "diffu_grpo", "dmpo", "wd1", "rspo", "vrpo", "spg", "trace_rl", "egspo", "espo"])
+@pytest.mark.parametrize("algorithm", [name for name, recipe in RECIPES.items() if not recipe.greedy])
 def test_every_kind_of_algorithm_takes_steps_off_policy_and_at_any_memory(algorithm, folder, tmp_path):
     options = {"algorithm": algorithm, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "samples": None}
     whole = make(folder, tmp_path, **options, samples_per_pass=16)
@@ -217,7 +222,9 @@ def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
     ("options", "said"),
     [
         ({"gradient_accumulation_steps": 2}, r"^gradient_accumulation_steps and steps_per_generation must be 1, got 2"),
-        ({"beta": 0.1}, r"^beta must be left as it is, got 0.1: it is one of algorithm_options"),
+        ({"beta": 0.1}, r"^beta must be left at 0.0, got 0.1: algorithm_options has"),
+        ({"epsilon": 0.1}, r"^epsilon must be left at 0.2, got 0.1: algorithm_options has"),
+        ({"loss_type": "grpo"}, r"^loss_type must be left at 'dapo', got 'grpo': algorithm says"),
         ({"algorithm": "grpo"}, r"^algorithm must be one of bgpo"),
         ({"algorithm": "egspo_sa"}, r"^algorithm must not score intermediate states by the reward"),
         ({"algorithm_options": {"epsilon": 1}}, r"^epsilon is unknown: bgpo has no options"),

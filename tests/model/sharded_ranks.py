@@ -279,9 +279,9 @@ def adapters(ranks):
     import peft
 
     found = {}
-    for kind in ("untied", "tied"):
+    for kind, head in (("untied", ["lm_head"]), ("tied", [])):
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", *head], init_lora_weights=False)
         model = shard(peft.get_peft_model(model_of(kind), config).double().eval(), ranks)
         found[kind, "gradients"] = step(model, "sequence", ranks.share(B), ranks)
         with adapters_off(model):

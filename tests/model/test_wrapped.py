@@ -1,7 +1,8 @@
-"""In DDP and under FSDP2, an optimizer step by `headless` is the one that plain cross-entropy on logits makes in the same wrapper,
-before and after `accumulate`, which sums over the ranks and leaves the wrapper as it found it.
+"""In DDP and under FSDP2, an optimizer step by `headless` is the one that plain cross-entropy on logits makes in the same
+wrapper, before and after `accumulate`, which sums over the ranks and leaves the wrapper as it found it.
 """
 
+import re
 import subprocess
 import sys
 
@@ -47,11 +48,7 @@ def check_refusals(found):
     assert found.keys() == said.keys()
     for name, pattern in said.items():
         assert found[name] is not None, name
-        pytest.raises(ValueError, _raise, found[name]).match(pattern)
-
-
-def _raise(sentence):
-    raise ValueError(sentence)
+        assert re.search(pattern, found[name]), (name, found[name])
 
 
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):

@@ -198,7 +198,7 @@ def case(name):
 
     found = {"steps": run(range(STEPS)), "moved": worst(whole(models[True]), start)}
     alone = model_of(head, lora)
-    alone.load_state_dict({n: t for n, t in whole(models[True]).items()}, strict=False)
+    alone.load_state_dict(dict(whole(models[True]).items()), strict=False)
     plan, of_all = rl_case()
     accumulate(alone, plan, BGPO, of_all, denominator=5.0)
     want = {n: p.grad for n, p in alone.named_parameters()}

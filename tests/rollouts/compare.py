@@ -37,17 +37,19 @@ def both(model, prompts=RAGGED, *, layout="ragged", see=None, sequence_ids=IDS, 
 
 def agree(rollout, canvases, *, dtype=torch.float64):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
-    assert torch.equal(rollout.completion_BL, torch.stack([c.ids for c in canvases]))
-    assert torch.equal(rollout.commit_step_BL.long(), torch.stack([c.step for c in canvases]))
+    L = rollout.completion_BL.shape[1]  # a canvas of SDAR's goes on to the end of its block
+    assert torch.equal(rollout.completion_BL, torch.stack([c.ids[:L] for c in canvases]))
+    assert torch.equal(rollout.commit_step_BL.long(), torch.stack([c.step[:L] for c in canvases]))
     assert rollout.steps_B.tolist() == [len(c.states) for c in canvases]
-    torch.testing.assert_close(rollout.commit_logp_BL.double(), torch.stack([c.logp for c in canvases]), **tolerance)
-    torch.testing.assert_close(rollout.commit_entropy_BL.double(), torch.stack([c.entropy for c in canvases]), **tolerance)
+    torch.testing.assert_close(rollout.commit_logp_BL.double(), torch.stack([c.logp[:L] for c in canvases]), **tolerance)
+    torch.testing.assert_close(rollout.commit_entropy_BL.double(), torch.stack([c.entropy[:L] for c in canvases]), **tolerance)
     for b, canvas in enumerate(canvases):
         steps = len(canvas.states)
         told = rollout.masked_entropy_BT[b]
         torch.testing.assert_close(told[:steps].double(), torch.tensor(canvas.masked_entropy, dtype=torch.float64), **tolerance)
         assert told[steps:].isnan().all()
         for step, state in enumerate(canvas.states):
-            assert torch.equal(rollout.state_at(step)[b][rollout.completion_mask_BS[b]], state)
+            written_S = rollout.step_map_BS[b] >= 0
+            assert torch.equal(rollout.state_at(step)[b][written_S], state)
         if rollout.greedy_BTL is not None:
-            assert rollout.greedy_BTL[b, :steps].tolist() == canvas.greedy
+            assert rollout.greedy_BTL[b, :steps].tolist() == [ids[:L] for ids in canvas.greedy]

@@ -7,8 +7,8 @@ Written from the public semantics, not from `dllm_kernels`; of the library only 
     Dream          Dream generation_utils.py: `t = linspace(1, eps, steps + 1)`, `int(masked (1 - s/t))` tokens, all in the last
                    step; temperature, then top-p, then top-k; confidence, margin and entropy are of what is left
     Fast-dLLM      NVlabs/Fast-dLLM llada/generate.py: the surest token, and all that are not below the threshold
-    SDAR           JetAstra/SDAR generate.py: blocks of the whole sequence, counts of a whole block, top-k before top-p,
-                   probabilities of what is drawn from, strictly above the threshold
+    SDAR           JetAstra/SDAR generate.py: blocks of the whole sequence, the last to its end, counts of a whole block, top-k
+                   before top-p, probabilities of what is drawn from, strictly above the threshold
     entropy bound  arXiv 2505.24857; transformers diffusion_gemma: ascending entropies of what is drawn from, cumulated less own
                    at most the bound
 
@@ -251,22 +251,28 @@ def sdar(
     canvas: Canvas,
     *,
     prompt_length: int,
-    steps: int,
+    steps: int | None = None,
     block_length: int,
     remasking: str = "low_confidence_dynamic",
-    threshold: float = 0.9,
+    threshold: float = 0.85,
+    bound: float = 0.1,
     eos_id: int | None = None,
 ) -> None:
+    if remasking == "entropy_bounded":
+        steps = block_length
     counts = share_out(block_length, steps)
     first = prompt_length // block_length * block_length - prompt_length  # where the block that holds the first place begins
     for b, start in enumerate(range(first, canvas.length, block_length)):
-        block = range(max(start, 0), min(start + block_length, canvas.length))
+        block = range(max(start, 0), start + block_length)  # the last one, too, is generated to its end
         for inner, least in enumerate(counts):
             if not canvas.masked(block):
                 break
             seen = canvas.call(block, b * block_length + inner)
             if remasking == "sequential":
                 canvas.commit(seen[:least])
+                continue
+            if remasking == "entropy_bounded":
+                canvas.commit(within(best(seen, block_length, lambda s: -s.drawn_entropy), bound))
                 continue
             above = [s for s in seen if math.exp(s.drawn_logp) > threshold]
             if remasking == "low_confidence_dynamic" and len(above) >= least:
@@ -275,6 +281,17 @@ def sdar(
                 canvas.commit(best(seen, least, lambda s: s.drawn_logp))
         if canvas.ended(eos_id):
             return
+
+
+def within(seen: list[Seen], bound: float) -> list[Seen]:
+    """Of these, in order, those before which the entropies sum to at most the bound; at least one."""
+    before, chosen = 0.0, []
+    for s in seen:
+        if chosen and before > bound:
+            break
+        chosen.append(s)
+        before += s.drawn_entropy
+    return chosen
 
 
 def entropy_bound(
@@ -326,17 +343,27 @@ def bidirectional(model, prompt: Tensor, *, mask_id: int, shift: int = 0, guidan
     return look
 
 
-def block_causal(model, prompt: Tensor, *, block_length: int) -> Look:
+def block_causal(
+    model, prompt: Tensor, *, block_length: int, shift: int = 0, guidance: float = 0.0, mask_id: int | None = None
+) -> Look:
     """Logits of a completion where a token sees its own and all earlier blocks of the sequence: an explicit 4-d mask."""
     P = len(prompt)
 
-    def look(completion: Tensor) -> Tensor:
+    def logits(prompt: Tensor, completion: Tensor) -> Tensor:
         ids = torch.cat([prompt, completion])
         block = torch.arange(len(ids)) // block_length
         allowed = block[:, None] >= block[None, :]
         dtype = next(model.parameters()).dtype
         bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-        return model(ids[None], attention_mask=bias[None, None], use_cache=False).logits[0, P:].double()
+        z = model(ids[None], attention_mask=bias[None, None], use_cache=False).logits[0].double()
+        return z[P - shift : len(ids) - shift].clone()
+
+    def look(completion: Tensor) -> Tensor:
+        z = logits(prompt, completion)
+        if guidance:
+            without = logits(torch.full_like(prompt, mask_id), completion)
+            z = without + (guidance + 1) * (z - without)
+        return z
 
     return look
 
@@ -364,10 +391,11 @@ def generate(
     """`dllm_kernels.generate` one sequence after another; `see` replaces the model's own attention."""
     done = []
     for b, prompt in enumerate(prompts):
+        beyond = -(len(prompt) + length) % options["block_length"] if sampler == "sdar" else 0
         look = see(prompt) if see else bidirectional(model, prompt, mask_id=mask_id, shift=shift, guidance=guidance)
         canvas = Canvas(
             look,
-            length,
+            length + beyond,
             mask_id,
             seed=seed,
             sequence_id=b if sequence_ids is None else int(sequence_ids[b]),

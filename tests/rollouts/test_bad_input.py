@@ -115,7 +115,6 @@ def short_model():
         ({"prompt_ids": LIST, "packed": True, "guidance": 1.0}, ValueError, ["packed", "guidance"]),
         ({"cache": True}, ValueError, ["cache", "sdar"]),
         ({**SDAR, "cache": True, "greedy": True}, ValueError, ["cache", "greedy"]),
-        ({**SDAR, "cache": True, "guidance": 1.0}, ValueError, ["cache", "guidance"]),
         ({**SDAR, "cache": True}, ValueError, ["cache", "EuroBert", "past_key_values"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",

@@ -18,6 +18,11 @@ EOS = {"eos_id": 3, "temperature": 1.0, "length": 12}
 ENDS = ("llada", "fast_dllm", "sdar dynamic", "entropy_bound")  # those that finish blocks
 
 
+def beyond(recipe, prompt, length):
+    """Tokens that a sequence generates: SDAR's to the end of the last block."""
+    return length + (-(len(prompt) + length) % recipe["block_length"] if recipe.get("sampler") == "sdar" else 0)
+
+
 class Calls:
     """Shapes of the ids of every call of a model."""
 
@@ -71,7 +76,7 @@ def test_left_padded_and_packed_prompts_have_the_rollouts_of_ragged_ones(model, 
     equal(other, ragged)
     for b, prompt in enumerate(RAGGED):
         assert torch.equal(ragged.ids_BS[b, : len(prompt)], prompt)
-        assert torch.equal(ragged.ids_BS[b][ragged.attention_mask_BS[b]], torch.cat([prompt, ragged.completion_BL[b]]))
+        assert torch.equal(ragged.ids_BS[b][ragged.text_mask_BS[b]], torch.cat([prompt, ragged.completion_BL[b]]))
 
 
 def test_members_of_a_group_differ_and_so_do_seeds(model):
@@ -105,7 +110,7 @@ def test_a_step_is_one_call_of_the_model(model, recipe, packed):
     tokens = sum(rows * columns for rows, columns in shapes)
     if packed:
         assert {rows for rows, _ in shapes} == {1}
-        assert tokens == sum((len(p) + 8) * steps for p, steps in zip(RAGGED, rollout.steps_B.tolist(), strict=True))
+        assert tokens == sum((len(p) + beyond(recipe, p, 8)) * n for p, n in zip(RAGGED, rollout.steps_B.tolist(), strict=True))
     else:
         assert sum(rows for rows, _ in shapes) == live, "a call holds the sequences that take part in the step, and no others"
 
@@ -134,12 +139,13 @@ def test_finished_sequences_leave_the_batch(model, recipe, packed):
     assert ended_B.any()
     assert not ended_B.all()
     taken = rollout.steps_B.tolist()
+    columns = max(len(p) + beyond(RECIPES[recipe], p, 12) for p in prompts)
     assert sum(r * c for r, c in shapes) == sum(
-        steps * (len(p) + 12 if packed else 17) for steps, p in zip(taken, prompts, strict=True)
+        steps * (len(p) + beyond(RECIPES[recipe], p, 12) if packed else columns) for steps, p in zip(taken, prompts, strict=True)
     )
     with Calls(model) as shapes:
         stayed = generate(model, prompts, mask_id=MASK, sequence_ids=ids, deterministic=True, **{**EOS, **RECIPES[recipe]})
-    assert set(shapes) == {(8, 17)}
+    assert set(shapes) == {(8, columns)}
     equal(stayed, rollout)
 
 
@@ -270,3 +276,26 @@ def test_the_cache_takes_left_padded_prompts_and_ends_early(cached_model):
     ids, attention_mask = left_padded(LENGTHS)
     agree(generate(cached_model, ids, attention_mask=attention_mask, cache=True, **options), canvases)
     agree(generate(cached_model, LENGTHS, cache=True, micro_batch=4, **options), canvases)
+
+
+@pytest.mark.parametrize(("shift", "guidance"), [(1, 0.0), (0, 0.7), (1, 0.7)])
+def test_the_cache_goes_with_shift_and_guidance(cached_model, shift, guidance):
+    """Against the whole text under a 4-d mask in every step: a block's first token is read from the row before it."""
+    options = {
+        "sampler": "sdar",
+        "block_length": 4,
+        "steps": 3,
+        "length": 7,
+        "mask_id": MASK,
+        "temperature": 0.7,
+        "sequence_ids": torch.arange(6),
+    }
+    rollout = generate(cached_model, LENGTHS, cache=True, shift=shift, guidance=guidance, **options)
+    see = {
+        "see": lambda prompt: published.block_causal(
+            cached_model, prompt, block_length=4, shift=shift, guidance=guidance, mask_id=MASK
+        )
+    }
+    with torch.no_grad():
+        canvases = published.generate(cached_model, LENGTHS, **see, **options)
+    agree(rollout, canvases)

@@ -108,6 +108,8 @@ def check_mask_id(loaded: Loaded) -> None:
             raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
     if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:
         raise UserError(f"model.facts.mask_id must be below valid_vocab={loaded.facts.valid_vocab}, got {mask_id}")
+    if beyond := [token for token in loaded.facts.suppress if token >= sizes["head"]]:
+        raise UserError(f"model.facts.suppress must be in the head's 0..{sizes['head'] - 1}, got {beyond[0]}")
     token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
     added = tokenizer.added_tokens_decoder.get(mask_id)
     special = mask_id in tokenizer.all_special_ids or (added is not None and added.special)

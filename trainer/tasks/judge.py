@@ -31,13 +31,16 @@ class Judge:
 
     def __init__(self, mechanism: Mechanism = "auto", limits: Limits | None = None, workers: int | None = None):
         self._mechanism, self._limits = mechanism, limits or Limits()
+        self._known: dict[Job, list[bool]] = {}  # verdicts of the last call
         self._workers = workers or max(1, len(os.sched_getaffinity(0)))
 
     def __call__(self, jobs: Sequence[Job]) -> list[list[bool]]:
         """Which tests hold; all that come after one that exceeds the limits fail."""
-        different = list(dict.fromkeys(jobs))  # a group of rollouts often writes the same program
-        verdicts = dict(zip(different, self._pool.map(self._judge, different), strict=True))
-        return [verdicts[job] for job in jobs]
+        # a group of rollouts often writes the same program; reward and evaluation ask for the same batch, one after the other
+        new = [job for job in dict.fromkeys(jobs) if job not in self._known]
+        fresh = dict(zip(new, self._pool.map(self._judge, new), strict=True))
+        self._known = {job: fresh[job] if job in fresh else self._known[job] for job in jobs}
+        return [self._known[job] for job in jobs]
 
     @cached_property
     def _sandbox(self) -> Sandbox:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dllm_kernels.backends import reference
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, allocate, check, zero
+from dllm_kernels.backends.reference import Adapter
 from dllm_kernels.backends.triton import fused, products, rows
 from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
 from dllm_kernels.backends.triton.tuning import choose
@@ -50,6 +51,7 @@ class _Chunk:
         self._logits = torch.empty(size, columns, dtype=torch.float32, device=device)
         self._second = torch.zeros(size, columns, dtype=self.dtype, device=device) if second else None
         self._hidden = torch.zeros(size, width, dtype=self.dtype, device=device)
+        self.adapter = Adapter(p, size)
 
     def load(self, start: int, count: int, padded: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, their memory as an operand, hidden states and the second operand, for rows of which `count` are real."""
@@ -58,6 +60,7 @@ class _Chunk:
         self._hidden[:count] = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
         logits_CV = self._logits[:padded, :vocabulary]
         products.logits_(logits_CV, self._hidden[:padded], p.weight_VH)
+        self.adapter.add_logits_(logits_CV, span)
         operand_CV = self._logits[:padded].view(self.dtype)[:, :vocabulary]
         second_CV = None if self._second is None else self._second[:padded, :vocabulary]
         return logits_CV, operand_CV, self._hidden[:padded], second_CV
@@ -99,6 +102,7 @@ def run(
     entropy_coef_N: Tensor | None = None,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """`reference.run`. Statistics alone come from the fused kernel where the inputs have 16 bits, all else from chunks."""
@@ -110,6 +114,7 @@ def run(
             entropy_coef_N=entropy_coef_N,
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
+            dlow_VR=dlow_VR,
             overwrite=overwrite,
         )
     p = _plain(problem)
@@ -120,12 +125,13 @@ def run(
     gradient = combined or second or "unit" in outputs or "operand" in outputs
     if total == 0:
         if overwrite:
-            zero(dweight_VH, dbias_V)
+            zero(dweight_VH, dbias_V, dlow_VR)
         return result
     stats = {name: result[name] for name in STATISTICS if name in result}
     for name in ("logp", "lse"):
         stats.setdefault(name, torch.empty(total, device=device))
-    config = None if gradient or p.hidden_MH.dtype == torch.float32 else choose(p, draw=False)
+    chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.low_rank is not None
+    config = None if chunked else choose(p, draw=False)
     if config is not None:
         fused.fused(p, stats, config)
         return result
@@ -151,8 +157,10 @@ def run(
                 result[name][span] = source_CV[:count]
         for name, source_CV in (("unit", operand_CV), ("dhidden", operand_CV), ("entropy_unit", second_CV)):
             if name in result and source_CV is not None:
-                result[name][span] = products.vectors(source_CV, p.weight_VH)[:count]
+                vectors_CH = products.vectors(source_CV, p.weight_VH)
+                result[name][span] = chunk.adapter.vectors(vectors_CH, source_CV)[:count]
         products.add_head_gradient(operand_CV[:count], hidden_CH[:count], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+        chunk.adapter.add_gradient(operand_CV[:count], dlow_VR, overwrite=overwrite and start == 0)
     return result
 
 
@@ -164,31 +172,39 @@ def from_operands(
     dhidden: bool,
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
+    dlow_VR: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
     """`reference.from_operands`, for operands that `run` of this backend stored: one pass over a chunk of them, two products."""
     p = problem
     if p.hidden_MH.dtype not in _TYPES:
-        return reference.from_operands(p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, overwrite=overwrite)
-    total, (vocabulary, width) = p.rows, p.weight_VH.shape
+        return reference.from_operands(
+            p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, dlow_VR=dlow_VR, overwrite=overwrite
+        )
+    total, vocabulary = p.rows, len(p.weight_VH)
     device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
-    out_NH = torch.empty(total, width, dtype=dtype, device=device) if dhidden else None
+    out_NH = torch.empty(total, p.width, dtype=dtype, device=device) if dhidden else None
     if total == 0 and overwrite:
-        zero(dweight_VH, dbias_V)
+        zero(dweight_VH, dbias_V, dlow_VR)
     stored = [(operand_NV.t(), coef_N.float().contiguous()) for operand_NV, coef_N in operands]
     stored = [(operand_VN if operand_VN.stride(1) == 1 else operand_VN.contiguous(), coef) for operand_VN, coef in stored]
     cuts = spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
     size = max((padded for *_, padded in cuts), default=0)
     scaled_VC = torch.zeros(vocabulary, size, dtype=dtype, device=device)
+    adapter = Adapter(p, size)
     for start, count, padded in cuts:
         span = slice(start, start + count)
         rows.combine([(operand_VN[:, span], coef_N[span]) for operand_VN, coef_N in stored], scaled_VC[:, :count])
         if out_NH is not None:
-            out_NH[span] = products.vectors(scaled_VC[:, :padded].t(), p.weight_VH)[:count]
+            scaled_CV = scaled_VC[:, :padded].t()
+            out_NH[span] = adapter.vectors(products.vectors(scaled_CV, p.weight_VH), scaled_CV)[:count]
         hidden_CH = None
         if dweight_VH is not None:
             hidden_CH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
         products.add_head_gradient(scaled_VC[:, :count].t(), hidden_CH, dweight_VH, dbias_V, overwrite=overwrite and start == 0)
+        if dlow_VR is not None:
+            adapter.load(span)
+            adapter.add_gradient(scaled_VC[:, :count].t(), dlow_VR, overwrite=overwrite and start == 0)
     return out_NH
 
 
@@ -216,7 +232,7 @@ def sample(
         return result
     key_N, drawn = key_N.contiguous(), temperature > 0
     config = None
-    if p.hidden_MH.dtype != torch.float32 and (not drawn or total <= FEW_ROWS):
+    if p.hidden_MH.dtype != torch.float32 and p.low_rank is None and (not drawn or total <= FEW_ROWS):
         config = choose(p, draw=drawn)
     if config is not None:
         fused.fused(p, result, config, key_N=key_N, step=step, temperature=temperature)
