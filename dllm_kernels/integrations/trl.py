@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
@@ -310,10 +309,9 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if self._update:
             plan, batch = self._update[iteration]
             several = self.accelerator.num_processes > 1
-            wrapped = isinstance(model, DistributedDataParallel)
-            with self.compute_loss_context_manager(), model.no_sync() if wrapped else nullcontext():  # type: ignore[operator]
+            with self.compute_loss_context_manager():
                 report = accumulate(
-                    model.module if wrapped else model,  # type: ignore[arg-type]
+                    model,
                     plan,
                     self.objective,
                     batch,
@@ -321,8 +319,6 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                     group=dist.group.WORLD if several else None,
                     **self._scoring,
                 )
-            if wrapped:
-                _sum_gradients(model)
             loss = report.loss.float() * self.accelerator.num_processes  # TRL averages what processes log
             told = self._metrics["train"]
             told["elbo"].append(report.sample_elbo_BK.nanmean().item())
@@ -335,12 +331,3 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Rollouts and their rewards, which TRL logs."""
         self._prepare_inputs(inputs)
         return None, None, None
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """Over the processes: the denominators are of all of them, and each made as many backwards as it had to."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)

@@ -47,6 +47,14 @@ def parameters(head: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def active_names(head: nn.Module) -> list[str]:
+    """The names of those that act apart from the weight."""
+    layer: Any = head
+    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+        return []
+    return [f"{side}.{name}" for name in _active(layer) for side in ("lora_A", "lora_B")]
+
+
 def low_rank(head: nn.Module, get: Get) -> LowRank | None:
     """The active adapters as `(A, B, scale)`, those of several along R; None where none acts apart from the weight.
 
