@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", action="append", help="these instruction sets alone; default all that this CPU has")
     parser.add_argument("--case", type=int, metavar="PROBLEM", help="judge one problem, here, and keep no state")
+    parser.add_argument("--again", action="store_true", help="first judge the state's wrong problems once more, after a mend")
     parser.add_argument("--stop", action="store_true", help="after the first wrong case")
     parser.add_argument("--state", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the counts there too, with what machine this is")
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(found["wrong"]) or f"{sum(found['by_engine'].values())} cases, nothing is wrong")
         return int(bool(found["wrong"]))
     path = arguments.state or ROOT / "runs" / f"fuzz-{arguments.seed}.json"
+    if arguments.again and path.exists():
+        judge_again(path)
     state = fuzz(arguments.cases, arguments.seed, isas, path, stop=arguments.stop)
     if arguments.out is not None:
         from dllm_trainer.records.environment import environment
@@ -107,6 +110,18 @@ def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = Fal
     if child is not None:
         child[0].terminate()
     return state
+
+
+def judge_again(path: Path) -> None:
+    """What the state calls wrong and is right now is struck from it; counts of cases stay."""
+    state = json.loads(path.read_text())
+    if state["wrong_cases"] > sum(len(entry["what"]) for entry in state["wrong"]):
+        raise SystemExit(f"error: {path} does not describe all of its {state['wrong_cases']} wrong cases: start anew")
+    for entry in state["wrong"]:
+        entry["what"] = judged(state["seed"], entry["problem"], state["isas"])["wrong"]
+    state["wrong"] = [entry for entry in state["wrong"] if entry["what"]]
+    state["wrong_cases"] = sum(len(entry["what"]) for entry in state["wrong"])
+    path.write_text(json.dumps(state, indent=1) + "\n")
 
 
 def follow(state: State, child: Connection, problems: range) -> bool:

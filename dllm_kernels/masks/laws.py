@@ -119,7 +119,7 @@ _TABLE = (
         "sum",
         False,
         "TraceRL, arXiv 2509.06949; EGSPO, arXiv 2603.12554",
-        {"step_map_BS": None, "steps_BJ": None, "shrink": 1},
+        {"step_map_BS": None, "steps_BJ": None, "shrink": 1, "shown_BKS": None, "event_steps_BKS": None, "event_ids_BKS": None},
         tail="hidden",
     ),
     Law(
@@ -131,6 +131,7 @@ _TABLE = (
         False,
         "d2, arXiv 2509.21474",
         {"step_map_BS": None, "segments": None, "total_steps": None},
+        prompt_noise=0.15,
         tail="hidden",
     ),
 )

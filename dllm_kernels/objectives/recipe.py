@@ -58,7 +58,7 @@ class Recipe:
     samples: int | None  # K of an inner iteration; None where the trajectory says it
     advantage: str | None  # kind of `group_advantages`; None for what makes its own weights of the rewards
     needs_old: bool
-    needs_reference: bool
+    needs_reference: bool  # as published; see `wants_reference`
     inner_iterations: int  # optimizer steps per rollout
     # a frozen dataclass of bool, int, float, str or None, as published; None: the factory's keywords are all options
     options: type[Any] | None = None
@@ -85,6 +85,13 @@ class Recipe:
     @property
     def needs_trajectory(self) -> bool:
         return self.trajectory is not None
+
+    def wants_reference(self, given: Mapping[str, Any]) -> bool:
+        """Whether a reference policy is needed with these options."""
+        made = self.make(self.choose(given))
+        return self.needs_reference or any(
+            name.startswith("ref_") for name in (*made.per_sequence, *made.per_sample, *made.per_token)
+        )
 
     @functools.cached_property
     def option_type(self) -> type[Any]:

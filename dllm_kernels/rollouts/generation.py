@@ -103,8 +103,9 @@ def generate(
         sdar           blocks count from the start of the prompt, so the first may hold some of it; the last is
                        generated to its end, and what lies beyond `length` is kept in the rollout, unscored;
                        `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.85, at
-                       least what the schedule says), "low_confidence_static" or "sequential"; probabilities
-                       of the distribution that is drawn from. (The published loop overwrites decided tokens
+                       least what the schedule says), "low_confidence_static", "sequential" or
+                       "entropy_bounded" (as entropy_bound, with bound=0.1 and no steps); probabilities of the
+                       distribution that is drawn from. (The published loop overwrites decided tokens
                        where a schedule asks for more than are left; here it takes those that are left.)
         llada2         blocks as for sdar; a step commits every token of probability above threshold=0.95, at
                        least one (LLaDA2.0). With editing_threshold (LLaDA2.1: 0.9) it also replaces decided

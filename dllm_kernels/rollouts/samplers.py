@@ -94,7 +94,7 @@ _TABLE = (
         "drawn_logp",
         "threshold",
         strict=True,
-        options={"remasking": "low_confidence_dynamic", "threshold": 0.85},
+        options={"remasking": "low_confidence_dynamic", "threshold": 0.85, "bound": 0.1},
     ),
     Sampler(
         "llada2",
@@ -160,8 +160,10 @@ def _dream(sampler: Sampler, options: Options) -> Sampler:
 
 
 def _sdar(sampler: Sampler, options: Options) -> Sampler:
-    kinds = ("low_confidence_dynamic", "low_confidence_static", "sequential")
+    kinds = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded")
     checks.choice("remasking", options["remasking"], kinds)
+    if options["remasking"] == "entropy_bounded":
+        return replace(sampler, commit="entropy", rank="drawn_entropy", least="one")
     if options["remasking"] == "low_confidence_dynamic":
         return sampler
     rank: Rank = "position" if options["remasking"] == "sequential" else "drawn_logp"

@@ -168,7 +168,7 @@ def _correct_costs(runs: dict[str, list[RunConfig]], costs: dict[str, float], ou
 def forwards_per_update(config: RunConfig) -> float:
     """Mean over the first updates from the checkpoint, which are made and thrown away."""
     setup = prepare(config, make_task(config.task, seed=config.task_seed), Ranks())
-    if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+    if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
         setup.reference = copy.deepcopy(setup.trained).requires_grad_(False)
     figures = rl_updates(setup, make_optimizer(setup.trained, config.rl))
     counts = [next(figures)["forwards"] for _ in range(min(PILOT, config.rl.updates))]

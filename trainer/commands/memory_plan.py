@@ -83,7 +83,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
         "optimiser": 2 * _bytes(trained) // ranks,
         "reference policy": 0,
     }
-    if config.rl.updates and RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+    if config.rl.updates and RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
         terms["reference policy"] = terms["weights"]
     works = _works(setup, ranks)
     worst = max(works, key=lambda work: work.peak)

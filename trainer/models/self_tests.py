@@ -98,6 +98,22 @@ def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
                 raise UserError(f"rollout.cache must be false for {name}, which takes no past_key_values")
 
 
+@torch.no_grad()
+def check_positions(loaded: Loaded) -> None:
+    """Raises UserError for a block-causal model that does not heed `position_ids`, which noisy copies of a text repeat."""
+    if loaded.facts.block_length is None:
+        return
+    device = next(loaded.model.parameters()).device
+    ids = torch.tensor([[0, 1]], device=device)
+    with headless(loaded.model) as body:
+        near, far = (body(ids, position_ids=torch.tensor([[0, place]], device=device)) for place in (1, 7))
+    if torch.equal(near, far):
+        raise UserError(
+            f"model {type(loaded.model).__name__} ignores position_ids, but a block-causal model is scored on a clean and noisy "
+            "copies of a text, whose positions repeat; without them set model.facts.topology=bidirectional"
+        )
+
+
 def check_mask_id(loaded: Loaded) -> None:
     """Raises UserError for a mask id outside the model or one that occurs in ordinary text."""
     mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -125,7 +126,7 @@ def _learn(
 
     def plan_of(iteration: int) -> MaskPlan:
         if states is not None:
-            return states.plan
+            return states.plan if states.plan.prompt_noise == 0 else replace(states.plan, iteration=iteration)
         return make_mask_plan(
             sampled.ids_BS,
             sampled.completion_mask_BS,

@@ -20,7 +20,7 @@ from ..errors import Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
-from ..models.self_tests import check_mask_id, check_rollout, shift_self_test
+from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
 from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
 from ..records.manifest import DamagedCheckpoint, verify
@@ -74,6 +74,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
             four_bit=model_config.four_bit,
         )
     check_mask_id(loaded)
+    check_positions(loaded)
     codec = Codec(loaded, task, config.prompt, config.rollout.length)
     check_rollout(config.rollout, loaded, codec.length)
     if model_config.gradient_checkpointing:
@@ -195,7 +196,7 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+        if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
@@ -235,7 +236,7 @@ class Run:
     def _reference(self) -> nn.Module | None:
         """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
         config, setup = self.config, self.setup
-        if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
+        if not RECIPES[config.rl.algorithm].wants_reference(config.rl.options) or config.model.lora.rank:
             return None
         model = load(
             self.folder.path / REFERENCE,

@@ -79,6 +79,15 @@ def test_every_algorithm_trains(name: str, inner: int, checkpoint: Path) -> None
         assert all(torch.equal(a, b) for a, b in zip(before, setup.reference.parameters(), strict=True)), "the reference moved"
 
 
+def test_a_kl_that_an_option_adds_gets_its_reference(tmp_path: Path) -> None:
+    keys = ["rl.algorithm=gdpo", "rl.options.beta=0.1", "sft.steps=2", "rl.updates=1", "task.test_puzzles=2"]
+    out = tmp_path / "run"
+    config = load_config(overrides=[*KEYS, *keys, f"out={json.dumps(str(out))}"])
+    Run(RunDir.create(out), config, Console(quiet=True)).execute()
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any("kl" in record for record in records)
+
+
 def test_the_command_trains_the_algorithm_that_it_names(checkpoint: Path, tmp_path: Path) -> None:
     arguments = [
         "rl",
