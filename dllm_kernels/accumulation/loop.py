@@ -68,11 +68,11 @@ def accumulate(
             all unsharded gradients in memory.
 
     Gradients are summed over the ranks of a wrapper, not averaged: the denominator counts them all. Nothing else divides: not
-    accelerate's `gradient_accumulation_steps`, not DeepSpeed's; under a GradScaler pass `denominator / scaler.get_scale()`.
+    accelerate's `gradient_accumulation_steps`; under a GradScaler pass `denominator / scaler.get_scale()`.
     Under DistributedDataParallel backwards run without its hooks, however many each rank needs, and what they added to `.grad`
     is summed once at the end. Under FSDP2 (`fully_shard`) all ranks call the model equally often, and the head is gathered and
     its gradient reduced once. Either way the wrapper is left as it was found, after an error too (with `.grad` as before the
-    call under DDP). A DeepSpeed engine is refused.
+    call under DDP).
     Calls inside an outer `headless(model)` share one gather and one reduction: the head's gradient is in
     `.grad` when the context ends.
 

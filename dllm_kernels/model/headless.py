@@ -204,8 +204,8 @@ def headless(model: nn.Module) -> Iterator[Body]:
 
     Args:
         model: any module with Hugging Face's `get_output_embeddings()`, also with a tied head or softcapped logits, as the
-            training loop holds it: in DistributedDataParallel, under fully_shard (FSDP2), as a DeepSpeed engine of ZeRO stage
-            0 to 2, compiled. Pass the wrapper, not what is inside it.
+            training loop holds it: in DistributedDataParallel, under fully_shard (FSDP2), compiled. Pass the wrapper, not
+            what is inside it.
 
     Yields a `Body`. Calls go through the wrapper, which reduces gradients as it does with plain logits; the gradient of a head
     that FSDP2 shards is reduced in the same way when the context ends, so backward has to run inside. The model is restored
@@ -217,7 +217,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
 
     Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
     forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind; or if it is in a wrapper under
-    which gradients could not be right: FSDP1, ZeRO stage 3, DataParallel.
+    which gradients could not be right or have not been tried: FSDP1, DeepSpeed, DataParallel.
 
     Example:
         >>> import torch

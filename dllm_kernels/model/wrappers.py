@@ -1,4 +1,4 @@
-"""What wraps a model and reduces its gradients over ranks: nothing, DDP or DeepSpeed here, FSDP2 in `sharding`.
+"""What wraps a model and reduces its gradients over ranks: nothing or DDP here, FSDP2 in `sharding`.
 
 `headless` finds it once. Everyone else asks the description: what to call, whose output must carry the hidden
 states, over which ranks gradients are reduced, and how `accumulate` takes that over for a while.
@@ -105,28 +105,13 @@ class Replicas(Wrapper):
             work.wait()
 
 
-class Engine(Wrapper):
-    """A DeepSpeed engine of ZeRO stage 0, 1 or 2, whose `backward` scales, reduces and keeps gradients itself."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.carrier = engine, engine.module
-
-    @contextmanager
-    def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
-        raise ValueError(
-            "model must not be a DeepSpeed engine for accumulate, which needs `.grad`: wrap it by DistributedDataParallel or "
-            "fully_shard, or compute a loss under headless(engine) and call engine.backward(loss)"
-        )
-        yield
-
-
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 keeps the head in a flat shard outside its own forward: use fully_shard (FSDP2; in "
     "accelerate fsdp_version=2) or DistributedDataParallel",
+    "DeepSpeedEngine": "its reductions could not be tried with this package: use DistributedDataParallel or fully_shard (FSDP2)",
     "DataParallel": "torch.nn.DataParallel copies the model in every forward: use DistributedDataParallel",
 }
 _BESIDE = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
-_ZERO_3 = "DeepSpeed ZeRO stage 3 keeps the head in shards outside its own forward: use stage 1 or 2, or fully_shard (FSDP2)"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -149,10 +134,6 @@ def find_outer(model: nn.Module) -> Wrapper:
                 raise ValueError(f"model must not be in {name}: {reason}")
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             return Replicas(layer)
-        if "DeepSpeedEngine" in kinds:
-            if layer.zero_optimization_stage() == 3:  # type: ignore[operator]
-                raise ValueError(f"model must not be under ZeRO stage 3: {_ZERO_3}")
-            return Engine(layer)
         layer = layer._modules.get("_orig_mod", layer._modules.get("module"))
     return Wrapper()
 
@@ -160,7 +141,7 @@ def find_outer(model: nn.Module) -> Wrapper:
 def check_head(head: nn.Module) -> None:
     """Raise ValueError where the head's weight is a shard that nothing here can gather."""
     if hasattr(head.weight, "ds_id"):
-        raise ValueError(f"model must not be under ZeRO stage 3: {_ZERO_3}")
+        raise ValueError(f"model must not be under ZeRO stage 3: {_REFUSED['DeepSpeedEngine']}")
     if getattr(head.weight, "_fsdp_flattened", False):
         raise ValueError(f"model must not be in FullyShardedDataParallel: {_REFUSED['FullyShardedDataParallel']}")
 
