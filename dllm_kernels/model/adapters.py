@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,15 +102,17 @@ def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: T
     state = type(head), *live, bool(getattr(layer, "merged", False))
     if state in _checked.get(head, ()) or hidden.is_meta or torch.compiler.is_compiling() or not hidden.numel():
         return
-    with torch.no_grad():
+    if type(head) is nn.Linear and getattr(own, "__func__", None) is nn.Linear.forward:
+        return  # that map itself, and a sharded one need not be gathered to see it
+    with torch.no_grad(), _gathered(head):
         row_1H = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
         row_1H = row_1H + torch.linspace(-2, 3, row_1H.shape[1], device=row_1H.device).to(row_1H.dtype)
         got = own(row_1H)
         named = parameters(head)
-        weight, bias = (_whole(getattr(layer, name, None)) for name in ("weight", "bias"))
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         assert weight is not None
         want = nn.functional.linear(row_1H, weight.to(row_1H.dtype), None if bias is None else bias.to(row_1H.dtype))
-        adapter = low_rank(head, lambda name: _whole(named[name]))
+        adapter = low_rank(head, lambda name: named[name])
         if adapter is not None:
             down_RH, up_VR, scale = adapter
             want = want + scale * (row_1H.to(down_RH.dtype) @ down_RH.t() @ up_VR.t())
@@ -124,8 +127,19 @@ def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: T
     _checked.setdefault(head, set()).add(state)
 
 
-def _whole(parameter: Any) -> Tensor | None:
-    if parameter is None:
-        return None
-    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return whole
+@contextmanager
+def _gathered(head: nn.Module) -> Iterator[None]:
+    """Within, the head's own parameters that FSDP left sharded are whole. A collective, which all ranks meet at once."""
+    sharded = [
+        (module, name, parameter)
+        for module in head.modules()
+        for name, parameter in module._parameters.items()
+        if hasattr(parameter, "full_tensor")
+    ]
+    try:
+        for module, name, parameter in sharded:
+            module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=False)  # type: ignore[union-attr, operator]
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter
