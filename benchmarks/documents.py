@@ -255,8 +255,10 @@ def algorithms() -> str:
         coupling = ", ".join(dict.fromkeys((objective.coupling, objective.on_policy_coupling)))
         masks = f"`{recipe.law}`" + ("" if recipe.samples is None else f" x {recipe.samples}")
         learns = "from trajectories" if recipe.needs_trajectory else "from fresh masks"
-        lines.append([f"`{name}`", recipe.arxiv, status[recipe.status], masks, coupling, learns])
-    return markdown(["`--algorithm`", "arXiv", "verified against", "masks", "coupling, on-policy", "learns"], lines, "---")
+        scored = "all" if recipe.window == "completion" else f"to EOS, tail {recipe.tail or 'as the law has it'}"
+        lines.append([f"`{name}`", recipe.arxiv, status[recipe.status], masks, scored, coupling, learns])
+    heads = ["`--algorithm`", "arXiv", "verified against", "masks", "scored", "coupling, on-policy", "learns"]
+    return markdown(heads, lines, "---")
 
 
 # --- comparisons of algorithms from one checkpoint ----------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import dllm_kernels
-from benchmarks import documents, report
+from benchmarks import documents, fuzz, report
 from benchmarks.studies import variance
 from dllm_kernels.objectives import RECIPES
 from tests.accumulation.test_all_algorithms import gradient_moments
@@ -187,6 +187,16 @@ def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
     result = documents.result_of("head-cpu")
     assert documents.in_document((ROOT / "docs" / "cpu_engine.md").read_text(), "head table") == documents.head(result)
     assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])
+
+
+def test_the_worst_gradients_of_the_page_are_those_of_the_fuzzed_calls():
+    state = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text())
+    loop = (ROOT / "docs" / "loop.md").read_text()
+    assert fuzz.table(state) in loop
+    assert f"judged {state['cases']:,} calls" in " ".join(loop.split())
+    assert f"{state['wrong_cases']} were wrong" in loop
+    assert set(state["isas"]) <= set(state["by_engine"])
+    assert state["environment"]["cpu"]
 
 
 # --- algorithms.md ------------------------------------------------------------------------------------------

@@ -506,6 +506,9 @@ def use_everything(model, tmp_path):
     entropy = dk.step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL)
     chosen = dk.select_steps(entropy, 1, "random", sequence_ids=sequences)
     dk.trajectory_logp(rollout, dk.trajectory_rows(rollout, chosen))
+    options = {"length": 4, "block_length": 2, "mask_id": 10, "temperature": 1.0, "sequence_ids": sequences}
+    edited = dk.generate(model, ids, sampler="llada2", editing_threshold=0.1, **options)
+    dk.trajectory_logp(edited, dk.trajectory_rows(edited, score="all_events"))
     hidden, weight = torch.ones(2, 6, 8, requires_grad=True), torch.ones(11, 8)
     dk.score_tokens(hidden, weight, torch.arange(3), rows=torch.arange(3)).logp.sum().backward()
     dk.head_backward(hidden.detach().expand(4, 2, 6, 8), weight, plan.rows, torch.ones(len(plan.rows)))

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from .config import RunConfig, load_config, shipped_configs
-from .errors import STOPPED_BY_CTRL_C, Stopped, StoppedAtOnce, UserError, first_line, telling_of_algorithms
+from .errors import STOPPED_BY_CTRL_C, Stopped, StoppedAtOnce, UserError, first_line, telling_of_algorithms, visible
 from .rights import FUNCTIONS
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ Resume = Annotated[
 
 
 def main() -> None:
+    from .records.terminal import forgive_closed_streams
+
+    forgive_closed_streams()
     app()
 
 
@@ -46,7 +49,7 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"dllm-kernels: {error}", file=sys.stderr)
+        print(f"dllm-kernels: {visible(error)}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print("dllm-kernels: stopped", file=sys.stderr)
@@ -338,6 +341,7 @@ def _say(ranks: Ranks, text: str) -> None:
 
 
 def _execute(folder: RunDir, config: RunConfig, ranks: Ranks, *, new: bool, changed: dict[str, list[Any]]) -> None:
+    from .commands.memory_plan import is_out_of_memory, memory_hint
     from .records.resume import note
     from .train.run import Run
 
@@ -354,6 +358,10 @@ def _execute(folder: RunDir, config: RunConfig, ranks: Ranks, *, new: bool, chan
         if new and ranks.is_first:
             folder.drop_if_empty()
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{first_line(error)}; {memory_hint(config, ranks.size)}; {go_on}") from error
     except OSError as error:
         raise UserError(
             f"a file of {folder.path} could not be written or read ({error}); what was written is kept; {go_on}"

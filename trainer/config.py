@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class LoraConfig(Section):
     rank: Count = 0  # 0: all weights are trained
     alpha: Annotated[float, Field(gt=0.0)] = 64.0
     dropout: Share = 0.0
-    targets: list[Text] | None = None  # None: every linear layer of the blocks
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None  # None: every linear layer of the blocks
 
 
 class ModelConfig(Section):
@@ -69,6 +70,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"facts are those of a checkpoint, a model built from scratch has its own; got {', '.join(self.facts)}"
             )
+        if self.four_bit and self.checkpoint is None:
+            raise ValueError("four_bit is for a checkpoint: a model built from scratch has no weights to quantise")
         if self.four_bit and not self.lora.rank:
             raise ValueError("four_bit needs lora.rank above 0: quantised weights are not trained")
         return self
@@ -78,6 +81,7 @@ class ParallelConfig(Section):
     replicas: Positive = 1  # HSDP: copies of the model, each sharded over ranks / replicas
     dtype: Dtype | None = None  # of parameters in forward and backward; None: their own
     reshard_after_forward: bool = True
+    patience: Annotated[float, Field(ge=5.0)] = 600.0  # seconds that a rank may stand still before the first step; then fewer
 
 
 class CheckpointsConfig(Section):
@@ -125,6 +129,8 @@ class RlConfig(OptimizerConfig):
     inner_iterations: Positive
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool
+    window: Literal["eos", "completion"] | None = None  # scored tokens: up to the first EOS, or all; None: as published
+    tail: Literal["shown", "hidden", "removed"] | None = None  # what the model sees of the rest; None: as published
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
     options: dict[str, Any] = Field(default_factory=dict)  # the algorithm's own, over those of its recipe: beta, epsilon ...
@@ -140,15 +146,26 @@ class RlConfig(OptimizerConfig):
             near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
             raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
         recipe = recipes[self.algorithm]
+        if infinite := [name for name, value in self.options.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise ValueError(f"options.{infinite[0]} must be finite, got {self.options[infinite[0]]}")
         if recipe.needs_trajectory and self.law != recipe.law:
             raise ValueError(f"law must be {recipe.law} for algorithm {self.algorithm}, got {self.law}")
         if self.law in TRACES and not recipe.needs_trajectory:
             those = ", ".join(name for name, other in recipes.items() if other.needs_trajectory)
             raise ValueError(f"law {self.law} is for the trajectories of {those}, got algorithm {self.algorithm}")
+        window, _ = self.scored()
+        if self.tail is not None and window != "eos":
+            raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")
         if self.law not in TRACES:
             options = laws.resolve(self.law, self.law_options())
             laws.check_samples(*options, self.samples)
         return self
+
+    def scored(self) -> tuple[str, str | None]:
+        """(window, tail): the recipe's, where the config does not say."""
+        recipe = _recipes()[self.algorithm]
+        window = self.window or recipe.window
+        return window, self.tail or (recipe.tail if window == recipe.window else None)
 
     def law_options(self) -> dict[str, Any]:
         """What `make_mask_plan` takes beside the law's name and samples: the recipe's for its own law."""
@@ -311,7 +328,11 @@ def load_config(
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {file} cannot be read: it is not UTF-8 text") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError("config is not readable: a value is nested too deeply") from error
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: an integer of thousands of digits
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
         config = RunConfig.model_validate(values)
@@ -351,7 +372,10 @@ def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
 
 
 def _mapping(text: str, name: str) -> DictConfig:
-    plain = yaml.safe_load(text)
+    try:
+        plain = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deeply") from error
     if plain is not None and not isinstance(plain, dict):
         kinds = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
         raise ConfigError(f"{name} must hold a mapping of keys, got {kinds.get(type(plain), 'text')}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dllm_kernels.model.sharding import find_shards, is_sharded
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, visible
 
 
 class OtherRankError(UserError, RuntimeError):
@@ -124,19 +124,22 @@ def start() -> Ranks:
 def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
     """Around the whole run of a rank: exit at once on failure, without waiting in collectives.
 
-    torchrun then ends the other ranks. Exit status 2 and one sentence for a user error, else 1 and a
-    traceback.
+    torchrun then ends the other ranks. Exit status 2 and one sentence for a user error, that of a stop, else 1: with a
+    sentence where another rank went away, and a traceback for everything else.
     """
     try:
         yield
     except BaseException as error:
         if not ranks.launched:
             raise
-        code = 2 if isinstance(error, UserError) else error.code if isinstance(error, SystemExit) else 1
+        code = getattr(error, "code", None)  # of SystemExit and of a stop
         if isinstance(error, UserError):
+            code = 2
             if ranks.is_first or not isinstance(error, OtherRankError):
-                print(f"dllm-kernels: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, SystemExit):
+                print(f"dllm-kernels: {visible(error)}", file=sys.stderr, flush=True)
+        elif _is_loss_of_a_rank(error):
+            print(f"dllm-kernels: rank {ranks.rank} ends, as another rank has ended or cannot be reached", file=sys.stderr)
+        elif not isinstance(error, SystemExit | KeyboardInterrupt):
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -144,6 +147,11 @@ def one_fails_all_stop(ranks: Ranks) -> Iterator[None]:
     if ranks.launched:
         dist.destroy_process_group()
         gc.collect()
+
+
+def _is_loss_of_a_rank(error: BaseException) -> bool:
+    lost = tuple(getattr(dist, name) for name in ("DistNetworkError", "DistBackendError") if hasattr(dist, name))
+    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -29,6 +29,11 @@ def telling_of_algorithms() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def visible(text: object) -> str:
+    """With control characters as escapes: what a file or a model wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
 def first_line(error: BaseException) -> str:
     """`Type: first line` of the message, to quote a cause in a sentence."""
     lines = str(error).strip().splitlines()

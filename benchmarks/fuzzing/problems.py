@@ -195,7 +195,8 @@ def _spoil(problem: Problem, rng: random.Random) -> None:
     kinds = ["hidden", "target", "tangent"] + ["rows"] * (problem.rows is not None and len(problem.target) > 1)
     if problem.call in ("unit", "keep", "recompute"):  # between forward and backward, in place
         kinds += ["changed target", "changed target"] + ["changed rows"] * 2 * (problem.rows is not None)
-        kinds += ["changed temperature"] * 2 * isinstance(problem.options.get("temperature"), Tensor)
+        copied = problem.dtype == torch.float64  # a float32 temperature is: changes after that do no harm
+        kinds += ["changed temperature"] * 2 * (isinstance(problem.options.get("temperature"), Tensor) and not copied)
     problem.bad = rng.choice(kinds)
     if problem.bad == "hidden":
         infinite = "softcap" not in problem.options and rng.random() < 0.5  # a softcap makes an infinity a legal logit

@@ -106,13 +106,8 @@ class Inputs:
 
 @functools.lru_cache(maxsize=64)
 def rl_config(algorithm: str, selected: int) -> RlConfig:
-    """The trainer's own for this algorithm; of trajectories, `selected` steps or segments, and every step is a state.
-
-    GDPO is in the form of its published trainer.
-    """
+    """The trainer's own for this algorithm; of trajectories, `selected` steps or segments, and every step is a state."""
     options = {"selected_steps": selected, "segments": selected, "shrink": 1}
-    if algorithm == "gdpo":  # the paper's, a ratio of whole ELBOs, is at the mercy of fp32 sums of a thousand nats
-        options["mode"] = "code"
     known = RECIPES[algorithm].option_names
     overrides = [f"rl.options.{name}={value}" for name, value in options.items() if name in known]
     return load_config(None, [f"rl.algorithm={algorithm}", *overrides]).rl

@@ -49,7 +49,8 @@ def accumulate(
     """Add the objective's exact gradient to the `.grad` of the model's parameters.
 
     Args:
-        model: a Hugging Face masked language model, possibly inside `headless` already.
+        model: a Hugging Face masked language model as `headless` takes it, wrapper included; possibly inside `headless`
+            already.
         plan: the masks, shared by all policies. batch: advantages, old scores and so on, see `Batch`.
         objective: for example `objectives.BGPO`; minimised.
         denominator: divides the sum of contributions; pass the count of the whole optimizer step over all
@@ -60,14 +61,18 @@ def accumulate(
             and does not change the result. With blocks, the samples of a pass share one clean copy.
         suppress: ids with probability 0, such as the mask id.
         model_kwargs: `[B, S]` tensors for every model call, such as `attention_mask`; sliced along B.
-        group: the ranks of the optimizer step; default: those of a sharded model. Objectives of `batch`
+        group: the ranks of the optimizer step; default: those of a model in DDP or FSDP2. Objectives of `batch`
             coupling exchange their scores over it; each rank adds the gradient of its own sequences, and its
             loss is an equal share of the total. A rank may hold no sequences (an empty cut of a plan).
         reduce_last: with FSDP2, reduce gradients in this call's last backward only: less communication, but
             all unsharded gradients in memory.
 
-    Under FSDP2 (`fully_shard`) all ranks call the model equally often, gradients are summed over ranks
-    (FSDP's averaging is switched off and stays off), and the head is gathered and its gradient reduced once.
+    Gradients are summed over the ranks of a wrapper, not averaged: the denominator counts them all. Nothing else divides: not
+    accelerate's `gradient_accumulation_steps`, not DeepSpeed's; under a GradScaler pass `denominator / scaler.get_scale()`.
+    Under DistributedDataParallel backwards run without its hooks, however many each rank needs, and what they added to `.grad`
+    is summed once at the end. Under FSDP2 (`fully_shard`) all ranks call the model equally often, and the head is gathered and
+    its gradient reduced once. Either way the wrapper is left as it was found, after an error too (with `.grad` as before the
+    call under DDP). A DeepSpeed engine is refused.
     Calls inside an outer `headless(model)` share one gather and one reduction: the head's gradient is in
     `.grad` when the context ends.
 
@@ -102,9 +107,8 @@ def accumulate(
     coupling = objective.on_policy_coupling if objective.is_on_policy(batch) else objective.coupling
 
     with headless(model) as body:
-        shards = body.shards
+        shards, group = body.shards, group or body.wrapper.group
         if shards is not None:
-            group = group or shards.group
             K = shards.most(K)  # ranks may hold different numbers of trace states
         if K == 0 or (B == 0 and group is None):
             raise ValueError(f"plan must hold at least one sample and one sequence, got K={K}, B={B}")
@@ -123,9 +127,7 @@ def accumulate(
         blocks = max(len(places), coupling == "batch")
         if shards is not None:
             blocks = shards.most(blocks)
-            shards.sum_gradients()
-            shards.reduce_gradients(now=not reduce_last)
-        with passes.meter.running():
+        with passes.meter.running(), body.accumulating(reduce_last=reduce_last):
             for number in range(blocks):
                 place = places[number] if number < len(places) else slice(0, 0)
                 block = cuts if isinstance(place, slice) and place == slice(None) else cuts.of(place)

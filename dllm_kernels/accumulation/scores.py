@@ -16,6 +16,7 @@ from dllm_kernels.head.scoring import score
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import dropout_names, headless
 from dllm_kernels.model.layouts import check_blocks
+from dllm_kernels.model.wrappers import unwrapped
 
 
 def score_samples(
@@ -68,7 +69,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Example: `with adapters_off(model): reference = score_samples(model, plan)`
     """
-    disable = getattr(model, "disable_adapter", None)
+    disable = getattr(unwrapped(model), "disable_adapter", None)
     if not callable(disable):
         raise ValueError(
             f"model must have adapters to switch off (disable_adapter(), as peft's), {type(model).__name__} has none"

@@ -1,8 +1,9 @@
 """The LM head in plain PyTorch: the specification of every backend, its oracle, and the benchmark's baseline.
 
-`run` walks the selected rows in chunks of a fixed row block, so that the bits of a row depend neither on how many rows
-there are nor on its place among them; `row_kernel_` turns one chunk of logits into statistics and, in place, into the
-gradient operand. Other backends offer `check`, `run`, `from_operands`, `sample` and `workspace_bytes` with these signatures.
+`run` walks the selected rows in chunks of a fixed row block, so that the bits of a row do not depend on how many rows there
+are, nor on its place among them where the vendor's product sums all rows alike (on several threads it may not).
+`row_kernel_` turns one chunk of logits into statistics and, in place, into the gradient operand. Other backends offer
+`check`, `run`, `from_operands`, `sample` and `workspace_bytes` with these signatures.
 """
 
 from __future__ import annotations

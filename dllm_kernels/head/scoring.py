@@ -127,6 +127,8 @@ def score(
     entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
 
     bias, known = options.bias, coef is not None or entropy_coef is not None
+    if options.low_rank is not None:
+        ops.observed(hidden)  # a counter at work learns the formula of the adapter's product before it runs
     pair = low_hidden, low_weight = adapter.pair(hidden, options)
     recorded = torch.is_grad_enabled() and plans.recorded(want, known)
     head_trains = recorded and any(x is not None and x.requires_grad for x in (weight, bias, low_weight))

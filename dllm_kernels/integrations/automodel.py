@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks, score_tokens
-from dllm_kernels.integrations import around_step, needs, with_body
-from dllm_kernels.model.headless import Body
+from dllm_kernels.integrations import needs, with_body
+from dllm_kernels.model.headless import Body, headless
 
 with needs("nemo_automodel", "pip install nemo-automodel"):
     from nemo_automodel.components.distributed.utils import get_sync_ctx
@@ -67,7 +67,7 @@ class HeadlessMDLMStrategy(MDLMStrategy):
         with (
             get_sync_ctx(model, last, defer_fsdp_grad_sync=defer) if is_train else nullcontext(),
             torch.autocast(device_type=device.type, dtype=dtype) if dtype is not None else nullcontext(),
-            around_step(model),
+            headless(model),
         ):
             given = filter_forward_kwargs(model, batch)
             input_ids = given.pop("input_ids")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_kernels import Rollout, checks, generate, score_tokens
-from dllm_kernels.integrations import around_step, needs, with_body
-from dllm_kernels.model.headless import Body
+from dllm_kernels.integrations import needs, with_body
+from dllm_kernels.model.headless import Body, headless
 
 with needs("dllm", "pip install git+https://github.com/ZHZisZZ/dllm"):
     from dllm.core.samplers import BaseSampler, BaseSamplerOutput, MDLMSamplerConfig
@@ -31,7 +31,7 @@ class HeadlessMDLMTrainer(MDLMTrainer):
     """
 
     def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        with around_step(model):
+        with headless(model):
             return super().training_step(model, *arguments, **named)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:

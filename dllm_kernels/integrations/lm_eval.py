@@ -233,6 +233,9 @@ class DiffusionLM(TemplateLM):
         """Whether greedy decoding, the surest token first, one a step, writes each continuation."""
         found = []
         for context, continuation in batch:
+            if not continuation:
+                found.append(True)
+                continue
             rollout = generate(
                 self.model,
                 [self._tensor(context)],

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dllm_kernels import MaskPlan, checks, make_mask_plan, noise, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
-from dllm_kernels.integrations import around_step, needs, with_body
-from dllm_kernels.model.headless import Body
+from dllm_kernels.integrations import needs, with_body
+from dllm_kernels.model.headless import Body, headless
 from dllm_kernels.model.layouts import block_diffusion, check_blocks
 from dllm_kernels.noise import Stream
 
@@ -113,7 +113,7 @@ class DiffusionSFTTrainer(Trainer):
         return batches, self.accelerator.reduce(torch.tensor(units, device=device), "sum")
 
     def training_step(self, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        with around_step(model):
+        with headless(model):
             return super().training_step(model, *arguments, **named)
 
     def compute_loss(

@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan, noise
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
@@ -26,6 +25,7 @@ from dllm_kernels.integrations import needs
 from dllm_kernels.integrations.logps import DiffusionLogps
 from dllm_kernels.integrations.transformers import find_mask_id
 from dllm_kernels.masks import steps
+from dllm_kernels.masks.make import eos_tail
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):
@@ -114,8 +114,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         of_run = {} if self.recipe.from_run is None else self.recipe.from_run(length, args.rollout.get("steps") or length)
         self.options = self.recipe.choose({**of_run, **args.algorithm_options})
         self.objective = self.recipe.make(self.options)
-        needed = (*self.objective.per_sequence, *self.objective.per_sample, *self.objective.per_token)
-        wants_reference = self.recipe.entries is not None or any(name.startswith("ref_") for name in needed)
+        wants_reference = self.recipe.wants_reference(args.algorithm_options)
         adapted = named.get("peft_config") is not None or hasattr(model, "disable_adapter")
         # before TRL replaces the model's forward
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if wants_reference and not adapted else None
@@ -182,7 +181,10 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Plans and batches of all inner iterations, scored before the first of them."""
         rollout, args, recipe = self._rollout, self.args, self.recipe
         assert rollout is not None
-        rewards = self._rewards(len(advantages_B))
+        eos, real_BS = self._eos, rollout.text_mask_BS
+        tail_BS = None if eos is None else eos_tail(rollout.ids_BS, rollout.completion_mask_BS, eos)
+        scored_BS = rollout.completion_mask_BS if tail_BS is None else rollout.completion_mask_BS & ~tail_BS
+        rewards = self._rewards(self.accelerator.gather(scored_BS.sum(-1)))
         mine = slice(start := self.accelerator.process_index * len(advantages_B), start + len(advantages_B))
         if recipe.signal is advantage_signal:
             advantages_A = self.accelerator.gather(advantages_B)
@@ -195,11 +197,16 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         self._update = []
         if not len(found.kept_N):
             return
-        states = None if recipe.trajectory is None else recipe.trajectory.states(rollout, self.options, args.seed).kept(here_N)
+        states = None
+        if recipe.trajectory is not None:
+            # where it ended early, what was filled up was never drawn
+            read = rollout if eos is None else replace(rollout, settings={**rollout.settings, "eos_id": eos})
+            states = recipe.trajectory.states(read, self.options, args.seed).kept(here_N)
+            real_BS = rollout.attention_mask_BS
 
         def plan_of(iteration: int) -> MaskPlan:
             if states is not None:
-                return states.plan
+                return states.plan if states.plan.prompt_noise == 0 else replace(states.plan, iteration=iteration)
             given = dict(recipe.law_options) if args.law in (None, recipe.law) else {}
             return make_mask_plan(
                 rollout.ids_BS,
@@ -210,14 +217,17 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                 sequence_ids=rollout.sequence_ids_B,
                 mask_id=args.mask_id,
                 shift=args.shift,
-                attention_mask_BS=rollout.attention_mask_BS,
+                attention_mask_BS=rollout.text_mask_BS,
+                eos_id=eos,
+                tail=None if eos is None else recipe.tail,
                 iteration=iteration,
                 causal_block=args.causal_block,
                 **(given | args.law_options),
             ).cut(sequences=here_N)
 
         plans = [plan_of(iteration) for iteration in range(self.num_iterations)]
-        real_BS = rollout.attention_mask_BS
+        if tail_BS is not None and recipe.tail == "removed":
+            real_BS = ~tail_BS if real_BS is None else (real_BS != 0) & ~tail_BS
         self._scoring = {
             "suppress": (args.mask_id, *args.suppress),
             "model_kwargs": None if real_BS is None else {"attention_mask": real_BS[here_N].long()},
@@ -242,7 +252,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             self._denominator = max(1.0, float(self.accelerator.reduce(count, "sum")))
         self._update = [(plan, self._batch(plan, entries, states)) for plan in plans]
 
-    def _rewards(self, here: int) -> Rewards:
+    @property
+    def _eos(self) -> int | None:
+        """The token with which a completion ends, where the algorithm scores no more than that."""
+        return self._tokenizer.eos_token_id if self.recipe.window == "eos" else None
+
+    def _rewards(self, lengths_B: Tensor) -> Rewards:
         assert self._rewards_BF is not None
         values_B = (self._rewards_BF * self.reward_weights.to(self._rewards_BF.device)).nansum(-1)
         if self.recipe.signal is not advantage_signal and bool(self._rewards_BF.isnan().all(-1).any()):
@@ -250,7 +265,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                 f"reward_funcs must give every completion a reward for {self.recipe.name}, got None from all of them"
             )
         group_ids_B = torch.arange(len(values_B), device=values_B.device) // self.num_generations
-        return Rewards(values_B, group_ids_B, self.max_completion_length, self.recipe.advantage or "mean")
+        return Rewards(values_B, group_ids_B, lengths_B, self.recipe.advantage or "mean")
 
     def _batch(self, plan: MaskPlan, entries: dict[str, Tensor], states: Any) -> Batch:
         objective, values = self.objective, dict(entries)
@@ -276,6 +291,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
             scored = self.reference if reference and self.reference is not None else model
             if kind == "logp":
                 return score_samples(scored, plan, per_token=True, **self._scoring)
+            if kind == "sample_elbo" and plan.step_KBS is not None:  # one for each step, of which a sample has several
+                return steps.sums(plan, score_samples(scored, plan, per_token=True, **self._scoring).transpose(0, 1))
             elbo_BK = score_samples(scored, plan, **self._scoring)
         return elbo_BK if kind == "sample_elbo" else (elbo_BK * plan.share_K).sum(-1)
 
@@ -292,10 +309,9 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if self._update:
             plan, batch = self._update[iteration]
             several = self.accelerator.num_processes > 1
-            wrapped = isinstance(model, DistributedDataParallel)
-            with self.compute_loss_context_manager(), model.no_sync() if wrapped else nullcontext():  # type: ignore[operator]
+            with self.compute_loss_context_manager():
                 report = accumulate(
-                    model.module if wrapped else model,  # type: ignore[arg-type]
+                    model,
                     plan,
                     self.objective,
                     batch,
@@ -303,8 +319,6 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
                     group=dist.group.WORLD if several else None,
                     **self._scoring,
                 )
-            if wrapped:
-                _sum_gradients(model)
             loss = report.loss.float() * self.accelerator.num_processes  # TRL averages what processes log
             told = self._metrics["train"]
             told["elbo"].append(report.sample_elbo_BK.nanmean().item())
@@ -317,12 +331,3 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         """Rollouts and their rewards, which TRL logs."""
         self._prepare_inputs(inputs)
         return None, None, None
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """Over the processes: the denominators are of all of them, and each made as many backwards as it had to."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dllm_kernels import checks
 
-TENSORS = ("step_map_BS", "steps_BJ")  # options that become the states of a plan
+EVENTS = ("shown_BKS", "event_steps_BKS", "event_ids_BKS")  # of law `trace`, in place of a step map
+TENSORS = ("step_map_BS", "steps_BJ", *EVENTS)  # options that become the states of a plan
 
 
 def states(law: str, options: Mapping[str, Any], completion_BS: Tensor, samples: int | None) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,29 @@ def _check_chosen(steps_BJ: Tensor, completion_BS: Tensor) -> None:
 def _check_count(law: str, samples: int | None, count: int) -> None:
     if samples is not None and samples != count:
         raise ValueError(f"samples must be None or the number of states, {count}, for law={law!r}, got {samples}")
+
+
+def events(options: Mapping[str, Any], completion_BS: Tensor) -> list[Tensor]:
+    """The states that events give: ids `[B, K, S]` that each sample shows, steps of what it scores (-1 nothing), ids written.
+
+    Ids may be any, so an edited token is scored from a row that shows what it replaced. Raises as `states` does.
+    """
+    B, S = completion_BS.shape
+    given = [options[name] for name in EVENTS]
+    for name, tensor in zip(EVENTS, given, strict=True):
+        if tensor is None:
+            raise ValueError(f"{name} must be given with the other of {', '.join(EVENTS)}, got None")
+        checks.dtype(name, tensor, [torch.int64])
+        checks.shape(name, tensor, [B, None, S])
+        checks.same_device(name, tensor, "input_ids_BS", completion_BS)
+    for name in ("step_map_BS", "steps_BJ"):
+        if options[name] is not None:
+            raise ValueError(f"{name} must be None where shown_BKS gives the states")
+    if options["shrink"] > 1:
+        raise ValueError(f"shrink must be 1 where shown_BKS gives the states, got {options['shrink']}")
+    if checks.may_read(given[1]) and bool(((given[1] >= 0) & ~completion_BS[:, None]).any()):
+        raise ValueError("event_steps_BKS must be -1 where completion_mask_BS is False")
+    return given
 
 
 def in_blocks(
@@ -130,4 +154,5 @@ def _segments(step_map_BS: Tensor, segments: int, total_steps: int | None) -> Te
         total = total_steps
         if checks.may_read(step_map_BS) and int(step_map_BS.max()) >= total_steps:
             raise ValueError(f"step_map_BS must be below total_steps={total_steps}, got {int(step_map_BS.max())}")
-    return torch.where(step_map_BS >= 0, step_map_BS * segments // total, -1)
+    # segment k begins with step int(k T / N), as in the code
+    return torch.where(step_map_BS >= 0, ((step_map_BS + 1) * segments - 1) // total, -1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dllm_kernels import checks
 
 Options = Mapping[str, Any]
+TAILS = ("shown", "hidden", "removed")  # what a model sees of the tokens after the first EOS
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,8 @@ class Law:
     # from this sample on, every second sample hides what the one before it shows
     pairs_from: int | None = None
     prompt_noise: float = 0.0
-    # tokens after the first EOS, if eos_id is given; never scored
-    tail: Literal["dropped", "hidden"] = "dropped"
+    # tokens after the first EOS, if eos_id is given and tail is not; never scored
+    tail: Literal["shown", "hidden"] = "shown"
 
 
 _TABLE = (
@@ -118,7 +119,7 @@ _TABLE = (
         "sum",
         False,
         "TraceRL, arXiv 2509.06949; EGSPO, arXiv 2603.12554",
-        {"step_map_BS": None, "steps_BJ": None, "shrink": 1},
+        {"step_map_BS": None, "steps_BJ": None, "shrink": 1, "shown_BKS": None, "event_steps_BKS": None, "event_ids_BKS": None},
         tail="hidden",
     ),
     Law(
@@ -130,6 +131,7 @@ _TABLE = (
         False,
         "d2, arXiv 2509.21474",
         {"step_map_BS": None, "segments": None, "total_steps": None},
+        prompt_noise=0.15,
         tail="hidden",
     ),
 )

@@ -27,7 +27,7 @@ class Layout:
     Plain tensors: what a model makes of them is its caller's affair.
     """
 
-    ids_RT: Tensor  # the mask id where a copy hides a token
+    ids_RT: Tensor
     position_RT: Tensor  # int64: ordinals of real tokens, the same in every copy; 0 at padding
     block_RT: Tensor  # int64: block of each column, -1 at padding
     column_RT: Tensor  # int64: the column of `[B, S]` that each column shows
@@ -94,19 +94,18 @@ class Layout:
 def make(
     rows: Rows,
     keep_N: Tensor | None,
-    masked_KBS: Tensor,
+    noisy_KBS: Tensor,
     input_ids_BS: Tensor,
     completion_BS: Tensor,
     block_BS: Tensor,
     *,
     length: int,
     copies: int | None,
-    mask_id: int,
     shift: int,
     edge: str,
 ) -> Layout:
     """See `MaskPlan.layout`; samples without a kept row get no copy."""
-    (K, B, S), device = masked_KBS.shape, masked_KBS.device
+    (K, B, S), device = noisy_KBS.shape, noisy_KBS.device
     index_N, target_N, sample_N, sequence_N = rows.index, rows.target, rows.sample, rows.sequence
     if keep_N is not None:
         index_N, target_N, sample_N, sequence_N = (t[keep_N] for t in (index_N, target_N, sample_N, sequence_N))
@@ -130,14 +129,14 @@ def make(
     there_RC = inside_BS[sequence_R].gather(1, column_RC)
 
     column_RkC = column_RC[:, None].expand(R, k, C)
-    hidden_RkC = masked_KBS[sample_Rk.clamp(min=0), sequence_R[:, None]].gather(2, column_RkC)
+    noisy_RkC = noisy_KBS[sample_Rk.clamp(min=0), sequence_R[:, None]].gather(2, column_RkC)
     block_RkC = torch.where(
         there_RC[:, None] & (sample_Rk >= 0)[:, :, None], block_BS[sequence_R].gather(1, column_RC)[:, None], -1
     )
     column_RT = torch.cat([torch.arange(S, device=device).expand(R, S), column_RkC.reshape(R, k * C)], dim=1)
     block_RT = torch.cat([block_BS[sequence_R], block_RkC.reshape(R, k * C)], dim=1)
     ids_RT = input_ids_BS[sequence_R].gather(1, column_RT)
-    ids_RT[:, S:] = torch.where(hidden_RkC.reshape(R, k * C), mask_id, ids_RT[:, S:])
+    ids_RT[:, S:] = noisy_RkC.reshape(R, k * C)
     ordinal_BS = ((block_BS >= 0).cumsum(-1) - 1).clamp(min=0)
 
     token_N = index_N - (sample_N * B + sequence_N) * S
@@ -150,6 +149,9 @@ def make(
     if shift and k > 1 and edge == "clean":
         index_M, row_N = torch.unique(index_N, return_inverse=True)
         target_M = torch.empty_like(index_M).scatter_(0, row_N, target_N)
+        if bool((target_M[row_N] != target_N).any()):  # events of one token wrote several ids: a row predicts one
+            given = noisy_KBS, input_ids_BS, completion_BS, block_BS
+            return make(rows, keep_N, *given, length=length, copies=1, shift=shift, edge=edge)
     else:
         index_M, target_M, row_N = index_N, target_N, torch.arange(len(index_N), device=device)
     return Layout(

@@ -27,6 +27,7 @@ def make_mask_plan(
     iteration: int = 0,
     attention_mask_BS: Tensor | None = None,
     eos_id: int | None = None,
+    tail: str | None = None,
     causal_block: int | None = None,
     block_origin: str = "sequence",
     edge: str = "clean",
@@ -43,14 +44,18 @@ def make_mask_plan(
         sequence_ids: int64 `[B]` from `noise.sequence_ids`, distinct.
         mask_id: the id written at hidden positions; must not occur in the completions.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`
-            and `block`, else 0.
+        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`,
+            `block` and `segments`, else 0.
         iteration: inner iteration; the samples of different iterations are independent.
         attention_mask_BS: bool or int `[B, S]`, False at padding. Without it, every token before the
             completion counts as prompt.
         eos_id: None scores whole completions with their EOS tail. Given, tokens after the first EOS are never
-            scored; they stay visible, or are hidden, as published, for `full`, `block`, `trace` and
-            `segments`.
+            scored, and lengths and weights leave them out.
+        tail: what the model sees of those tokens: "shown", as they are; "hidden", as the law hides the others
+            where it draws each token by itself (`coupled`, `bernoulli`, DMPO's pairs) or follows steps, else
+            always; "removed", nothing: they are padding of the plan, and the caller leaves them out of the
+            model's attention mask (`eos_tail` finds them). None: the law's own, "hidden" for `full`, `block`,
+            `trace` and `segments`, "shown" for the others.
         causal_block: b, the block length of a block-causal model (SDAR, LLaDA2, Fast-dLLM v2, BD3-LM), which
             denoises a block given the clean blocks before it; None for a bidirectional one. Every law below is
             then drawn for each block, with the L, n and t of the block in its weight, and `unbiased` refers to
@@ -90,9 +95,11 @@ def make_mask_plan(
                     outside). Sample s hides the tokens of steps >= s, scores those of step s; 1; the score is
                     the sum. `steps_BJ` (int64, -1 none) picks steps; `shrink` merges that many consecutive
                     steps. With causal_block, sample r is the r-th distinct step of each block, `steps_BJ` picks
-                    rows, `shrink` merges within a block. (TraceRL, arXiv 2509.06949; EGSPO)
+                    rows, `shrink` merges within a block. In place of a step map, events: `shown_BKS`, the ids
+                    (any, int64) that each sample shows, `event_steps_BKS`, the step of what it scores, -1
+                    nothing, and `event_ids_BKS`, what that step wrote. (TraceRL, arXiv 2509.06949; EGSPO)
         segments    the same for `segments` = N parts of T = `total_steps` steps (default: the sequence's own
-                    last + 1): step s is in part s N // T; each is scored in its first state. (d2, arXiv
+                    last + 1): part k begins with step k T // N; each is scored in its first state. (d2, arXiv
                     2509.21474)
         given       masks drawn by another loop: `masked_KBS`, bool `[K, B, S]`, the completion tokens that
                     each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used.
@@ -122,17 +129,28 @@ def make_mask_plan(
     if checks.may_read(input_ids_BS):
         _check_values(input_ids_BS, completion_mask_BS, sequence_ids, attention_mask_BS, mask_id, shift)
     _check_blocks(rule, causal_block, block_origin, edge, prompt_noise, shift)
+    if tail is not None:
+        checks.choice("tail", tail, laws.TAILS)
+        if eos_id is None or given_law:
+            raise ValueError(f"tail must be None without eos_id and with law='given', whose masks say it, got {tail!r}")
     given = completion_mask_BS
     tail_BS = None
     if eos_id is not None:
-        eos_BS = given & (input_ids_BS == checks.count("eos_id", eos_id, 0))
-        tail_BS = given & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
+        tail_BS = eos_tail(input_ids_BS, given, eos_id)
         completion_mask_BS = given & ~tail_BS
     prompt_BS = None
     if prompt_noise > 0.0:
         prompt_BS = (given.cumsum(-1) == 0) & given.any(-1, keepdim=True)
         if attention_mask_BS is not None:
             prompt_BS = prompt_BS & (attention_mask_BS != 0)
+    block_BS = step_BS = None
+    if causal_block is not None:
+        real_BS = torch.ones_like(given) if attention_mask_BS is None else (attention_mask_BS != 0) | given
+        if tail == "removed" and tail_BS is not None:
+            real_BS, given = real_BS & ~tail_BS, completion_mask_BS
+        block_BS = blocks.grid(real_BS, given, causal_block, block_origin)
+        if shift and checks.may_read(given) and bool((given & (real_BS.cumsum(-1) <= shift)).any()):
+            raise ValueError(f"completion_mask_BS must be False at the first {shift} real token(s), which no row predicts")
     fields: dict[str, Any] = {
         "input_ids_BS": input_ids_BS,
         "completion_mask_BS": completion_mask_BS,
@@ -143,22 +161,24 @@ def make_mask_plan(
         "iteration": iteration,
         "prompt_noise": prompt_noise,
         "prompt_mask_BS": prompt_BS,
+        "causal_block": causal_block,
+        "block_origin": block_origin,
+        "edge": edge,
+        "block_BS": block_BS,
     }
     if given_law:
         return given_masks.make(fields, samples, **options)
-    block_BS = step_BS = None
-    if causal_block is not None:
-        real_BS = torch.ones_like(given) if attention_mask_BS is None else (attention_mask_BS != 0) | given
-        block_BS = blocks.grid(real_BS, given, causal_block, block_origin)
-        if shift and checks.may_read(given) and bool((given & (real_BS.cumsum(-1) <= shift)).any()):
-            raise ValueError(f"completion_mask_BS must be False at the first {shift} real token(s), which no row predicts")
-    state_BS = state_BK = None
-    if rule.level == "steps" and block_BS is not None and causal_block is not None:
+    state_BS = state_BK = shown_BKS = step_BKS = target_BKS = None
+    if rule.level == "steps" and any(options.get(name) is not None for name in given_states.EVENTS):
+        shown_BKS, step_BKS, target_BKS = given_states.events(options, given)
+        step_BKS = torch.where(completion_mask_BS[:, None], step_BKS, -1)  # not after the first EOS
+        state_BK = torch.arange(shown_BKS.shape[1], device=given.device).expand(len(given), -1)
+    elif rule.level == "steps" and block_BS is not None and causal_block is not None:
         state_BS, state_BK, step_BS = given_states.in_blocks(law, options, completion_mask_BS, block_BS, causal_block, samples)
     elif rule.level == "steps":
         state_BS, state_BK = given_states.states(law, options, given, samples)
-    if state_BK is not None and state_BS is not None:
-        tail_BS = (state_BS >= 0) & ~completion_mask_BS
+    if state_BK is not None:
+        tail_BS = None if state_BS is None else (state_BS >= 0) & ~completion_mask_BS
         options = {name: value for name, value in options.items() if name not in given_states.TENSORS}
         samples = state_BK.shape[1]
     samples = checks.count("samples", samples)
@@ -171,15 +191,26 @@ def make_mask_plan(
         law=law,
         options=options,
         samples=samples,
-        tail_mask_BS=tail_BS if rule.tail == "hidden" else None,
+        tail_mask_BS=tail_BS if (tail or rule.tail) == "hidden" else None,
         state_BS=state_BS,
         state_BK=state_BK,
-        causal_block=causal_block,
-        block_origin=block_origin,
-        edge=edge,
-        block_BS=block_BS,
         step_BS=step_BS,
+        shown_BKS=shown_BKS,
+        step_BKS=step_BKS,
+        target_BKS=target_BKS,
     )
+
+
+def eos_tail(input_ids_BS: Tensor, completion_mask_BS: Tensor, eos_id: int) -> Tensor:
+    """bool `[B, S]`: the tokens of each completion after its first EOS.
+
+    Example:
+        >>> ids = torch.tensor([[7, 1, 7, 2, 7]])
+        >>> eos_tail(ids, torch.tensor([[False, True, True, True, True]]), 7)
+        tensor([[False, False, False,  True,  True]])
+    """
+    eos_BS = completion_mask_BS & (input_ids_BS == checks.count("eos_id", eos_id, 0))
+    return completion_mask_BS & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
 
 
 def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: str, prompt_noise: float, shift: int) -> None:

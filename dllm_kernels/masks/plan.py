@@ -43,7 +43,7 @@ class MaskPlan:
     iteration: int
     prompt_noise: float
     prompt_mask_BS: Tensor | None = None  # real prompt tokens, where prompt_noise > 0
-    tail_mask_BS: Tensor | None = None  # hidden but never scored: tokens after the first EOS, for some laws
+    tail_mask_BS: Tensor | None = None  # tokens after the first EOS, where they are hidden; never scored
     state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
     state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
     # of block diffusion: tokens per block, where blocks begin, and which row predicts a block's first token with shift
@@ -52,6 +52,10 @@ class MaskPlan:
     edge: str = "clean"
     block_BS: Tensor | None = None  # the block of each token, -1 at padding
     step_BS: Tensor | None = None  # of a given trace in blocks: the rollout's step of each scored token, -1 none
+    # of given events: what each sample shows, the step of what it scores (-1 nothing), and the token that the step wrote
+    shown_BKS: Tensor | None = None
+    step_BKS: Tensor | None = None
+    target_BKS: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,6 +96,8 @@ class MaskPlan:
     @cached_property
     def masked(self) -> Tensor:
         """bool `[K, B, S]`: hidden in this sample, in completion or prompt."""
+        if self.shown_BKS is not None:
+            return self._of_samples(self.shown_BKS) == self.mask_id
         hidden_KBS = self._hidden_KBS
         if self.tail_mask_BS is not None:
             hidden_KBS = hidden_KBS | self._hidden_tail_KBS
@@ -104,7 +110,7 @@ class MaskPlan:
     def _hidden_KBS(self) -> Tensor:
         """bool `[K, B, S]`: the hidden ones of the tokens that may be scored."""
         if self.rule.level == "steps":
-            return self.completion_mask_BS & self._after_KBS
+            return self.completion_mask_BS & (self._after_KBS if self.shown_BKS is None else self.masked)
         if self.rule.level == "block":
             return draws.block(self.options, self._keys, self.completion_mask_BS, self.lengths_B, self.prompt_noise)
         units = self.units
@@ -114,7 +120,22 @@ class MaskPlan:
     @property
     def _hidden_tail_KBS(self) -> Tensor:
         assert self.tail_mask_BS is not None
-        return self.tail_mask_BS & self._after_KBS if self.rule.level == "steps" else self.tail_mask_BS
+        if self.rule.level == "steps":
+            return self.tail_mask_BS & self._after_KBS
+        if self.rule.level == "t":  # each token has its own draw, so those of the others stay as they are
+            window = replace(self, completion_mask_BS=self.completion_mask_BS | self.tail_mask_BS, tail_mask_BS=None)
+            return self.tail_mask_BS & window._hidden_KBS
+        return self.tail_mask_BS
+
+    def _of_samples(self, given_BKS: Tensor) -> Tensor:
+        return given_BKS.transpose(0, 1)[self.sample_K]
+
+    @property
+    def step_KBS(self) -> Tensor | None:
+        """The rollout's step of each scored token, broadcastable to `[K, B, S]`; None but for traces in blocks."""
+        if self.block_BS is None or (self.step_BS is None and self.step_BKS is None):
+            return None
+        return self.step_BS if self.step_BKS is None else self._of_samples(self.step_BKS)
 
     @property
     def _state_KB1(self) -> Tensor:
@@ -129,7 +150,9 @@ class MaskPlan:
 
     @cached_property
     def scored(self) -> Tensor:
-        """bool `[K, B, S]`: the hidden tokens whose log-probs this sample counts."""
+        """bool `[K, B, S]`: the hidden (or, in given events, edited) tokens whose log-probs this sample counts."""
+        if self.step_BKS is not None:
+            return self._of_samples(self.step_BKS) >= 0
         if self.rule.level == "steps":
             decided_KBS = self._hidden_KBS & (self.state_BS == self._state_KB1)
             return decided_KBS if self.step_BS is None else decided_KBS & (self.step_BS >= 0)
@@ -138,6 +161,8 @@ class MaskPlan:
     @property
     def noisy_ids(self) -> Tensor:
         """Ids `[K, B, S]` with the mask id at hidden positions."""
+        if self.shown_BKS is not None:
+            return self._of_samples(self.shown_BKS)
         return torch.where(self.masked, self.mask_id, self.input_ids_BS)
 
     @cached_property
@@ -214,15 +239,12 @@ class MaskPlan:
             weight_N = self.weight_KB.reshape(-1).index_select(0, pair_N)
         else:
             weight_N = self.units.at_tokens(self._weight_KU).reshape(-1).index_select(0, flat_N)
+        target_N = self.input_ids_BS.reshape(-1).index_select(0, token_N).long()
         state_BS = self.state_BS if self.step_BS is None else self.step_BS
-        return Rows(
-            index=flat_N - self._row_shift,
-            target=self.input_ids_BS.reshape(-1).index_select(0, token_N).long(),
-            sequence=sequence_N,
-            sample=sample_N,
-            weight=weight_N,
-            state=None if state_BS is None else state_BS.reshape(-1).index_select(0, token_N),
-        )
+        state_N = None if state_BS is None else state_BS.reshape(-1).index_select(0, token_N)
+        if self.step_BKS is not None and self.target_BKS is not None:
+            target_N, state_N = (self._of_samples(t).reshape(-1)[flat_N] for t in (self.target_BKS, self.step_BKS))
+        return Rows(flat_N - self._row_shift, target_N, sequence_N, sample_N, weight_N, state_N)
 
     @property
     def _row_shift(self) -> int:
@@ -251,20 +273,9 @@ class MaskPlan:
         """
         if self.block_BS is None or self.causal_block is None:
             raise ValueError("layout is of plans of blocks: make the plan with causal_block, the model's block length")
-        masked_KBS, ids_BS = self.masked, self.input_ids_BS
-        return layout.make(
-            self.rows,
-            keep_N,
-            masked_KBS,
-            ids_BS,
-            self.completion_mask_BS,
-            self.block_BS,
-            length=self.causal_block,
-            copies=copies,
-            mask_id=self.mask_id,
-            shift=self.shift,
-            edge=self.edge,
-        )
+        given = self.noisy_ids, self.input_ids_BS, self.completion_mask_BS, self.block_BS
+        options: dict[str, Any] = {"length": self.causal_block, "copies": copies, "shift": self.shift}
+        return layout.make(self.rows, keep_N, *given, edge=self.edge, **options)
 
     def dense(self, values_N: Tensor) -> Tensor:
         """Values of the rows at their tokens, `[K, B, S]`, 0 where nothing is scored; differentiable."""

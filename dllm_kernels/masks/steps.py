@@ -15,7 +15,7 @@ from dllm_kernels.masks.plan import MaskPlan
 
 def number(plan: MaskPlan) -> int:
     """Pairs (sequence, state) with a scored token, of the samples of this cut."""
-    if plan.step_BS is None:
+    if plan.step_KBS is None:
         return int((plan.counts > 0).sum())
     rows = plan.rows
     assert rows.state is not None
@@ -24,8 +24,14 @@ def number(plan: MaskPlan) -> int:
 
 def sizes(plan: MaskPlan) -> Tensor:
     """int64, broadcastable to `[K, B, S]`: tokens of each scored token's group, in all samples of the plan."""
-    if plan.step_BS is None:
+    if plan.step_KBS is None:
         return plan.counts[:, :, None]
+    if plan.step_BS is None:  # of given events, of which a token may have several
+        K, B, S = plan.shape
+        key_BG = torch.where(plan.scored, plan.step_KBS, -1).transpose(0, 1).reshape(B, K * S)
+        sorted_BG = key_BG.sort(dim=-1).values
+        sizes_BG = torch.searchsorted(sorted_BG, key_BG, right=True) - torch.searchsorted(sorted_BG, key_BG)
+        return sizes_BG.view(B, K, S).transpose(0, 1)
     key_BS = torch.where(plan.completion_mask_BS, plan.step_BS, -1)
     sorted_BS = key_BS.sort(dim=-1).values
     return (torch.searchsorted(sorted_BS, key_BS, right=True) - torch.searchsorted(sorted_BS, key_BS))[None]
@@ -34,7 +40,7 @@ def sizes(plan: MaskPlan) -> Tensor:
 def shape(plan: MaskPlan) -> list[int]:
     """Sizes of a tensor with an entry per group: `[B, K]`; of a trace in blocks `[B, K, blocks]`."""
     K, B, _ = plan.shape
-    return [B, K] if plan.step_BS is None else [B, K, len(plan.units.lengths_U) // max(1, B)]
+    return [B, K] if plan.step_KBS is None else [B, K, len(plan.units.lengths_U) // max(1, B)]
 
 
 def sums(plan: MaskPlan, values_KBS: Tensor) -> Tensor:
@@ -43,27 +49,27 @@ def sums(plan: MaskPlan, values_KBS: Tensor) -> Tensor:
     Raises ValueError where a step decides tokens of several blocks, which no block-causal rollout does.
     """
     values_KBS = torch.where(plan.scored, values_KBS, 0.0)
-    if plan.step_BS is None:
+    if plan.step_KBS is None:
         return values_KBS.sum(-1).t()
     sums_KBJ = plan.units.collect(values_KBS).view(plan.shape[0], *shape(plan)[::2])
-    if checks.may_read(plan.step_BS) and int(present(plan).sum()) != number(plan):
+    if checks.may_read(values_KBS) and int(present(plan).sum()) != number(plan):
         raise ValueError("step_map_BS must decide tokens of one block in a step, where an objective couples the tokens of a step")
     return sums_KBJ.transpose(0, 1)
 
 
 def present(plan: MaskPlan) -> Tensor:
     """bool, of the sizes of `shape`: the group has a token."""
-    if plan.step_BS is None:
+    if plan.step_KBS is None:
         return plan.counts.t() > 0
     return (plan.units.collect(plan.scored).view(plan.shape[0], *shape(plan)[::2]) > 0).transpose(0, 1)
 
 
 def states(plan: MaskPlan) -> Tensor:
     """int64, of the sizes of `shape`: the state of each group, -1 where there is none."""
-    if plan.step_BS is None:
+    if plan.step_KBS is None:
         assert plan.state_BK is not None
         return plan.state_BK[:, plan.sample_K]
-    steps_KBS = torch.where(plan.scored, plan.step_BS, -1)
+    steps_KBS = torch.where(plan.scored, plan.step_KBS, -1)
     units = plan.units
     found_KUW = units.gathered(steps_KBS).masked_fill(~units.mask_UW, -1)
     return found_KUW.amax(-1).view(plan.shape[0], *shape(plan)[::2]).transpose(0, 1)

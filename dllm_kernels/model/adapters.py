@@ -47,6 +47,14 @@ def parameters(head: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def active_names(head: nn.Module) -> list[str]:
+    """The names of those that act apart from the weight."""
+    layer: Any = head
+    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+        return []
+    return [f"{side}.{name}" for name in _active(layer) for side in ("lora_A", "lora_B")]
+
+
 def low_rank(head: nn.Module, get: Get) -> LowRank | None:
     """The active adapters as `(A, B, scale)`, those of several along R; None where none acts apart from the weight.
 
@@ -95,24 +103,23 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.W
 def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
     """Raise ValueError where the head's own forward is not `h W^T + b` with the active adapters, once for each set of them.
 
-    Compared on one row that no norm maps to itself. Called where the head runs, so that FSDP has its parameters whole.
+    Compared on one row that no norm maps to itself. Called where the head runs, so that FSDP has its parameters whole; those
+    that FSDP was told to ignore are gathered meanwhile, by all ranks.
     """
     layer: Any = head
     live = [] if getattr(layer, "disable_adapters", True) else list(layer.active_adapters)
     state = type(head), *live, bool(getattr(layer, "merged", False))
     if state in _checked.get(head, ()) or hidden.is_meta or torch.compiler.is_compiling() or not hidden.numel():
         return
-    if type(head) is nn.Linear and getattr(own, "__func__", None) is nn.Linear.forward:
-        return  # that map itself, and a sharded one need not be gathered to see it
-    with torch.no_grad(), _gathered(head):
+    with torch.no_grad(), _gathered(head, hidden.dtype):
         row_1H = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
         row_1H = row_1H + torch.linspace(-2, 3, row_1H.shape[1], device=row_1H.device).to(row_1H.dtype)
         got = own(row_1H)
         named = parameters(head)
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = (_whole(getattr(layer, name, None)) for name in ("weight", "bias"))
         assert weight is not None
         want = nn.functional.linear(row_1H, weight.to(row_1H.dtype), None if bias is None else bias.to(row_1H.dtype))
-        adapter = low_rank(head, lambda name: named[name])
+        adapter = low_rank(head, lambda name: _whole(named[name]))
         if adapter is not None:
             down_RH, up_VR, scale = adapter
             want = want + scale * (row_1H.to(down_RH.dtype) @ down_RH.t() @ up_VR.t())
@@ -128,18 +135,24 @@ def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: T
 
 
 @contextmanager
-def _gathered(head: nn.Module) -> Iterator[None]:
-    """Within, the head's own parameters that FSDP left sharded are whole. A collective, which all ranks meet at once."""
-    sharded = [
-        (module, name, parameter)
-        for module in head.modules()
-        for name, parameter in module._parameters.items()
-        if hasattr(parameter, "full_tensor")
-    ]
+def _gathered(head: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the context the head's DTensors are plain tensors of its input's dtype, so that its own forward can run."""
+    replaced = []
+    for module in head.modules():
+        for name, parameter in module._parameters.items():
+            if hasattr(parameter, "full_tensor"):
+                replaced.append((module._parameters, name, parameter))
     try:
-        for module, name, parameter in sharded:
-            module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=False)  # type: ignore[union-attr, operator]
+        for parameters_of, name, parameter in replaced:
+            parameters_of[name] = parameter.full_tensor().to(dtype)  # type: ignore[union-attr]
         yield
     finally:
-        for module, name, parameter in sharded:
-            module._parameters[name] = parameter
+        for parameters_of, name, parameter in replaced:
+            parameters_of[name] = parameter
+
+
+def _whole(parameter: Any) -> Tensor | None:
+    if parameter is None:
+        return None
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole

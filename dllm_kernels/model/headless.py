@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,34 +16,42 @@ from torch.overrides import TorchFunctionMode
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
 from dllm_kernels.model import adapters
-from dllm_kernels.model.sharding import Shards, WholeHead, find_shards
+from dllm_kernels.model.sharding import Shards, WholeHead, find_shards, is_sharded
+from dllm_kernels.model.wrappers import HandedOut, Wrapper, check_alone, check_head, find_outer, unwrapped
 
 
 class _Tap:
     """Replaces the head's forward: keeps its input and returns a single column of it.
 
-    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) costs one column.
+    Whatever the model does to its logits afterwards (softcap, scaling, an upcast) costs one column. A head has one
+    for all its contexts: `torch.compile` would see a new graph in each new one.
     """
 
-    def __init__(self, shards: Shards | None, head: WholeHead, check: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.hidden: Tensor | None = None
-        self.check = check
-        self.column: Any = None
-        self.active = True
-        self.shards, self.head = shards, head
+        self.open: list[Body] = []
+        self.check: Callable[[Tensor], None] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
-        if self.check is not None:
+        if not torch.compiler.is_compiling() and self.check is not None:
             self.check(hidden)
         return hidden[..., :1].clone()  # not a view: OLMo-style code (LLaDA) may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Forward hook of FSDP's root, which must output hidden states for FSDP to notice their backward."""
+        """Forward hook of the module whose output reducers look at."""
         if self.hidden is None:
             return None
-        self.column = getattr(output, "logits", None)
-        return self.hidden, self.column
+        body = self.open[-1]
+        used_names = {"weight", "bias", *adapters.active_names(body.head)}
+        parameters = [
+            p for name, p in body.whole.parameters.items() if name in used_names and p is not None and not is_sharded(p)
+        ]
+        used = tuple(p[:0] for p in parameters if p.requires_grad) if torch.is_grad_enabled() else ()
+        return HandedOut(self.hidden, getattr(output, "logits", None), used)
+
+
+_TAPS: weakref.WeakKeyDictionary[nn.Module, _Tap] = weakref.WeakKeyDictionary()
 
 
 class _LinearTap(TorchFunctionMode):
@@ -65,11 +74,15 @@ class Body:
     switched on), `score_tokens` and `sample_tokens` reproduce the model's own logits.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module, tap: _Tap) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, wrapper: Wrapper, whole: WholeHead) -> None:
         self.model = model
         self.head = head
-        self.parameter: Tensor = tap.head.parameters["weight"]  # type: ignore[assignment]  # a DTensor where it is sharded
-        self._tap = tap
+        self.wrapper, self.whole = wrapper, whole
+        self.parameter: Tensor = whole.parameters["weight"]  # type: ignore[assignment]  # a DTensor where it is sharded
+        self._tap = _TAPS[head]
+        self._active = True
+        self._seen = type(find_outer(model)) is not Wrapper or self.shards is not None  # no wrapper was left out
+        model = unwrapped(model)
         embed = getattr(model, "get_input_embeddings", None)
         try:
             embedding = embed() if callable(embed) else None
@@ -86,33 +99,33 @@ class Body:
     @property
     def shards(self) -> Shards | None:
         """None for a model of plain tensors."""
-        return self._tap.shards
+        return self.wrapper if isinstance(self.wrapper, Shards) else None
 
     @property
     def weight(self) -> Tensor:
         """`[V, H]`: the parameter, or a full copy of a sharded one in the dtype of the last hidden states.
 
-        The gradient of a copy is summed over ranks into the sharded parameter when the outermost `headless`
-        ends.
+        The gradient of a copy is reduced over ranks, as FSDP reduces the body's, into the sharded parameter when
+        the outermost `headless` ends.
         """
-        weight = self._tap.head.get("weight")
+        weight = self.whole.get("weight")
         assert weight is not None
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """`[V]` or None; as the weight."""
-        return self._tap.head.get("bias")
+        return self.whole.get("bias")
 
     @property
     def options(self) -> HeadOptions:
-        low_rank = adapters.low_rank(self.head, self._tap.head.get)
+        low_rank = adapters.low_rank(self.head, self.whole.get)
         return HeadOptions(self.bias, self.softcap, self.temperature, low_rank=low_rank)
 
     @property
     def take_dweight(self) -> WeightGradient | None:
         """Where the gradient of a sharded head's weight is added up, in fp32; None where autograd's `.grad` takes it."""
-        return self._tap.head.taker("weight")
+        return self.whole.taker("weight")
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Hidden states `[..., S, H]` of ids `[..., S]`, in the dtype in which the model feeds its head.
@@ -120,7 +133,7 @@ class Body:
         Leading dimensions, such as `[K, B]`, are flattened into one batch; so are those of an
         `attention_mask`.
         """
-        if not self._tap.active:
+        if not self._active:
             raise ValueError("body must be called inside its headless context, which has ended")
         checks.dtype("input_ids", input_ids, (torch.int64, torch.int32))
         if input_ids.dim() == 0 or input_ids.numel() == 0:
@@ -132,24 +145,38 @@ class Body:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
-        self._tap.hidden = self._tap.column = None
+        self._tap.hidden = None
         own_embedding = isinstance(self.head, nn.Embedding)
         with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
             if self.shards is not None:  # warns of views changed in place later; these are not
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            output = self.model(input_ids=flat, **kwargs)
+            output = self.wrapper.callee(self.model)(input_ids=flat, **kwargs)
         hidden, self._tap.hidden = self._tap.hidden, None
-        column, self._tap.column = self._tap.column, None
         if hidden is None:
             raise ValueError(
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
-        self._check_logits(hidden, getattr(output, "logits", None) if column is None else column)
+        if not self._seen and hidden.requires_grad:
+            check_alone(self.head)
+            self._seen = True
+        if isinstance(output, HandedOut):  # reducers may have marked or cast what they hand out
+            hidden, column = output.hidden.to(hidden.dtype), output.column
+        else:
+            column = getattr(output, "logits", None)
+        self._check_logits(hidden, column)
         if torch.is_autocast_enabled(hidden.device.type):  # autocast would bring both operands to one dtype
             hidden = hidden.to(self.parameter.dtype)
-        self._tap.head.get("weight", hidden.dtype)  # a collective, which all ranks call here
-        adapters.low_rank(self.head, self._tap.head.get)  # likewise, and refuses what cannot be right
+        self.whole.get("weight", hidden.dtype)  # a collective, which all ranks call here
+        adapters.low_rank(self.head, self.whole.get)  # likewise, and refuses what cannot be right
         return hidden.view(*input_ids.shape, hidden.shape[-1])
+
+    @contextmanager
+    def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
+        """Within the context, gradients are summed over ranks, whatever the wrapper does otherwise; then it does so again."""
+        self.whole.collect()
+        with self.wrapper.accumulating(reduce_last=reduce_last):
+            yield
+            self.whole.collect()
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
         """A call that adds exactly 0 to every gradient, to keep step with ranks that have more to do."""
@@ -176,17 +203,21 @@ def headless(model: nn.Module) -> Iterator[Body]:
     """Within the context, the model's output embedding is bypassed and logits are never built.
 
     Args:
-        model: any module with Hugging Face's `get_output_embeddings()`, also with a tied head or softcapped
-            logits.
+        model: any module with Hugging Face's `get_output_embeddings()`, also with a tied head or softcapped logits, as the
+            training loop holds it: in DistributedDataParallel, under fully_shard (FSDP2), as a DeepSpeed engine of ZeRO stage
+            0 to 2, compiled. Pass the wrapper, not what is inside it.
 
-    Yields a `Body`. The model is restored on exit, also after an exception. Only the head's forward is
-    replaced: modules, parameters, state dict and hooks stay in place, so training and saving work as usual.
+    Yields a `Body`. Calls go through the wrapper, which reduces gradients as it does with plain logits; the gradient of a head
+    that FSDP2 shards is reduced in the same way when the context ends, so backward has to run inside. The model is restored
+    on exit, also after an exception. Only the head's forward is replaced: modules, parameters, state dict and hooks stay in
+    place, so training and saving work as usual.
 
     peft's LoRA on the head is a part of it (`body.options`), merged or not, and a head in `modules_to_save` is the active
     copy; a head whose own output on one row is not what the options say is refused, once per model.
 
     Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
-    forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind.
+    forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind; or if it is in a wrapper under
+    which gradients could not be right: FSDP1, ZeRO stage 3, DataParallel.
 
     Example:
         >>> import torch
@@ -201,60 +232,67 @@ def headless(model: nn.Module) -> Iterator[Body]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    getter = getattr(model, "get_output_embeddings", None)
+    wrapper = find_outer(model)
+    getter = getattr(unwrapped(model), "get_output_embeddings", None)
     head: Any = getter() if callable(getter) else None
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ValueError(
             f"model must have an output embedding (get_output_embeddings() with a weight), {type(model).__name__} has none"
-            + ("; pass the wrapped model, model.module" if hasattr(model, "module") else "")
         )
     head = adapters.in_use(head)
+    check_head(head)
+    own_embedding = isinstance(head, nn.Embedding)  # its forward is the input lookup and must stay
     previous = head.__dict__.get("forward")  # accelerate and others patch instances, too
-    outer = previous if isinstance(previous, _Tap) else None
-    if outer is not None:
-        tap = _Tap(outer.shards, outer.head)
+    tap = _TAPS.setdefault(head, _Tap())
+    hook = None
+    if tap.open:
+        wrapper, whole = tap.open[0].wrapper, tap.open[0].whole
     else:
-        shards = find_shards(model)
-        tap = _Tap(shards, WholeHead(head.weight, getattr(head, "bias", None)))
-        tap.head.get("bias")
-        tap.head.parameters |= adapters.parameters(head)
+        if (shards := find_shards(model)) is not None:
+            if type(wrapper) is not Wrapper:
+                raise ValueError(f"model must be sharded or in a {type(model).__name__}, not both")
+            if own_embedding:
+                raise ValueError(
+                    f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
+                )
+            wrapper = shards
+        whole = WholeHead(head.weight, getattr(head, "bias", None), shards)
+        whole.get("bias")
+        whole.parameters |= adapters.parameters(head)
+        carrier = wrapper.carrier
+        if carrier is not None and carrier is not head and any(module is head for module in carrier.modules()):
+            hook = carrier.register_forward_hook(tap.hand_out, prepend=True)
     checks.shape("model's output embedding weight", head.weight, [None, None])
     if getattr(head, "lora_embedding_A", None):
         raise ValueError("model's output embedding must not be an input embedding with LoRA: its logits would be without it")
-    if isinstance(head, nn.Embedding):  # its forward is the input lookup and must stay
-        if tap.shards is not None:
-            raise ValueError(
-                f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
-            )
-        try:
-            yield Body(model, head, tap)
-        finally:
-            tap.active = False
-        return
-    hooks = [
-        module.register_forward_hook(tap.hand_out, prepend=True) for module in (tap.shards.modules[:1] if tap.shards else ())
-    ]
-    tap.check = functools.partial(adapters.check_own_output, head, head.forward) if outer is None else outer.check
-    head.forward = tap
+    if not tap.open and not own_embedding:
+        tap.check = functools.partial(adapters.check_own_output, head, head.forward)
+    body = Body(model, head, wrapper, whole)
+    tap.open.append(body)
+    if not own_embedding:
+        head.forward = tap
     try:
-        yield Body(model, head, tap)
+        yield body
     finally:
-        if previous is None:
-            del head.forward
-        else:
+        tap.open.remove(body)
+        body._active = False
+        if previous is not None:
             head.forward = previous
-        for hook in hooks:
+        elif not own_embedding:
+            del head.forward
+        if hook is not None:
             hook.remove()
-        tap.active = False
-        if tap.shards is not None:
-            tap.shards.reshard()
-    if outer is None and tap.shards is not None:  # not after an error: other ranks may be elsewhere
-        tap.head.reduce(tap.shards)
+        wrapper.reshard()
+        if not tap.open:
+            tap.check = None  # holds the head
+            whole.close()
+    if not tap.open:  # not after an error: other ranks may be elsewhere
+        whole.reduce()
 
 
 def text_config(model: nn.Module) -> Any:
     """The language model's config, nested in that of a multimodal model; None where there is none."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -272,7 +310,7 @@ def dropout_names(model: nn.Module) -> list[str]:
     active = [
         name for name, m in model.named_modules() if m.training and "Dropout" in type(m).__name__ and getattr(m, "p", 0) > 0
     ]
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return active + [
         f"config.{key}" for key, value in settings.items() if "dropout" in key and isinstance(value, float) and value > 0

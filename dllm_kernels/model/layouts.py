@@ -19,6 +19,7 @@ from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.block_attention import BlockMask
 from dllm_kernels.model.headless import Body
+from dllm_kernels.model.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Packed:
         rank_BW = keep_BW.cumsum(-1) - 1
         self.column_BL = self.start_B[:, None] + rank_BW.gather(1, canvas.column_BL)
         self.width_B = width_B
-        implementation = str(getattr(getattr(body.model, "config", None), "_attn_implementation", ""))
+        implementation = str(getattr(getattr(unwrapped(body.model), "config", None), "_attn_implementation", ""))
         self._flash = implementation.startswith("flash")
 
     def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
@@ -278,7 +279,7 @@ def _additive(sees: Tensor, body: Body) -> Tensor:
 
 
 def takes_cache(body: Body) -> bool:
-    return "past_key_values" in inspect.signature(body.model.forward).parameters
+    return "past_key_values" in inspect.signature(unwrapped(body.model).forward).parameters
 
 
 # --- block diffusion ----------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def takes_cache(body: Body) -> bool:
 
 def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
     """Hidden states `[R, T, H]` of a plan's layout; `[B, S, ...]` arguments of the model are extended to it."""
-    parameters = inspect.signature(body.model.forward).parameters
+    parameters = inspect.signature(unwrapped(body.model).forward).parameters
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"model must take position_ids, which the copies repeat, but {type(body.model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}

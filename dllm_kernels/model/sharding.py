@@ -2,14 +2,17 @@
 
 A forward under FSDP2 is a sequence of collectives, so ranks must make the same calls, with and without a
 gradient, in the same order. The head is gathered once per `headless` context; its gradient is accumulated
-unsharded and reduced once when the context ends. All gradients are summed over ranks, not averaged:
-`accumulate` divides by the denominator of the whole optimizer step.
+unsharded and reduced once when the context ends: averaged, or divided by what the user set, as FSDP does with
+the body's. Within `accumulate` all gradients are summed: it divides by the denominator of the whole step.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm_kernels.backends.contract import WeightGradient
+from dllm_kernels.model.wrappers import Wrapper
 
 _WIDE = (torch.float32, torch.float64)
+# of FSDP's parameter groups, by the versions of torch that have them
+_SETTINGS = (
+    "gradient_divide_factor",
+    "force_sum_reduction_for_comms",
+    "reduce_scatter_reduce_op",
+    "reduce_grads",
+    "all_reduce_grads",
+)
+_SUMS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the operation by which a group was made to sum
 
 
 def is_sharded(tensor: object) -> bool:
@@ -32,6 +45,8 @@ def find_shards(model: nn.Module) -> Shards | None:
     if "torch.distributed.fsdp" in sys.modules:
         kind = getattr(sys.modules["torch.distributed.fsdp"], "FSDPModule", ())
         modules = [module for module in model.modules() if isinstance(module, kind)]
+    if modules and _state(modules[0])._is_root is False:
+        raise ValueError("model must be the module at the root of fully_shard, not one inside it: the root gathers for all")
     for module in modules:
         module.reshard()  # after a forward without backward the root is still unsharded
     sharded = next((p for p in model.parameters() if is_sharded(p)), None)
@@ -40,11 +55,13 @@ def find_shards(model: nn.Module) -> Shards | None:
     return Shards(modules, sharded.device_mesh)  # type: ignore[attr-defined]
 
 
-class Shards:
-    """The ranks that hold the shards of a model, and when its gradients are reduced."""
+class Shards(Wrapper):
+    """The ranks that hold the shards of a model, and when and how its gradients are reduced."""
 
     def __init__(self, modules: list[Any], mesh: Any) -> None:
         self.modules, self.mesh = modules, mesh  # FSDP modules, parents first
+        self.carrier = modules[0] if modules else None  # FSDP's root must output hidden states to notice their backward
+        self._units = [unit for module in modules for unit in _units(module)]
         self.unreduced = False  # whether unsharded gradients wait for a reducing backward
         self._reduces = True
 
@@ -69,6 +86,27 @@ class Shards:
         for module in self.modules:
             module.reshard()
 
+    def divisor(self, parameter: Tensor) -> float:
+        """What the sum of a parameter's gradients over ranks is divided by at present: 1 where FSDP is not at work.
+
+        Raises ValueError where it cannot be known.
+        """
+        own = [unit for unit in self._units if any(p.sharded_param is parameter for p in unit.fsdp_params)]
+        unit: Any = next(iter(own or self._units), None)  # one that FSDP was told to ignore follows the others
+        if unit is None:
+            return 1.0
+        ranks = unit.mesh_info.mesh.size()
+        if parameter.device_mesh.size() != ranks:  # type: ignore[attr-defined]
+            raise ValueError(f"model must be sharded by FSDP2 alone, but its head is on {parameter.device_mesh}")  # type: ignore[attr-defined]
+        if hasattr(unit, "gradient_divide_factor"):
+            return float(unit.gradient_divide_factor or ranks)
+        operation = unit.reduce_scatter_reduce_op  # all that torch up to 2.7 keeps of the factor
+        if operation is None:
+            return float(ranks)
+        if _SUMS.get(unit) is not operation:
+            raise ValueError("model must have FSDP2's own divide factor: torch up to 2.7 does not tell which one was set")
+        return 1.0
+
     def sum_gradients(self) -> None:
         """From now on sum gradients over ranks; FSDP averages by default."""
         for module in self.modules:
@@ -77,6 +115,42 @@ class Shards:
             getattr(module, name if hasattr(module, name) else "set_reduce_scatter_divide_factor")(1.0)
             if hasattr(module, "set_force_sum_reduction_for_comms"):  # gloo needs it
                 module.set_force_sum_reduction_for_comms(True)
+        for unit in self._units:
+            _SUMS[unit] = getattr(unit, "reduce_scatter_reduce_op", None)
+
+    @contextmanager
+    def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
+        """Within the context FSDP sums; its factors and flags are put back, and what an error left is thrown away.
+
+        reduce_last: only the backwards that `before_call` names reduce.
+        """
+        if any(_waits(unit) for unit in self._units):
+            raise ValueError(
+                "model must not hold gradients that FSDP has not reduced yet (set_requires_gradient_sync(False)): "
+                "accumulate sums, what waits is to be averaged; end that step first"
+            )
+        before = [(unit, {name: getattr(unit, name) for name in _SETTINGS if hasattr(unit, name)}) for unit in self._units]
+        self.sum_gradients()
+        self.reduce_gradients(now=not reduce_last)
+        try:
+            yield
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._reduces, self.unreduced = True, False
+            for unit, settings in before:
+                for name, value in settings.items():
+                    setattr(unit, name, value)
+
+    def _recover(self) -> None:
+        for unit in self._units:
+            for parameter in unit.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+        if self.modules and _state(self.modules[0])._is_root and hasattr(self.modules[0], "reset_iter_state"):
+            self.modules[0].reset_iter_state()
 
     def reduce_gradients(self, now: bool) -> None:
         """Whether the next backwards reduce-scatter gradients or accumulate them unsharded."""
@@ -95,8 +169,9 @@ class Shards:
 class WholeHead:
     """A head's gathered weight and bias, and their gradients so far. Plain tensors are passed through."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, shards: Shards | None) -> None:
         self.parameters = {"weight": weight, "bias": bias}
+        self._shards, self._closed = shards, False
         self._whole: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int]] = {}
@@ -119,6 +194,7 @@ class WholeHead:
         whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]
         if parameter.requires_grad:
             whole.requires_grad_(True)
+            whole.register_hook(self._check_open)
             if dtype not in _WIDE:  # gradients that autograd delivers must not accumulate in 16 bits
                 whole.register_post_accumulate_grad_hook(lambda _: self._collect(name))
         self._whole[name], self._versions[name] = whole, version
@@ -129,13 +205,35 @@ class WholeHead:
         parameter = self.parameters[name]
         if parameter is None or not is_sharded(parameter) or not parameter.requires_grad:
             return None
-        return functools.partial(self._add, name)
+        return functools.partial(self._take, name)
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        self._check_open(gradient)
+        self._add(name, gradient)
+
+    def _check_open(self, _gradient: Tensor) -> None:
+        if self._closed:
+            raise ValueError("model is sharded: backward must run inside the headless context, which reduces the head's gradient")
 
     def _add(self, name: str, gradient: Tensor) -> None:
+        parameter = self.parameters[name]
+        assert self._shards is not None
+        assert parameter is not None
+        gradient = gradient if gradient.dtype in _WIDE else gradient.float()
+        if (divisor := self._shards.divisor(parameter)) != 1.0:
+            gradient = gradient / divisor
         if name in self._buffers:
             self._buffers[name] += gradient
         else:
-            self._buffers[name] = gradient if gradient.dtype in _WIDE else gradient.float()
+            self._buffers[name] = gradient
+
+    def collect(self) -> None:
+        """Add up what autograd delivered so far, divided by what FSDP divides by at present."""
+        for name in self.parameters:
+            self._collect(name)
+
+    def close(self) -> None:
+        self._closed = True
 
     def _collect(self, name: str) -> None:
         """Move what autograd accumulated on the copy into the buffer."""
@@ -144,8 +242,11 @@ class WholeHead:
             self._add(name, whole.grad)
             whole.grad = None
 
-    def reduce(self, shards: Shards) -> None:
+    def reduce(self) -> None:
         """Adds the sum of all ranks' gradients to the `.grad` of the sharded parameters. A collective."""
+        shards = self._shards
+        if shards is None:
+            return
         from torch.distributed.tensor import DTensor, Partial
 
         for name, parameter in self.parameters.items():
@@ -163,6 +264,28 @@ class WholeHead:
             with torch.no_grad():
                 gradient = partial.redistribute(placements=parameter.placements).to(parameter.dtype)  # type: ignore[attr-defined]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()
+
+
+def _units(module: Any) -> list[Any]:
+    """FSDP's parameter groups of a module: what it gathers and reduces together."""
+    state = _state(module)
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _waits(unit: Any) -> bool:
+    """Whether gradients wait for a reducing backward."""
+    unsharded = [getattr(parameter, "_unsharded_param", None) for parameter in unit.fsdp_params]
+    return (
+        getattr(unit, "_partial_reduce_output", None) is not None
+        or any(parameter.unsharded_accumulated_grad is not None for parameter in unit.fsdp_params)
+        or any(parameter is not None and parameter.grad is not None for parameter in unsharded)
+    )
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # type checkers cannot follow what is found at run time; a fi
     from dllm_kernels.objectives.egspo import *
     from dllm_kernels.objectives.espo import *
     from dllm_kernels.objectives.gdpo import *
+    from dllm_kernels.objectives.gdsd import *
+    from dllm_kernels.objectives.justgrpo import *
     from dllm_kernels.objectives.rspo import *
     from dllm_kernels.objectives.spg import *
     from dllm_kernels.objectives.trace_rl import *

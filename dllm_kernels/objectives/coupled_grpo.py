@@ -46,12 +46,13 @@ def coupled_scores(logp_full_BL: Tensor, logp_pair_BL: Tensor, first_mask_BL: Te
         check_values("t", t, sizes[:1] if t.dim() else [], logp_full_BL)
         if checks.may_read(t) and not bool(((t > 0) & (t < 1)).all()):
             raise ValueError(f"t must be in (0, 1), got values from {float(t.min())} to {float(t.max())}")
-        first_weight: float | Tensor = 1.0 / t.detach().to(logp_full_BL.dtype).reshape(-1, 1)
-        second_weight: float | Tensor = 1.0 / (1.0 - t.detach().to(logp_full_BL.dtype).reshape(-1, 1))
+        first_weight = 1.0 / t.detach().to(logp_full_BL.dtype).reshape(-1, 1)
+        second_weight = 1.0 / (1.0 - t.detach().to(logp_full_BL.dtype).reshape(-1, 1))
     else:
         if checks.number("t", t, above=0) >= 1:
             raise ValueError(f"t must be in (0, 1), got {t}")
-        first_weight, second_weight = 1.0 / t, 1.0 / (1.0 - t)
+        # tensors: torch.where makes float32 of two numbers
+        first_weight, second_weight = logp_full_BL.new_tensor(1.0 / t), logp_full_BL.new_tensor(1.0 / (1.0 - t))
     return 0.5 * (logp_full_BL + torch.where(first_mask_BL, first_weight, second_weight) * logp_pair_BL)
 
 
@@ -149,6 +150,8 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=2,
+    window="eos",
+    tail="hidden",
     notes="The code was read; it draws one t for the whole batch, the law one per sequence. Groups of 10, learning rate 1e-6 "
     "to 10 % by a cosine, full fine-tuning, completions of 256 tokens, temperature 1.",
 )

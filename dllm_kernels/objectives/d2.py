@@ -120,6 +120,9 @@ RECIPE = Recipe(
     inner_iterations=12,
     options=Options,
     trajectory=Trajectory(_segments, _segment_tokens),
-    notes="The code was read. 8 segments for GSM8K, 16 for Countdown; the rest as diffu-GRPO. "
+    window="eos",
+    tail="hidden",
+    notes="The code was read. Prompt noise 0.15, a new one per inner iteration, in policy, old and "
+    "reference. 8 segments for GSM8K, 16 for Countdown; the rest as diffu-GRPO. "
     "The any-order variant for a causal model is not here.",
 )

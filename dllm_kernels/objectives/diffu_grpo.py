@@ -84,6 +84,8 @@ RECIPE = Recipe(
     needs_old=True,
     needs_reference=True,
     inner_iterations=12,
+    window="eos",
+    tail="hidden",
     notes="The code was read. Prompt noise 0.15, a new one per inner iteration, shared by policy, old and reference. "
     "Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

@@ -258,6 +258,7 @@ RECIPE = Recipe(
     signal=later_signal,
     entries=_entries,
     figures=_figures,
+    window="completion",
     notes="The official code was read; its `ddo` loss and adaptive coefficient are left out. Weights: alpha 0.04, kappa 1. Old "
     "and reference ELBOs are taken once, at rollout, with masks of their own. 16 completions a prompt, learning rate 1e-6, "
     "temperature 0.2.",

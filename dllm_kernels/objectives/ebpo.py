@@ -120,6 +120,8 @@ RECIPE = Recipe(
     needs_reference=False,
     inner_iterations=1,
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high),
+    window="eos",
+    tail="removed",
     notes="The report's own code is closed; DARE's port was read, whose KL to a reference is off by default and left out. Its "
     "SDAR recipes: 16 timesteps, blocks of 4, learning rate 5e-7, temperature 1. It stratifies the levels over blocks and "
     "timesteps, ours over timesteps.",

@@ -86,7 +86,8 @@ def stepwise_returns(rewards_B: Tensor, step_rewards: Tensor, *, lam: float = 0.
 
     `group_advantages(returns, group_ids, kind="mean")` then centres them by group and entropy rank: column k holds each
     sequence's k-th chosen step, not one time step. lam = 0 is EGSPO. The code's option `standard_grpo_returns` is
-    `group_advantages(rewards_B, group_ids)[:, None] + lam * (rewards_B[:, None] - step_rewards)`.
+    `(group_advantages(rewards_B, group_ids)[:, None] + lam * (rewards_B[:, None] - step_rewards)) / (1 + lam)`, without the
+    division where it does not normalise.
 
     Args:
         rewards_B: R, `[B]`, of the final completions.
@@ -221,7 +222,7 @@ def _step_advantages(update: Update, options: OptionsSA) -> dict[str, Tensor]:
     final_B = update.rewards.values_B[update.kept_N]
     everyone, mine = update.gather(stepwise_returns(final_B, seen_BJ, lam=options.stepwise))
     advantages_BJ = group_advantages(everyone, update.rewards.group_ids_B, kind="mean")[mine]
-    if states.plan.step_BS is None:
+    if states.plan.step_KBS is None:
         return {"step_advantages": advantages_BJ}
     there = steps.states(states.plan)[..., None] == steps_BJ.masked_fill(steps_BJ < 0, -2)[:, None, None]
     return {"step_advantages": torch.where(there, advantages_BJ[:, None, None], 0.0).sum(-1)}
@@ -244,6 +245,7 @@ RECIPE = Recipe(
     from_run=lambda length, steps: {"tokens_per_step": length / steps},
     trajectory=Trajectory(_selected_steps, _step_tokens),
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high),
+    window="completion",
     notes="The code was read in full, of the paper the abstract and notes. The 8 steps of highest entropy of 128, for 256 "
     "tokens; the code takes 2 of the 8 per optimizer step, we take all. Groups of 8, learning rate 3e-5, LoRA, temperature "
     "0.9.",

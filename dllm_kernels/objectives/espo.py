@@ -118,6 +118,7 @@ RECIPE = Recipe(
     needs_reference=True,
     inner_iterations=8,
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high, per_token=True),
+    window="completion",
     notes="The official code was read. Two pairs of complements a sequence; epsilon 0 on Countdown; beta 1e-3 for mathematics, "
     "3e-3 for Countdown, 1e-2 for Sudoku and code; 6 completions a prompt (16 mathematics, 10 code), learning rate 3e-6.",
 )

@@ -19,6 +19,7 @@ from dllm_kernels.objectives.update import Rewards, Signal, States, Update, adva
 from dllm_kernels.rollouts.trajectories import Rollout
 
 Status = Literal["verified against the paper", "verified against the code", "unverified"]
+WINDOWS = ("eos", "completion")
 _KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", NoneType: "null"}
 
 
@@ -57,7 +58,7 @@ class Recipe:
     samples: int | None  # K of an inner iteration; None where the trajectory says it
     advantage: str | None  # kind of `group_advantages`; None for what makes its own weights of the rewards
     needs_old: bool
-    needs_reference: bool
+    needs_reference: bool  # as published; see `wants_reference`
     inner_iterations: int  # optimizer steps per rollout
     # a frozen dataclass of bool, int, float, str or None, as published; None: the factory's keywords are all options
     options: type[Any] | None = None
@@ -65,15 +66,32 @@ class Recipe:
     signal: Callable[[Rewards, Objective, Any], Signal] = advantage_signal
     pairs: bool = False  # learns from one chosen and one rejected completion of a prompt: given pairs will do
     trajectory: Trajectory | None = None  # None: masks are drawn by the law
+    # tokens that are scored, and that lengths and denominators count: up to the first EOS, inclusive, or all
+    window: Literal["eos", "completion"] = "completion"
+    # what the model sees of the tokens after it; None: the law's own, see `make_mask_plan`
+    tail: Literal["shown", "hidden", "removed"] | None = None
     greedy: bool = False  # wants the greedy completion of every state of a rollout
     entries: Callable[[Update, Any], dict[str, Tensor]] | None = None  # beyond the signal's and old and reference scores
     figures: Callable[[Update, Batch, Any], dict[str, float]] | None = None  # to log, of each optimizer step
     clip: Callable[[Any], Clip] | None = None
     notes: str = ""  # a sentence on the status, then the published group size, learning rate and the like
 
+    def __post_init__(self) -> None:
+        if self.window not in WINDOWS:
+            raise ValueError(f"window must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.tail is not None and self.window != "eos":
+            raise ValueError(f"tail must be None with window='completion', which leaves no tail, got {self.tail!r}")
+
     @property
     def needs_trajectory(self) -> bool:
         return self.trajectory is not None
+
+    def wants_reference(self, given: Mapping[str, Any]) -> bool:
+        """Whether a reference policy is needed with these options."""
+        made = self.make(self.choose(given))
+        return self.needs_reference or any(
+            name.startswith("ref_") for name in (*made.per_sequence, *made.per_sample, *made.per_token)
+        )
 
     @functools.cached_property
     def option_type(self) -> type[Any]:

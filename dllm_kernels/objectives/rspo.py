@@ -97,6 +97,7 @@ RECIPE = Recipe(
     needs_old=False,
     needs_reference=True,
     inner_iterations=1,
+    window="completion",
     notes="Abstract, a digest and one third-party port agree on the form; no official code, equations and hyper-parameters not "
     "checked. The port redraws empty masks, here they score 0. Group size, learning rate and inner iterations are not known.",
 )

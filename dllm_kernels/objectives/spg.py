@@ -150,6 +150,8 @@ RECIPE = Recipe(
     needs_old=False,
     needs_reference=False,
     inner_iterations=4,
+    window="eos",
+    tail="hidden",
     notes="The code was read. Prompt noise 0.15, also on earlier blocks of the completion. eubo_beta 1 for Sudoku, 2 with "
     "negative='eubo' for Countdown. Groups of 6, learning rate 3e-6, LoRA, completions of 256 tokens.",
 )

@@ -51,7 +51,8 @@ def trace_rl(
 
     "llada" (rl_llada.py, lines 573-607): `-(1/B) sum_b (1/|M_b|) sum_{l in M_b} min(rho A, clip(rho, 1 +- epsilon) A)
     + (beta/B) sum_b sum_{l in M_b} k3(logp, old)`, `rho = e^(logp - old)`: the KL is summed, not averaged. "sdar"
-    (train_sdar_policy.py, lines 475-520): `logp - old` is clamped to +-10 in both terms and both are divided by L.
+    (train_sdar_policy.py, lines 475-520): `logp - old` is clamped to +-10 in the exponents, not in the KL's linear term, and both
+    are divided by L.
 
     Args:
         logp_BL: log-probs `[B, L]` under the policy in the state before the step, float32 or float64, differentiable. For
@@ -99,11 +100,10 @@ def _token_losses(
     SDAR form, None is LLaDA's form.
     """
     delta = masked_difference(logp, old, mask)
-    if window is not None:
-        delta = delta.clamp(-DELTA_BOUND, DELTA_BOUND)
-    surrogate = torch.where(mask, clipped_ratio_term(delta, advantages, epsilon, epsilon), 0.0)
-    if window is not None:
-        return (beta * k3(delta) - surrogate) / window
+    bounded = delta if window is None else delta.clamp(-DELTA_BOUND, DELTA_BOUND)
+    surrogate = torch.where(mask, clipped_ratio_term(bounded, advantages, epsilon, epsilon), 0.0)
+    if window is not None:  # the KL's exponent is bounded, its linear term is not
+        return (beta * (k3(bounded) + delta - bounded) - surrogate) / window
     return beta * k3(delta) - surrogate / size.clamp(min=1)
 
 
@@ -150,9 +150,12 @@ class Options:
     mode: str = "llada"
     window: int | None = None
     shrink: int = 8  # steps that make one state
+    length: int | None = None  # of a run's completions: the window of mode "sdar", where none is given
 
     def __post_init__(self) -> None:
         checks.count("shrink", self.shrink)
+        if self.mode == "sdar" and self.window is None:
+            object.__setattr__(self, "window", self.length)
 
 
 def _merged_steps(rollout: Rollout, options: Options, seed: int) -> States:
@@ -177,7 +180,10 @@ RECIPE = Recipe(
     needs_reference=False,
     inner_iterations=1,
     options=Options,
+    from_run=lambda length, steps: {"length": length},
     trajectory=Trajectory(_merged_steps, _state_tokens),
+    window="eos",
+    tail="hidden",
     notes="The code was read; its value model is left out. 8 steps are merged for LLaDA, 1 for TraDo. 32 prompts of 8 rollouts, "
     "learning rate 1e-6, full fine-tuning, 512 tokens, temperature 0.8; prompts solved less than 20 % or more than 80 % of "
     "the time are dropped.",

@@ -111,6 +111,7 @@ RECIPE = Recipe(
     needs_reference=True,
     inner_iterations=1,
     clip=lambda options: Clip(options.epsilon, options.epsilon),
+    window="completion",
     notes="No RL code is public and the paper's equations were not checked: form of the KL, advantages, hyper-parameters and the "
     "number of inner iterations are guesses. Mask ratios after the first inner iteration are uniformly spaced: give the "
     "law's t. dLLM-RL's random_masking is the closest form that runs.",

@@ -25,7 +25,7 @@ class Rewards:
 
     values_B: Tensor
     group_ids_B: Tensor  # int64; equal ids are completions of one prompt
-    length: int  # L, tokens of a completion
+    lengths_B: Tensor  # int64, the scored tokens of each completion
     kind: str = "mean"  # of `group_advantages`
     positive_only: bool = False
 
@@ -51,7 +51,7 @@ class Signal:
 def signal_of(entries: dict[str, Tensor], rewards: Rewards, objective: Objective) -> Signal:
     """The signal that these entries `[B]` are; rollouts whose entry `objective.scale` is 0 contribute nothing and are dropped."""
     B, groups = len(rewards.values_B), len(rewards.group_ids_B.unique())
-    counts = {"sequences": B, "tokens": B * rewards.length, "groups": groups, "steps": None}
+    counts = {"sequences": B, "tokens": max(1.0, float(rewards.lengths_B.sum())), "groups": groups, "steps": None}
     scale_B = entries.get(objective.scale or "")
     kept_N = torch.arange(B, device=rewards.values_B.device) if scale_B is None else scale_B.nonzero()[:, 0]
     return Signal(kept_N, {name: value[kept_N] for name, value in entries.items()}, counts[objective.denominator])

@@ -156,6 +156,8 @@ RECIPE = Recipe(
     options=Options,
     signal=_best_and_worst,
     pairs=True,
+    window="eos",
+    tail="removed",
     notes="The training code is closed; a public port was read, whose defaults these are (the paper divides by no length). "
     "Port: learning rate 5e-7, 64 pairs a step, 10 epochs. It trains on pairs of completions, not on groups.",
 )

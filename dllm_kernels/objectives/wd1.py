@@ -94,6 +94,8 @@ RECIPE = Recipe(
     needs_reference=False,
     inner_iterations=8,
     signal=_signal,
+    window="eos",
+    tail="hidden",
     notes="The official code was read; wd1++ is left out. Prompt noise 0.15 is the law's own; 6 completions a prompt, learning "
     "rate 3e-6, 8 to 12 inner iterations.",
 )

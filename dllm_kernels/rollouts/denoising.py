@@ -64,7 +64,11 @@ class Denoiser:
         self.failed_B = torch.zeros(B, dtype=torch.bool, device=device)
         self._finished_B = torch.zeros_like(self.failed_B)
         self._schedule = schedule(d.sampler, L, d.steps, d.block_length) if d.sampler.static and d.steps is not None else []
-        most = len(self._schedule) if d.sampler.static else L
+        self._there_BL = self.masked_BL.clone()
+        self._post_B = torch.zeros_like(self.steps_B)  # steps of the block without a mask; the most where it is settled
+        self.old_BL = torch.full_like(self.completion_BL, d.mask_id)  # what the last event of each token replaced
+        self.superseded: list[tuple[Tensor, ...]] = []  # earlier events of edited tokens, see `_keep_superseded`
+        most = len(self._schedule) if d.sampler.static else L + d.sampler.post_steps * (-(-L // d.block_length) + 1)
         self.masked_entropy_BT = torch.full((B, most), torch.nan, dtype=torch.float32, device=device)
         self.greedy_BTL = torch.full((B, most, L), d.mask_id, dtype=torch.int32, device=device) if d.greedy else None
         zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -122,8 +126,10 @@ class Denoiser:
         for block in range(-(-(first + self.masked_BL.shape[1]) // d.block_length)):
             if isinstance(self.canvas, Cached):
                 self.canvas.enter(block)
-            for inner in range(len(shares) or d.block_length):
-                live_BL = self.masked_BL & (self._block_BL == block) & ~self._finished_B[:, None]
+            self._post_B.zero_()
+            for inner in range(len(shares) or d.block_length + d.sampler.post_steps):
+                live_BL = (self._block_BL == block) & ~self._finished_B[:, None]
+                live_BL &= self.masked_BL if d.sampler.edits is None else self._unsettled_BL(block)
                 number = block * d.block_length + inner
                 if by_chance:
                     live_BL &= self._chosen(number, shares[inner])
@@ -142,6 +148,10 @@ class Denoiser:
                 elif not by_chance:
                     break
             self._after_block(block)
+
+    def _unsettled_BL(self, block: int) -> Tensor:
+        """The places that may be written or edited: all of a block, until a step without a mask has edited nothing."""
+        return self._there_BL & (self._post_B < self.decoding.sampler.post_steps)[:, None]
 
     def _most(self, count: int) -> int:
         """The maximum over the ranks that share the model."""
@@ -195,19 +205,28 @@ class Denoiser:
         if all_places_AM is not None:
             self._keep_greedy(hidden, who_A, all_places_AM, whole=whole)
         entropy_AR = _spread(drawn.entropy.float(), place_AR, valid_AR)
-        tried_A = place_AR.shape[1] if valid_AR is None else valid_AR.sum(-1)
-        self.masked_entropy_BT[who_A, self.steps_B[who_A]] = entropy_AR.sum(-1) / tried_A
+        masked_AR = valid_AR if sampler.edits is None else self._still_masked(who_A, place_AR, valid_AR)
+        tried_A = place_AR.shape[1] if masked_AR is None else masked_AR.sum(-1)
+        candidates_AR = entropy_AR if masked_AR is None else torch.where(masked_AR, entropy_AR, 0.0)
+        self.masked_entropy_BT[who_A, self.steps_B[who_A]] = candidates_AR.sum(-1) / tried_A
 
         rank_AR = self._rank(drawn, who_A, place_AR, valid_AR, number)
+        edit_AR = self._edits(drawn, who_A, place_AR, valid_AR, masked_AR)
+        if edit_AR is not None and masked_AR is not None:
+            rank_AR = rank_AR.masked_fill(~masked_AR, torch.finfo(rank_AR.dtype).min)
         order_AR = rank_AR.argsort(dim=1, descending=True, stable=True)
         if valid_AR is None and sampler.commit == "schedule":  # the same number in every row
             order_AR = order_AR[:, :least]
         sorted_AR, entropy_AR = rank_AR.gather(1, order_AR), entropy_AR.gather(1, order_AR)
         drawn_entropy_AR = -sorted_AR if sampler.rank == "drawn_entropy" else entropy_AR
         commit_AR = committed(sampler, sorted_AR, drawn_entropy_AR, least)
-        if valid_AR is not None:
-            commit_AR = commit_AR & valid_AR.gather(1, order_AR)
+        if masked_AR is not None:
+            commit_AR = commit_AR & masked_AR.gather(1, order_AR)
         index = who_A[:, None], place_AR.gather(1, order_AR)
+        if edit_AR is not None:
+            edit_AR = edit_AR.gather(1, order_AR)
+            commit_AR = commit_AR | edit_AR
+            self._keep_superseded(index, edit_AR)
         for into_BL, value_AR in (
             (self.completion_BL, _spread(drawn.token, place_AR, valid_AR).gather(1, order_AR)),
             (self.masked_BL, torch.zeros_like(commit_AR)),
@@ -218,6 +237,35 @@ class Denoiser:
             into_BL[index] = torch.where(commit_AR, value_AR, into_BL[index])
         self.canvas.write(*index, self.completion_BL[index])
         self.steps_B[who_A] += 1
+
+    def _still_masked(self, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None) -> Tensor:
+        masked_AR = self.masked_BL[who_A].gather(1, place_AR)
+        return masked_AR if valid_AR is None else masked_AR & valid_AR
+
+    def _edits(
+        self, drawn: Samples, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, masked_AR: Tensor | None
+    ) -> Tensor | None:
+        """bool `[A, R]`: decided tokens whose likelier successor replaces them; None where the sampler edits nothing."""
+        bound = self.decoding.sampler.edits
+        if bound is None or valid_AR is None or masked_AR is None:
+            return None
+        assert drawn.drawn_logp is not None
+        sure_AR = _spread(drawn.drawn_logp.exp() > bound, place_AR, valid_AR)
+        other_AR = _spread(drawn.token, place_AR, valid_AR) != self.completion_BL[who_A].gather(1, place_AR)
+        edit_AR = sure_AR & other_AR & valid_AR & ~masked_AR
+        done_A, most = ~masked_AR.any(-1), self.decoding.sampler.post_steps
+        settled_A = done_A & ~edit_AR.any(-1)
+        self._post_B[who_A] = torch.where(settled_A, most, self._post_B[who_A] + done_A)
+        return edit_AR
+
+    def _keep_superseded(self, index: tuple[Tensor, Tensor], edit_AR: Tensor) -> None:
+        """Set aside the last events of tokens that are about to be edited."""
+        who_E, place_E = index[0].expand_as(edit_AR)[edit_AR], index[1][edit_AR]
+        at = who_E, place_E
+        new_E = self.completion_BL[at]
+        logp_E, entropy_E = self.commit_logp_BL[at], self.commit_entropy_BL[at]
+        self.superseded.append((who_E, self.commit_step_BL[at].long(), place_E, self.old_BL[at], new_E, logp_E, entropy_E))
+        self.old_BL[at] = new_E
 
     def _pick(self, hidden: Tensor, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, *, whole: bool) -> Tensor:
         """Hidden states of the rows to draw at; rows that are not finite become 0 and mark their sequence

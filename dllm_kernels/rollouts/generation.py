@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dllm_kernels.model.layouts import (
     takes_cache,
 )
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
+from dllm_kernels.rollouts.events import Events
 from dllm_kernels.rollouts.samplers import check_steps, resolve
 from dllm_kernels.rollouts.trajectories import Rollout
 
@@ -101,9 +103,14 @@ def generate(
         sdar           blocks count from the start of the prompt, so the first may hold some of it; the last is
                        generated to its end, and what lies beyond `length` is kept in the rollout, unscored;
                        `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.85, at
-                       least what the schedule says), "low_confidence_static" or "sequential"; probabilities
-                       of the distribution that is drawn from. (The published loop overwrites decided tokens
+                       least what the schedule says), "low_confidence_static", "sequential" or
+                       "entropy_bounded" (as entropy_bound, with bound=0.1 and no steps); probabilities of the
+                       distribution that is drawn from. (The published loop overwrites decided tokens
                        where a schedule asks for more than are left; here it takes those that are left.)
+        llada2         blocks as for sdar; a step commits every token of probability above threshold=0.95, at
+                       least one (LLaDA2.0). With editing_threshold (LLaDA2.1: 0.9) it also replaces decided
+                       tokens of the active block by others of a probability above it, and a block ends when
+                       no mask is left and nothing was edited, or after max_post_steps=16 steps without a mask.
         entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less
                        the largest, within bound=0.1 nats, at least one.
 
@@ -316,6 +323,8 @@ def _assemble(
         greedy_BTL = torch.cat([_padded(part.greedy_BTL, most, mask_id) for part in parts if part.greedy_BTL is not None])[:B]
         greedy_BTL = greedy_BTL[:, :, :L]
     columns = lengths.columns
+    # the events of a rollout without edits follow from its commits, without a look at a GPU
+    simple = width == L and not any(part.superseded for part in parts)
     return Rollout(
         ids_BS=ids_BS[:, :columns],
         completion_mask_BS=mask_BS[:, :columns],
@@ -329,9 +338,28 @@ def _assemble(
         mask_id=mask_id,
         attention_mask_BS=None if keep_BS is None else keep_BS[:, :columns],
         overhang_step_BS=None if overhang_step_BS is None else overhang_step_BS[:, :columns],
+        recorded=None if simple else _events(parts, column_BW, joined).ordered(columns),
         greedy_BTL=greedy_BTL,
         settings=settings,
     )
+
+
+def _events(parts: list[Denoiser], column_BW: Tensor, joined: Callable[[str], Tensor]) -> Events:
+    """The last event of each token that a step wrote, and those that edits superseded."""
+    step_BW = joined("commit_step_BL").long()
+    sequence_E, place_E = (step_BW >= 0).nonzero(as_tuple=True)
+    at = sequence_E, place_E
+    last = [joined(name)[at] for name in ("old_BL", "completion_BL", "commit_logp_BL", "commit_entropy_BL")]
+    found: list[tuple[Tensor, ...]] = [(sequence_E, step_BW[at], place_E, *last)]
+    first = 0
+    for part in parts:
+        for who_E, *rest in part.superseded:
+            found.append((who_E + first, *rest))
+        first += len(part.steps_B)
+    sequence_E, step_E, place_E, *values = (torch.cat(column) for column in zip(*found, strict=True))
+    here_E = (sequence_E < len(column_BW)) & ~joined("failed_B")[sequence_E.clamp(max=len(column_BW) - 1)]
+    events = Events(sequence_E, step_E, place_E, *values).at(here_E)
+    return replace(events, position_E=column_BW[events.sequence_E, events.position_E])
 
 
 def _padded(values: Tensor, steps: int, fill: float) -> Tensor:

@@ -45,6 +45,16 @@ class Sampler:
         return self.commit == "schedule" and self.blocks != "sequence"
 
     @property
+    def edits(self) -> float | None:
+        """The probability above which a decided token of the active block is replaced; None: never."""
+        return self.options.get("editing_threshold")
+
+    @property
+    def post_steps(self) -> int:
+        """The most steps of a block that has no mask left."""
+        return 0 if self.edits is None else self.options["max_post_steps"]
+
+    @property
     def stochastic(self) -> bool:
         """Whether it draws anything but tokens."""
         return self.rank == "random" or self.commit == "chance" or bool(self.options.get("alg_temp"))
@@ -84,7 +94,17 @@ _TABLE = (
         "drawn_logp",
         "threshold",
         strict=True,
-        options={"remasking": "low_confidence_dynamic", "threshold": 0.85},
+        options={"remasking": "low_confidence_dynamic", "threshold": 0.85, "bound": 0.1},
+    ),
+    Sampler(
+        "llada2",
+        "LLaDA2.0 and, with editing_threshold, LLaDA2.1, arXiv 2602.08676 (its modeling_llada2_moe.py)",
+        "sequence",
+        "drawn_logp",
+        "threshold",
+        least="one",
+        strict=True,
+        options={"threshold": 0.95, "editing_threshold": None, "max_post_steps": 16},
     ),
     Sampler(
         "entropy_bound",
@@ -140,15 +160,24 @@ def _dream(sampler: Sampler, options: Options) -> Sampler:
 
 
 def _sdar(sampler: Sampler, options: Options) -> Sampler:
-    kinds = ("low_confidence_dynamic", "low_confidence_static", "sequential")
+    kinds = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded")
     checks.choice("remasking", options["remasking"], kinds)
+    if options["remasking"] == "entropy_bounded":
+        return replace(sampler, commit="entropy", rank="drawn_entropy", least="one")
     if options["remasking"] == "low_confidence_dynamic":
         return sampler
     rank: Rank = "position" if options["remasking"] == "sequential" else "drawn_logp"
     return replace(sampler, commit="schedule", rank=rank)
 
 
-_APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {"llada": _llada, "dream": _dream, "sdar": _sdar}
+def _llada2(sampler: Sampler, options: Options) -> Sampler:
+    checks.count("max_post_steps", options["max_post_steps"])
+    if options["editing_threshold"] is not None and checks.number("editing_threshold", options["editing_threshold"], least=0) > 1:
+        raise ValueError(f"editing_threshold must be None or in [0, 1], got {options['editing_threshold']}")
+    return sampler
+
+
+_APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {"llada": _llada, "dream": _dream, "sdar": _sdar, "llada2": _llada2}
 
 
 class Step(NamedTuple):

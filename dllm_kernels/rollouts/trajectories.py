@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import checks, noise
+from dllm_kernels.masks import blocks
 from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
+from dllm_kernels.rollouts.events import Events
 
 SELECTIONS = ("entropy", "uniform", "random")
 
@@ -41,6 +43,7 @@ class Rollout:
     # int64: the step of each token between the completion and the end of its last block, which later steps of the block saw, -1
     # elsewhere; None where there is none
     overhang_step_BS: Tensor | None = None
+    recorded: Events | None = None  # where the commit tensors above do not hold all `events`
     # int32, on request: the likeliest completion before each step, decided tokens kept
     greedy_BTL: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -76,12 +79,36 @@ class Rollout:
             step = step[:, None]
         else:
             checks.count("step", step, 0)
+        if self.edited:
+            before_B = step if isinstance(step, Tensor) else torch.full((len(self.ids_BS), 1), step, device=self.ids_BS.device)
+            return self.events.states(self.ids_BS, before_B[:, None].expand(-1, 1, self.ids_BS.shape[1]))[:, 0]
         return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
+
+    @property
+    def events(self) -> Events:
+        """Every change of a token, by sequence, step and position; the commit tensors hold the last of each token."""
+        if self.recorded is not None:
+            return self.recorded
+        there_BL = (self.commit_step_BL >= 0) & ~self.failed_B[:, None]
+        sequence_E, place_E = there_BL.nonzero(as_tuple=True)
+        columns_BL = self.completion_mask_BS.nonzero()[:, 1].view(there_BL.shape)
+        at = sequence_E, place_E
+        old_E, new_E = torch.full_like(sequence_E, self.mask_id), self.completion_BL[at].long()
+        step_E, position_E = self.commit_step_BL[at].long(), columns_BL[at]
+        found = Events(sequence_E, step_E, position_E, old_E, new_E, self.commit_logp_BL[at], self.commit_entropy_BL[at])
+        return found.ordered(self.ids_BS.shape[1])
+
+    @property
+    def edited(self) -> bool:
+        """Whether a decided token was replaced."""
+        return self.recorded is not None and bool((self.recorded.old_id_E != self.mask_id).any())
 
     def kept(self, index_N: Tensor) -> Rollout:
         """The rollouts at these indices."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         parts: dict[str, Any] = {name: value[index_N] for name, value in values.items() if isinstance(value, Tensor)}
+        if self.recorded is not None:
+            parts["recorded"] = self.recorded.kept(index_N, len(self.ids_BS))
         return replace(self, **parts)
 
 
@@ -183,6 +210,8 @@ def trajectory_rows(
     shift: int | None = None,
     eos_id: int | None = None,
     causal_block: int | None = None,
+    prompt_noise: float | None = None,
+    score: str = "last",
 ) -> MaskPlan:
     """The states of a rollout and the tokens decided in each, as a `MaskPlan` with states as samples.
 
@@ -193,7 +222,11 @@ def trajectory_rows(
         shift: 1 where position i is predicted by row i - 1; None takes the rollout's. eos_id: tokens after
             the first EOS are not scored; None takes that of the rollout. causal_block: the block length of a
             block-causal model, as in `make_mask_plan`; None takes that of the rollout, of whose settings it is
-            one where the model is known to be block-causal.
+            one where the model is known to be block-causal. prompt_noise: probability of hiding a prompt token;
+            None: 0.15 for segments, as published, and 0 for single or merged steps.
+        score: "last": each token of the completion in the state before the event that last set it, an edited
+            one from the row that shows what it replaced. "all_events": every event, also those that later
+            edits superseded.
 
     Failed sequences cannot be scored: remove them first (`rollout.kept`). Raises ValueError or
     TypeError naming the argument.
@@ -220,8 +253,17 @@ def trajectory_rows(
     if steps_BJ is not None:
         checks.dtype("steps_BJ", steps_BJ, [torch.int64])
         checks.in_range("steps_BJ", steps_BJ, -1, rollout.masked_entropy_BT.shape[1])
+    checks.choice("score", score, ("last", "all_events"))
+    if causal_block is None:
+        causal_block = rollout.settings.get("causal_block")
+    events = score == "all_events" or rollout.edited
+    if events and (segments is not None or shrink != 1):
+        raise ValueError("segments and shrink must be left out where tokens were edited or all events are scored")
     options: dict[str, Any] = {"step_map_BS": rollout.step_map_BS}
-    options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
+    if events:
+        options = event_states(rollout, causal_block, steps_BJ, last_only=score == "last")
+    else:
+        options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
     return make_mask_plan(
         rollout.ids_BS,
         rollout.completion_mask_BS,
@@ -233,7 +275,8 @@ def trajectory_rows(
         shift=rollout.settings.get("shift", 0) if shift is None else shift,
         eos_id=rollout.settings.get("eos_id") if eos_id is None else eos_id,
         attention_mask_BS=rollout.attention_mask_BS,
-        causal_block=rollout.settings.get("causal_block") if causal_block is None else causal_block,
+        causal_block=causal_block,
+        prompt_noise=prompt_noise,
         **options,
     )
 
@@ -259,8 +302,55 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
     return rollout_logp(rollout, plan).sum(-1).t()
 
 
+def event_states(
+    rollout: Rollout, causal_block: int | None, steps_BJ: Tensor | None, *, last_only: bool
+) -> dict[str, Tensor | None]:
+    """Options of law `trace` that score a rollout's events: sample r shows the r-th state of every block in which something is
+    scored (without blocks, of the sequence).
+    """
+    ids_BS, events = rollout.ids_BS, rollout.events
+    B, S = ids_BS.shape
+    real_BS = torch.ones_like(rollout.completion_mask_BS) if rollout.attention_mask_BS is None else rollout.attention_mask_BS
+    block_BS = torch.zeros_like(ids_BS)
+    if causal_block is not None:
+        block_BS = blocks.grid(real_BS.bool(), rollout.completion_mask_BS, causal_block, "sequence")
+    at = events.sequence_E, events.position_E
+    wanted_E = rollout.completion_mask_BS[at]
+    if last_only:
+        wanted_E = wanted_E & events.last(ids_BS.shape)
+    if steps_BJ is not None:
+        wanted_E = wanted_E & (steps_BJ[events.sequence_E] == events.step_E[:, None]).any(-1)
+    chosen = events.at(wanted_E)
+    block_E = block_BS[chosen.sequence_E, chosen.position_E]
+    # the rank of each step among those of its block
+    found, group_E = torch.unique(torch.stack([chosen.sequence_E, block_E, chosen.step_E], 1), dim=0, return_inverse=True)
+    new_G = torch.ones(len(found), dtype=torch.bool, device=ids_BS.device)
+    new_G[1:] = (found[1:, :2] != found[:-1, :2]).any(-1)
+    place_G = torch.arange(len(found), device=ids_BS.device)
+    rank_G = place_G - torch.where(new_G, place_G, 0).cummax(0).values
+    K, J = (int(rank_G.max()) + 1 if len(found) else 1), int(block_BS.max()) + 1
+    step_BKJ = torch.full((B, K, J), -1, device=ids_BS.device)
+    step_BKJ[found[:, 0], rank_G, found[:, 1]] = found[:, 2]
+    # what has no state in a sample is shown as it ended
+    before_BKS = step_BKJ.gather(2, block_BS.clamp(min=0)[:, None].expand(B, K, S))
+    before_BKS = torch.where(before_BKS < 0, torch.iinfo(torch.int64).max, before_BKS)
+    steps_BKS = torch.full((B, K, S), -1, device=ids_BS.device)
+    written_BKS = torch.zeros_like(steps_BKS)
+    goal = chosen.sequence_E, rank_G[group_E], chosen.position_E
+    steps_BKS[goal], written_BKS[goal] = chosen.step_E, chosen.new_id_E
+    shown_BKS = events.states(ids_BS, before_BKS)
+    return {"shown_BKS": shown_BKS, "event_steps_BKS": steps_BKS, "event_ids_BKS": written_BKS}
+
+
 def rollout_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
-    """Log-probs `[K, B, S]` of a plan's scored tokens at their commits, 0 elsewhere."""
+    """Log-probs `[K, B, S]` of a plan's scored tokens at their events, 0 elsewhere."""
+    if plan.step_BKS is not None:
+        events, steps_BKS = rollout.events, plan.step_BKS[:, plan.sample_K]
+        logp_BKS = torch.zeros(steps_BKS.shape, dtype=events.logp_E.dtype, device=steps_BKS.device)
+        for level in events.levels(rollout.ids_BS.shape):
+            at = level.sequence_E, slice(None), level.position_E
+            logp_BKS[at] = torch.where(steps_BKS[at] == level.step_E[:, None], level.logp_E[:, None], logp_BKS[at])
+        return logp_BKS.transpose(0, 1)
     filled_BS = torch.zeros_like(rollout.ids_BS, dtype=rollout.commit_logp_BL.dtype)
     logp_BS = filled_BS.masked_scatter(rollout.completion_mask_BS, rollout.commit_logp_BL)
     return torch.where(plan.scored, logp_BS, 0.0)

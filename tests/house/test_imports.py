@@ -25,7 +25,7 @@ FLOORS = (
     ("trainer.errors", "trainer.sections", "trainer.names"),
     ("trainer.rights",),
     ("trainer.tasks", "trainer.distributed"),
-    ("trainer.facts", "trainer.config"),
+    ("trainer.watch", "trainer.facts", "trainer.config"),
     ("trainer.models",),
     ("trainer.records",),
     ("trainer.train",),

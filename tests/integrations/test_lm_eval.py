@@ -167,3 +167,15 @@ def test_a_rolling_text_is_the_sum_of_its_windows_and_mistakes_are_told(results)
         DiffusionLM(model, tokenizer=tokenizer, batch_size="auto")
     with pytest.raises(ValueError, match=r"^tokenizer must be given where pretrained is a model"):
         DiffusionLM(model)
+
+
+def test_an_empty_continuation_is_certain_and_equal_requests_share_an_estimate(results):
+    from dllm_kernels.integrations.lm_eval import DiffusionLM
+
+    model, tokenizer = load(results[2])
+    lm = DiffusionLM(model, tokenizer=tokenizer, samples=4, batch_size=3)
+    asked = [("", [1, 2], [3]), ("", [1, 2], []), ("", [1, 2], [3])]
+    found = lm._loglikelihood_tokens(asked)
+    assert found[1] == (0.0, True)
+    assert found[0] == found[2]
+    assert lm.get_model_info()["elbo"]["estimates"] == 2

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from dllm_kernels import accumulate, generate, make_mask_plan
+from dllm_kernels.masks.make import eos_tail
 from dllm_kernels.noise import sequence_ids
-from dllm_kernels.objectives import BGPO, Batch
+from dllm_kernels.objectives import BGPO, RECIPES, Batch
 from tests.tiny import checkpoint
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'dllm-kernels[integrations]'")
@@ -109,7 +110,11 @@ def test_a_step_is_that_of_the_library_in_a_loop_of_one_s_own(folder, tmp_path):
         sequence_ids=ids_B,
         mask_id=mask,
         attention_mask_BS=rollout.attention_mask_BS,
+        eos_id=end,  # what BGPO scores ends with the first EOS, and what the model sees of the rest is its recipe's
+        tail=RECIPES["bgpo"].tail,
     )
+    real = rollout.attention_mask_BS & ~eos_tail(rollout.ids_BS, rollout.completion_mask_BS, end)
+    assert RECIPES["bgpo"].window == "eos"
     accumulate(
         model,
         plan,
@@ -117,7 +122,7 @@ def test_a_step_is_that_of_the_library_in_a_loop_of_one_s_own(folder, tmp_path):
         Batch({"advantages": advantages}),
         denominator=16,
         suppress=(mask,),
-        model_kwargs={"attention_mask": rollout.attention_mask_BS.long()},
+        model_kwargs={"attention_mask": (real if RECIPES["bgpo"].tail == "removed" else rollout.attention_mask_BS).long()},
     )
     want = [p.detach() - 0.1 * p.grad for p in model.parameters()]
     assert_close(found, want, rtol=0, atol=1e-6)
@@ -138,7 +143,7 @@ def test_it_learns(folder, tmp_path):
     assert told["eval_completions/mean_length"] <= LENGTH
 
 
-@pytest.mark.parametrize("algorithm", ["gdpo", "diffu_grpo", "dmpo", "wd1", "rspo", "vrpo", "spg", "trace_rl", "egspo", "espo"])
+@pytest.mark.parametrize("algorithm", [name for name, recipe in RECIPES.items() if not recipe.greedy])
 def test_every_kind_of_algorithm_takes_steps_off_policy_and_at_any_memory(algorithm, folder, tmp_path):
     options = {"algorithm": algorithm, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "samples": None}
     whole = make(folder, tmp_path, **options, samples_per_pass=16)
@@ -183,6 +188,56 @@ def test_log_probs_of_trl_are_those_of_full_logits(folder, tmp_path):
     assert_close(entropies, (-(logp.exp() * logp).sum(-1) * real)[:, -4:], rtol=0, atol=1e-5)
 
 
+def test_a_loss_of_trl_s_own_learns_from_rollouts_of_ours(folder, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
+    from trl import GRPOTrainer
+
+    from dllm_kernels.integrations.logps import DiffusionLogps
+    from dllm_kernels.integrations.trl import DiffusionGRPOConfig
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    class Trainer(DiffusionLogps, GRPOTrainer):
+        """GRPO as TRL has it."""
+
+    def rollouts(prompts, trainer):
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        keys = sequence_ids([f"{trainer.state.global_step}/{n}" for n in range(len(ids))])
+        options = {"length": LENGTH, "steps": LENGTH, "block_length": LENGTH, "temperature": 1.0}
+        found = generate(
+            trainer.model.eval(), [torch.tensor(row) for row in ids], mask_id=trainer.args.mask_id, sequence_ids=keys, **options
+        )
+        trainer.model.train()
+        return {"prompt_ids": ids, "completion_ids": found.completion_BL.tolist(), "logprobs": found.commit_logp_BL.tolist()}
+
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.generation_config = GenerationConfig()  # TRL writes into it
+    args = DiffusionGRPOConfig(
+        str(tmp_path),
+        mask_id=tokenizer.mask_token_id,
+        loss_type="grpo",
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=LENGTH,
+        max_steps=12,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = Trainer(model, even, args, train_dataset=data, processing_class=tokenizer, rollout_func=rollouts)
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15
+    assert all("entropy" in row for row in trainer.state.log_history[:-1])
+
+
 def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
     """A host as d1's: its `forward_process` hides the completion and, by a seed, some of the prompt."""
     from types import SimpleNamespace
@@ -222,7 +277,7 @@ def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
         ({"loss_type": "grpo"}, r"^loss_type must be left at 'dapo', got 'grpo': algorithm says"),
         ({"algorithm": "grpo"}, r"^algorithm must be one of bgpo"),
         ({"algorithm": "egspo_sa"}, r"^algorithm must not score intermediate states by the reward"),
-        ({"algorithm_options": {"epsilon": 1}}, r"^epsilon is unknown: bgpo has no options"),
+        ({"algorithm_options": {"epsilon": 1}}, r"^epsilon is unknown"),
         ({"mask_id": 99}, r"^mask_id must be in 0..9, got 99, of the arguments"),
     ],
 )

@@ -66,6 +66,39 @@ def test_the_eos_tail_is_scored_unless_an_eos_id_is_given(name):
     assert torch.equal(shared, kept.masked[:, [1, 3]])  # sequences without a tail are as before
 
 
+TAIL = TAILED_COMPLETION & torch.tensor([[False] * 4 + [True] * 2, [False] * 6, [False] * 3 + [True] * 3, [False] * 6])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_tail_is_shown_hidden_or_removed_and_never_changes_what_is_scored(name):
+    law, samples, options = PRESETS[name]
+    plans = {tail: tailed(law, samples, eos_id=EOS, tail=tail, **options) for tail in ("shown", "hidden", "removed")}
+    for tail, plan in plans.items():
+        for part in ("scored", "weight_KB", "lengths_B", "counts"):
+            assert torch.equal(getattr(plan, part), getattr(plans["shown"], part)), (tail, part)
+        if tail != "hidden":
+            assert not plan.masked[:, TAIL].any(), tail
+    hidden = plans["hidden"].masked[:, TAIL]
+    if law in ("bernoulli", "coupled") or options.get("weight") == "dmpo":  # each token by itself, as without an EOS
+        assert torch.equal(hidden, tailed(law, samples, **options).masked[:, TAIL])
+        assert not hidden.all()
+    elif law not in ("trace", "segments"):
+        assert hidden.all()
+
+
+def test_a_hidden_tail_of_coupled_masks_is_hidden_once_in_each_pair_as_published():
+    plan = tailed("coupled", 3, eos_id=EOS, tail="hidden")
+    assert plan.masked[0][TAILED_COMPLETION].all()
+    assert (plan.masked[1] ^ plan.masked[2])[TAILED_COMPLETION].all()
+    assert not plan.scored[:, TAIL].any()
+
+
+def test_removed_tails_are_padding_of_plans_of_blocks():
+    plan = tailed("exact", 2, eos_id=EOS, tail="removed", causal_block=2)
+    assert (plan.block_BS[TAIL] == -1).all()
+    assert (plan.block_BS[~TAIL] >= 0).all()
+
+
 def test_prompt_noise_hides_real_prompt_tokens_independently_and_scores_none():
     plan = plan_of([3] * 500, law="full", samples=4, prompt=8, left_padding=2, prompt_noise=0.4, attention=True)
     prompt = plan.masked[:, :, 2:10]
@@ -106,6 +139,8 @@ def test_without_an_attention_mask_everything_before_the_completion_is_prompt_an
         ({"prompt_noise": 1.5}, ValueError, "prompt_noise.*1.5"),
         ({"prompt_noise": -0.1}, ValueError, "prompt_noise.*-0.1"),
         ({"eos_id": -1}, ValueError, "eos_id.*-1"),
+        ({"eos_id": 1, "tail": "dropped"}, ValueError, "tail.*dropped"),
+        ({"tail": "shown"}, ValueError, "tail must be None without eos_id.*shown"),
         ({"attention_mask_BS": torch.ones(2, 4)}, TypeError, "attention_mask_BS.*float32"),
         ({"attention_mask_BS": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "attention_mask_BS.*4"),
         ({"attention_mask_BS": torch.zeros(2, 5, dtype=torch.int64)}, ValueError, "completion_mask_BS.*attention_mask_BS"),

@@ -49,6 +49,14 @@ def test_one_t_serves_the_whole_batch_as_a_number_or_a_tensor():
         torch.testing.assert_close(coupled_scores(full, pair, first, t).detach(), want)
 
 
+@pytest.mark.parametrize("t", [0.3, 1 / 7])
+def test_float64_scores_have_float64_weights(t):
+    logp = torch.tensor([[-1.0, -2.0]], dtype=F64)
+    scores = coupled_scores(logp, logp, torch.tensor([[True, False]]), t)
+    want = torch.tensor([[-0.5 - 0.5 / t, -1.0 - 1.0 / (1.0 - t)]], dtype=F64)
+    torch.testing.assert_close(scores, want, rtol=0, atol=1e-15)
+
+
 def test_at_t_of_a_half_a_score_is_one_and_a_half_log_probs():
     logp = torch.tensor([[-1.0, -2.0]], dtype=F64)
     torch.testing.assert_close(coupled_scores(logp, logp, ragged([1], 2), 0.5), 1.5 * logp)

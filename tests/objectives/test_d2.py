@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_kernels import make_mask_plan
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives.d2 import RECIPE, d2, d2_objective
 from dllm_kernels.objectives.diffu_grpo import diffu_grpo
@@ -156,3 +157,31 @@ def test_what_it_declares():
     assert (RECIPE.name, RECIPE.arxiv, RECIPE.law, RECIPE.law_options) == ("d2", "2509.21474", "segments", {"segments": 8})
     assert (RECIPE.status, RECIPE.needs_trajectory, RECIPE.advantage) == ("verified against the code", True, "mean")
     assert d2_objective(**RECIPE.defaults).per_token == ("old_logp", "ref_logp")
+
+
+@pytest.mark.parametrize(("total", "segments"), [(7, 3), (16, 5), (10, 4), (8, 8), (9, 2)])
+def test_a_segment_begins_where_the_code_has_it_also_where_the_parts_are_uneven(total, segments):
+    """By going through the steps as a rollout does: the next segment begins once int(k T / N) steps are done."""
+    boundaries, of_step = [k * total // segments for k in range(1, segments)], []
+    for step in range(total):
+        of_step.append(sum(step >= boundary for boundary in boundaries))
+    ids, completion = torch.arange(total + 1)[None], torch.arange(total + 1)[None] > 0
+    made = {"samples": None, "seed": 0, "sequence_ids": torch.tensor([1]), "mask_id": 99}
+    step_map = torch.arange(-1, total)[None]
+    plan = make_mask_plan(ids, completion, law="segments", segments=segments, step_map_BS=step_map, **made)
+    assert plan.scored[:, 0, 1:].long().argmax(0).tolist() == of_step
+    assert torch.equal(plan.scored.sum(0), completion.long())
+
+
+def test_prompt_tokens_are_hidden_with_15_percent_anew_in_every_iteration_as_published():
+    ids = torch.arange(600).expand(2, -1)
+    completion = ids >= 596
+    made = {"samples": None, "seed": 0, "sequence_ids": torch.tensor([1, 2]), "mask_id": 999, "segments": 2}
+    step_map = torch.where(completion, ids - 596, -1)
+    plans = [
+        make_mask_plan(ids, completion, law="segments", step_map_BS=step_map, iteration=iteration, **made) for iteration in (0, 1)
+    ]
+    share = plans[0].masked[:, :, :596].double().mean()
+    assert abs(float(share) - 0.15) < 5 * (0.15 * 0.85 / (4 * 596)) ** 0.5
+    assert not torch.equal(plans[0].masked[:, :, :596], plans[1].masked[:, :, :596])
+    assert torch.equal(plans[0].masked[:, :, 596:], plans[1].masked[:, :, 596:])

@@ -242,6 +242,48 @@ def test_the_objective_s_contributions_are_the_function_s_sum_whatever_the_cut()
     torch.testing.assert_close(parts, want)
 
 
+@pytest.mark.parametrize("far", [0.1, 2.0])
+def test_bgpo_as_the_port_runs_it_by_loops_over_the_tokens_of_its_response_mask(far):
+    """Each sample's ratio stands at every token of the window, is clipped there, and the mask's tokens are averaged."""
+    elbo, old, advantages = scores(spread=far)
+    window, ends, low, high, bound = 8, [3, 8, 1, 5], 0.2, 0.28, 1.2
+    total = 0.0
+    for b, end in enumerate(ends):
+        for k in range(5):
+            delta, a = (elbo[b, k] - old[b, k]) / window, advantages[b]
+            ratio = 1 + delta if a > 0 else delta.exp()
+            loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - low, 1 + high))
+            if a < 0:
+                loss = torch.minimum(loss, -a * bound)
+            total = total + sum(loss for _ in range(end)) / 5
+    want = value_and_gradient(total / sum(ends), elbo)
+    tokens = torch.tensor(ends)
+    port = {"lengths": torch.full([4], window), "clip": (low, high), "dual_clip": bound}
+    got = value_and_gradient(bgpo(elbo, old, advantages, **port, tokens=tokens), elbo)
+    torch.testing.assert_close(got, want)
+    assert float((bgpo(elbo.detach(), old, advantages, **port) - want[0]).abs()) > 1e-3, "the mean over sequences is another"
+
+
+def test_the_engine_s_bgpo_takes_what_the_port_adds():
+    ids, g = torch.arange(20).view(2, 10), torch.Generator().manual_seed(0)
+    completion = torch.zeros(2, 10, dtype=torch.bool)
+    completion[0, 2:9] = completion[1, 6:] = True
+    made = {"law": "exact", "samples": 3, "seed": 0, "sequence_ids": torch.tensor([1, 2]), "mask_id": 99}
+    plan = make_mask_plan(ids, completion, **made)
+    logp = (-3 * torch.rand(len(plan.rows.index), generator=g, dtype=F64)).requires_grad_()
+    old = plan.elbo(logp).detach() + 3 * torch.randn(2, 3, generator=g, dtype=F64)
+    advantages, port = torch.tensor([1.0, -2.0], dtype=F64), {"window": 8, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.3}
+    objective = RECIPES["bgpo"].make(RECIPES["bgpo"].choose({**port, "aggregate": "tokens"}))
+    assert objective.denominator == "tokens"
+    got = objective.contributions(logp, plan, Batch({"advantages": advantages}, {"old_sample_elbo": old})) / 11
+    options = {"lengths": torch.tensor([8, 8]), "clip": (0.2, 0.28), "dual_clip": 1.3, "tokens": torch.tensor([7, 4])}
+    want = bgpo(plan.elbo(logp), old, advantages, **options)
+    torch.testing.assert_close(value_and_gradient(got, logp), value_and_gradient(want, logp))
+    for options in ({"clip_low": 0.2}, {"dual_clip": 1.0}, {"aggregate": "groups"}, {"window": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            RECIPES["bgpo"].choose(options)
+
+
 def test_bgpo_declares_what_the_engine_needs():
     assert RECIPES["bgpo"].make() is BGPO
     assert (BGPO.coupling, BGPO.on_policy_coupling, BGPO.denominator) == ("sample", "none", "sequences")

@@ -109,3 +109,17 @@ def test_hyperparameters_are_keywords_with_the_names_and_defaults_of_the_loss(na
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in of_factory.values())
     for shared in set(of_factory) & set(of_loss):
         assert of_factory[shared].default == of_loss[shared].default, shared
+
+
+def test_options_that_add_a_kl_want_a_reference():
+    assert not objectives.RECIPES["gdpo"].wants_reference({})
+    assert objectives.RECIPES["gdpo"].wants_reference({"beta": 0.1})
+    assert objectives.RECIPES["espo"].wants_reference({})
+
+
+def test_trace_rl_s_window_is_the_run_s_length_unless_it_is_given():
+    recipe = objectives.RECIPES["trace_rl"]
+    of_run = recipe.from_run(24, 8)
+    assert recipe.choose({**of_run, "mode": "sdar"}).window == 24
+    assert recipe.choose({**of_run, "mode": "sdar", "window": 7}).window == 7
+    assert recipe.choose(of_run).window is None

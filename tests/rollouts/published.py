@@ -251,12 +251,15 @@ def sdar(
     canvas: Canvas,
     *,
     prompt_length: int,
-    steps: int,
+    steps: int | None = None,
     block_length: int,
     remasking: str = "low_confidence_dynamic",
     threshold: float = 0.85,
+    bound: float = 0.1,
     eos_id: int | None = None,
 ) -> None:
+    if remasking == "entropy_bounded":
+        steps = block_length
     counts = share_out(block_length, steps)
     first = prompt_length // block_length * block_length - prompt_length  # where the block that holds the first place begins
     for b, start in enumerate(range(first, canvas.length, block_length)):
@@ -268,6 +271,9 @@ def sdar(
             if remasking == "sequential":
                 canvas.commit(seen[:least])
                 continue
+            if remasking == "entropy_bounded":
+                canvas.commit(within(best(seen, block_length, lambda s: -s.drawn_entropy), bound))
+                continue
             above = [s for s in seen if math.exp(s.drawn_logp) > threshold]
             if remasking == "low_confidence_dynamic" and len(above) >= least:
                 canvas.commit(above)
@@ -275,6 +281,17 @@ def sdar(
                 canvas.commit(best(seen, least, lambda s: s.drawn_logp))
         if canvas.ended(eos_id):
             return
+
+
+def within(seen: list[Seen], bound: float) -> list[Seen]:
+    """Of these, in order, those before which the entropies sum to at most the bound; at least one."""
+    before, chosen = 0.0, []
+    for s in seen:
+        if chosen and before > bound:
+            break
+        chosen.append(s)
+        before += s.drawn_entropy
+    return chosen
 
 
 def entropy_bound(

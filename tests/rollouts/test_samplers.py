@@ -36,6 +36,7 @@ RECIPES = {
         "top_k": 3,
         "top_p": 0.7,
     },
+    "sdar entropy": {"sampler": "sdar", "block_length": 4, "remasking": "entropy_bounded", "bound": 1.0},
     "sdar sequential": {"sampler": "sdar", "block_length": 4, "steps": 3, "remasking": "sequential"},
     "entropy_bound": {"sampler": "entropy_bound", "block_length": 4, "bound": 2.0},
 }

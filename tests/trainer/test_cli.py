@@ -153,7 +153,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
 
 
 def test_a_damaged_evaluation_is_told_by_its_file(finished: Path, tmp_path: Path) -> None:
-    run, file = damaged(finished, tmp_path, "eval_before.json", "cut")
+    run, file = damaged(finished, tmp_path, "eval_after.json", "cut")
     assert_told(call("demo", "--resume", run), rf"{file} is missing or damaged \(")
 
 

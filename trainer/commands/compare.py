@@ -168,7 +168,7 @@ def _correct_costs(runs: dict[str, list[RunConfig]], costs: dict[str, float], ou
 def forwards_per_update(config: RunConfig) -> float:
     """Mean over the first updates from the checkpoint, which are made and thrown away."""
     setup = prepare(config, make_task(config.task, seed=config.task_seed), Ranks())
-    if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+    if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
         setup.reference = copy.deepcopy(setup.trained).requires_grad_(False)
     figures = rl_updates(setup, make_optimizer(setup.trained, config.rl))
     counts = [next(figures)["forwards"] for _ in range(min(PILOT, config.rl.updates))]
@@ -215,10 +215,11 @@ def _run(config: RunConfig) -> str:
     """A run from its start, or from where it was stopped; how it ended, in a few words."""
     path = Path(config.out)
     if (path / "config.yaml").is_file():
-        folder = RunDir.reopen(path)
+        folder = RunDir.reopen(path, alone=True)
     else:
         path.mkdir(parents=True, exist_ok=True)
         folder = RunDir(path)
+        folder.lock()
     run = Run(folder, config, Console(quiet=True))
     try:
         run.execute()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm_kernels import generate, noise
 
-from ..errors import UserError
+from ..errors import UserError, visible
 from ..models.codec import decode
 from ..tasks import Example
 from ..tasks.files import read_rows, text_of
@@ -67,7 +67,7 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
     if not setup.ranks.is_first:
         return
     for line in lines:
-        print(line["completion"])
+        print(visible(line["completion"]))
     if out is not None:
         try:
             out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -26,7 +26,7 @@ from dllm_kernels.objectives import RECIPES
 
 from ..config import RunConfig
 from ..distributed import Ranks
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models import compat, lora
 from ..models.codec import Codec
 from ..models.loading import Loaded, from_scratch, parameter_count, recognise
@@ -83,7 +83,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
         "optimiser": 2 * _bytes(trained) // ranks,
         "reference policy": 0,
     }
-    if config.rl.updates and RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+    if config.rl.updates and RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
         terms["reference policy"] = terms["weights"]
     works = _works(setup, ranks)
     worst = max(works, key=lambda work: work.peak)
@@ -115,6 +115,22 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
             "more ranks take less"
         )
     return "\n".join(lines)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    lacking = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in lacking)
+
+
+def memory_hint(config: RunConfig, ranks: int) -> str:
+    """What `plan` predicts and which keys help, for a run that ran out of memory."""
+    try:
+        lines = describe_plan(config, ranks=ranks).splitlines()
+        peak = next(line for line in lines if line.startswith("predicted peak"))
+        told = f"plan predicts a peak of {' '.join(peak.split()[2:])}"
+    except Exception as error:  # the prediction must not hide what happened
+        told = str(error) if isinstance(error, UserError) else first_line(error)
+    return f"{told}; a smaller micro_batch of sft, rl and rollout takes less, and so does model.gradient_checkpointing"
 
 
 # --- the model, without weights ---------------------------------------------------------------------------------------

@@ -52,7 +52,11 @@ class Codec:
 
     def answers(self, examples: Sequence[Example]) -> Tensor:
         """int64 `[B, L]`: the demonstrations, filled up with EOS."""
-        return torch.tensor(encode_answers(self._tokenizer, examples, length=self.length, eos_id=self._eos))
+        encoded = encode_answers(self._tokenizer, examples, length=self.length, eos_id=self._eos)
+        for example, ids in zip(examples, encoded, strict=True):
+            if self._mask_id in ids:
+                raise UserError(f"the answer of example {example.id} holds the mask token, which marks what is to be written")
+        return torch.tensor(encoded)
 
     def texts(self, completions_BL: Tensor) -> list[str]:
         return decode(self._tokenizer, completions_BL.cpu(), eos_id=self._eos)

@@ -6,6 +6,7 @@ family, its tokenizer with the mask token, and its `Facts`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,13 @@ def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loa
     if alphabet is None:
         raise UserError("model.checkpoint must be given for this task, whose texts have no small alphabet to build a model for")
     tokenizer = make_tokenizer(alphabet)
+    size = config.hidden_size
+    weights = 2 * len(tokenizer) * size + config.layers * size * (4 * size + 3 * config.intermediate_size)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * weights > memory:
+        raise UserError(
+            f"model: about {weights:.2g} weights by hidden_size, intermediate_size and layers do not fit this machine's memory"
+        )
     facts = Facts(
         family="eurobert",
         mask_id=int(tokenizer.mask_token_id),

@@ -98,6 +98,22 @@ def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
                 raise UserError(f"rollout.cache must be false for {name}, which takes no past_key_values")
 
 
+@torch.no_grad()
+def check_positions(loaded: Loaded) -> None:
+    """Raises UserError for a block-causal model that does not heed `position_ids`, which noisy copies of a text repeat."""
+    if loaded.facts.block_length is None:
+        return
+    device = next(loaded.model.parameters()).device
+    ids = torch.tensor([[0, 1]], device=device)
+    with headless(loaded.model) as body:
+        near, far = (body(ids, position_ids=torch.tensor([[0, place]], device=device)) for place in (1, 7))
+    if torch.equal(near, far):
+        raise UserError(
+            f"model {type(loaded.model).__name__} ignores position_ids, but a block-causal model is scored on a clean and noisy "
+            "copies of a text, whose positions repeat; without them set model.facts.topology=bidirectional"
+        )
+
+
 def check_mask_id(loaded: Loaded) -> None:
     """Raises UserError for a mask id outside the model or one that occurs in ordinary text."""
     mask_id, tokenizer = loaded.facts.mask_id, loaded.tokenizer
@@ -108,6 +124,8 @@ def check_mask_id(loaded: Loaded) -> None:
             raise UserError(f"model.facts.mask_id must be in the {name}'s 0..{size - 1}, got {mask_id}")
     if loaded.facts.valid_vocab is not None and mask_id >= loaded.facts.valid_vocab:
         raise UserError(f"model.facts.mask_id must be below valid_vocab={loaded.facts.valid_vocab}, got {mask_id}")
+    if beyond := [token for token in loaded.facts.suppress if token >= sizes["head"]]:
+        raise UserError(f"model.facts.suppress must be in the head's 0..{sizes['head'] - 1}, got {beyond[0]}")
     token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
     added = tokenizer.added_tokens_decoder.get(mask_id)
     special = mask_id in tokenizer.all_special_ids or (added is not None and added.special)

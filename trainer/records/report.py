@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from ..config import RunConfig
+from ..errors import visible
 from ..tasks.config import SudokuConfig
 from .run_dir import RunDir, State
 
@@ -60,13 +62,13 @@ def result_table(folder: Path, state: State, evaluations: Sequence[dict[str, Any
     for heading in _headings(evaluations):
         accuracy.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right", no_wrap=True)
     for row in result_rows(evaluations):
-        accuracy.add_row(*row)
+        accuracy.add_row(*(escape(visible(cell)) for cell in row))
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for part, seconds in _seconds(state):
         facts.add_row(part, f"{seconds:.1f} s")
     facts.add_row("peak memory", f"{peak_mb:.0f} MB")
-    facts.add_row("files", str(folder))
-    facts.add_row("checkpoint", str(folder / "checkpoint"))
+    facts.add_row("files", escape(str(folder)))
+    facts.add_row("checkpoint", escape(str(folder / "checkpoint")))
     return Group(accuracy, facts)
 
 
@@ -122,4 +124,5 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    told = [" ".join(visible(cell).split()).replace("|", "\\|") for cell in cells]  # names of tests are the user's
+    return f"| {' | '.join(told)} |"

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "*timeout",
     "checkpoints.*",
     "evaluation.*",
+    "parallel.patience",
     "threads",
     "tensorboard",
     "wandb",

@@ -13,11 +13,10 @@ from typing import Any
 
 from .task import Example
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Defect: no DOTALL, so a completion in the requested layout matches only if its parts are single lines
 # (strict) or on the line of the tag (soft). d1 fixed that later; its descendants have copies of it.
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$")
-_SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
+_JOINT = re.compile(r"</reasoning>\s*<answer>")  # of <reasoning>.*?</reasoning>\s*<answer>.*?</answer>
 
 
 def _each(score: Callable[[Example, str], float]) -> Callable[[Sequence[Example], Sequence[str]], list[float]]:
@@ -47,7 +46,25 @@ def _strict(_: Example, text: str) -> float:
 
 
 def _soft(_: Example, text: str) -> float:
-    return 0.5 if _SOFT.match(text) else 0.0
+    """What matching the whole expression gives, in linear time: gaps stay in their lines, white space may cross one."""
+    line = text.find("\n") % (len(text) + 1)
+    last = text.rfind("</answer>", 0, line)
+    for joint in _JOINT.finditer(text, len("<reasoning>")) if text.startswith("<reasoning>") else ():
+        if joint.start() + len("</reasoning>") > line:
+            break
+        next_line = text.find("\n", joint.end()) % (len(text) + 1)
+        if last >= joint.end() if joint.end() <= line else text.find("</answer>", joint.end(), next_line) >= 0:
+            return 0.5
+    return 0.0
+
+
+def _tagged(text: str) -> list[str]:
+    """What `<answer>(.*?)</answer>` finds, in linear time."""
+    found, start = [], text.find("<answer>")
+    while start >= 0 and (end := text.find("</answer>", start + len("<answer>"))) >= 0:
+        found.append(text[start + len("<answer>") : end])
+        start = text.find("<answer>", end + len("</answer>"))
+    return found
 
 
 def _tag_count(_: Example, text: str) -> float:
@@ -87,7 +104,7 @@ def _countdown(example: Example, text: str) -> float:
         allowed. The original calls `eval`; here a tree is walked with the same operators, and values too
         large to compute are wrong.
     """
-    found = _TAGGED.findall(text)
+    found = _tagged(text)
     if not found:
         return 0.0
     equation = found[-1].strip()
@@ -138,7 +155,7 @@ def _sudoku(example: Example, text: str) -> float:
     Defects: of several solutions only one counts (124 of the 500 test puzzles have several); given cells may
         be changed; a solved puzzle and a nearly solved one differ by one cell.
     """
-    found = _TAGGED.findall(text)
+    found = _tagged(text)
     digits = "".join(filter(str.isdigit, found[-1])) if found else ""
     puzzle, solution = example.facts["puzzle"], example.facts["solution"]
     empty = [index for index in range(16) if puzzle[index] == "0"]

@@ -82,7 +82,10 @@ def text_of(row: Row, column: str, where: str) -> str:
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: column {column!r} must be a text, got {type(value).__name__}")
-    return str(value)
+    text = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: column {column!r} holds half of a character (a lone surrogate)")
+    return text
 
 
 def id_of(row: Row, column: str | None, where: str, index: int) -> str:
@@ -101,6 +104,8 @@ def distinct(examples: list[Example], source: str) -> list[Example]:
 
 def _bytes(name: str) -> bytes:
     try:
+        if Path(name).exists() and not Path(name).is_file():
+            raise UserError(f"{name}: a data source must be a regular file, not a folder, pipe or device")
         return Path(name).read_bytes()
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from error
@@ -122,8 +127,9 @@ def _jsonl(name: str) -> Iterator[tuple[str, Row]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
             what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            what = str(error) if type(error) is ValueError else what
             raise UserError(f"{where}: not JSON ({what})") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: a line must hold a JSON object, got {type(row).__name__}")

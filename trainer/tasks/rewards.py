@@ -5,12 +5,17 @@ A reward that hangs, in Python or in C, is stopped by killing its process, so no
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
+import secrets
+import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -18,6 +23,8 @@ from ..errors import UserError, first_line
 from .task import Example, Reward
 
 _IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
+_LONGEST_ANSWER = 1 << 26  # bytes
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
 
 
 def exact_match(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
@@ -35,8 +42,11 @@ def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Rewar
     raise UserError(f"reward {name} is unknown: this task has {known}; one of your own is written module:function")
 
 
-def checked(reward: Reward, name: str) -> Reward:
-    """Wrap a reward to raise UserError, naming the example, unless it returns a finite number for each."""
+def checked(reward: Reward, name: str, *, share: bool = False) -> Reward:
+    """Wrap a reward to raise UserError, naming the example, unless it returns a finite number for each.
+
+    share: one in 0..1, or a truth value, as what counts right answers must.
+    """
 
     def call(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         try:
@@ -45,7 +55,11 @@ def checked(reward: Reward, name: str) -> Reward:
             raise
         except Exception as error:
             raise UserError(f"reward {name} raised {first_line(error)}{_place(error)}") from error
-        return _numbers(values, name, examples)
+        numbers = _numbers(values, name, examples)
+        for example, number in zip(examples, numbers, strict=True) if share else ():
+            if not 0 <= number <= 1:
+                raise UserError(f"reward {name} must return truth values or numbers in 0..1, got {number:g} for {example.id}")
+        return numbers
 
     return call
 
@@ -65,51 +79,73 @@ def load_reward(spec: str, *, timeout: float) -> Reward:
 
 
 class _Process:
-    """A process that imports the function once and answers calls; it ends with this object."""
+    """A process that imports the function once and answers calls; it and its children end with this object or this process.
+
+    It gets the environment without what is named like a secret. Its answers are JSON, of a limited size, and repeat the number
+    and the random word of the call.
+    """
 
     def __init__(self, spec: str, timeout: float):
         self._spec, self._timeout = spec, timeout
+        self._number, self._nonce = 0, ""
         self._start()
 
     def __call__(self, examples: Sequence[Example], completions: Sequence[str]) -> Any:
         if not self._end.alive:
             self._start()
-        try:
-            self._connection.send((list(examples), list(completions)))
-        except OSError as error:
-            self._end()
-            raise UserError(f"reward {self._spec}: its process has ended; its output is above, if any") from error
-        return self._answer(self._timeout, f"scored {len(completions)} completions")
+        self._send(list(examples), list(completions))
+        return self._answer(self._timeout, f"scored {len(completions)} completions").get("values")
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        command = [sys.executable, "-m", f"{__package__}.reward_process", self._spec, str(theirs.fileno())]
+        kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, env={**os.environ, "PYTHONPATH": path}
+            [sys.executable, "-m", f"{__package__}.reward_process", self._spec, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            env={**kept, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            start_new_session=True,
         )
         theirs.close()
         self._connection = ours
         self._end = weakref.finalize(self, _end, process, ours)
+        self._send()
         self._answer(max(_IMPORT_SECONDS, self._timeout), "been imported")
 
-    def _answer(self, seconds: float, done: str) -> Any:
+    def _send(self, *what: Any) -> None:
+        self._number, self._nonce = self._number + 1, secrets.token_hex(8)
+        try:
+            self._connection.send((self._number, self._nonce, *what))
+        except OSError as error:
+            self._end()
+            raise UserError(f"reward {self._spec}: its process has ended; its output is above, if any") from error
+
+    def _answer(self, seconds: float, done: str) -> dict[str, Any]:
         try:
             if not self._connection.poll(seconds):
                 self._end()
                 raise UserError(f"reward {self._spec} had not {done} after {seconds:g} s; its process was ended")
-            good, value = self._connection.recv()
+            told = json.loads(self._connection.recv_bytes(_LONGEST_ANSWER))
+            is_it = (told["number"], told["nonce"]) == (self._number, self._nonce)
+            good, said = told["good"], told.get("said")
         except (EOFError, OSError) as error:
             self._end()
             raise UserError(f"reward {self._spec}: its process ended before it had {done}") from error
+        except (ValueError, TypeError, LookupError, RecursionError):
+            is_it = False
+        if not is_it:
+            self._end()
+            raise UserError(f"reward {self._spec}: something else than its answer came from its process, which was ended")
         if not good:
-            raise UserError(f"reward {self._spec} {value}")
-        return value
+            raise UserError(f"reward {self._spec} {said}")
+        return told  # type: ignore[no-any-return]
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from .task import Example
 
-_STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\s*", re.DOTALL)
-_SOFT = re.compile(r"\s*<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+_OPEN, _BETWEEN, _CLOSE = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"
+_JOINT = re.compile(r"</reasoning>\s*<answer>")
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _PER_CHARACTER = 0.001  # of text after the end
 
@@ -19,11 +19,16 @@ def layout(examples: Sequence[Example], completions: Sequence[str]) -> list[floa
 
 
 def _strict(text: str) -> float:
-    return float(_STRICT.fullmatch(text) is not None)
+    """By searches from the left: a regular expression with two open gaps takes quadratic time on hostile texts."""
+    between, whole = text.find(_BETWEEN, len(_OPEN)), text.rstrip()
+    fits = between >= 0 and between + len(_BETWEEN) <= len(whole) - len(_CLOSE)
+    return float(fits and text.startswith(_OPEN) and whole.endswith(_CLOSE))
 
 
 def _soft(text: str) -> float:
-    return float(_SOFT.match(text) is not None)
+    inner = text.lstrip()
+    joint = _JOINT.search(inner, len("<reasoning>")) if inner.startswith("<reasoning>") else None
+    return float(joint is not None and inner.find("</answer>", joint.end()) >= 0)
 
 
 def _tags(text: str) -> float:

@@ -34,8 +34,8 @@ class Algorithm:
     options: Any  # an instance of `recipe.option_type`
     objective: Objective
 
-    def rewards(self, values_B: Tensor, group_ids_B: Tensor, length: int) -> Rewards:
-        return Rewards(values_B, group_ids_B, length, self.config.advantage, self.config.positive_only)
+    def rewards(self, values_B: Tensor, group_ids_B: Tensor, lengths_B: Tensor) -> Rewards:
+        return Rewards(values_B, group_ids_B, lengths_B, self.config.advantage, self.config.positive_only)
 
     def signal(self, rewards: Rewards) -> Signal:
         return self.recipe.signal(rewards, self.objective, self.options)
@@ -88,7 +88,7 @@ class Scores:
     def _scores(self, model: nn.Module, plan: MaskPlan, kind: str) -> Tensor:
         if kind == "logp":
             return score_samples(model, plan, per_token=True, **self.options)
-        if kind == "sample_elbo" and plan.step_BS is not None:  # one for each step, of which a sample has several
+        if kind == "sample_elbo" and plan.step_KBS is not None:  # one for each step, of which a sample has several
             return steps.sums(plan, score_samples(model, plan, per_token=True, **self.options).transpose(0, 1))
         elbo_BK = score_samples(model, plan, **self.options)
         return elbo_BK if kind == "sample_elbo" else (elbo_BK * plan.share_K).sum(-1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dllm_kernels import generate, noise
 
 from ..config import RolloutConfig
 from ..tasks import Example
+from .guards import guard_failures
 from .setup import Setup
 
 Figures = dict[str, Any]
@@ -51,6 +52,7 @@ def evaluate(
             **options,
         )
         with ranks.together():
+            guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing
             texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
             found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
         for told in ranks.tell(found):
@@ -62,6 +64,24 @@ def evaluate(
     means = {key: sum(values) / len(values) for key, values in scores.items()}
     solved = "".join("01"[int(value)] for value in scores["correct"])
     return {"examples": len(examples), **means, "decoding": settings, "solved": solved}
+
+
+def is_whole(evaluation: Any, tests: Mapping[str, Sequence[Example]]) -> bool:
+    """Whether what a file holds has the figures of all these tests."""
+    try:
+        sets = evaluation["sets"]
+        for name, examples in tests.items():
+            for way in ("rollout", "greedy"):
+                figures = sets[name][way]
+                texts = figures["solved"], figures["examples"]
+                numbers = figures["correct"], figures["decoding"]["temperature"]
+                if len(texts[0]) != len(examples) or texts[1] != len(examples) or not set(texts[0]) <= {"0", "1"}:
+                    return False
+                if not all(isinstance(number, float) for number in numbers):
+                    return False
+        return bool(sets.keys() == tests.keys())
+    except (TypeError, LookupError, AttributeError):
+        return False
 
 
 def paired_gain(before: Figures, after: Figures) -> dict[str, float]:

@@ -15,11 +15,13 @@ from .algorithms import Scores, make_batches, step_figures
 from .optimization import batch_indices, guarded_step, learning_rate
 from .rl import prepare_rl
 from .setup import Setup
+from .window import window_of
 
 
 def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
     """Updates `start`..`rl.updates - 1` of `rl.prompts` pairs each, yielding their figures; a pair stays on one rank."""
     config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
+    window = window_of(config, facts)
     algorithm, _ = prepare_rl(setup)
     for update in range(start, config.updates):
         started = time.perf_counter()
@@ -42,9 +44,13 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
             shift=facts.shift,
             attention_mask_BS=real,
             causal_block=facts.block_length,
+            **window.plan_options,
             **config.law_options(),
         ).to(ranks.device)
-        options = setup.scoring_options(None if real is None else real.to(ranks.device), config.micro_batch, as_rolled_out=False)
+        attention = window.attention(ids, completion, real)
+        options = setup.scoring_options(
+            None if attention is None else attention.to(ranks.device), config.micro_batch, as_rolled_out=False
+        )
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,6 +28,9 @@ from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
+from .window import Window, window_of
+
+MOST_ROLLOUTS = 1_000_000  # of an update; more is a slip of the finger, and its lists alone fill the memory
 
 
 def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
@@ -36,6 +40,9 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total < setup.ranks.size:
         raise ConfigError(f"rl.prompts x rl.group = {total} must be at least the number of ranks, {setup.ranks.size}")
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
+    if total > MOST_ROLLOUTS:
+        raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
+    window_of(config, setup.facts)
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
             those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
@@ -50,6 +57,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
     """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
     algorithm, reward = prepare_rl(setup)
+    window = window_of(config, setup.facts)
     total = config.prompts * config.group
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
@@ -80,14 +88,15 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
         if config.gap_every and update % config.gap_every == 0:
             figures["on_policy_gap"] = on_policy_gap(setup, sampled)
-        everyone = algorithm.rewards(ranks.gather(rewards)[0], index.to(ranks.device), setup.length)
+        lengths_B = ranks.gather(window.lengths(sampled.ids_BS, sampled.completion_mask_BS))[0]
+        everyone = algorithm.rewards(ranks.gather(rewards)[0], index.to(ranks.device), lengths_B)
         found = algorithm.signal(everyone)
         figures |= {"groups_with_signal": len(index[found.kept_N.cpu()].unique()), "sequences_scored": len(found.kept_N)}
         rolled_out = time.perf_counter()
         if len(found.kept_N):
             reward_of = partial(_rewards_of, setup, reward, examples)
             with calls:
-                figures |= _learn(setup, optimizer, algorithm, sampled, mine, everyone, found, reward_of, update)
+                figures |= _learn(setup, optimizer, algorithm, window, sampled, mine, everyone, found, reward_of, update)
             figures["tokens"] += figures.pop("tokens_scored")
         for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
             figures[name] = ranks.total(getattr(calls, name))
@@ -102,6 +111,7 @@ def _learn(
     setup: Setup,
     optimizer: torch.optim.Optimizer,
     algorithm: Algorithm,
+    window: Window,
     sampled: Rollout,
     mine: slice,
     rewards: Rewards,
@@ -112,11 +122,11 @@ def _learn(
     """The optimizer steps on one set of rollouts."""
     config, ranks, objective = setup.config.rl, setup.ranks, algorithm.objective
     entries, here_N = found.of(mine)
-    kept, states = sampled.kept(here_N), algorithm.states(sampled, here_N, setup.config.seed)
+    kept, states = sampled.kept(here_N), algorithm.states(window.of_trajectory(sampled), here_N, setup.config.seed)
 
     def plan_of(iteration: int) -> MaskPlan:
         if states is not None:
-            return states.plan
+            return states.plan if states.plan.prompt_noise == 0 else replace(states.plan, iteration=iteration)
         return make_mask_plan(
             sampled.ids_BS,
             sampled.completion_mask_BS,
@@ -129,12 +139,14 @@ def _learn(
             attention_mask_BS=sampled.text_mask_BS,
             iteration=iteration,
             causal_block=setup.facts.block_length,
+            **window.plan_options,
             **config.law_options(),
         ).cut(sequences=here_N)
 
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
     seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
-    options = setup.scoring_options(seen_BS, config.micro_batch, as_rolled_out=states is not None)
+    attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
+    options = setup.scoring_options(attention_BS, config.micro_batch, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
         rewards=rewards,

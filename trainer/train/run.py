@@ -16,11 +16,11 @@ from dllm_kernels.objectives import RECIPES
 from .. import distributed
 from ..config import OptimizerConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
-from ..models.self_tests import check_mask_id, check_rollout, shift_self_test
+from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
 from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
 from ..records.manifest import DamagedCheckpoint, verify
@@ -32,7 +32,8 @@ from ..records.run_dir import PHASES, RunDir, State
 from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
-from .evaluation import Figures, decodings, evaluate, paired_gain
+from ..watch import watching
+from .evaluation import Figures, decodings, evaluate, is_whole, paired_gain
 from .foreign_code import announce_code
 from .optimization import make_optimizer
 from .preferences import pair_updates
@@ -73,6 +74,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
             four_bit=model_config.four_bit,
         )
     check_mask_id(loaded)
+    check_positions(loaded)
     codec = Codec(loaded, task, config.prompt, config.rollout.length)
     check_rollout(config.rollout, loaded, codec.length)
     if model_config.gradient_checkpointing:
@@ -141,7 +143,7 @@ class Run:
     def execute(self) -> None:
         """Everything that is not done yet. Raises Stopped where a signal asks for it, with the state saved."""
         folder, config, ranks = self.folder, self.config, self.ranks
-        with StopRequest(nothing_to_lose=True) as self.stop:
+        with StopRequest(nothing_to_lose=True) as self.stop, watching(ranks, config.parallel.patience) as self._watch:
             if ranks.is_first:
                 folder.write_json("environment.json", environment())
             started = time.perf_counter()
@@ -194,24 +196,26 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if RECIPES[config.rl.algorithm].needs_reference and not config.model.lora.rank:
+        if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
                 raise UserError(
                     f"{error}; it is the reference policy of this run, which cannot go on without: put it back or start anew"
                 ) from error
-        if not (folder.path / "eval_before.json").exists():
-            if self.state.before is None:
-                raise UserError(
-                    f"{folder.path / 'eval_before.json'} is missing, and its figures cannot be made again: put it back"
-                )
+        if self.state.before is None:
+            raise UserError(f"{folder.path}: its checkpoint does not hold the evaluation before RL, which cannot be made again")
+        try:
+            known = folder.read_json("eval_before.json")
+        except UserError:
+            known = None
+        if known != self.state.before:
             folder.write_json("eval_before.json", self.state.before)
-            self._say("eval_before.json was missing; it is restored from the checkpoint")
+            self._say("eval_before.json was missing or had changed; it is restored from the checkpoint")
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
     def _spend(self, part: str, started: float) -> None:
         self.state.seconds[part] = self.state.seconds.get(part, 0.0) + time.perf_counter() - started
@@ -232,7 +236,7 @@ class Run:
     def _reference(self) -> nn.Module | None:
         """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
         config, setup = self.config, self.setup
-        if not RECIPES[config.rl.algorithm].needs_reference or config.model.lora.rank:
+        if not RECIPES[config.rl.algorithm].wants_reference(config.rl.options) or config.model.lora.rank:
             return None
         model = load(
             self.folder.path / REFERENCE,
@@ -286,6 +290,7 @@ class Run:
                 if probe_every and state.step % probe_every == 0:
                     figures |= self._probe()
                 figures["peak_memory_mb"] = peak_memory_mb()
+                self._check_metric(phase, figures)
                 if ranks.is_first:
                     self.folder.log({"phase": phase, "step": state.step, **figures})
                 shown.advance(1, {key: figures[key] for key in _SHOWN[phase] if key in figures})
@@ -297,9 +302,18 @@ class Run:
                 if stopping:
                     self.checkpoints.finish()
                     raise Stopped(stopping)
+                if self._watch is not None:
+                    self._watch.step_made(figures["seconds"])
                 if warning := self.moments.warning(figures["seconds"]):
                     self._say(warning)
         self.checkpoints.finish()
+
+    def _check_metric(self, phase: str, figures: dict[str, float]) -> None:
+        """Raises UserError where the figure by which the best checkpoints are kept is none."""
+        name, is_last = self.config.checkpoints.metric, phase == "rl" or not self.config.rl.updates
+        probes = ("probe_greedy", "probe_rollout")  # not of every step
+        if self.config.checkpoints.keep_best and is_last and "loss" in figures and name not in (*figures, *probes):
+            raise UserError(f"checkpoints.metric {name} is no figure of a step; there are {', '.join((*figures, *probes))}")
 
     def _autocast(self) -> torch.autocast:
         """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
@@ -359,9 +373,17 @@ class Run:
         self.ranks.wait()
 
     def _has(self, name: str) -> bool:
-        """Whether this evaluation was made; one after RL is made again where there were more updates since."""
-        made = (self.folder.path / name).exists()
-        return made and (name == "eval_before.json" or self.folder.read_json(name).get("at") == self.where())
+        """Whether this evaluation was made and is whole; one after RL is made again where there were more updates since."""
+        if not (self.folder.path / name).exists():
+            return False
+        found, tests = self.folder.read_json(name), self.setup.task.tests
+        if name == "eval_after.json":
+            return is_whole(found, tests) and found.get("at") == self.where()
+        if not is_whole(found, tests):
+            raise UserError(
+                f"{self.folder.path / name} is damaged: it lacks figures of {', '.join(tests)}; put it back or start anew"
+            )
+        return True
 
     def _finish(self) -> None:
         folder = self.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -45,8 +46,11 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         again, self.wanted = self.wanted, True
         if not again:
+            self._at = time.monotonic()
             self._code = STOPPED_BY_CTRL_C if number == signal.SIGINT else STOPPED_BY_SIGNAL
-        if self.nothing_to_lose or (again and number == signal.SIGINT):
+        # torchrun sends on to its processes what the terminal has sent them already
+        once_more = again and number == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self._at > 2.0)
+        if self.nothing_to_lose or once_more:
             raise StoppedAtOnce(self._code)
 
 

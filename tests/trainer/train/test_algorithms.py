@@ -79,6 +79,15 @@ def test_every_algorithm_trains(name: str, inner: int, checkpoint: Path) -> None
         assert all(torch.equal(a, b) for a, b in zip(before, setup.reference.parameters(), strict=True)), "the reference moved"
 
 
+def test_a_kl_that_an_option_adds_gets_its_reference(tmp_path: Path) -> None:
+    keys = ["rl.algorithm=gdpo", "rl.options.beta=0.1", "sft.steps=2", "rl.updates=1", "task.test_puzzles=2"]
+    out = tmp_path / "run"
+    config = load_config(overrides=[*KEYS, *keys, f"out={json.dumps(str(out))}"])
+    Run(RunDir.create(out), config, Console(quiet=True)).execute()
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any("kl" in record for record in records)
+
+
 def test_the_command_trains_the_algorithm_that_it_names(checkpoint: Path, tmp_path: Path) -> None:
     arguments = [
         "rl",
@@ -147,7 +156,7 @@ def chosen(name: str, *keys: str) -> algorithms.Algorithm:
 
 def signal_of(name: str) -> Signal:
     algorithm = chosen(name)
-    return algorithm.signal(algorithm.rewards(REWARDS, GROUPS, 16))
+    return algorithm.signal(algorithm.rewards(REWARDS, GROUPS, torch.full([8], 16)))
 
 
 def test_groups_of_equal_rewards_are_dropped_where_nothing_else_is_learnt() -> None:
@@ -295,7 +304,8 @@ def test_states_of_several_steps_are_scored_once_an_iteration_since_the_rollout_
     assert len(spy.old) == 2
     (states,) = spy.states
     assert len(states.plan.counts) == 2  # four steps in twos, or in two segments
-    assert (states.plan.counts.sum(0) == 16).all(), "every token of a rollout is scored in one of its states"
+    assert torch.equal(states.plan.counts.sum(0), states.plan.lengths_B), "a scored token is scored in one of the states"
+    assert states.plan.lengths_B.max() == 16
     (batches,) = spy.batches
     known = batches[0].per_sample.get("old_sample_elbo", batches[0].per_sample.get("old_logp"))
     assert known is not None

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_trainer.distributed import Ranks
+from dllm_trainer.errors import UserError
+from dllm_trainer.models.self_tests import check_positions
 from dllm_trainer.tasks import make_task
 from dllm_trainer.train.guards import on_policy_gap
 from dllm_trainer.train.optimization import make_optimizer
@@ -80,3 +82,23 @@ def test_a_sampler_of_other_blocks_is_refused(model_folder: Path) -> None:
     setup = setup_of(model_folder)
     with pytest.raises(ValueError, match="block_length must be the model's 4 for sampler='sdar', got 8"):
         generate(setup.model, torch.tensor([[1, 2]]), length=8, mask_id=9, sampler="sdar", steps=4, block_length=8)
+
+
+def test_adapters_and_checkpointing_change_nothing_of_how_it_is_scored(model_folder: Path) -> None:
+    """Attention in parts is recomputed in backward, and the reference is the model with its adapters off."""
+    keys = ["rl.algorithm=trace_rl", "rl.gap_every=1", "model.lora.rank=2", "model.gradient_checkpointing=true"]
+    setup = setup_of(model_folder, *keys)
+    records = list(sft_steps(setup, make_optimizer(setup.trained, setup.config.sft)))
+    records += rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
+    assert all(record["on_policy_gap"] < 1e-4 for record in records[3:])
+    assert all(record["grad_norm"] > 0 for record in records)
+
+
+def test_a_model_that_ignores_positions_is_refused(model_folder: Path) -> None:
+    loaded = setup_of(model_folder).loaded
+    check_positions(loaded)
+    rotary = loaded.model.model.rotary_emb
+    fixed = {"position_ids": torch.arange(2)[None]}
+    rotary.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | fixed), with_kwargs=True)
+    with pytest.raises(UserError, match="EuroBertForMaskedLM ignores position_ids"):
+        check_positions(loaded)

@@ -1,0 +1,155 @@
+// A stand-alone caller of the engines of csrc/, for sanitizers: every array is an allocation of its own, of exactly the size
+// that the call may touch, and neither workspace nor results are written before. Prints the number of calls.
+//
+//     clang++ -std=c++17 -g -O1 -fsanitize=memory -Icsrc csrc/head_*.cpp csrc/team.cpp tests/backends/engine_driver.cpp
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include "head_problem.h"
+
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+extern "C" void __msan_check_mem_is_initialized(const volatile void* data, size_t bytes);
+#define DLLM_WRITTEN(data, bytes) __msan_check_mem_is_initialized(data, bytes)
+#endif
+#endif
+#ifndef DLLM_WRITTEN
+#define DLLM_WRITTEN(data, bytes) ((void)(data), (void)(bytes))
+#endif
+
+namespace {
+
+using dllm::Type;
+
+uint32_t state = 1;
+float number() {  // in [-1, 1)
+  state = state * 1664525u + 1013904223u;
+  return (float)(int32_t)state * (1.0f / 2147483648.0f);
+}
+
+template <class T> struct Array {
+  explicit Array(int64_t count) : count(count), data(static_cast<T*>(std::malloc(sizeof(T) * (size_t)(count ? count : 1)))) {}
+  ~Array() { std::free(data); }
+  Array(const Array&) = delete;
+  void written() const { DLLM_WRITTEN(data, sizeof(T) * (size_t)count); }
+  int64_t count;
+  T* data;
+};
+
+struct Values : Array<char> {  // floats in memory as one of three types
+  Values(int64_t n, Type type) : Array<char>(n * (type == Type::f32 ? 4 : 2)) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = number();
+      uint32_t word;
+      std::memcpy(&word, &x, 4);
+      const uint16_t half = type == Type::bf16 ? (uint16_t)(word >> 16) : (uint16_t)((word >> 16 & 0x8000) | (0x3000 + (word >> 13 & 0x3ff)));
+      if (type == Type::f32) std::memcpy(data + 4 * i, &x, 4);
+      else std::memcpy(data + 2 * i, &half, 2);
+    }
+  }
+};
+
+void run(const dllm::Engine& engine, dllm::HeadProblem p, int64_t rows_at_once) {
+  p.chunk = (rows_at_once + engine.panel - 1) / engine.panel * engine.panel;
+  const int64_t floats = engine.workspace(p, 1);
+  std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(64, (size_t)(floats + 16) * 4 / 64 * 64 + 64), std::free);
+  dllm::Team::run(1, [&](dllm::Team& team, int rank) { engine.head(p, team, rank, static_cast<float*>(workspace.get())); });
+}
+
+int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V, bool options) {
+  const int64_t width = type == Type::f32 ? 4 : 2;
+  Values hidden(N * H, type), weight(V * H, type);
+  Array<float> bias(V), temperature(N), coef(N), entropy_coef(N), logp(N), lse(N), entropy(N), top_logp(N), dweight(V * H), dbias(V);
+  Array<int64_t> target(N), key(N), top_id(N), token(N);
+  Array<uint8_t> excluded(V);
+  Array<char> vector0(N * H * width), vector1(N * H * width), operand0(N * V * width), operand1(N * V * width);
+  for (int64_t v = 0; v < V; ++v) {
+    bias.data[v] = number();
+    excluded.data[v] = v % 5 == 4;
+  }
+  for (int64_t i = 0; i < N; ++i) {
+    temperature.data[i] = 1.5f + number();
+    coef.data[i] = number();
+    entropy_coef.data[i] = number();
+    target.data[i] = i * 5 % V / 5 * 5;
+    key.data[i] = (int64_t)(1e18 * (double)number());
+  }
+  dllm::HeadProblem p{};
+  static_cast<dllm::Operands&>(p) = {{hidden.data, type, H, 1}, {weight.data, type, H, 1}, nullptr, N, V, H};
+  p.options.temperature = 1;
+  if (options) p.options = {bias.data, 3.0f, 1.0f, temperature.data, excluded.data};
+  static_cast<dllm::Statistics&>(p) = {logp.data, lse.data, entropy.data, top_logp.data, top_id.data};
+  p.target = target.data;
+  p.out.type = type;
+  run(engine, p, N);
+  for (const Array<float>* x : {&logp, &lse, &entropy, &top_logp}) x->written();
+  top_id.written();
+
+  dllm::HeadProblem late = p;  // vectors and operands for coefficients to come
+  late.gradient = true;
+  late.out = {{vector0.data, vector1.data}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true};
+  run(engine, late, N);
+  for (const Array<char>* x : {&vector0, &vector1, &operand0, &operand1}) x->written();
+
+  dllm::HeadProblem known = p;  // coefficients known, all gradients, several chunks
+  known.gradient = true;
+  known.coef = coef.data;
+  known.entropy_coef = options ? entropy_coef.data : nullptr;
+  known.out = {{vector0.data, nullptr}, {nullptr, nullptr}, dweight.data, dbias.data, H, type, true};
+  run(engine, known, 32);
+  for (const Array<float>* x : {&dweight, &dbias}) x->written();
+  vector0.written();
+
+  dllm::HeadProblem kept{};  // from stored operands
+  static_cast<dllm::Operands&>(kept) = p;
+  kept.options.temperature = 1;
+  kept.gradient = true;
+  kept.coef = coef.data;
+  kept.entropy_coef = entropy_coef.data;
+  kept.stored[0] = operand0.data;
+  kept.stored[1] = operand1.data;
+  kept.out = known.out;
+  run(engine, kept, N);
+  for (const Array<float>* x : {&dweight, &dbias}) x->written();
+
+  dllm::HeadProblem drawn = p;
+  drawn.target = nullptr;
+  static_cast<dllm::Statistics&>(drawn) = {nullptr, lse.data, entropy.data, nullptr, nullptr};
+  static_cast<dllm::Draw&>(drawn) = {key.data, 2, 0.8f, token.data, logp.data};
+  run(engine, drawn, N);
+  token.written();
+  logp.written();
+  return 5;
+}
+
+}  // namespace
+
+int main() {
+  struct Named {
+    const dllm::Engine* engine;
+    bool pairs, here;
+  };
+  std::vector<Named> engines = {{&dllm::baseline::engine, false, true}};
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  engines.push_back({&dllm::avx2::engine, false, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  engines.push_back({&dllm::avx512::engine, false, avx512});
+  engines.push_back({&dllm::avx512bf16_emulated::engine, true, avx512});
+#endif
+  int made = 0;
+  for (const Named& e : engines)
+    for (Type type : {Type::f32, Type::bf16, Type::f16}) {
+      if (!e.here || (e.pairs && type != Type::bf16)) continue;
+      for (int64_t N : {1, 2, 3, 17, 33})
+        for (int64_t H : {1, 7, 48})
+          for (int64_t V : {1, 6, 33, 470})
+            for (bool options : {false, true}) made += calls(*e.engine, type, N, H, V, options && V > 1);
+    }
+  std::printf("%d calls\n", made);
+}

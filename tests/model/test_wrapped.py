@@ -1,0 +1,77 @@
+"""In DDP and under FSDP2, an optimizer step by `headless` is the one that plain cross-entropy on logits makes in the same
+wrapper, before and after `accumulate`, which sums over the ranks and leaves the wrapper as it found it.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dllm_kernels import headless
+from tests.model.wrapped_ranks import CASES
+from tests.tiny import eurobert
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed"),
+    pytest.mark.timeout(600),
+]
+QUICK = ["ddp bias, unused", "fsdp2 tied, accumulation"]
+
+
+def run(folder, size, names):
+    command = [sys.executable, "-m", "tests.model.wrapped_ranks", str(folder / "out"), str(size), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "out", weights_only=False)
+
+
+def check(ranks, names):
+    for found in ranks:
+        for name in names:
+            largest = CASES[name][-1]
+            steps = found[name]
+            assert steps["moved"] > 0.05, name
+            assert all(difference < largest for key, difference in steps.items() if key != "moved"), (name, steps)
+
+
+def check_refusals(found):
+    said = {
+        "beside ddp": r"inside its DistributedDataParallel",
+        "fsdp1": r"FullyShardedDataParallel.*FSDP2",
+        "inside fsdp1": r"FullyShardedDataParallel",
+        "data parallel": r"DataParallel.*use DistributedDataParallel",
+        "late": r"backward must run inside",
+        "waiting": r"not reduced yet",
+    }
+    assert found.keys() == said.keys()
+    for name, pattern in said.items():
+        assert found[name] is not None, name
+        assert re.search(pattern, found[name]), (name, found[name])
+
+
+def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
+    ranks = run(tmp_path, 2, [*QUICK, "refusals"])
+    check(ranks, QUICK)
+    check_refusals(ranks[0]["refusals"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_steps_in_every_wrapper_and_setting_equal_plain_cross_entropy(tmp_path, size):
+    check(run(tmp_path, size, list(CASES)), list(CASES))
+
+
+def test_ten_contexts_of_a_compiled_model_are_one_graph():
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(eurobert(), backend=backend)
+    for _ in range(10):
+        with headless(compiled) as body:
+            body(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert len(graphs) == 1

@@ -1,0 +1,292 @@
+"""Run by test_wrapped.py: optimizer steps in every wrapper, by `headless` and by plain cross-entropy on logits.
+
+python -m tests.model.wrapped_ranks OUT SIZE CASE...: ranks are forked; what each of them found is saved to OUT.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dllm_kernels import accumulate, elbo_loss, headless
+from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.objectives import BGPO
+from tests.plans import plan_of
+from tests.tiny import eurobert
+
+V, STEPS = 101, 3
+
+
+def model_of(head, lora=False):
+    torch.manual_seed(0)
+    model = eurobert(vocab=V, hidden=16, dtype=torch.float32, tie_word_embeddings=head == "tied")
+    if head == "bias":
+        model.get_output_embeddings().bias = torch.nn.Parameter(torch.linspace(-1, 1, V))
+    if head == "frozen":
+        model.get_output_embeddings().requires_grad_(False)
+    if lora:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    return model
+
+
+def ddp(model, **options):
+    return DistributedDataParallel(model, **options)
+
+
+def fsdp2(model, reshard=None, factor=None, replicas=1, head_apart=False, **policy):
+    size = dist.get_world_size()
+    sizes = (size,) if replicas == 1 else (replicas, size // replicas)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("shard",) if replicas == 1 else ("replicate", "shard"))
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(**policy)}
+    if reshard is not None:
+        options["reshard_after_forward"] = reshard
+    inside = {**options, "mp_policy": MixedPrecisionPolicy(**{**policy, "output_dtype": None})}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
+        fully_shard(layer, **inside)
+    if head_apart:
+        fully_shard(inner.get_output_embeddings(), **inside)
+    fully_shard(model, **options)
+    if factor is not None:
+        model.set_gradient_divide_factor(factor)
+        model.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return model
+
+
+# name: (wrapper, head, LoRA, micro-batches per step, largest difference of parameters)
+CASES = {
+    "ddp": (ddp, "untied", False, 1, 1e-6),
+    "ddp tied": (ddp, "tied", False, 1, 1e-6),
+    "ddp bias, unused": (functools.partial(ddp, find_unused_parameters=True), "bias", False, 1, 1e-6),
+    "ddp static": (functools.partial(ddp, static_graph=True), "untied", False, 1, 1e-6),
+    "ddp views, accumulation": (functools.partial(ddp, gradient_as_bucket_view=True), "untied", False, 2, 1e-6),
+    "ddp frozen, unused": (functools.partial(ddp, find_unused_parameters=True), "frozen", False, 1, 1e-6),
+    "ddp lora": (ddp, "tied", True, 1, 1e-6),
+    "fsdp2": (fsdp2, "untied", False, 1, 1e-6),
+    "fsdp2 tied, resharded": (functools.partial(fsdp2, reshard=True), "tied", False, 1, 1e-6),
+    "fsdp2 bias, not resharded": (functools.partial(fsdp2, reshard=False), "bias", False, 1, 1e-6),
+    "fsdp2 head apart": (functools.partial(fsdp2, head_apart=True), "untied", False, 1, 1e-6),
+    "fsdp2 factor": (functools.partial(fsdp2, factor=5.0), "untied", False, 1, 1e-6),
+    "fsdp2 accumulation": (fsdp2, "untied", False, 2, 1e-6),
+    "fsdp2 tied, accumulation": (fsdp2, "tied", False, 2, 1e-6),
+    "fsdp2 frozen": (fsdp2, "frozen", False, 1, 1e-6),
+    "fsdp2 lora": (fsdp2, "untied", True, 1, 1e-6),
+    "fsdp2 replicas": (functools.partial(fsdp2, replicas=2), "untied", False, 1, 1e-6),
+    "fsdp2 bf16": (
+        functools.partial(fsdp2, param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32),
+        "untied",
+        False,
+        1,
+        0.08,  # twice the gradient would be 0.11 off
+    ),
+}
+
+
+def batch(rank, step, micro):
+    """(noisy ids, attention mask, target, masked, p_mask): other data and other lengths on every rank."""
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + micro)
+    length = 5 + rank + step
+    target = torch.randint(0, V - 2, (2, length), generator=generator)
+    attention = torch.ones_like(target)
+    attention[1, length - 2 :] = 0
+    masked = (torch.rand(target.shape, generator=generator) < 0.6) & (attention == 1)
+    if (rank, step) == (1, 1):
+        masked[:] = False  # a rank without a single hidden token
+    return target.masked_fill(masked, V - 1), attention, target, masked, torch.tensor(0.6)
+
+
+def plain_loss(model, ids, attention, target, masked, p_mask):
+    logits = model(input_ids=ids, attention_mask=attention).logits
+    loss = F.cross_entropy(logits[masked], target[masked], reduction="none") / p_mask
+    return loss.sum() / target.numel() + 0.0 * logits.sum()
+
+
+def headless_loss(body, ids, attention, target, masked, p_mask):
+    return elbo_loss(body(ids, attention_mask=attention), body.weight, target, masked, p_mask, **body.options)
+
+
+def one_step(model, optimizer, step, micros, ours, syncing):
+    optimizer.zero_grad()
+    for micro in range(micros):
+        with syncing(model, micro == micros - 1):
+            case = batch(dist.get_rank(), step, micro)
+            if ours:
+                with headless(model) as body:
+                    headless_loss(body, *case).backward()
+            else:
+                plain_loss(model, *case).backward()
+    optimizer.step()
+
+
+def syncing(model, now):
+    if hasattr(model, "no_sync"):
+        return nullcontext() if now else model.no_sync()
+    model.set_requires_gradient_sync(now)
+    return nullcontext()
+
+
+def whole(model):
+    return {
+        name.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def rl_case():
+    plan = plan_of([5, 4, 6, 3, 5], samples=3)
+    return plan, Batch({"advantages": torch.tensor([1.0, -0.5, 0.0, 2.0, -1.0])})
+
+
+class _BreaksError(Exception):
+    pass
+
+
+def _break(*_):
+    raise _BreaksError
+
+
+def accumulated(model, broken=False):
+    """`.grad` after `accumulate` of one batch over all ranks, the first of which holds more than the others."""
+    plan, batch = rl_case()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = slice(0, 5) if size == 1 else slice(0, 4) if rank == 0 else slice(4, 5) if rank == 1 else slice(0, 0)
+    module = getattr(model, "module", model)
+    hook = module.register_forward_hook(_break) if broken else None
+    try:
+        accumulate(model, plan.cut(sequences=mine), BGPO, batch.cut(sequences=mine), denominator=5.0)
+    except _BreaksError:
+        assert hook is not None
+        hook.remove()
+    return {n.removeprefix("module."): None if p.grad is None else _full(p.grad) for n, p in model.named_parameters()}
+
+
+def _full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def case(name):
+    """Largest differences: parameters after the steps, gradients of `accumulate` from one process, what follows it."""
+    wrap, head, lora, micros, _ = CASES[name]
+    models, optimizers = {}, {}
+    for ours in (True, False):
+        models[ours] = wrap(model_of(head, lora))
+        trained = [p for p in models[ours].parameters() if p.requires_grad]
+        optimizers[ours] = torch.optim.SGD(trained, lr=0.1, momentum=0.5)
+    start = whole(models[True])
+
+    def run(steps):
+        for step in steps:
+            for ours in (True, False):
+                one_step(models[ours], optimizers[ours], step, micros, ours, syncing)
+        return worst(whole(models[True]), whole(models[False]))
+
+    found = {"steps": run(range(STEPS)), "moved": worst(whole(models[True]), start)}
+    alone = model_of(head, lora)
+    alone.load_state_dict(dict(whole(models[True]).items()), strict=False)
+    plan, of_all = rl_case()
+    accumulate(alone, plan, BGPO, of_all, denominator=5.0)
+    want = {n: p.grad for n, p in alone.named_parameters()}
+    optimizers[True].zero_grad()
+    got = accumulated(models[True])
+    assert {n for n in got if got[n] is not None} == {n for n in want if want[n] is not None}
+    found["accumulate"] = worst({n: g for n, g in got.items() if g is not None}, want)
+    twice = accumulated(models[True])
+    found["accumulate twice"] = worst({n: g / 2 for n, g in twice.items() if g is not None}, want)
+    before = accumulated(models[True], broken=True)
+    if isinstance(models[True], DistributedDataParallel):
+        found["after an error"] = worst({n: g for n, g in before.items() if g is not None}, twice)
+    found["then"] = run(range(STEPS, STEPS + 2))
+    return found
+
+
+def worst(got, want):
+    """The largest difference, of values above 1 relative to the largest of their tensor."""
+    return max(float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp_min(1.0)) for name in got)
+
+
+def refusals():
+    """The sentence with which each of these is refused."""
+    plan, of_all = rl_case()
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+
+    def inside(model):
+        with headless(model) as body:
+            return body(ids)
+
+    def late():
+        with headless(sharded) as body:
+            loss = headless_loss(body, *batch(0, 0, 0))
+        loss.backward()
+
+    def waiting():
+        sharded.set_requires_gradient_sync(False)
+        with headless(sharded) as body:
+            headless_loss(body, *batch(0, 0, 0)).backward()
+        sharded.set_requires_gradient_sync(True)
+        accumulate(sharded, plan, BGPO, of_all, denominator=5.0)
+
+    wrapped, sharded = ddp(model_of("untied")), fsdp2(model_of("untied"))
+    flat = FullyShardedDataParallel(model_of("untied"), use_orig_params=True, device_id=torch.device("cpu"))
+    with torch.no_grad():
+        inside(wrapped.module)
+    inside(sharded)
+    tries = {
+        "beside ddp": lambda: inside(wrapped.module),
+        "fsdp1": lambda: inside(flat),
+        "inside fsdp1": lambda: inside(flat.module),
+        "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),
+        "late": late,
+        "waiting": waiting,
+    }
+    return {name: _error(attempt) for name, attempt in tries.items()}
+
+
+def _error(attempt):
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _rank(rank, size, store, names, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    found = {}
+    for name in names:
+        found[name] = refusals() if name == "refusals" else case(name)
+        gc.collect()
+    torch.save(found, f"{out}.{rank}")
+    dist.barrier()
+    os._exit(0)  # some wrappers wait for each other when they are freed
+
+
+if __name__ == "__main__":
+    out, size, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=_rank, args=(r, size, f"{folder}/store", names, out)) for r in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            sys.exit(f"a rank of {size} failed")
+        torch.save([torch.load(Path(f"{out}.{r}"), weights_only=False) for r in range(size)], out)
