@@ -325,7 +325,7 @@ CLAIMS = (
         bound,
         bound_verdict,
         bound_table,
-        caveat="the paper's constant is not known",
+        caveat="as a rank correlation, not as a bound: the paper's constant is not known",
     ),
     Claim(
         "egspo-stepwise",

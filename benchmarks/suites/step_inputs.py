@@ -204,7 +204,9 @@ def make_lesson(x: Inputs, rollout: Rollout, scores: Scores, clock: Clock) -> Le
     """
     algorithm, vocabulary = x.algorithm, x.sizes["V"]
     rollout = x.agreed or rollout
-    rewards = algorithm.rewards(reward(rollout.completion_BL, vocabulary), x.group_ids_B, x.sizes["L"])
+    rewards = algorithm.rewards(
+        reward(rollout.completion_BL, vocabulary), x.group_ids_B, torch.full_like(x.group_ids_B, x.sizes["L"])
+    )
     found = algorithm.signal(rewards)
     states = algorithm.states(rollout, found.kept_N, SEED)
 

@@ -100,18 +100,18 @@ def _check_adapter(layer: Any, name: str) -> None:
 _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
-def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], whole: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
     """Raise ValueError where the head's own forward is not `h W^T + b` with the active adapters, once for each set of them.
 
     Compared on one row that no norm maps to itself. Called where the head runs, so that FSDP has its parameters whole; those
-    that FSDP was told to ignore are gathered meanwhile, by all ranks.
+    that FSDP was told to ignore are replaced by `whole` of them meanwhile, by all ranks.
     """
     layer: Any = head
     live = [] if getattr(layer, "disable_adapters", True) else list(layer.active_adapters)
     state = type(head), *live, bool(getattr(layer, "merged", False))
     if state in _checked.get(head, ()) or hidden.is_meta or torch.compiler.is_compiling() or not hidden.numel():
         return
-    with torch.no_grad(), _gathered(head, hidden.dtype):
+    with torch.no_grad(), _gathered(head, whole):
         row_1H = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
         row_1H = row_1H + torch.linspace(-2, 3, row_1H.shape[1], device=row_1H.device).to(row_1H.dtype)
         got = own(row_1H)
@@ -135,8 +135,8 @@ def check_own_output(head: nn.Module, own: Callable[[Tensor], Tensor], hidden: T
 
 
 @contextmanager
-def _gathered(head: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within the context the head's DTensors are plain tensors of its input's dtype, so that its own forward can run."""
+def _gathered(head: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context the head's DTensors are plain tensors, so that its own forward can run."""
     replaced = []
     for module in head.modules():
         for name, parameter in module._parameters.items():
@@ -144,7 +144,7 @@ def _gathered(head: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 replaced.append((module._parameters, name, parameter))
     try:
         for parameters_of, name, parameter in replaced:
-            parameters_of[name] = parameter.full_tensor().to(dtype)  # type: ignore[union-attr]
+            parameters_of[name] = whole(parameter)  # type: ignore[assignment, arg-type]
         yield
     finally:
         for parameters_of, name, parameter in replaced:

@@ -30,12 +30,12 @@ class _Tap:
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
         self.open: list[Body] = []
-        self.check: Callable[[Tensor], None] | None = None
+        self.check: Callable[[Callable[[Tensor], Tensor], Tensor], None] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
         if not torch.compiler.is_compiling() and self.check is not None:
-            self.check(hidden)
+            self.check(functools.partial(self.open[-1].whole.copy_of, dtype=hidden.dtype), hidden)
         return hidden[..., :1].clone()  # not a view: OLMo-style code (LLaDA) may scale its logits in place
 
     def hand_out(self, _module: nn.Module, _args: Any, output: Any) -> Any:

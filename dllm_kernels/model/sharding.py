@@ -200,6 +200,13 @@ class WholeHead:
         self._whole[name], self._versions[name] = whole, version
         return whole
 
+    def copy_of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gathered copy of one of the head's sharded parameters, the one that `get` gives. A collective."""
+        name = next(name for name, known in self.parameters.items() if known is parameter)
+        whole = self.get(name, dtype)
+        assert whole is not None
+        return whole
+
     def taker(self, name: str) -> WeightGradient | None:
         """What takes the gradient of a gathered parameter, in fp32 whatever its own dtype is; None for a plain tensor."""
         parameter = self.parameters[name]

@@ -334,7 +334,7 @@ def test_trace_merges_consecutive_steps_that_committed_something():
 
 @pytest.mark.parametrize("total", [None, 6, 9])
 def test_segments_score_each_token_once_at_the_start_of_its_segment(total):
-    plan = trace("segments", segments=3, total_steps=total)
+    plan = trace("segments", segments=3, total_steps=total, prompt_noise=0.0)
     assert torch.equal(plan.scored.sum(0), (step_map >= 0).long())
     bounds = {None: [0, 2, 4], 6: [0, 2, 4], 9: [0, 3, 6]}[total]
     for k, start in enumerate(bounds):
