@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
+from dllm_kernels.head import single_logits
+from dllm_kernels.head.options import autocast_operands, check_arguments
 from dllm_kernels.head.scoring import score
 
-_REDUCTIONS = ("mean", "sequence")
+_REDUCTIONS = ("mean", "sum", "sequence", "none")
 
 
 def elbo_loss(
@@ -30,6 +32,8 @@ def elbo_loss(
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
     low_rank: tuple[Tensor, Tensor, float] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     take_dweight: WeightGradient | None = None,
 ) -> Tensor:
@@ -50,6 +54,10 @@ def elbo_loss(
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
             (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`.
+            "sum": the plain sum of all. "none": `-logp / p_mask` of each token, `[..., L]`, 0 where it is not masked.
+        ignore_index: tokens with this target count as not masked; the divisors of "mean" stay as they are.
+        label_smoothing: e in [0, 1): in place of -logp stands `-(1 - e) logp - e mean_v logp_v`, the mean over the ids that
+            are not excluded (as `F.cross_entropy` has it over all); not with a softcap.
 
     Returns float32 (float64 for float64 inputs), differentiable in hidden, weight and bias. No masked token is legal: loss
     0, zero gradients. Raises ValueError or TypeError naming the argument.
@@ -60,25 +68,56 @@ def elbo_loss(
         >>> elbo_loss(hidden, weight, target, masked, torch.tensor(0.5)).backward()
     """
     checks.choice("reduction", reduction, _REDUCTIONS)
+    smoothing = checks.number("label_smoothing", label_smoothing, least=0)
+    if smoothing >= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if ignore_index is not None:
+        masked = _without(masked, target, ignore_index)
     sequences, L, rows, target_N, position_N = _masked_rows(hidden, target, masked, shift)
     factor_N = 1.0 / _at_rows("p_mask", p_mask, masked.shape, position_N, upper=1.0)
     sequence_N = position_N // L
     leading = masked.shape[:-1]
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-    if reduction == "sequence":
-        if lengths is not None:
-            raise ValueError("lengths divides only under reduction='mean', got reduction='sequence'")
+    if reduction != "mean" and lengths is not None:
+        raise ValueError(f"lengths divides only under reduction='mean', got reduction={reduction!r}")
+    added_N = _smoothing(hidden, weight, target_N, rows, options, smoothing) if smoothing else None
+    if reduction in ("sequence", "none"):
         logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
         assert logp_N is not None
-        return _sum_by_sequence(-logp_N * factor_N.to(logp_N.dtype), position_N, sequences, L).view(leading)
-    if lengths is None:
+        loss_N = -logp_N if added_N is None else added_N - logp_N
+        loss_BL = _by_position(loss_N * factor_N.to(logp_N.dtype), position_N, sequences, L)
+        return loss_BL.view(masked.shape) if reduction == "none" else loss_BL.sum(-1).view(leading)
+    if reduction == "sum":
+        pass
+    elif lengths is None:
         factor_N = factor_N / (sequences * L)
     else:
         length_N = _at_rows("lengths", lengths, leading, sequence_N)
         factor_N = factor_N / (length_N * sequences)
     total = score(hidden, weight, target_N, rows, options, coef=-factor_N, take_dweight=take_dweight).weighted_sum
     assert total is not None
-    return total
+    return total if added_N is None else total + (added_N * factor_N.to(added_N.dtype)).sum()
+
+
+def _without(masked: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """`masked`, False where the target is to be ignored; what cannot be compared is refused later by name."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    checks.dtype("masked", masked, [torch.bool])
+    checks.dtype("target", target, [torch.int64])
+    try:
+        counts = (target != ignore_index).expand(masked.shape)
+    except RuntimeError:
+        raise ValueError(f"target must be broadcastable to {list(masked.shape)}, got {list(target.shape)}") from None
+    return masked & counts
+
+
+def _smoothing(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor, options: HeadOptions, smoothing: float) -> Tensor:
+    """What label smoothing adds to -logp: `e (z_y - mean_v z_v)`, for `logp_y - mean_v logp_v` is a difference of logits."""
+    hidden, weight = autocast_operands(hidden, weight)
+    check_arguments(hidden, weight, rows, len(target_N), options)
+    of_target_N = single_logits.target_logits(hidden, weight, target_N, rows, options)
+    return smoothing * (of_target_N - single_logits.mean_logits(hidden, weight, rows, options))
 
 
 def bgpo_terms(elbo: Tensor, old_elbo: Tensor, advantages: Tensor) -> Tensor:
@@ -159,7 +198,7 @@ def bgpo_loss(
     old_elbo = checks.between("old_elbo", old_elbo.detach())
     logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
     assert logp_N is not None
-    elbo_B = _sum_by_sequence(logp_N * factor_N.to(logp_N.dtype), position_N, B, L)
+    elbo_B = _by_position(logp_N * factor_N.to(logp_N.dtype), position_N, B, L).sum(-1)
     return -bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor
 
 
@@ -222,6 +261,6 @@ def _at_rows(name: str, values: Tensor | float, shape: Sequence[int], index_N: T
     return picked_N if picked_N.dtype == torch.float64 else picked_N.float()
 
 
-def _sum_by_sequence(values_N: Tensor, position_N: Tensor, sequences: int, L: int) -> Tensor:
-    """`[sequences]` sums; positions are unique, so the order of summation is fixed on every device."""
-    return values_N.new_zeros(sequences * L).index_copy(0, position_N, values_N).view(sequences, L).sum(-1)
+def _by_position(values_N: Tensor, position_N: Tensor, sequences: int, L: int) -> Tensor:
+    """`[sequences, L]`; positions are unique, so the order of a summation is fixed on every device."""
+    return values_N.new_zeros(sequences * L).index_copy(0, position_N, values_N).view(sequences, L)

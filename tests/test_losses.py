@@ -169,7 +169,7 @@ def test_the_sum_over_micro_batches_of_weighted_means_is_the_mean_of_the_batch()
         ({"lengths": torch.tensor([6, 0, 3])}, ValueError, ["lengths", "0"]),
         ({"lengths": torch.tensor([6, 3])}, ValueError, ["lengths", "2", "3"]),
         ({"lengths": torch.tensor([6, 3, 2]), "reduction": "sequence"}, ValueError, ["lengths", "sequence"]),
-        ({"reduction": "sum"}, ValueError, ["reduction", "sum", "mean"]),
+        ({"reduction": "batch"}, ValueError, ["reduction", "batch", "mean"]),
         ({"shift": 1}, ValueError, ["masked", "shift=1"]),
         ({"shift": -1}, ValueError, ["shift", "-1"]),
         ({"suppress": (1, 99)}, ValueError, ["suppress", "99"]),
@@ -429,3 +429,73 @@ def test_ids_from_valid_vocab_on_have_no_share_in_a_loss():
     ours = elbo_loss(hidden, weight, target, masked, p_mask, bias=bias, valid_vocab=7)
     want = elbo_loss(hidden, weight[:7], target, masked, p_mask, bias=bias[:7])
     same_value_and_gradients(ours, want, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_reductions_are_parts_of_each_other(shift):
+    hidden, weight, bias, target, masked, p_mask = problem((2, 3), shift=shift)
+    each = elbo_loss(hidden, weight, target, masked, p_mask, bias=bias, shift=shift, reduction="none")
+    assert each.shape == masked.shape
+    assert (each[~masked] == 0).all()
+    logp = logits_of(hidden, weight, bias, shift=shift).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    leaves = (hidden, weight, bias)
+    ramp = torch.linspace(-1, 2, each.numel(), dtype=F64).view(each.shape)
+    same_value_and_gradients((each * ramp).sum(), (ramp * -logp / p_mask)[masked].sum(), leaves)
+    for reduction, of in (("sequence", lambda x: x.sum(-1)), ("sum", lambda x: x.sum()), ("mean", lambda x: x.sum() / 36)):
+        got = elbo_loss(hidden, weight, target, masked, p_mask, bias=bias, shift=shift, reduction=reduction)
+        torch.testing.assert_close(got, of(each.detach()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence", "none"])
+def test_an_ignored_target_is_as_one_that_is_not_masked(reduction):
+    hidden, weight, _, target, masked, p_mask = problem()
+    ignored = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    ignored[0] = False
+    assert bool((ignored & masked).any())
+    got = elbo_loss(hidden, weight, target.masked_fill(ignored, -100), masked, p_mask, reduction=reduction, ignore_index=-100)
+    want = elbo_loss(hidden, weight, target, masked & ~ignored, p_mask, reduction=reduction)
+    same_value_and_gradients(got.sum(), want.sum(), (hidden, weight))
+    with pytest.raises(ValueError, match="target must hold ids in"):
+        elbo_loss(hidden, weight, target.masked_fill(ignored, -100), masked, p_mask)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence", "none"])
+@pytest.mark.parametrize("restricted", [False, True])
+def test_label_smoothing_is_that_of_cross_entropy_over_the_ids_that_are_there(reduction, restricted):
+    hidden, weight, bias, target, masked, p_mask = problem()
+    down, up = adapter()
+    target = target.clamp(max=5)
+    options = {"suppress": (6, 8), "valid_vocab": 8} if restricted else {}
+    kept = [v for v in range(9) if v not in (6, 8) and v < 8] if restricted else list(range(9))
+    ours = elbo_loss(
+        hidden,
+        weight,
+        target,
+        masked,
+        p_mask,
+        bias=bias,
+        temperature=0.7,
+        low_rank=(down, up, 0.5),
+        label_smoothing=0.15,
+        reduction=reduction,
+        **options,
+    )
+    z = (hidden @ (weight + 0.5 * up @ down).t() + bias)[..., kept] / 0.7
+    token = torch.nn.functional.cross_entropy(z[masked], target[masked], label_smoothing=0.15, reduction="none")
+    each = torch.zeros_like(p_mask).masked_scatter(masked, token / p_mask[masked])
+    want = {"mean": each.sum() / 18, "sum": each.sum(), "sequence": each.sum(-1), "none": each}[reduction]
+    torch.testing.assert_close(ours, want)
+    same_value_and_gradients(ours.sum(), want.sum(), (hidden, weight, bias, down, up))
+
+
+def test_label_smoothing_refuses_what_it_cannot_do():
+    hidden, weight, _, target, masked, p_mask = problem()
+    with pytest.raises(ValueError, match="label_smoothing takes no softcap"):
+        elbo_loss(hidden, weight, target, masked, p_mask, softcap=3.0, label_smoothing=0.1)
+    for value, error in ((1.0, ValueError), (-0.1, ValueError), ("x", TypeError)):
+        with pytest.raises(error, match="label_smoothing"):
+            elbo_loss(hidden, weight, target, masked, p_mask, label_smoothing=value)
+    with pytest.raises(TypeError, match="ignore_index must be an int, got float"):
+        elbo_loss(hidden, weight, target, masked, p_mask, ignore_index=1.0)
+    with pytest.raises(ValueError, match="lengths divides only under reduction='mean', got reduction='sum'"):
+        elbo_loss(hidden, weight, target, masked, p_mask, lengths=3, reduction="sum")
