@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dllm_kernels.accumulation.estimation import estimate_elbo
 from dllm_kernels.accumulation.loop import accumulate
+from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head.explain import explain
 from dllm_kernels.head.sampling import sample_tokens
 from dllm_kernels.head.scoring import head_backward, score_tokens
@@ -14,6 +15,7 @@ from dllm_kernels.losses import bgpo_loss, elbo_loss
 from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
+from dllm_kernels.noise import sequence_ids
 from dllm_kernels.rollouts.generation import generate
 from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.rows import Rows
@@ -38,8 +40,10 @@ __all__ = [
     "make_mask_plan",
     "objectives",
     "sample_tokens",
+    "score_samples",
     "score_tokens",
     "select_steps",
+    "sequence_ids",
     "step_entropy",
     "trajectory_logp",
     "trajectory_rows",

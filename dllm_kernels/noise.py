@@ -234,7 +234,13 @@ def sequence_ids(
     members: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """`sequence_id` of each entry, int64 `[B]`; `members` defaults to 0 for all. Raises ValueError on unequal lengths."""
+    """`sequence_id` of each entry, int64 `[B]`; `members` defaults to 0 for all. Raises ValueError on unequal lengths.
+
+    Example:
+        >>> ids = sequence_ids(["prompt-0", "prompt-0"], members=[0, 1])
+        >>> ids.dtype, len(ids.unique())
+        (torch.int64, 2)
+    """
     group = [0] * len(data_ids) if members is None else members
     if len(group) != len(data_ids):
         raise ValueError(f"members must have one entry per data id ({len(data_ids)}), got {len(group)}")

@@ -35,6 +35,20 @@ def score_samples(
     With `per_token`, unweighted log-probs `[B, K, S]` instead, 0 where nothing is scored: the "old_logp" and
     "ref_logp" of objectives with a ratio per token. Memory is that of one micro-batch and the result; samples
     without a scored token cost no forward. `after_cut` is called with the plan of each micro-batch.
+
+    `model`, `suppress`, `model_kwargs` and the micro-batch as in `accumulate`. Raises ValueError naming the argument, and for
+    active dropout.
+
+    Example:
+        >>> from dllm_kernels import make_mask_plan
+        >>> from transformers import EuroBertConfig, EuroBertForMaskedLM
+        >>> model = EuroBertForMaskedLM(EuroBertConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+        >>> ids = torch.randint(10, (2, 6))
+        >>> plan = make_mask_plan(ids, torch.ones_like(ids, dtype=torch.bool), law="exact", samples=4, seed=0,
+        ...                       sequence_ids=torch.tensor([1, 2]), mask_id=10)
+        >>> score_samples(model, plan).shape
+        torch.Size([2, 4])
     """
     K, B, S = plan.shape
     refuse_dropout(model)

@@ -55,3 +55,10 @@ for _module in _found:
     _names = getattr(_module, "__all__", [])
     globals().update({name: getattr(_module, name) for name in _names})
     __all__ += _names
+
+
+def __getattr__(name: str) -> Objective:
+    """`GDPO`, `DIFFU_GRPO` and so on: the objective of every recipe as published, by its name in capitals."""
+    if name.isupper() and name.lower() in RECIPES:
+        return RECIPES[name.lower()].make()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -123,3 +123,12 @@ def test_trace_rl_s_window_is_the_run_s_length_unless_it_is_given():
     assert recipe.choose({**of_run, "mode": "sdar"}).window == 24
     assert recipe.choose({**of_run, "mode": "sdar", "window": 7}).window == 7
     assert recipe.choose(of_run).window is None
+
+
+def test_every_objective_as_published_goes_by_its_name_in_capitals():
+    from dllm_kernels import objectives
+
+    for name, recipe in objectives.RECIPES.items():
+        assert getattr(objectives, name.upper()).name == recipe.make().name
+    with pytest.raises(AttributeError, match="GPDO"):
+        _ = objectives.GPDO
