@@ -113,7 +113,7 @@ def test_ids_that_no_model_takes_and_models_that_are_wrapped():
                 body(ids)
     with pytest.raises(ValueError, match="context, which has ended"):
         body(torch.ones(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"model\.module"), headless(torch.nn.DataParallel(model)):
+    with pytest.raises(ValueError, match=r"use DistributedDataParallel"), headless(torch.nn.DataParallel(model)):
         pass
 
 

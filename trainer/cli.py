@@ -108,7 +108,7 @@ def rl(
             if (
                 config is None
                 and beside.is_file()
-                and _configure([*(overrides or ()), *last], None, None, beside=checkpoint).rl.updates == 0
+                and _configure([*first, *(overrides or ()), *last], None, None, beside=checkpoint).rl.updates == 0
             ):
                 first.append(f"rl.updates={load_config().rl.updates}")  # the config of `sft`, which makes none
         if checkpoint is None and resume is None and config is None and "model.checkpoint" not in " ".join(overrides or ()):

@@ -66,7 +66,16 @@ def test_the_layers_of_every_outermost_list_are_sharded_one_by_one():
 
 
 def torchrun(mode):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "2",
+    ]
     return subprocess.run([*command, "-m", "tests.trainer.torchrun_job", mode], capture_output=True, text=True, timeout=200)
 
 

@@ -14,7 +14,16 @@ SAME = ("loss", "reward", "grad_norm", "elbo", "lr", "correct", "tokens", "seque
 
 
 def torchrun(processes: int, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(processes),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "-m", "trainer", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
