@@ -485,6 +485,11 @@ def use_everything(model, tmp_path):
         plan.score(torch.zeros(len(plan.rows)))
         plan.noisy_ids, plan.p_mask_KB, plan.share_K  # noqa: B018
     plan = dk.make_mask_plan(ids, completion, law="exact", samples=4, seed=0, sequence_ids=sequences, mask_id=10)
+    ends = {"seed": 0, "sequence_ids": sequences, "mask_id": 10, "eos_id": 3}
+    dk.make_mask_plan(ids, completion, law="coupled", samples=3, tail="hidden", **ends).noisy_ids  # noqa: B018
+    first = completion & (torch.arange(6) < 1)
+    given = dk.make_mask_plan(ids, completion, law="given", samples=None, masked_KBS=first[None], **ends)
+    given.rows, given.rule, given.weight_KB  # noqa: B018
     for name in ("bernoulli", "exact", "coupled", "trace", "segments"):  # as block-causal models are scored
         plan_of_blocks = preset(name, [5, 3], causal_block=8, ids=sequences)
         plan_of_blocks.layout(2).extended(plan_of_blocks.completion_mask_BS)

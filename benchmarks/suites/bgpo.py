@@ -46,7 +46,7 @@ COUPLED_SAMPLES = (2, 16)
 _COUPLED = {"B": 2, "S": 32, "L": 24, "H": 32, "V": 8192, "layers": 1}
 COUPLED_SIZES = Sizes(TINY, _COUPLED, _COUPLED)
 EXPAND = 2
-WRITTEN = {"bgpo": step_published.bgpo, "gdpo": step_published.gdpo_paper, "espo": step_published.espo}
+WRITTEN = {"bgpo": step_published.bgpo, "gdpo": step_published.gdpo, "espo": step_published.espo}
 
 
 @dataclass(frozen=True)

@@ -176,11 +176,6 @@ def gdpo(logp_KBL: Tensor, lesson: Lesson) -> Tensor:
     return ppo(_gdpo_delta(logp_KBL, lesson) / logp_KBL.shape[-1], _advantages(lesson), 0.5, 0.5).sum() / lesson.denominator
 
 
-def gdpo_paper(logp_KBL: Tensor, lesson: Lesson) -> Tensor:
-    """The paper's form: the ratio of the ELBOs, 1/L outside."""
-    return (ppo(_gdpo_delta(logp_KBL, lesson), _advantages(lesson), 0.5, 0.5) / logp_KBL.shape[-1]).sum() / lesson.denominator
-
-
 def _gdpo_delta(logp_KBL: Tensor, lesson: Lesson) -> Tensor:
     return sequence_elbos(sample_elbos(logp_KBL, lesson.plan), lesson.plan) - lesson.batch.per_sequence["old_elbo"]
 
