@@ -476,7 +476,7 @@ def test_control_characters_are_printed_visibly() -> None:
 REWARD = """
 import json, os, subprocess, sys
 def forged(examples, completions):
-    for number in range(3, 20):
+    for number in range(3, 1024):
         try: os.write(number, (b'{"good": true}' if number else b"").rjust(18, b"\\0"))
         except OSError: pass
     return [1.0 for _ in completions]
