@@ -66,6 +66,12 @@ def test_a_comparison_has_equal_forwards_a_table_and_a_plot_and_is_not_repeated(
         assert min(row["peak_memory_mb"]) > 0
     seeds = [(out / "bgpo" / f"seed-{seed}" / "metrics.jsonl").read_text() for seed in (0, 1)]
     assert seeds[0] != seeds[1]
+    for seed in (0, 1):
+        folders = [out / row["algorithm"] / f"seed-{seed}" for row in rows]
+        answers = [(folder / "eval_before.json").read_text() for folder in folders]
+        assert answers[0] == answers[1], "the checkpoint answers once per seed: a copy, load and moment included"
+        configs = [load_config(folder / "config.yaml") for folder in folders]
+        assert [(config.seed, config.task_seed) for config in configs] == [(seed, 0)] * 2, "held-out data are the checkpoint's"
     text = (out / "compare.md").read_text()
     assert "| bgpo |" in text and "| dmpo |" in text  # noqa: PT018
     assert (out / "rewards.png").read_bytes().startswith(b"\x89PNG")
@@ -78,20 +84,13 @@ def test_a_comparison_has_equal_forwards_a_table_and_a_plot_and_is_not_repeated(
     assert compare_algorithms(configurer(finished), "bgpo,dmpo", 2, 600, out, QUIET) == rows
 
 
-def test_seeds_share_the_data_that_the_checkpoint_was_held_out_from(finished: Path, tmp_path: Path) -> None:
-    compare_algorithms(configurer(finished), "bgpo", 2, 1, tmp_path, QUIET)
-    configs = [load_config(tmp_path / "bgpo" / f"seed-{seed}" / "config.yaml") for seed in (0, 1)]
-    assert [config.seed for config in configs] == [0, 1]
-    assert [config.task_seed for config in configs] == [0, 0]
-
-
-def test_what_the_checkpoint_answers_is_asked_once_per_seed(finished: Path, tmp_path: Path) -> None:
-    compare_algorithms(configurer(finished), "bgpo,wd1", 1, 1, tmp_path, QUIET)
-    answers = [json.loads((tmp_path / name / "seed-0" / "eval_before.json").read_text()) for name in ("bgpo", "wd1")]
-    assert answers[0] == answers[1], "the environment's load and the moment included: a copy"
-    alone = tmp_path / "alone"
-    compare_algorithms(configurer(finished), "wd1", 1, 1, alone, QUIET)
-    assert json.loads((alone / "wd1" / "seed-0" / "eval_before.json").read_text())["sets"] == answers[1]["sets"]
+@pytest.mark.slow
+def test_an_algorithm_alone_starts_from_the_answers_that_it_starts_from_among_others(finished: Path, tmp_path: Path) -> None:
+    answers = []
+    for algorithms in ("bgpo,wd1", "wd1"):
+        compare_algorithms(configurer(finished), algorithms, 1, 1, tmp_path / algorithms, QUIET)
+        answers.append(json.loads((tmp_path / algorithms / "wd1" / "seed-0" / "eval_before.json").read_text())["sets"])
+    assert answers[0] == answers[1]
 
 
 def test_a_run_that_a_guard_stops_is_a_row_and_is_not_repeated(finished: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def assert_ended_alike(out: Path, finished: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_in_peace(kills: int, finished: Path, tmp_path: Path) -> None:
     moments = killed_until_finished(tmp_path / "demo", kills, seed=kills)
     assert len(moments) == kills
