@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -11,34 +12,50 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure as measuring
 from benchmarks import report
-from benchmarks.measure import MIB, Memory, Timing, gflops_per_s, interleave, peak_memory
+from benchmarks.measure import MIB, ROUNDS, Memory, Timing, gflops_per_s, interleave, peak_memory
 from benchmarks.registry import DTYPES, Case, Contestant, Oracle, Row, Runner, Settings, Suite, Work
 
 # a peer that rounds its logits to 16 bits is worse than ours and still a peer; beyond this it does another
 # job
 PEER_SLACK = 100.0
+LEAST_ROUNDS = 2  # a spread takes two
+OUT_OF_TIME = "not measured: the case's share of --minutes was over"
 
 
-def measure(suite: Suite, settings: Settings) -> dict[str, Any]:
-    """The entry of a result file: the rows of all cases, what is computed, and the summary."""
+def measure(suite: Suite, settings: Settings, seconds: float = math.inf) -> dict[str, Any]:
+    """The entry of a result file: the rows of the cases, what is computed, the summary, and what was cut.
+
+    In `seconds` cases have equal shares of what is left; with `--full` the first take what they need. A case takes fewer rounds
+    where seven do not fit, and does without memory figures once its share is over; but for the first, cases that would begin too
+    late are left out.
+    """
     cases = [case for case in suite.cases(settings) if not settings.cases or case.name in settings.cases]
     rows: list[Row] = []
-    started = time.monotonic()
-    for number, case in enumerate(cases, 1):
-        if settings.minutes and time.monotonic() - started > 60 * settings.minutes:
-            missing = f"{len(cases) - number + 1} cases not measured"
-            print(f"[{suite.name}] {settings.minutes:g} minutes are over: {missing}", file=sys.stderr)
+    cut: list[str] = []
+    ends = time.monotonic() + seconds
+    for number, case in enumerate(cases):
+        left = ends - time.monotonic()
+        if number and left <= 0:
+            cut.append(f"{len(cases) - number} of {len(cases)} cases: {', '.join(case.name for case in cases[number:])}")
             break
-        print(f"[{suite.name} {number}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
-        rows += measure_case(suite, case, settings)
-    return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": report.summary(suite, rows)}
+        print(f"[{suite.name} {number + 1}/{len(cases)}] {case.label}", file=sys.stderr, flush=True)
+        rows += measure_case(suite, case, settings, max(0.0, left / (1 if settings.full else len(cases) - number)))
+    timed = [row for row in rows if row["time_ms"] and row["time_ms"]["runs"]]
+    if fewer := sum(row["time_ms"]["runs"] < ROUNDS for row in timed):
+        cut.append(
+            f"rounds of {fewer} of {len(timed)} rows, down to {min(row['time_ms']['runs'] for row in timed)} from {ROUNDS}"
+        )
+    if without := sum(row["memory_method"] == OUT_OF_TIME for row in rows):
+        cut.append(f"memory of {without} rows")
+    return {"rows": rows, "arithmetic": suite.arithmetic(), "summary": report.summary(suite, rows), "cut": cut}
 
 
-def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
+def measure_case(suite: Suite, case: Case, settings: Settings, seconds: float = math.inf) -> list[Row]:
     """Every contestant's row: `status` is ok, absent, failed or wrong, with a `reason` unless ok.
 
     Whatever raises becomes a row; nothing is dropped.
     """
+    ends = time.monotonic() + seconds
     try:
         x = case.inputs(case.sizes)
         oracle = case.oracle(x)
@@ -54,7 +71,10 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
             row |= {"note": work.note, "flops_by_formula": work.flops, **_counted(work.run)}
             works[contestant.name] = work
     runners = {name: work.run for name, work in works.items()}
-    timed = interleave(runners, {name: work.first_s for name, work in works.items()}, settings.device)
+    first_s = {name: work.first_s for name, work in works.items()}
+    fit = (ends - time.monotonic()) / max(1e-9, sum(first_s.values()))
+    rounds = max(LEAST_ROUNDS, int(min(fit, ROUNDS)))
+    timed = interleave(runners, first_s, settings.device, rounds)
     for name, timing in timed.items():
         if isinstance(timing, Timing):
             rows[name]["time_ms"] = timing.as_json()
@@ -72,7 +92,9 @@ def measure_case(suite: Suite, case: Case, settings: Settings) -> list[Row]:
         row = rows[contestant.name]
         if not row["time_ms"]:
             continue
-        if contestant.role != "floor":
+        if contestant.role != "floor" and time.monotonic() > ends:
+            row["memory_method"] = OUT_OF_TIME
+        elif contestant.role != "floor":
             row |= _memory(suite, case, contestant, settings, runners.get(contestant.name))
         if settings.device == "cuda":
             clocks = measuring.clocks("cuda") if contestant.role == "floor" else ""

@@ -16,12 +16,12 @@ if [ "${1:-}" = "--dry-run" ]; then
 fi
 if [ "$dry" = 1 ]; then
   out=${1:-runs/gpu-dry-run}
-  device=cpu head=(--tiny --case forward) rest=(--tiny) suite=(-k "reference and pitfall") kind=float32
+  device=cpu head=(--tiny --case forward) exact=(--tiny) rest=(--tiny) suite=(-k "reference and pitfall") kind=float32
 else
   card=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || exit 2
   out=${1:-benchmarks/results/gpu-$card}
-  # no suite starts a case after its minutes; head has 150 cases, the models that matter most first
-  device=cuda head=(--full --minutes 1.8) rest=(--full --minutes 0.4) suite=(-k cuda) kind=bfloat16
+  # no case starts after a stage's minutes; head has 150 cases, the models that matter most first
+  device=cuda head=(--full --minutes 1.8) exact=(--full --minutes 0.4) rest=(--full --minutes 2.4) suite=(-k cuda) kind=bfloat16
 fi
 parallel=() # a GPU's machine has cores to compile on
 if [ "$dry" = 0 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
@@ -47,7 +47,7 @@ fi
 
 run=("$PYTHON" benchmarks/run.py --device "$device")
 stage suite 180 env HYPOTHESIS_PROFILE=few "$PYTHON" -m pytest -q -p no:cacheprovider tests/head/test_head.py tests/backends/triton/test_cuda.py "${suite[@]}" "${parallel[@]}"
-stage accuracy 40 "${run[@]}" --suite accuracy "${rest[@]}" --out "$out/accuracy.json"
+stage accuracy 40 "${run[@]}" --suite accuracy "${exact[@]}" --out "$out/accuracy.json"
 stage head 150 "${run[@]}" --suite head --dtype "$kind" "${head[@]}" --out "$out/head.json"
 stage bench 160 "${run[@]}" --suite step --suite elbo --suite rollout --suite bgpo --suite entropy "${rest[@]}" --out "$out/bench.json"
 if [ "$device" = cuda ]; then

@@ -46,14 +46,15 @@ class Settings:
     dtype: str = "float32"
     shape: Mapping[str, int] = field(default_factory=dict)  # overrides a suite's default sizes
     tiny: bool = False  # every case at its warm-up sizes: checks the benchmark, not the library
-    # the sizes of the published bounds, and every case; else what fits into three minutes in all
+    # the sizes of the published bounds, and every case
     full: bool = False
     threads: int = 1
     cases: tuple[str, ...] = ()  # only cases of these names; all where empty
     peers: tuple[str, ...] | None = None  # of those beside ours and the floor only these; None for all
     models: Sequence[str] = ()  # checkpoint folders, for suites that score a trained model
     device: str = "cpu"
-    minutes: float = 0.0  # after which no further case starts; 0 for no limit
+    # of the whole run: fewer rounds and cases where they do not fit (with `full` fewer cases alone); None for no limit
+    minutes: float | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Measure the library against its baselines: time, peak memory and accuracy from one setup each.
 
-    python benchmarks/run.py                                    every suite, in under 3 minutes
+    python benchmarks/run.py                                    every suite, in about 3 minutes, whatever the machine
     python benchmarks/run.py --list                             what there is
     python benchmarks/run.py --full --out FILE.json             the sizes of the published bounds, every case
     python benchmarks/run.py --suite head --shape N=256,H=4096,V=126464 --dtype bfloat16       LLaDA's head
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     import checkout  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 3.0  # of a run with the default sizes
 
 
 def parse_shape(text: str) -> dict[str, int]:
@@ -58,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", action="append", help="a checkpoint's folder, for `variance`; default runs/demo/checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
-    parser.add_argument("--minutes", type=float, default=0.0, help="start no further case after so many; default no limit")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="cut rounds and cases to fit (with --full cases alone); default 3, no limit with --full or --shape",
+    )
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: checks the benchmark itself in seconds")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="flag changes beyond the spread")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: runs/bench/<time>.json")
@@ -122,9 +128,11 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     if load > 0.5 * cores:
         console.print(f"[yellow]load {load:.1f} on {cores} cores before the start: other work distorts the times[/]")
     bad = 0
-    for suite in suites:
+    ends = time.monotonic() + (math.inf if settings.minutes is None else 60 * settings.minutes)
+    for number, suite in enumerate(suites):
         began = time.monotonic()
-        entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings)
+        share = max(0.0, ends - began) / (len(suites) - number)
+        entry = suite.measure(settings) if isinstance(suite, registry.Study) else execution.measure(suite, settings, share)
         entry["seconds"] = round(time.monotonic() - began, 1)
         results["suites"][suite.name], rows = entry, entry["rows"]
         # after each suite: an interrupted run keeps what it has
@@ -137,6 +145,10 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
         if entry.get("arithmetic"):
             console.print(report.arithmetic_table(suite, entry["arithmetic"]))
         console.print(f"{suite.name}: {entry['summary']}; measured in {entry['seconds']:.0f} s")
+        if entry.get("cut"):
+            console.print(
+                f"[yellow]{suite.name}: cut to fit {settings.minutes:g} minutes (--minutes): {'; '.join(entry['cut'])}[/]"
+            )
         bad += sum(row["status"] == "wrong" or (row["status"] == "failed" and row["role"] == "ours") for row in rows)
     seconds = (datetime.now().astimezone() - started).total_seconds()
     console.print(f"\n{out} and {len(suites)} plots beside it, after {seconds:.0f} s", soft_wrap=True)
@@ -174,6 +186,10 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
         raise ValueError("--device cuda needs a GPU that torch sees")
     if arguments.full and arguments.tiny:
         raise ValueError("--full and --tiny exclude each other")
+    if arguments.minutes is not None and arguments.minutes <= 0:
+        raise ValueError(f"--minutes must be above 0, got {arguments.minutes:g}")
+    unlimited = arguments.full or arguments.tiny or shape
+    minutes = arguments.minutes or (None if unlimited else MINUTES)
     threads = arguments.threads or torch.get_num_threads()
     models = tuple(arguments.model or ())
     studies = [suite for suite in suites if isinstance(suite, Study)]
@@ -188,7 +204,7 @@ def _settings(arguments: argparse.Namespace, suites: list[Any]) -> Any:
         models=models,
         cases=tuple(arguments.case or ()),
         device=device,
-        minutes=arguments.minutes,
+        minutes=minutes,
     )
     for study in studies:
         study.check(settings)

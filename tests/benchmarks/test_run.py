@@ -111,6 +111,20 @@ def test_operations_are_counted_beside_the_formula_and_a_counter_that_fails_is_t
     assert execution._counted(raises) == {"flops_counted": None, "flops_reason": "RuntimeError: no dispatch mode"}
 
 
+def test_a_limit_shrinks_rounds_then_memory_then_cases_and_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_memory(monkeypatch)
+    settings, cases = replace(TINY, peers=()), HEAD.cases(TINY)
+    whole = execution.measure(HEAD, replace(settings, cases=("sample",)), 600.0)
+    assert whole["cut"] == []
+    assert all(row["time_ms"]["runs"] == measure.ROUNDS for row in whole["rows"] if row["time_ms"])
+    entry = execution.measure(HEAD, settings, 0.0)
+    first = {row["case"] for row in entry["rows"]}
+    assert first == {cases[0].label}, "each suite appears with a case"
+    assert all(row["time_ms"]["runs"] == execution.LEAST_ROUNDS for row in entry["rows"])
+    assert entry["cut"][0].startswith(f"{len(cases) - 1} of {len(cases)} cases: ")
+    assert entry["cut"][1:] == ["rounds of 2 of 2 rows, down to 2 from 7", "memory of 1 rows"]
+
+
 def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--list"]) == 0
     printed = capsys.readouterr().out
