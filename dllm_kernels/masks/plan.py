@@ -44,6 +44,7 @@ class MaskPlan:
     prompt_noise: float
     prompt_mask_BS: Tensor | None = None  # real prompt tokens, where prompt_noise > 0
     tail_mask_BS: Tensor | None = None  # tokens after the first EOS, where they are hidden; never scored
+    removed_BS: Tensor | None = None  # those tokens, where the model must not see them; None with blocks, whose grid lacks them
     state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
     state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
     # of block diffusion: tokens per block, where blocks begin, and which row predicts a block's first token with shift

@@ -303,6 +303,31 @@ def test_an_attention_mask_is_cut_along_with_the_sequences():
         torch.testing.assert_close(score_samples(model, plan, model_kwargs={"attention_mask": attention}, **cut), want)
 
 
+def test_a_removed_tail_must_be_out_of_the_attention_mask():
+    """With the mask, scores are those of the sequences cut at their EOS; without it they would be others."""
+    model, ids = eurobert(), torch.tensor([[3, 4, 5, 9, 6, 7], [3, 4, 5, 6, 7, 9]])
+    completion, tail = torch.arange(6).expand(2, 6) >= 2, torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
+    given = {"law": "exact", "samples": 3, "seed": 0, "sequence_ids": torch.arange(2), "mask_id": 10, "eos_id": 9}
+    plan, shown = (make_mask_plan(ids, completion, tail=tail, **given) for tail in ("removed", "shown"))
+    short = make_mask_plan(ids[:1, :4], completion[:1, :4], **{**given, "sequence_ids": torch.arange(1)})
+    cut_B, shown_B = score_samples(model, short)[0], score_samples(model, shown)[0]
+    assert not torch.allclose(cut_B, shown_B, rtol=1e-3)
+    sees = (~tail)[:, None, None].expand(2, 1, 6, 6)
+    additive = torch.zeros(2, 1, 6, 6, dtype=F64).masked_fill(~sees, torch.finfo(F64).min)
+    for mask in ((~tail).long(), ~tail, sees, additive):
+        torch.testing.assert_close(score_samples(model, plan, model_kwargs={"attention_mask": mask})[0], cut_B)
+    batch, call = Batch({"advantages": torch.ones(2, dtype=F64)}), {"samples_per_pass": 2}
+    for mask in (None, torch.ones(2, 6), torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.zeros_like(additive)):
+        kwargs = {} if mask is None else {"model_kwargs": {"attention_mask": mask}}
+        with pytest.raises(ValueError, match=r"attention_mask must leave out .* that shows 2 token\(s\)"):
+            run(model, plan, BGPO, batch, **kwargs, **call)
+        with pytest.raises(ValueError, match="attention_mask must leave out"):
+            score_samples(model, plan, **kwargs)
+    score_samples(model, plan.cut(sequences=slice(1, 2)))  # has no tail
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 6\]"):
+        score_samples(model, plan, model_kwargs={"attention_mask": torch.ones(2, 6, 6, 6, 6)})
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
