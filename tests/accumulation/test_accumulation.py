@@ -8,7 +8,7 @@ import torch
 from dllm_kernels import accumulate, headless, make_mask_plan
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head import plans
-from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo
+from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo, gdpo, gdpo_objective
 from tests import oracle
 from tests.accumulation.runs import run
 from tests.tiny import eurobert, gradients, worst_gradient_error
@@ -388,3 +388,40 @@ def test_an_error_names_the_argument():
         accumulate(model.model, plan, BGPO, good)
     assert all(p.grad is None for p in model.parameters())
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@pytest.mark.parametrize("samples_per_pass", [1, 3])
+def test_scores_of_thousands_of_nats_are_summed_in_float64(samples_per_pass):
+    """GDPO's raw ratio: what fp32 log-probs say of it, to the last digits of the coefficients that they are given."""
+    model, other = (eurobert(vocab=64, hidden=16, layers=1, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1e-4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    ids, given = torch.randint(3, 60, (2, 384), generator=torch.Generator().manual_seed(0)), {"seed": 0, "mask_id": 60}
+    plan = make_mask_plan(
+        ids, torch.arange(384).expand(2, 384) >= 4, law="quadrature", samples=3, sequence_ids=torch.arange(2), **given
+    )
+    score_N, old_N = (score_samples(m, plan, per_token=True).transpose(0, 1)[plan.scored].double() for m in (model, other))
+    share_N = plan.rows.weight.double() * plan.share_K[plan.rows.sample]
+
+    def elbo(logp_N):
+        return torch.zeros(2, dtype=F64).index_add(0, plan.rows.sequence, logp_N * share_N)
+
+    advantages, leaf_N = torch.tensor([1.0, -1.0], dtype=F64), score_N.requires_grad_(True)
+    want_loss = gdpo(elbo(leaf_N), elbo(old_N), advantages, plan.lengths_B, mode="paper")
+    (coef_N,) = torch.autograd.grad(want_loss, leaf_N)
+    coef_KBS = torch.zeros(plan.shape, dtype=F64).masked_scatter(plan.scored, coef_N)
+
+    def weighed(logp_N, cut, _):
+        return (coef_KBS[cut.sample_K][:, cut.sequence_ids_B][cut.scored] * logp_N).sum()
+
+    known = Objective("known", weighed, "none", "none", "sequences", None)
+    cut = {"denominator": 1.0, "samples_per_pass": samples_per_pass}
+    _, want = run(model, plan, known, Batch(), **cut)
+    old_B = (score_samples(other, plan) * plan.share_K).sum(-1)
+    batch = Batch({"advantages": advantages / 2, "old_elbo": old_B})
+    report, got = run(model, plan, gdpo_objective(mode="paper"), batch, **cut)
+    assert float(elbo(score_N)[0]) < -1000
+    assert worst_gradient_error(got, want) < 1e-6
+    assert float(report.loss) == pytest.approx(float(want_loss.detach()), rel=1e-12)
+    assert report.sample_elbo_BK.dtype == old_B.dtype == F64
