@@ -48,6 +48,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "every row": ("docs/benchmarks.md",),
     "demo": ("docs/demo.md",),
     "algorithms": ("docs/algorithms.md",),
+    "published": ("docs/published.md",),
     "comparison": ("docs/comparison.md",),
     "estimators": ("docs/estimators.md",),
     "head": ("docs/cpu_engine.md",),
@@ -261,6 +262,19 @@ def algorithms() -> str:
     return markdown(heads, lines, "---")
 
 
+def published(result: Mapping[str, Any]) -> str:
+    """What of the authors' code was run beside each recipe, and how far apart loss and gradient were."""
+    lines = []
+    for name, row in result["recipes"].items():
+        files: dict[str, list[str]] = {}
+        for path, line, function in row["ran"]:
+            files.setdefault(path, []).append(f"{line} `{function}`" if function else str(line))
+        places = "; ".join(f"{path}: {', '.join(functions)}" for path, functions in files.items())
+        differences = [f"{row[key]:.0e}" for key in ("loss_error", "gradient_error")]
+        lines.append([f"`{name}`", f"{row['repository']} @ {row['commit']}", places, *differences])
+    return markdown(["recipe", "repository", "file: line, function", "loss", "gradient"], lines, "---")
+
+
 # --- comparisons of algorithms from one checkpoint ----------------------------------------------------------
 
 TASKS = ("sudoku", "countdown")
@@ -360,6 +374,8 @@ def blocks(table: str) -> dict[str, str]:
         return {"demo table": demo(result_of("demo-cpu"))}
     if table == "algorithms":
         return {table: algorithms()}
+    if table == "published":
+        return {table: published(result_of("published"))}
     if table == "comparison":
         return {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
     if table == "head":

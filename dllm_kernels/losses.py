@@ -53,14 +53,15 @@ def elbo_loss(
         bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
-            (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`.
+            (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`,
+            in float64, since ratios are of differences of such sums.
             "sum": the plain sum of all. "none": `-logp / p_mask` of each token, `[..., L]`, 0 where it is not masked.
         ignore_index: tokens with this target count as not masked; the divisors of "mean" stay as they are.
         label_smoothing: e in [0, 1): in place of -logp stands `-(1 - e) logp - e mean_v logp_v`, the mean over the ids that
             are not excluded (as `F.cross_entropy` has it over all); not with a softcap.
 
-    Returns float32 (float64 for float64 inputs), differentiable in hidden, weight and bias. No masked token is legal: loss
-    0, zero gradients. Raises ValueError or TypeError naming the argument.
+    Returns float32 (float64 for float64 inputs, and of "sequence"), differentiable in hidden, weight and bias. No masked token
+    is legal: loss 0, zero gradients. Raises ValueError or TypeError naming the argument.
 
     Example:
         >>> hidden, weight = torch.randn(2, 6, 8, requires_grad=True), torch.randn(11, 8)
@@ -85,8 +86,9 @@ def elbo_loss(
         logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
         assert logp_N is not None
         loss_N = -logp_N if added_N is None else added_N - logp_N
-        loss_BL = _by_position(loss_N * factor_N.to(logp_N.dtype), position_N, sequences, L)
-        return loss_BL.view(masked.shape) if reduction == "none" else loss_BL.sum(-1).view(leading)
+        if reduction == "sequence":
+            return _by_position(loss_N.double() * factor_N, position_N, sequences, L).sum(-1).view(leading)
+        return _by_position(loss_N * factor_N.to(logp_N.dtype), position_N, sequences, L).view(masked.shape)
     if reduction == "sum":
         pass
     elif lengths is None:
@@ -198,8 +200,8 @@ def bgpo_loss(
     old_elbo = checks.between("old_elbo", old_elbo.detach())
     logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
     assert logp_N is not None
-    elbo_B = _by_position(logp_N * factor_N.to(logp_N.dtype), position_N, B, L).sum(-1)
-    return -bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor
+    elbo_B = _by_position(logp_N.double() * factor_N, position_N, B, L).sum(-1)
+    return (-bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor).to(logp_N.dtype)
 
 
 def _masked_rows(hidden: Tensor, target: Tensor, masked: Tensor, shift: int) -> tuple[int, int, Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of `estimate_elbo`, in nats: fp32 (fp64 for an fp64 model), left on the device."""
+    """The result of `estimate_elbo`, in nats: float64, left on the device."""
 
     elbo_B: Tensor
     standard_error_B: Tensor  # NaN where samples do not vary, see `MaskPlan.standard_error`
@@ -121,7 +121,7 @@ def estimate_elbo(
         model_kwargs=model_kwargs,
         after_cut=after_cut,
     )
-    elbo_B = (sample_elbo_BK * plan.share_K.to(sample_elbo_BK.dtype)).sum(-1)
+    elbo_B = (sample_elbo_BK * plan.share_K).sum(-1)
     return Estimate(elbo_B, plan.standard_error(sample_elbo_BK), sample_elbo_BK, rows, forwards)
 
 

@@ -120,7 +120,7 @@ def accumulate(
         if denominator is None:
             denominator = ranks.denominator(objective, plan, batch, group)
         passes = Passes(body, objective, denominator, replace(body.options, suppress=suppress))
-        elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=passes.dtype, device=plan.input_ids_BS.device)
+        elbo_BK = torch.zeros(B, len(plan.sample_K), dtype=torch.float64, device=plan.input_ids_BS.device)
         loss = elbo_BK.new_zeros(())
         places = _places(cuts, objective, coupling, elbo_BK)
         # with `batch` coupling a rank without sequences takes part in the exchange too

@@ -12,6 +12,7 @@ from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
+from dllm_kernels.masks.tails import check_removed
 from dllm_kernels.model.headless import Body
 from dllm_kernels.model.layouts import block_diffusion
 
@@ -154,6 +155,7 @@ def make_cuts(
         checks.require_tensor(name, tensor)
         checks.shape(name, tensor, [plan.shape[1], *([None] * (tensor.dim() - 1))])
         checks.same_device(name, tensor, "the plan", plan.input_ids_BS)
+    check_removed(plan.removed_BS, model_kwargs.get("attention_mask"))
     checks.count("samples_per_pass", samples_per_pass)
     sequences_per_pass = plan.shape[1] if sequences_per_pass is None else checks.count("sequences_per_pass", sequences_per_pass)
     return Cuts(plan, batch, model_kwargs, samples_per_pass, max(1, sequences_per_pass))

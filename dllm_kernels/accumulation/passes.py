@@ -63,7 +63,7 @@ class Passes:
             elbo_BK[cut.sequences, cut.samples] = _elbo(cut, logp_N, ran_N)
         if whole_loss and len(elbo_BK):
             with torch.no_grad():
-                loss = self._whole(_dense(cuts, logps, self.dtype)[cuts.plan.scored], cuts)
+                loss = self._contributions(_dense(cuts, logps, self.dtype)[cuts.plan.scored], cuts)
         return loss, elbo_BK
 
     def twice(self, cuts: Cuts) -> tuple[Tensor, Tensor]:
@@ -78,10 +78,10 @@ class Passes:
         loss, gradient_N = elbo_BK.new_zeros(()), elbo_BK.new_zeros(0)
         if len(elbo_BK):
             with torch.enable_grad():
-                leaf_N = dense_KBS[cuts.plan.scored].requires_grad_(True)
-                loss = self._whole(leaf_N, cuts)
+                leaf_N = dense_KBS[cuts.plan.scored].double().requires_grad_(True)
+                loss = self._contributions(leaf_N, cuts)
                 (gradient_N,) = torch.autograd.grad(loss, leaf_N)
-        gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(cuts.plan.scored, gradient_N)
+        gradient_KBS = torch.zeros_like(dense_KBS).masked_scatter_(cuts.plan.scored, gradient_N.to(self.dtype))
 
         def coefficients(cut: Cut) -> Tensor:
             return gradient_KBS[cut.samples, cut.sequences][cut.plan.scored]
@@ -113,7 +113,7 @@ class Passes:
         for cut in self._learning(cuts, lambda cut: self._any_row(cut, lambda: coefficients(cut) != 0)):
             if len(cut.plan.rows):
                 self._learn(cut, coefficients(cut))
-        return (loss / self.denominator).to(self.dtype), elbo_BK
+        return loss / self.denominator, elbo_BK
 
     # --- ranks in step --------------------------------------------------------------------------------------
 
@@ -189,15 +189,13 @@ class Passes:
             logp_N = zeros.requires_grad_(True)
             return torch.autograd.grad(self._contributions(logp_N, cut), logp_N)[0]
 
-    def _contributions(self, logp_N: Tensor, cut: Cut) -> Tensor:
-        return self.objective.contributions(logp_N, cut.plan, cut.batch) / self.denominator
-
-    def _whole(self, logp_N: Tensor, cuts: Cuts) -> Tensor:
-        return self.objective.contributions(logp_N, cuts.plan, cuts.batch) / self.denominator
+    def _contributions(self, logp_N: Tensor, cut: Cut | Cuts) -> Tensor:
+        """In float64, as every sum of an objective over rows: see `MaskPlan.elbo`."""
+        return self.objective.contributions(logp_N.double(), cut.plan, cut.batch) / self.denominator
 
     def _elbos(self, cuts: Cuts) -> Tensor:
         K, B, _ = cuts.plan.shape
-        return torch.zeros(B, K, dtype=self.dtype, device=cuts.plan.input_ids_BS.device)
+        return torch.zeros(B, K, dtype=torch.float64, device=cuts.plan.input_ids_BS.device)
 
 
 def _has_rows(cut: Cut) -> bool:

@@ -16,7 +16,7 @@ from dllm_kernels.model.headless import Body
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `accumulate`. Tensors are detached and stay on the device."""
+    """The result of `accumulate`. Tensors are float64, detached, and stay on the device."""
 
     loss: Tensor  # scalar: this call's share of the step's loss
     sample_elbo_BK: Tensor  # under the policy, nats; NaN for skipped samples

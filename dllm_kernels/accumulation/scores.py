@@ -30,11 +30,11 @@ def score_samples(
     after_cut: Callable[[MaskPlan], None] | None = None,
     per_token: bool = False,
 ) -> Tensor:
-    """Per-sample ELBOs `[B, K]` of a plan in nats, without a gradient: old or reference scores.
+    """Per-sample ELBOs `[B, K]` of a plan in nats, float64, without a gradient: old or reference scores.
 
-    With `per_token`, unweighted log-probs `[B, K, S]` instead, 0 where nothing is scored: the "old_logp" and
-    "ref_logp" of objectives with a ratio per token. Memory is that of one micro-batch and the result; samples
-    without a scored token cost no forward. `after_cut` is called with the plan of each micro-batch.
+    With `per_token`, unweighted log-probs `[B, K, S]` instead, as the head has them (fp32, or fp64 of an fp64 model), 0 where
+    nothing is scored: the "old_logp" and "ref_logp" of objectives with a ratio per token. Memory is that of one micro-batch
+    and the result; samples without a scored token cost no forward. `after_cut` is called with the plan of each micro-batch.
 
     `model`, `suppress`, `model_kwargs` and the micro-batch as in `accumulate`. Raises ValueError naming the argument, and for
     active dropout.
@@ -56,8 +56,8 @@ def score_samples(
     cuts = make_cuts(plan, Batch(), model_kwargs, samples_per_pass, sequences_per_pass)
     with torch.no_grad(), headless(model) as body:
         options = replace(body.options, suppress=suppress)
-        sizes = (B, K, S) if per_token else (B, K)
-        found = torch.zeros(sizes, dtype=statistics_dtype(body.parameter), device=plan.input_ids_BS.device)
+        sizes, dtype = ((B, K, S), statistics_dtype(body.parameter)) if per_token else ((B, K), torch.float64)
+        found = torch.zeros(sizes, dtype=dtype, device=plan.input_ids_BS.device)
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
                 selected = cut.select()

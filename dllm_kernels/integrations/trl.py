@@ -25,7 +25,7 @@ from dllm_kernels.integrations import needs
 from dllm_kernels.integrations.logps import DiffusionLogps
 from dllm_kernels.integrations.transformers import find_mask_id
 from dllm_kernels.masks import steps
-from dllm_kernels.masks.make import eos_tail
+from dllm_kernels.masks.tails import eos_tail
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):

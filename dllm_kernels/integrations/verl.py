@@ -119,8 +119,8 @@ def forward_micro_batch(
                 hidden, body.weight, ids_BS.reshape(-1)[flat_N], rows=row_N, take_dweight=body.take_dweight, **body.options
             )
             assert scores.logp is not None
-            weighted_N = scores.logp / p_mask_BKS[:, k].reshape(-1)[flat_N]
-            sums.append(scores.logp.new_zeros(B * S).index_copy(0, flat_N, weighted_N).view(B, S).sum(-1))
+            weighted_N = scores.logp.double() / p_mask_BKS[:, k].reshape(-1)[flat_N]  # summed as `MaskPlan.elbo` does
+            sums.append(weighted_N.new_zeros(B * S).index_copy(0, flat_N, weighted_N).view(B, S).sum(-1).to(scores.logp.dtype))
         return torch.stack(sums, dim=1)
 
     elbo_BK = with_body(model, elbos)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

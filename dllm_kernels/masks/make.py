@@ -11,6 +11,7 @@ from dllm_kernels import checks, noise
 from dllm_kernels.masks import blocks, given_masks, given_states, laws
 from dllm_kernels.masks.laws import Law
 from dllm_kernels.masks.plan import MaskPlan, check_tensors, noise_stride
+from dllm_kernels.masks.tails import eos_tail
 
 
 def make_mask_plan(
@@ -54,8 +55,9 @@ def make_mask_plan(
         tail: what the model sees of those tokens: "shown", as they are; "hidden", as the law hides the others
             where it draws each token by itself (`coupled`, `bernoulli`, DMPO's pairs) or follows steps, else
             always; "removed", nothing: they are padding of the plan, and the caller leaves them out of the
-            model's attention mask (`eos_tail` finds them). None: the law's own, "hidden" for `full`, `block`,
-            `trace` and `segments`, "shown" for the others.
+            model's attention mask (`masks.tails.eos_tail` finds them); `accumulate`, `score_samples` and
+            `estimate_elbo` refuse a mask that shows them, a loop of your own asks `masks.tails.check_removed`.
+            None: the law's own, "hidden" for `full`, `block`, `trace` and `segments`, "shown" for the others.
         causal_block: b, the block length of a block-causal model (SDAR, LLaDA2, Fast-dLLM v2, BD3-LM), which
             denoises a block given the clean blocks before it; None for a bidirectional one. Every law below is
             then drawn for each block, with the L, n and t of the block in its weight, and `unbiased` refers to
@@ -138,6 +140,7 @@ def make_mask_plan(
     if eos_id is not None:
         tail_BS = eos_tail(input_ids_BS, given, eos_id)
         completion_mask_BS = given & ~tail_BS
+    removed_BS = tail_BS if tail == "removed" and causal_block is None else None
     prompt_BS = None
     if prompt_noise > 0.0:
         prompt_BS = (given.cumsum(-1) == 0) & given.any(-1, keepdim=True)
@@ -161,6 +164,7 @@ def make_mask_plan(
         "iteration": iteration,
         "prompt_noise": prompt_noise,
         "prompt_mask_BS": prompt_BS,
+        "removed_BS": removed_BS,
         "causal_block": causal_block,
         "block_origin": block_origin,
         "edge": edge,
@@ -199,18 +203,6 @@ def make_mask_plan(
         step_BKS=step_BKS,
         target_BKS=target_BKS,
     )
-
-
-def eos_tail(input_ids_BS: Tensor, completion_mask_BS: Tensor, eos_id: int) -> Tensor:
-    """bool `[B, S]`: the tokens of each completion after its first EOS.
-
-    Example:
-        >>> ids = torch.tensor([[7, 1, 7, 2, 7]])
-        >>> eos_tail(ids, torch.tensor([[False, True, True, True, True]]), 7)
-        tensor([[False, False, False,  True,  True]])
-    """
-    eos_BS = completion_mask_BS & (input_ids_BS == checks.count("eos_id", eos_id, 0))
-    return completion_mask_BS & (eos_BS.cumsum(-1) - eos_BS.long() > 0)
 
 
 def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: str, prompt_noise: float, shift: int) -> None:

@@ -44,6 +44,7 @@ class MaskPlan:
     prompt_noise: float
     prompt_mask_BS: Tensor | None = None  # real prompt tokens, where prompt_noise > 0
     tail_mask_BS: Tensor | None = None  # tokens after the first EOS, where they are hidden; never scored
+    removed_BS: Tensor | None = None  # those tokens, where the model must not see them; None with blocks, whose grid lacks them
     state_BS: Tensor | None = None  # of a given trace: the state of each token, -1 none
     state_BK: Tensor | None = None  # of a given trace: the state of each sample, -1 none
     # of block diffusion: tokens per block, where blocks begin, and which row predicts a block's first token with shift
@@ -216,11 +217,7 @@ class MaskPlan:
 
     @property
     def share_K(self) -> Tensor:
-        """Weight of each sample in its sequence's score, fp32 `[K]`; mostly 1 / (samples of the plan)."""
-        return self._share_K.float()
-
-    @property
-    def _share_K(self) -> Tensor:
+        """Weight of each sample in its sequence's score, float64 `[K]`; mostly 1 / (samples of the plan)."""
         return laws.shares(self.rule, self.options, self.sample_K, self.samples)
 
     @cached_property
@@ -284,14 +281,16 @@ class MaskPlan:
         return flat.index_copy(0, self.rows.index + self._row_shift, values_N).view(self.shape)
 
     def elbo(self, logp_N: Tensor) -> Tensor:
-        """Per-sample ELBOs `[B, K]`: the sum of `weight * logp`; differentiable, whatever the order of rows."""
+        """Per-sample ELBOs `[B, K]`: the sum of `weight * logp`; differentiable, whatever the order of rows.
+
+        Summed and returned in float64: a ratio is of differences of sums, of hundreds of nats that fp32 holds to 1e-5.
+        """
         checks.shape("logp_N", logp_N, [len(self.rows.index)])
-        return self.dense(logp_N * self.rows.weight).sum(-1).t()
+        return self.dense(logp_N.double() * self.rows.weight).sum(-1).t()
 
     def score(self, logp_N: Tensor) -> Tensor:
-        """Scores `[B]`: the estimate `sum_k share_k elbo_bk`. Scores of cuts along the samples add up."""
-        elbo_BK = self.elbo(logp_N)
-        return (elbo_BK * self._share_K.to(elbo_BK.dtype)).sum(-1)
+        """Scores `[B]`, float64: the estimate `sum_k share_k elbo_bk`. Scores of cuts along the samples add up."""
+        return (self.elbo(logp_N) * self.share_K).sum(-1)
 
     def standard_error(self, elbo_BK: Tensor) -> Tensor:
         """Standard errors `[B]` of the scores, from the per-sample ELBOs of all K samples.

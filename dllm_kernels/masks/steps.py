@@ -44,11 +44,11 @@ def shape(plan: MaskPlan) -> list[int]:
 
 
 def sums(plan: MaskPlan, values_KBS: Tensor) -> Tensor:
-    """Sums over the scored tokens of each group, of the sizes of `shape`; differentiable.
+    """Sums over the scored tokens of each group, float64, of the sizes of `shape`; differentiable.
 
     Raises ValueError where a step decides tokens of several blocks, which no block-causal rollout does.
     """
-    values_KBS = torch.where(plan.scored, values_KBS, 0.0)
+    values_KBS = torch.where(plan.scored, values_KBS.double(), 0.0)
     if plan.step_KBS is None:
         return values_KBS.sum(-1).t()
     sums_KBJ = plan.units.collect(values_KBS).view(plan.shape[0], *shape(plan)[::2])

@@ -112,7 +112,7 @@ def gdsd_objective(
         old_KBS, ref_KBS = old_and_reference(batch, logp_KBS)
 
         def scores(dense_KBS: Tensor) -> Tensor:
-            sums_BK = torch.where(plan.scored, dense_KBS, 0.0).sum(-1).t()[:, torch.argsort(plan.sample_K)]
+            sums_BK = torch.where(plan.scored, dense_KBS.double(), 0.0).sum(-1).t()[:, torch.argsort(plan.sample_K)]
             return sums_BK.unflatten(1, (-1, 2)).sum(-1) / 2
 
         ref_BM = None if ref_KBS is None else scores(ref_KBS)

@@ -2,8 +2,8 @@
 
 DPO with ELBOs in place of log-probs; policy and reference share their masks.
 
-Unverified against its authors' code, which is closed: the loss is the paper's, `lengths` is what the public port
-(yjyddq/DARE at 83ae8a3) adds.
+Unverified against its authors' code, which is closed: the loss is the paper's, `lengths` (in the engine `normalize` and
+`window`) is what the public port (yjyddq/DARE at 83ae8a3) adds.
 """
 
 from __future__ import annotations
@@ -69,20 +69,24 @@ def vrpo(
     return -F.logsigmoid(beta * (chosen_B - rejected_B)).sum() / B
 
 
-def vrpo_objective(*, beta: float, normalize: bool = False) -> Objective:
-    """`vrpo` for the engine; normalize divides the ELBOs by the plan's completion lengths, the port's form.
+def vrpo_objective(*, beta: float, normalize: bool = False, window: int | None = None) -> Objective:
+    """`vrpo` for the engine; normalize divides the ELBOs by `window`, the port's form (line 126), or by the lengths of the plan.
+
+    window: the tokens of the response window, the same for all; None: each completion's scored tokens.
 
     Batch: per sequence "ref_elbo", "group_ids" (int64, the pair) and "chosen" (bool). Every pair must hold one chosen and one
     rejected sequence; ValueError says where it does not (on a GPU under DLLM_KERNELS_VALIDATE=1).
     """
     checks.number("beta", beta, above=0)
+    if window is not None:
+        checks.count("window", window)
 
     def couple(elbo_B: Tensor, lengths_B: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         chosen_B, group_ids_B = entries["chosen"], entries["group_ids"]
         _check_pairs(chosen_B, group_ids_B)
         delta_B = elbo_B - entries["ref_elbo"].detach()
         if normalize:
-            delta_B = delta_B / lengths_B.to(delta_B.dtype).clamp(min=1.0)
+            delta_B = delta_B / (lengths_B.to(delta_B.dtype).clamp(min=1.0) if window is None else window)
         margin_B = surrogates.group_sum(torch.where(chosen_B, delta_B, -delta_B), group_ids_B)
         return -surrogates.masked_sum(F.logsigmoid(beta * margin_B), chosen_B)
 
@@ -121,6 +125,7 @@ class Options:
 
     beta: float = 0.2
     normalize: bool = True
+    window: int | None = None  # what ELBOs are divided by: a run's own, where it is not given
 
 
 def _best_and_worst(rewards: Rewards, objective: Objective, options: Options) -> Signal:
@@ -154,6 +159,7 @@ RECIPE = Recipe(
     needs_reference=True,
     inner_iterations=1,
     options=Options,
+    from_run=lambda length, steps: {"window": length},
     signal=_best_and_worst,
     pairs=True,
     window="eos",

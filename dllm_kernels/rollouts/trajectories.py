@@ -282,7 +282,7 @@ def trajectory_rows(
 
 
 def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
-    """Log-probs `[B, K]` of the tokens decided in each state of `trajectory_rows`, as seen by the rollout.
+    """Log-probs `[B, K]`, float64, of the tokens decided in each state of `trajectory_rows`, as seen by the rollout.
 
     The scores of the sampling policy without another pass over the model: `old_sample_elbo` of EGSPO. States
     must be single steps: with `shrink` or segments the rollout saw later states, which is a ValueError.
@@ -299,7 +299,7 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
     """
     if plan.law != "trace" or plan.options["shrink"] != 1:
         raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")
-    return rollout_logp(rollout, plan).sum(-1).t()
+    return rollout_logp(rollout, plan).sum(-1, dtype=torch.float64).t()
 
 
 def event_states(

@@ -8,7 +8,7 @@ import torch
 from dllm_kernels import accumulate, headless, make_mask_plan
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head import plans
-from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo
+from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo, gdpo, gdpo_objective
 from tests import oracle
 from tests.accumulation.runs import run
 from tests.tiny import eurobert, gradients, worst_gradient_error
@@ -303,6 +303,31 @@ def test_an_attention_mask_is_cut_along_with_the_sequences():
         torch.testing.assert_close(score_samples(model, plan, model_kwargs={"attention_mask": attention}, **cut), want)
 
 
+def test_a_removed_tail_must_be_out_of_the_attention_mask():
+    """With the mask, scores are those of the sequences cut at their EOS; without it they would be others."""
+    model, ids = eurobert(), torch.tensor([[3, 4, 5, 9, 6, 7], [3, 4, 5, 6, 7, 9]])
+    completion, tail = torch.arange(6).expand(2, 6) >= 2, torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
+    given = {"law": "exact", "samples": 3, "seed": 0, "sequence_ids": torch.arange(2), "mask_id": 10, "eos_id": 9}
+    plan, shown = (make_mask_plan(ids, completion, tail=tail, **given) for tail in ("removed", "shown"))
+    short = make_mask_plan(ids[:1, :4], completion[:1, :4], **{**given, "sequence_ids": torch.arange(1)})
+    cut_B, shown_B = score_samples(model, short)[0], score_samples(model, shown)[0]
+    assert not torch.allclose(cut_B, shown_B, rtol=1e-3)
+    sees = (~tail)[:, None, None].expand(2, 1, 6, 6)
+    additive = torch.zeros(2, 1, 6, 6, dtype=F64).masked_fill(~sees, torch.finfo(F64).min)
+    for mask in ((~tail).long(), ~tail, sees, additive):
+        torch.testing.assert_close(score_samples(model, plan, model_kwargs={"attention_mask": mask})[0], cut_B)
+    batch, call = Batch({"advantages": torch.ones(2, dtype=F64)}), {"samples_per_pass": 2}
+    for mask in (None, torch.ones(2, 6), torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.zeros_like(additive)):
+        kwargs = {} if mask is None else {"model_kwargs": {"attention_mask": mask}}
+        with pytest.raises(ValueError, match=r"attention_mask must leave out .* that shows 2 token\(s\)"):
+            run(model, plan, BGPO, batch, **kwargs, **call)
+        with pytest.raises(ValueError, match="attention_mask must leave out"):
+            score_samples(model, plan, **kwargs)
+    score_samples(model, plan.cut(sequences=slice(1, 2)))  # has no tail
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 6\]"):
+        score_samples(model, plan, model_kwargs={"attention_mask": torch.ones(2, 6, 6, 6, 6)})
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
@@ -363,3 +388,40 @@ def test_an_error_names_the_argument():
         accumulate(model.model, plan, BGPO, good)
     assert all(p.grad is None for p in model.parameters())
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@pytest.mark.parametrize("samples_per_pass", [1, 3])
+def test_scores_of_thousands_of_nats_are_summed_in_float64(samples_per_pass):
+    """GDPO's raw ratio: what fp32 log-probs say of it, to the last digits of the coefficients that they are given."""
+    model, other = (eurobert(vocab=64, hidden=16, layers=1, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1e-4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    ids, given = torch.randint(3, 60, (2, 384), generator=torch.Generator().manual_seed(0)), {"seed": 0, "mask_id": 60}
+    plan = make_mask_plan(
+        ids, torch.arange(384).expand(2, 384) >= 4, law="quadrature", samples=3, sequence_ids=torch.arange(2), **given
+    )
+    score_N, old_N = (score_samples(m, plan, per_token=True).transpose(0, 1)[plan.scored].double() for m in (model, other))
+    share_N = plan.rows.weight.double() * plan.share_K[plan.rows.sample]
+
+    def elbo(logp_N):
+        return torch.zeros(2, dtype=F64).index_add(0, plan.rows.sequence, logp_N * share_N)
+
+    advantages, leaf_N = torch.tensor([1.0, -1.0], dtype=F64), score_N.requires_grad_(True)
+    want_loss = gdpo(elbo(leaf_N), elbo(old_N), advantages, plan.lengths_B, mode="paper")
+    (coef_N,) = torch.autograd.grad(want_loss, leaf_N)
+    coef_KBS = torch.zeros(plan.shape, dtype=F64).masked_scatter(plan.scored, coef_N)
+
+    def weighed(logp_N, cut, _):
+        return (coef_KBS[cut.sample_K][:, cut.sequence_ids_B][cut.scored] * logp_N).sum()
+
+    known = Objective("known", weighed, "none", "none", "sequences", None)
+    cut = {"denominator": 1.0, "samples_per_pass": samples_per_pass}
+    _, want = run(model, plan, known, Batch(), **cut)
+    old_B = (score_samples(other, plan) * plan.share_K).sum(-1)
+    batch = Batch({"advantages": advantages / 2, "old_elbo": old_B})
+    report, got = run(model, plan, gdpo_objective(mode="paper"), batch, **cut)
+    assert float(elbo(score_N)[0]) < -1000
+    assert worst_gradient_error(got, want) < 1e-6
+    assert float(report.loss) == pytest.approx(float(want_loss.detach()), rel=1e-12)
+    assert report.sample_elbo_BK.dtype == old_B.dtype == F64

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from dllm_kernels import accumulate, generate, make_mask_plan
-from dllm_kernels.masks.make import eos_tail
+from dllm_kernels.masks.tails import eos_tail
 from dllm_kernels.noise import sequence_ids
 from dllm_kernels.objectives import BGPO, RECIPES, Batch
 from tests.tiny import checkpoint

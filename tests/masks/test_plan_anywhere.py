@@ -190,7 +190,7 @@ def test_a_file_that_is_no_plan_says_so_in_one_sentence(tmp_path):
         (tmp_path / name).write_bytes(content)
     for name, content in {
         "list": [1, 2],
-        "format": {**state, "format": 2},
+        "format": {**state, "format": 1},
         "missing": {k: v for k, v in state.items() if k != "seed"},
         "unknown": {**state, "temperature": 1.0},
         "law": {**state, "law": "uniform"},

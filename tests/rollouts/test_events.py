@@ -40,7 +40,7 @@ def test_log_probs_at_rollout_with_the_cache_are_those_of_the_layout(model, reci
     for k in (1, 8):
         scored = score_samples(model, plan, suppress=(MASK,), per_token=True, samples_per_pass=k).transpose(0, 1)
         torch.testing.assert_close(scored, kept, rtol=0, atol=1e-5)
-    torch.testing.assert_close(trajectory_logp(rollout, plan), kept.sum(-1).t())
+    torch.testing.assert_close(trajectory_logp(rollout, plan), kept.double().sum(-1).t())
     per_token = plan.counts.sum() if score == "last" else len(plan.rows)
     inside = rollout.completion_mask_BS[rollout.events.sequence_E, rollout.events.position_E]
     assert int(per_token) == (rollout.commit_step_BL.numel() if score == "last" else int(inside.sum()))

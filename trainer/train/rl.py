@@ -193,7 +193,7 @@ def _rollout_figures(
     everyone, _ = ranks.gather(rewards)
     columns: dict[str, Sequence[float]] = {"correct": task.correct(examples, texts)}
     columns |= {name: metric(examples, texts) for name, metric in task.metrics.items()}
-    columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1).tolist()
+    columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1, dtype=torch.float64).tolist()
     ended_BL = (
         (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
     )

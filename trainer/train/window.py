@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dllm_kernels import Rollout
-from dllm_kernels.masks.make import eos_tail
+from dllm_kernels.masks.tails import eos_tail
 
 from ..config import RlConfig
 from ..errors import ConfigError
