@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -128,39 +129,87 @@ def test_a_backend_that_can_run_runs_when_asked_for(monkeypatch):
         torch.testing.assert_close(score(), torch.full((2,), -torch.log(torch.tensor(4.0)).item()))
 
 
-def test_the_library_works_where_the_extension_was_not_built():
+def test_the_library_works_where_the_extension_was_not_built_and_says_so_once():
     """An install without a compiler falls back to PyTorch; asking for the C++ kernel then says why it cannot run."""
     said = python(
         "import sys; sys.modules['dllm_kernels._C'] = None\n"  # importing it now raises ImportError
-        "import os, torch\n"
+        "import os, torch, warnings\n"
         "from dllm_kernels import backends, score_tokens\n"
         "assert backends.names() == ('reference',), backends.names()\n"
         "arguments = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])\n"
-        "print(float(score_tokens(*arguments).logp[0]))\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    os.environ['DLLM_KERNELS_BACKEND'] = 'reference'; score_tokens(*arguments)\n"
+        "    assert not caught, 'asked for'\n"
+        "    del os.environ['DLLM_KERNELS_BACKEND']; score_tokens(*arguments)\n"
+        "    print(float(score_tokens(*arguments).logp[0]), *(one.message for one in caught), sep='\\n')\n"
         "os.environ['DLLM_KERNELS_BACKEND'] = 'cpu'\n"
         "try: score_tokens(*arguments)\n"
         "except ValueError as error: print(error)\n"
+        "import runpy; runpy.run_module('dllm_kernels.env', run_name='__main__')\n"
+    ).splitlines()
+    assert said[0].startswith("-1.386")
+    assert said[1].startswith("dllm_kernels runs the LM head on the CPU in plain PyTorch"), "one warning"
+    assert "compiler" in said[1]
+    assert said[2].startswith("DLLM_KERNELS_BACKEND=cpu cannot run here")
+    assert "compiler" in said[2]
+    assert said[3].startswith("dllm_kernels ")
+    assert any(re.match(r"head +pure PyTorch \(the extension dllm_kernels._C is not there", line) for line in said)
+
+
+def test_a_core_install_shows_its_environment():
+    """Without transformers, triton and the trainer's packages."""
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'triton', 'typer', 'pydantic', 'dllm_trainer'): sys.modules[name] = None\n"
+        "import runpy; runpy.run_module('dllm_kernels.env', run_name='__main__')"
     )
-    assert said.startswith("-1.386")
-    assert "DLLM_KERNELS_BACKEND=cpu cannot run here" in said
-    assert "compiler" in said
+    shown = dict(line.split(maxsplit=1) for line in python(code).splitlines())
+    assert {"dllm_kernels", "python", "torch", "cpu", "threads", "head"} <= shown.keys()
+    assert shown["head"].startswith(("C++ engine (", "pure PyTorch ("))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The source distribution as the workflow makes it, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    hidden = (".git", ".venv*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder / "checkout", ignore=shutil.ignore_patterns(*hidden))
+    build(folder / "checkout", "--sdist", GITHUB_REPOSITORY="owner/name", GITHUB_SHA="1234567")
+    (archive,) = (folder / "checkout" / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def build(folder: Path, kind: str, **environment: str) -> str:
+    here = all(importlib.util.find_spec(name) for name in ("setuptools", "pybind11"))
+    command = [sys.executable, "-m", "build", kind, *(["--no-isolation"] if here else [])]
+    environment = {**os.environ, "GITHUB_REPOSITORY": "", **environment}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_and_works_where_it_is_unpacked(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache"),
-    )
-    if all(importlib.util.find_spec(name) for name in ("setuptools", "pybind11")):
-        command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    else:
-        command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
+def test_a_source_distribution_is_the_whole_tree_with_addresses(source):
+    listed = {path.relative_to(ROOT) for folder in ("csrc", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*.*")}
+    assert not [path for path in listed if path.suffix != ".pyc" and not (source / path).exists()]
+    said = (source / "PKG-INFO").read_text()
+    assert "\nProject-URL: Homepage, https://github.com/owner/name\n" in said
+    links = re.findall(r"\]\(([^)]*)\)", said)
+    assert "https://github.com/owner/name/raw/1234567/benchmarks/results/cpu-readme.png" in links
+    assert "https://github.com/owner/name/blob/1234567/docs/limits.md" in links
+    assert not [link for link in links if not link.startswith("https://")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_wheel_from_it_holds_every_module_and_its_tests_run(source, tmp_path):
+    said = build(source, "--wheel")
+    assert "warning: " not in "\n".join(line for line in said.splitlines() if "csrc/" in line), said
+    (wheel,) = (source / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "unpacked")
@@ -174,19 +223,22 @@ def test_a_wheel_holds_every_module_and_works_where_it_is_unpacked(tmp_path):
     assert any(name.startswith("dllm_trainer/configs/") for name in wanted)
     assert wanted <= names
     assert not [name for name in names if not name.startswith(("dllm_kernels", "dllm_trainer"))]
+    engine = [name for name in names if re.fullmatch(r"dllm_kernels/_C\..*\.so", name)]
     if shutil.which("c++"):
-        assert [name for name in names if re.fullmatch(r"dllm_kernels/_C\..*\.so", name)], "the C++ engine is inside"
+        assert engine, "the C++ engine is inside"
     assert any(name.endswith("entry_points.txt") for name in names)
     assert any("LICENSE" in name for name in names)
-    said = subprocess.run(
-        [sys.executable, "-c", "import dllm_kernels; print(dllm_kernels.__file__, dllm_kernels.__version__)"],
-        cwd=tmp_path / "unpacked",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
-    )
-    assert str(tmp_path / "unpacked") in said.stdout, said.stderr
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")}
+    code = "import dllm_kernels; print(dllm_kernels.__file__, dllm_kernels.__version__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert str(tmp_path / "unpacked") in done.stdout, done.stderr
+    for name in engine:
+        shutil.copy(tmp_path / "unpacked" / name, source / name)
+    command = [sys.executable, "-m", "pytest", "tests/test_package.py", "tests/test_noise.py", "-m", "not slow", "-p", "no:xdist"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"\d\d passed", done.stdout), done.stdout[-400:]
 
 
 def test_the_command_line_without_its_extra_says_what_to_install():

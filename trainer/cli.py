@@ -239,10 +239,11 @@ def algorithms() -> None:
 @app.command("env")
 def show_environment() -> None:
     """Versions, machine, and which code runs the LM head and why."""
+    from dllm_kernels.env import show
+
     from .records.environment import environment
 
-    for name, value in environment().items():
-        print(f"{name:<15} {value if value is not None else 'none'}")
+    show(environment())
 
 
 def _configure(

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -24,6 +25,16 @@ def _triton() -> ModuleType | None:
     return importlib.import_module("dllm_kernels.backends.triton.head")
 
 
+@functools.cache
+def _warn_of_no_engine() -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"dllm_kernels runs the LM head on the CPU in plain PyTorch, slower and with chunks of logits: {cpu.why_unavailable()}. "
+        "DLLM_KERNELS_BACKEND=reference chooses this, without a warning",
+        stacklevel=2,
+    )
+
+
 def select(problem: HeadProblem) -> ModuleType:
     """The backend that runs a problem, see `for_device`."""
     return for_device(problem.hidden_MH.device)
@@ -38,7 +49,10 @@ def for_device(device: torch.device) -> ModuleType:
     forced = os.environ.get("DLLM_KERNELS_BACKEND")
     if forced is None:
         if device.type == "cpu":
-            return cpu if cpu.available() else reference
+            if cpu.available():
+                return cpu
+            _warn_of_no_engine()
+            return reference
         return (_triton() if device.type == "cuda" else None) or reference
     if forced not in _NAMES:
         raise ValueError(f"DLLM_KERNELS_BACKEND must be one of {', '.join(_NAMES)}, got {forced!r}")

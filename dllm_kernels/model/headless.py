@@ -168,6 +168,7 @@ class Body:
             hidden = hidden.to(self.parameter.dtype)
         self.whole.get("weight", hidden.dtype)  # a collective, which all ranks call here
         adapters.low_rank(self.head, self.whole.get)  # likewise, and refuses what cannot be right
+        self.wrapper.watch(hidden)
         return hidden.view(*input_ids.shape, hidden.shape[-1])
 
     @contextmanager
@@ -204,8 +205,8 @@ def headless(model: nn.Module) -> Iterator[Body]:
 
     Args:
         model: any module with Hugging Face's `get_output_embeddings()`, also with a tied head or softcapped logits, as the
-            training loop holds it: in DistributedDataParallel, under fully_shard (FSDP2), compiled. Pass the wrapper, not
-            what is inside it.
+            training loop holds it: in DistributedDataParallel, under fully_shard (FSDP2), in a DeepSpeed engine (ZeRO 0 to 2),
+            compiled. Pass the wrapper, not what is inside it.
 
     Yields a `Body`. Calls go through the wrapper, which reduces gradients as it does with plain logits; the gradient of a head
     that FSDP2 shards is reduced in the same way when the context ends, so backward has to run inside. The model is restored
@@ -217,7 +218,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
 
     Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
     forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind; or if it is in a wrapper under
-    which gradients could not be right or have not been tried: FSDP1, DeepSpeed, DataParallel.
+    which gradients could not be right: FSDP1, ZeRO 3, DataParallel.
 
     Example:
         >>> import torch
@@ -256,9 +257,12 @@ def headless(model: nn.Module) -> Iterator[Body]:
                     f"model must have an output embedding apart from its input embedding to be sharded: {type(model).__name__}"
                 )
             wrapper = shards
-        whole = WholeHead(head.weight, getattr(head, "bias", None), shards)
+        whole = WholeHead(head.weight, getattr(head, "bias", None), wrapper)
         whole.get("bias")
         whole.parameters |= adapters.parameters(head)
+        for parameter in whole.parameters.values():
+            if parameter is not None:
+                wrapper.stand_in(parameter)  # before any forward
         carrier = wrapper.carrier
         if carrier is not None and carrier is not head and any(module is head for module in carrier.modules()):
             hook = carrier.register_forward_hook(tap.hand_out, prepend=True)

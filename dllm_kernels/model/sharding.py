@@ -169,9 +169,10 @@ class Shards(Wrapper):
 class WholeHead:
     """A head's gathered weight and bias, and their gradients so far. Plain tensors are passed through."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shards: Shards | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, wrapper: Wrapper) -> None:
         self.parameters = {"weight": weight, "bias": bias}
-        self._shards, self._closed = shards, False
+        self._wrapper, self._closed = wrapper, False
+        self._shards = wrapper if isinstance(wrapper, Shards) else None
         self._whole: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int]] = {}
@@ -182,8 +183,10 @@ class WholeHead:
         dtype: of the copy; None takes the existing copy's, else the parameter's.
         """
         parameter = self.parameters[name]
-        if parameter is None or not is_sharded(parameter):
-            return parameter
+        if parameter is None:
+            return None
+        if not is_sharded(parameter):
+            return self._wrapper.stand_in(parameter)
         version = parameter._version, _local(parameter)._version  # of the DTensor and of its shard
         known = self._whole.get(name)
         if known is not None and self._versions[name] == version and dtype in (None, known.dtype):

@@ -1,4 +1,4 @@
-"""What wraps a model and reduces its gradients over ranks: nothing or DDP here, FSDP2 in `sharding`.
+"""What wraps a model and reduces its gradients over ranks: nothing, DDP or DeepSpeed here, FSDP2 in `sharding`.
 
 `headless` finds it once. Everyone else asks the description: what to call, whose output must carry the hidden
 states, over which ranks gradients are reduced, and how `accumulate` takes that over for a while.
@@ -40,6 +40,13 @@ class Wrapper:
 
     def reshard(self) -> None:
         """Free what a forward gathered."""
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """What is used for a parameter of the head outside the forward of its module."""
+        return parameter
+
+    def watch(self, hidden: Tensor) -> None:
+        """Look at the backward of the hidden states that a call returned."""
 
     @contextmanager
     def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
@@ -105,10 +112,49 @@ class Replicas(Wrapper):
             work.wait()
 
 
+class Engine(Wrapper):
+    """DeepSpeed's engine with whole parameters (ZeRO 0 to 2): hooks on them reduce what `engine.backward(loss)` adds."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.carrier = engine, engine.module
+        self._views: dict[int, Tensor] = {}
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.engine.data_parallel_group  # type: ignore[no-any-return]
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """A view from before the forward: backward reaches it after the hidden states, whose hook prepares the reduction."""
+        if not parameter.requires_grad:
+            return parameter
+        view = self._views.get(id(parameter))
+        if view is None or view.data_ptr() != parameter.data_ptr():
+            with torch.enable_grad():
+                view = self._views[id(parameter)] = parameter.view_as(parameter)
+        return view
+
+    def watch(self, hidden: Tensor) -> None:
+        """`loss.backward()` would divide the gradient of hidden states by the steps of accumulation, not that of the head."""
+        if hidden.requires_grad and hasattr(self.engine, "_running_engine_backward"):  # else it refuses by itself
+            hidden.register_hook(self._check_backward)
+
+    def _check_backward(self, _gradient: Tensor) -> None:
+        if not self.engine._running_engine_backward:
+            raise ValueError("model is in a DeepSpeedEngine: backward must be engine.backward(loss), which scales all gradients")
+
+    @contextmanager
+    def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
+        raise ValueError(
+            "model must not be in a DeepSpeedEngine for accumulate: the engine divides and reduces in its own backward; use "
+            "headless with engine.backward(loss), or DistributedDataParallel or fully_shard (FSDP2)"
+        )
+        yield
+
+
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 keeps the head in a flat shard outside its own forward: use fully_shard (FSDP2; in "
     "accelerate fsdp_version=2) or DistributedDataParallel",
-    "DeepSpeedEngine": "its reductions could not be tried with this package: use DistributedDataParallel or fully_shard (FSDP2)",
+    "PipelineEngine": "its stages run their own forward and backward: use another DeepSpeed engine",
     "DataParallel": "torch.nn.DataParallel copies the model in every forward: use DistributedDataParallel",
 }
 _BESIDE = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
@@ -134,6 +180,8 @@ def find_outer(model: nn.Module) -> Wrapper:
                 raise ValueError(f"model must not be in {name}: {reason}")
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             return Replicas(layer)
+        if "DeepSpeedEngine" in kinds:
+            return Engine(layer)
         layer = layer._modules.get("_orig_mod", layer._modules.get("module"))
     return Wrapper()
 
@@ -141,7 +189,10 @@ def find_outer(model: nn.Module) -> Wrapper:
 def check_head(head: nn.Module) -> None:
     """Raise ValueError where the head's weight is a shard that nothing here can gather."""
     if hasattr(head.weight, "ds_id"):
-        raise ValueError(f"model must not be under ZeRO stage 3: {_REFUSED['DeepSpeedEngine']}")
+        raise ValueError(
+            "model must not be under ZeRO stage 3, where only the head's own forward gathers it: use stage 1 or 2, or "
+            "fully_shard (FSDP2)"
+        )
     if getattr(head.weight, "_fsdp_flattened", False):
         raise ValueError(f"model must not be in FullyShardedDataParallel: {_REFUSED['FullyShardedDataParallel']}")
 

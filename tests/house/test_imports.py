@@ -21,7 +21,7 @@ FLOORS = (
     ("dllm_kernels.losses", "dllm_kernels.accumulation", "dllm_kernels.rollouts"),
     ("dllm_kernels.objectives",),
     ("dllm_kernels",),
-    ("dllm_kernels.integrations",),
+    ("dllm_kernels.integrations", "dllm_kernels.env"),
     ("trainer.errors", "trainer.sections", "trainer.names"),
     ("trainer.rights",),
     ("trainer.tasks", "trainer.distributed"),

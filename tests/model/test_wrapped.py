@@ -1,7 +1,9 @@
-"""In DDP and under FSDP2, an optimizer step by `headless` is the one that plain cross-entropy on logits makes in the same
-wrapper, before and after `accumulate`, which sums over the ranks and leaves the wrapper as it found it.
+"""In DDP, under FSDP2 and in DeepSpeed's engine, an optimizer step by `headless` is the one that plain cross-entropy on logits
+makes in the same wrapper, before and after `accumulate`, which sums over the ranks and leaves the wrapper as it found it.
 """
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from dllm_kernels import headless
-from tests.model.wrapped_ranks import CASES
+from tests.model.wrapped_ranks import CASES, DEEPSPEED
 from tests.tiny import eurobert
 
 pytestmark = [
@@ -22,7 +24,8 @@ QUICK = ["ddp bias, unused", "fsdp2 tied, accumulation"]
 
 def run(folder, size, names):
     command = [sys.executable, "-m", "tests.model.wrapped_ranks", str(folder / "out"), str(size), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "out", weights_only=False)
 
@@ -30,21 +33,13 @@ def run(folder, size, names):
 def check(ranks, names):
     for found in ranks:
         for name in names:
-            largest = CASES[name][-1]
+            largest = (CASES | DEEPSPEED)[name][-1]
             steps = found[name]
             assert steps["moved"] > 0.05, name
             assert all(difference < largest for key, difference in steps.items() if key != "moved"), (name, steps)
 
 
-def check_refusals(found):
-    said = {
-        "beside ddp": r"inside its DistributedDataParallel",
-        "fsdp1": r"FullyShardedDataParallel.*FSDP2",
-        "inside fsdp1": r"FullyShardedDataParallel",
-        "data parallel": r"DataParallel.*use DistributedDataParallel",
-        "late": r"backward must run inside",
-        "waiting": r"not reduced yet",
-    }
+def check_refusals(found, said):
     assert found.keys() == said.keys()
     for name, pattern in said.items():
         assert found[name] is not None, name
@@ -54,13 +49,36 @@ def check_refusals(found):
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
     ranks = run(tmp_path, 2, [*QUICK, "refusals"])
     check(ranks, QUICK)
-    check_refusals(ranks[0]["refusals"])
+    said = {
+        "beside ddp": r"inside its DistributedDataParallel",
+        "fsdp1": r"FullyShardedDataParallel.*FSDP2",
+        "inside fsdp1": r"FullyShardedDataParallel",
+        "data parallel": r"DataParallel.*use DistributedDataParallel",
+        "late": r"backward must run inside",
+        "waiting": r"not reduced yet",
+    }
+    check_refusals(ranks[0]["refusals"], said)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_steps_in_every_wrapper_and_setting_equal_plain_cross_entropy(tmp_path, size):
     check(run(tmp_path, size, list(CASES)), list(CASES))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed")
+@pytest.mark.parametrize("size", [2, 4])
+def test_steps_in_deepspeed_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path, size):
+    ranks = run(tmp_path, size, [*DEEPSPEED, "deepspeed refusals"])
+    check(ranks, list(DEEPSPEED))
+    said = {
+        "beside": r"inside its DeepSpeedEngine",
+        "stage 3": r"ZeRO stage 3.*stage 1 or 2",
+        "accumulate": r"DeepSpeedEngine for accumulate",
+        "backward of its own": r"must be engine.backward",
+    }
+    check_refusals(ranks[0]["deepspeed refusals"], said)
 
 
 def test_ten_contexts_of_a_compiled_model_are_one_graph():

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import dllm_kernels
-from dllm_kernels.backends import cpu
+from dllm_kernels import env
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and code path of the head, as JSON values."""
-    return {
-        "dllm_kernels": dllm_kernels.__version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "head": head_path(),
-    }
-
-
-def head_path() -> str:
-    """Which kernels run the LM head on CPU tensors, and why."""
-    reason = cpu.why_unavailable()
-    return f"pure PyTorch ({reason})" if reason else f"C++ engine ({cpu.isa()})"
+    """That of the library, and the commit that runs."""
+    found = env.environment()
+    return {"dllm_kernels": found.pop("dllm_kernels"), "git_commit": _git_commit(), **found}
 
 
 def peak_memory_mb() -> float:
@@ -55,14 +35,6 @@ def resident_bytes(*, peak: bool = False) -> int | None:
     except OSError:
         return None
     return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) * 1024
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git_commit() -> str | None:
