@@ -254,7 +254,7 @@ class RunConfig(Section):
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
         try:
-            _recipes()[self.rl.algorithm].choose(self.rl.options)
+            _recipes()[self.rl.algorithm].check(self.rl.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rl.options of {self.rl.algorithm}: {error}") from error
         return self
