@@ -126,6 +126,7 @@ class RlConfig(OptimizerConfig):
     prompts: Positive
     group: Annotated[int, Field(ge=2)]
     samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
+    samples_per_pass: Positive = 1  # of them at once; in a block-causal model they share one clean copy of the sequence
     inner_iterations: Positive
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool

@@ -49,6 +49,7 @@ from dllm_kernels import MaskPlan, generate, make_mask_plan, noise, trajectory_r
 from dllm_kernels.accumulation.scores import score_samples
 
 BLOCK = 4
+SEQUENCE = 33  # a puzzle, "=", its answer
 BLOCKS, NOISY_HISTORY = "blocks", "noisy history"
 ALGORITHMS: Mapping[str, Sequence[str]] = {
     "trace_rl": ("rl.options.mode=sdar", "rl.options.shrink=1"),
@@ -106,6 +107,7 @@ def config_of(folder: Path, seed: int, sizes: Sizes, *more: str) -> RunConfig:
         f"sft.steps={sizes.sft_steps}",
         f"rl.updates={sizes.updates}",
         "rl.samples=8",
+        "rl.samples_per_pass=8",
         "rl.gap_every=0",
         *sizes.overrides,
         *more,
@@ -221,7 +223,7 @@ def states_gap(setup: Setup) -> float:
     found = []
     for settings in (rollout.settings, rollout.settings | {"causal_block": None}):
         plan = trajectory_rows(replace(rollout, settings=settings))
-        options = setup.scoring_options(None, None, as_rolled_out=True) | {"samples_per_pass": 4}
+        options = setup.scoring_options(None, setup.config.rl, as_rolled_out=True)
         model_kwargs = setup.loaded.call_kwargs(rollout.attention_mask_BS) or None
         found.append(score_samples(setup.model, plan, per_token=True, **options | {"model_kwargs": model_kwargs}).sum(1))
     return float((found[0] - found[1]).abs().max())
@@ -271,7 +273,7 @@ def run(seed: int, sizes: Sizes) -> dict[str, Any]:
         for scoring in (BLOCKS, NOISY_HISTORY):
             steps = sizes.sft_steps
             if scoring == NOISY_HISTORY:  # as many tokens
-                steps = round(steps * found["sft"][BLOCKS]["tokens"] / (steps * base.sft.batch * 33))
+                steps = round(steps * found["sft"][BLOCKS]["tokens"] / (steps * base.sft.batch * SEQUENCE))
             setup = setup_of(config_of(folder, seed, sizes, f"sft.steps={steps}"), task, scoring)
             found["sft"][scoring] = train_sft(setup) | {"solved": solved(setup), "gap": score_gap(setup, sizes.probes)}
             if scoring == NOISY_HISTORY:

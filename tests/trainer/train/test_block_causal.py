@@ -78,6 +78,21 @@ def test_scores_are_those_of_the_rollout_and_of_no_other_state(model_folder: Pat
     assert on_policy_gap(setup, rollout) < 1e-4
 
 
+def test_samples_that_share_a_clean_copy_give_the_same_update_for_fewer_tokens(model_folder: Path) -> None:
+    records = []
+    for k in (1, 3):
+        setup = setup_of(model_folder, "rl.updates=1", "rl.samples=3", f"rl.samples_per_pass={k}", "rl.reward=reference_cells")
+        (record,) = rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
+        records.append(record)
+    one, three = records
+    assert one["grad_norm"] > 0
+    for name in ("grad_norm", "elbo"):
+        assert three[name] == pytest.approx(one[name], rel=1e-4), name
+    scored = one["sequences_scored"]
+    # 17 + 16 tokens, and the rest of the last block, which rollouts keep
+    assert one["tokens"] - three["tokens"] == scored * 2 * 36, "of three clean copies two are left out"
+
+
 def test_a_sampler_of_other_blocks_is_refused(model_folder: Path) -> None:
     setup = setup_of(model_folder)
     with pytest.raises(ValueError, match="block_length must be the model's 4 for sampler='sdar', got 8"):
