@@ -43,6 +43,11 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total > MOST_ROLLOUTS:
         raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     window_of(config, setup.facts)
+    if config.law == "block" and setup.facts.block_length is not None:
+        raise ConfigError(
+            f"rl.law must be another than block for a block-causal model, got that of {config.algorithm}: it hides all later "
+            "blocks and noises earlier ones, which such a model never sees"
+        )
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
             those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
