@@ -243,16 +243,21 @@ def start_memory_server(preload: Sequence[str]) -> None:
 
 
 def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> Memory:
+    """`peak_of` a contestant of a suite, warmed up at the case's tiny sizes."""
+    return peak_of(_of_suite, suite, label, contestant, settings)
+
+
+def peak_of(prepare: Callable[..., Runner], *arguments: Any) -> Memory:
     """Peak memory of one call in a process of its own, by the resident set.
 
-    The process is forked from a server that has imported the libraries and computed nothing; it warms up at
-    the case's tiny sizes, sets the case up, resets the kernel's high-water mark, and calls once. Blocks from
-    1 MiB go back to the system when freed, so that the figure is live memory. Raises RuntimeError with the
-    reason.
+    The process is forked from a server that has imported the libraries and computed nothing; it calls
+    `prepare(*arguments)`, which warms up and sets up what is measured, resets the kernel's high-water mark,
+    and calls the result once. Blocks from 1 MiB go back to the system when freed, so that the figure is live
+    memory. Raises RuntimeError with the reason.
     """
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, suite, label, contestant, settings), daemon=True)
+    process = context.Process(target=_child, args=(sender, prepare, arguments), daemon=True)
     process.start()
     sender.close()
     try:
@@ -275,19 +280,23 @@ def peak_memory(suite: str, label: str, contestant: str, settings: Settings) -> 
     return answer
 
 
-def _child(pipe: Connection, suite_name: str, label: str, contestant: str, settings: Settings) -> None:
+def _of_suite(suite_name: str, label: str, contestant: str, settings: Settings) -> Runner:
+    torch.set_num_threads(settings.threads)
+    suite = load(suite_name)
+    assert isinstance(suite, Suite)
+    case = next(case for case in suite.cases(settings) if case.label == label)
+    setup = next(one.setup for one in case.contestants if one.name == contestant)
+    setup(case.inputs(case.tiny)).run()
+    return setup(case.inputs(case.sizes)).run
+
+
+def _child(pipe: Connection, prepare: Callable[..., Runner], arguments: Sequence[Any]) -> None:
     try:
         gc.freeze()  # else the collection below copies every page of the modules that the server shares
         # glibc raises its mmap threshold as blocks are freed, and keeps later ones: fragments, not live
         # memory
         getattr(_libc(), "mallopt", lambda *_: 0)(M_MMAP_THRESHOLD, MIB)
-        torch.set_num_threads(settings.threads)
-        suite = load(suite_name)
-        assert isinstance(suite, Suite)
-        case = next(case for case in suite.cases(settings) if case.label == label)
-        setup = next(one.setup for one in case.contestants if one.name == contestant)
-        setup(case.inputs(case.tiny)).run()
-        runner = setup(case.inputs(case.sizes)).run
+        runner = prepare(*arguments)
         gc.collect()
         pipe.send(_growth(runner))
     except Exception as error:

@@ -126,6 +126,7 @@ class RlConfig(OptimizerConfig):
     prompts: Positive
     group: Annotated[int, Field(ge=2)]
     samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
+    samples_per_pass: Positive = 1  # of them at once; in a block-causal model they share one clean copy of the sequence
     inner_iterations: Positive
     advantage: Literal["mean", "loo", "std", "population_std"]
     positive_only: bool
@@ -254,7 +255,7 @@ class RunConfig(Section):
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
         try:
-            _recipes()[self.rl.algorithm].choose(self.rl.options)
+            _recipes()[self.rl.algorithm].check(self.rl.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rl.options of {self.rl.algorithm}: {error}") from error
         return self

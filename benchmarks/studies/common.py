@@ -165,7 +165,7 @@ class Subject:
 
     def rollout_options(self) -> dict[str, Any]:
         """For trajectories: scored without the mask id, as they were drawn."""
-        return {"suppress": self.setup.scoring_options(None, None, as_rolled_out=True)["suppress"]}
+        return {"suppress": self.setup.scoring_options(None, self.setup.config.rl, as_rolled_out=True)["suppress"]}
 
 
 def gradient(

@@ -23,6 +23,7 @@ class GivenPlan(MaskPlan):
 
     given_BKS: Tensor
     given_weight_BK: Tensor
+    given_weight_BKS: Tensor | None = None  # of plans of blocks, whose weights may differ: one of each block at its tokens
 
     @cached_property
     def rule(self) -> Law:
@@ -38,11 +39,30 @@ class GivenPlan(MaskPlan):
 
     @cached_property
     def _weight_KU(self) -> Tensor:
-        return self.given_weight_BK.t()[self.sample_K]
+        weight_KB = self.given_weight_BK.t()[self.sample_K]
+        if self.block_BS is None:
+            return weight_KB
+        if self.given_weight_BKS is None:
+            return weight_KB.repeat_interleave(len(self.units.lengths_U) // max(1, len(self.lengths_B)), dim=1)
+        return _of_blocks(self, self.given_weight_BKS.transpose(0, 1)[self.sample_K])[0]
+
+
+def _of_blocks(plan: GivenPlan, weight_KBS: Tensor) -> tuple[Tensor, Tensor]:
+    """`[K, U]` twice: the largest and the smallest weight of each block's hidden tokens, 0 where it hides none."""
+    units = plan.units
+    hidden_KUW = units.gathered(plan.scored) & units.mask_UW
+    weight_KUW, none_KU = units.gathered(weight_KBS), ~hidden_KUW.any(-1)
+    most = weight_KUW.masked_fill(~hidden_KUW, -torch.inf).amax(-1).masked_fill(none_KU, 0)
+    return most, weight_KUW.masked_fill(~hidden_KUW, torch.inf).amin(-1).masked_fill(none_KU, 0)
 
 
 def make(
-    fields: dict[str, Any], samples: int | None, *, masked_KBS: Tensor | None = None, weight_KB: Tensor | None = None
+    fields: dict[str, Any],
+    samples: int | None,
+    *,
+    masked_KBS: Tensor | None = None,
+    weight_KB: Tensor | None = None,
+    weight_KBS: Tensor | None = None,
 ) -> GivenPlan:
     """The plan of these masks; `fields` are those that every plan has.
 
@@ -61,13 +81,16 @@ def make(
         raise ValueError("masked_KBS must hold at least one sample, got none")
     if checks.may_read(masked_KBS) and bool((masked_KBS & ~completion_BS).any()):
         raise ValueError("masked_KBS must be False where completion_mask_BS is (after the first EOS too, where eos_id is given)")
-    if weight_KB is None:
-        weight_KB = torch.ones(K, B, device=masked_KBS.device)
-    checks.dtype("weight_KB", weight_KB, checks.FLOATS)
-    checks.shape("weight_KB", weight_KB, [K, B])
-    checks.same_device("weight_KB", weight_KB, "input_ids_BS", completion_BS)
-    checks.finite("weight_KB", weight_KB)
-    return GivenPlan(
+    if weight_KBS is not None and (weight_KB is not None or fields["block_BS"] is None):
+        raise ValueError("weight_KBS must be None without causal_block, and where weight_KB is given")
+    for name, weight, sizes in (("weight_KB", weight_KB, [K, B]), ("weight_KBS", weight_KBS, [*masked_KBS.shape])):
+        if weight is not None:
+            checks.dtype(name, weight, checks.FLOATS)
+            checks.shape(name, weight, sizes)
+            checks.same_device(name, weight, "input_ids_BS", completion_BS)
+            checks.finite(name, weight)
+    weight_KB = torch.ones(K, B, device=masked_KBS.device) if weight_KB is None else weight_KB
+    plan = GivenPlan(
         **fields,
         law=LAW.name,
         options={},
@@ -75,4 +98,10 @@ def make(
         sample_K=torch.arange(K, device=masked_KBS.device),
         given_BKS=masked_KBS.transpose(0, 1),
         given_weight_BK=weight_KB.detach().float().t(),
+        given_weight_BKS=None if weight_KBS is None else weight_KBS.detach().float().transpose(0, 1),
     )
+    if weight_KBS is not None and checks.may_read(weight_KBS):
+        most, least = _of_blocks(plan, weight_KBS)
+        if bool((most != least).any()):
+            raise ValueError("weight_KBS must be the same at all tokens that a sample hides in a block, whose level it weighs")
+    return plan

@@ -91,6 +91,19 @@ class Layout:
         return chosen.gather(1, index.expand(*self.column_RT.shape, *chosen.shape[2:]))
 
 
+def input_tokens(shape: tuple[int, int, int], completion_BS: Tensor, block_BS: Tensor | None, copies: int) -> int:
+    """Tokens that a model sees of K samples of B sequences, `copies` samples at once: B (S ceil(K / copies) + K C').
+
+    Without blocks K B S. C' is that of the widest copy of the batch; samples without a scored row are counted too.
+    """
+    K, B, S = shape
+    if block_BS is None:
+        return K * B * S
+    first_B1, last_B1 = blocks.span(completion_BS, block_BS)
+    copy = int(((block_BS >= first_B1) & (block_BS <= last_B1)).sum(-1).max())
+    return B * (-(-K // copies) * S + K * copy)
+
+
 def make(
     rows: Rows,
     keep_N: Tensor | None,

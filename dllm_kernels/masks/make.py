@@ -104,7 +104,8 @@ def make_mask_plan(
                     last + 1): part k begins with step k T // N; each is scored in its first state. (d2, arXiv
                     2509.21474)
         given       masks drawn by another loop: `masked_KBS`, bool `[K, B, S]`, the completion tokens that
-                    each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used.
+                    each sample hides and scores; `weight_KB`, `[K, B]`, default 1. No noise of ours is used. With
+                    causal_block also `weight_KBS`, one weight of each block at the tokens it hides.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -213,8 +214,6 @@ def _check_blocks(rule: Law, causal_block: int | None, block_origin: str, edge: 
             raise ValueError(f"causal_block must be given with block_origin={block_origin!r} and edge={edge!r}, got None")
         return
     checks.count("causal_block", causal_block)
-    if rule is given_masks.LAW:
-        raise ValueError(f"law must be one that draws per block with causal_block={causal_block}, got {rule.name!r}")
     if rule.level == "block":
         raise ValueError(
             f"law must be another than {rule.name!r} with causal_block={causal_block}: it hides all later blocks and noises "

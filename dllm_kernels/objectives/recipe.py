@@ -88,7 +88,7 @@ class Recipe:
 
     def wants_reference(self, given: Mapping[str, Any]) -> bool:
         """Whether a reference policy is needed with these options."""
-        made = self.make(self.choose(given))
+        made = self.make(self.check(given))
         return self.needs_reference or any(
             name.startswith("ref_") for name in (*made.per_sequence, *made.per_sample, *made.per_token)
         )
@@ -129,6 +129,11 @@ class Recipe:
         options = self.option_type(**given)
         self.make(options)  # refuses what is out of bounds
         return options
+
+    def check(self, given: Mapping[str, Any]) -> Any:
+        """`choose` before it is known how long a run's completions are: what a run gives stands in by some value."""
+        of_run = {} if self.from_run is None else self.from_run(1, 1)
+        return self.choose({**of_run, **given})
 
     def make(self, options: Any = None) -> Objective:
         """The objective for the engine, as published or with other options."""

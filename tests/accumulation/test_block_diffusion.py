@@ -8,6 +8,7 @@ import torch
 from dllm_kernels import accumulate, estimate_elbo, make_mask_plan
 from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
 from dllm_kernels.accumulation.scores import score_samples
+from dllm_kernels.masks.layout import input_tokens
 from dllm_kernels.objectives import BGPO, egspo_objective, trace_rl_objective
 from tests.rollouts.test_layouts import causal
 from tests.tiny import gradients, worst_gradient_error
@@ -130,6 +131,9 @@ def test_the_input_is_one_clean_copy_and_a_noisy_one_for_every_sample_with_a_row
         assert layout.ids_RT.shape == (B * -(-K // k), S + k * copy)
         assert layout.copies == k
         assert layout.copy == copy
+        assert input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, k) == B * (-(-K // k) * S + K * copy)
+        if K % k == 0:  # else the last input has places without a copy
+            assert layout.ids_RT.numel() == input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, k)
         assert torch.equal(layout.ids_RT[:, :S], plan.input_ids_BS[layout.sequence_R])
         predicted = layout.ids_RT.flatten()[layout.index_M[layout.row_N]]
         assert (predicted == plan.mask_id).all()

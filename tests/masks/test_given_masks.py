@@ -36,6 +36,35 @@ def test_the_masks_of_a_law_given_again_are_that_law(law):
     assert worst_gradient_error(found[0][1], found[1][1]) < 1e-12
 
 
+@pytest.mark.parametrize("law", ["bernoulli", "exact"])
+def test_the_masks_of_blocks_given_again_are_those_of_blocks(law, tmp_path):
+    """As a trainer of a block-causal model draws them: a level and a weight for each block."""
+    drawn = make_mask_plan(IDS, COMPLETION, law=law, samples=K, causal_block=4, **KEYS)
+    weight_KBS = drawn.dense(drawn.rows.weight)
+    again = given(drawn.scored, weight_KBS=weight_KBS, causal_block=4)
+    again.save(tmp_path / "plan")
+    batch, model, found = Batch({"advantages": torch.tensor([1.0, -0.5, 0.3])}), eurobert(), []
+    for plan in (drawn, again, GivenPlan.load(tmp_path / "plan")):
+        for name in ("index", "target", "weight", "sequence", "sample"):
+            assert torch.equal(getattr(plan.rows, name), getattr(drawn.rows, name)), name
+        assert torch.equal(plan.layout(2).ids_RT, drawn.layout(2).ids_RT)
+        model.zero_grad()
+        report = accumulate(model, plan, BGPO, batch, samples_per_pass=3)
+        found.append((report.loss, gradients(model)))
+    for loss, gradient in found[1:]:
+        assert_close(loss, found[0][0])
+        assert worst_gradient_error(gradient, found[0][1]) < 1e-12
+    part = again.cut(samples=slice(1, 3), sequences=torch.tensor([2, 0]))
+    assert_close(part.dense(part.rows.weight), weight_KBS[1:3][:, [2, 0]])
+    one = given(drawn.scored, torch.arange(1.0, K * B + 1).view(K, B), causal_block=4)
+    assert torch.equal(one.rows.weight, (one.rows.sample * B + one.rows.sequence + 1).float())
+    with pytest.raises(ValueError, match=r"^weight_KBS must be the same at all tokens that a sample hides in a block"):
+        given(COMPLETION[None], weight_KBS=torch.rand(1, B, S), causal_block=4)
+    for options in ({"weight_KBS": weight_KBS}, {"weight_KBS": weight_KBS, "weight": torch.ones(K, B), "causal_block": 4}):
+        with pytest.raises(ValueError, match=r"^weight_KBS must be None without causal_block, and where weight_KB is given"):
+            given(drawn.scored, **options)
+
+
 def test_cuts_files_and_devices_keep_the_masks(tmp_path):
     masked = COMPLETION & (torch.rand(K, B, S, generator=torch.Generator().manual_seed(1)) < 0.5)
     weight = torch.rand(K, B) + 0.5

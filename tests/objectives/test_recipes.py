@@ -123,6 +123,8 @@ def test_trace_rl_s_window_is_the_run_s_length_unless_it_is_given():
     assert recipe.choose({**of_run, "mode": "sdar"}).window == 24
     assert recipe.choose({**of_run, "mode": "sdar", "window": 7}).window == 7
     assert recipe.choose(of_run).window is None
+    recipe.check({"mode": "sdar"})  # before a run's length is known
+    assert not recipe.wants_reference({"mode": "sdar"})
 
 
 def test_every_objective_as_published_goes_by_its_name_in_capitals():

@@ -147,6 +147,11 @@ def test_the_schema_can_be_printed() -> None:
     assert RunConfig.model_json_schema()["additionalProperties"] is False
 
 
+def test_an_option_whose_partner_a_run_gives_is_no_error_of_the_config() -> None:
+    config = load_config(overrides=["rl.algorithm=trace_rl", "rl.options.mode=sdar"])
+    assert config.rl.options == {"mode": "sdar"}
+
+
 def test_options_of_an_algorithm_go_where_a_later_layer_chooses_another() -> None:
     base = load_config(overrides=["rl.algorithm=egspo", "rl.options.selected_steps=4"])
     assert base.rl.options == {"selected_steps": 4}

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "*.lr",
     "*.save_every",
     "*.micro_batch",
+    "rl.samples_per_pass",
     "*timeout",
     "checkpoints.*",
     "evaluation.*",

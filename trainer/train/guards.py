@@ -28,7 +28,7 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
     drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
     plan = trajectory_rows(sampled, drawn_BJ[:, :1])  # the second is always the last step
-    options = setup.scoring_options(sampled.attention_mask_BS, setup.config.rl.micro_batch, as_rolled_out=True)
+    options = setup.scoring_options(sampled.attention_mask_BS, setup.config.rl, as_rolled_out=True)
     scored_BK = score_samples(setup.model, plan, **options)
     tokens_BK = plan.counts.t().clamp(min=1)
     gap = ((scored_BK - trajectory_logp(sampled, plan)) / tokens_BK).abs().max()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from dllm_kernels import accumulate, make_mask_plan, noise
+from dllm_kernels.masks import layout
 
 from ..models.codec import joined
 from ..tasks.pairs import split
@@ -48,9 +49,8 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
             **config.law_options(),
         ).to(ranks.device)
         attention = window.attention(ids, completion, real)
-        options = setup.scoring_options(
-            None if attention is None else attention.to(ranks.device), config.micro_batch, as_rolled_out=False
-        )
+        attention = None if attention is None else attention.to(ranks.device)
+        options = setup.scoring_options(attention, config, as_rolled_out=False)
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}
@@ -61,7 +61,8 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         seconds = time.perf_counter() - started
-        tokens = ranks.total(float(ids.numel() * config.samples * (report.passes + scores.passes)))
+        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, config.samples_per_pass)
+        tokens = ranks.total(float(seen * (report.passes + scores.passes)))
         yield {
             **step_figures(algorithm, report, plan, batch, ranks),
             "loss": loss,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
-from dllm_kernels.masks import steps
+from dllm_kernels.masks import layout, steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
@@ -43,6 +43,11 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total > MOST_ROLLOUTS:
         raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     window_of(config, setup.facts)
+    if config.law == "block" and setup.facts.block_length is not None:
+        raise ConfigError(
+            f"rl.law must be another than block for a block-causal model, got that of {config.algorithm}: it hides all later "
+            "blocks and noises earlier ones, which such a model never sees"
+        )
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
             those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
@@ -146,7 +151,7 @@ def _learn(
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
     seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
     attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
-    options = setup.scoring_options(attention_BS, config.micro_batch, as_rolled_out=states is not None)
+    options = setup.scoring_options(attention_BS, config, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
         rewards=rewards,
@@ -173,7 +178,8 @@ def _learn(
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
-    scored = kept.ids_BS.numel() * len(plans[0].sample_K) * passes
+    known = plans[0].shape, plans[0].completion_mask_BS, plans[0].block_BS
+    scored = layout.input_tokens(*known, config.samples_per_pass) * passes
     return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..config import RolloutConfig, RunConfig
+from ..config import RlConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
 from ..facts import Facts
 from ..models.codec import Codec
@@ -59,13 +59,12 @@ class Setup:
             "greedy": greedy,
         }
 
-    def scoring_options(
-        self, attention_mask_BS: Tensor | None, micro_batch: int | None, *, as_rolled_out: bool
-    ) -> dict[str, Any]:
+    def scoring_options(self, attention_mask_BS: Tensor | None, config: RlConfig, *, as_rolled_out: bool) -> dict[str, Any]:
         """Keywords of `accumulate` and `score_samples`. `as_rolled_out`: without the mask id, as the rollout draws."""
         suppressed = self.loaded.suppressed
         return {
             "suppress": (*suppressed, self.facts.mask_id) if as_rolled_out else suppressed,
             "model_kwargs": self.loaded.call_kwargs(attention_mask_BS) or None,
-            "sequences_per_pass": micro_batch,
+            "sequences_per_pass": config.micro_batch,
+            "samples_per_pass": config.samples_per_pass,
         }

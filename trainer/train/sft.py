@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_kernels import accumulate, elbo_loss, headless, make_mask_plan, noise
 from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
+from dllm_kernels.masks import layout
 from dllm_kernels.masks.plan import MaskPlan
 
 from ..errors import ConfigError
@@ -48,7 +49,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
         lr = learning_rate(config, step, config.steps)
         norm = guarded_step(setup.model, optimizer, value, config, lr)
         seconds = time.perf_counter() - started
-        tokens = ranks.total(plan.input_ids_BS.numel())
+        tokens = ranks.total(layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, 1))
         yield {
             "loss": value,
             "elbo": -value * setup.length,

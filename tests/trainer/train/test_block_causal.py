@@ -4,21 +4,23 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dllm_trainer.distributed import Ranks
-from dllm_trainer.errors import UserError
+from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.models.self_tests import check_positions
 from dllm_trainer.tasks import make_task
+from dllm_trainer.train import rl
 from dllm_trainer.train.guards import on_policy_gap
 from dllm_trainer.train.optimization import make_optimizer
-from dllm_trainer.train.rl import rl_updates
+from dllm_trainer.train.rl import prepare_rl, rl_updates
 from dllm_trainer.train.run import prepare
 from dllm_trainer.train.setup import Setup
 from dllm_trainer.train.sft import sft_steps
 
-from dllm_kernels import generate, trajectory_rows
+from dllm_kernels import MaskPlan, Rollout, accumulate, generate, trajectory_rows
 from dllm_kernels.objectives import RECIPES
 from tests.tiny import checkpoint
 from tests.trainer.conftest import tiny_config
@@ -52,19 +54,77 @@ def setup_of(folder: Path, *more: str) -> Setup:
     return setup
 
 
-@pytest.mark.parametrize("algorithm", ["bgpo", "trace_rl", "egspo_sa", "ebpo", "dmpo", "coupled_grpo"])
-def test_a_block_causal_model_is_trained_by_blocks(model_folder: Path, algorithm: str) -> None:
-    """The old form raises an error in the library, so a run that ends has scored by blocks throughout."""
-    samples = ["rl.samples=3"] if algorithm == "coupled_grpo" else []
-    setup = setup_of(model_folder, f"rl.algorithm={algorithm}", "rl.gap_every=1", *samples)
+def test_supervised_steps_score_by_blocks(model_folder: Path) -> None:
+    setup = setup_of(model_folder)
     assert setup.model.causal_block == 4
     records = list(sft_steps(setup, make_optimizer(setup.trained, setup.config.sft)))
-    records += rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
-    assert len(records) == 5
-    assert all(math.isfinite(value) for record in records for value in record.values())
-    assert all(record["on_policy_gap"] < 1e-4 for record in records[3:])
-    assert records[0]["elbo"] < 0
-    assert records[-1]["grad_norm"] > 0
+    assert all(record["elbo"] < 0 and record["grad_norm"] > 0 for record in records)
+    assert records[0]["tokens"] == setup.config.sft.batch * (33 + 17), "a clean copy and a noisy one from the block of the 17th"
+
+
+OPTIONS = {
+    "trace_rl": ["rl.options.mode=sdar", "rl.options.shrink=1"],
+    "coupled_grpo": ["rl.samples=3"],
+    "gdpo": ["rl.samples=3"],
+}
+
+
+@pytest.mark.parametrize("algorithm", [name for name, recipe in RECIPES.items() if recipe.law != "block"])
+def test_a_block_causal_model_is_trained_by_blocks(model_folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old form raises an error in the library, so a run that ends has scored by blocks throughout. Lengths and
+    denominators leave out what a rollout generates beyond the completion, to the end of its last block.
+    """
+    rollouts: list[Rollout] = []
+    learnt: list[tuple[MaskPlan, dict[str, Any]]] = []
+
+    def seen(*args: Any, **kwargs: Any) -> Rollout:
+        rollouts.append(generate(*args, **kwargs))
+        return rollouts[-1]
+
+    def told(model: Any, plan: MaskPlan, *args: Any, **kwargs: Any) -> Any:
+        learnt.append((plan, kwargs))
+        return accumulate(model, plan, *args, **kwargs)
+
+    monkeypatch.setattr(rl, "generate", seen)
+    monkeypatch.setattr(rl, "accumulate", told)
+    keys = [f"rl.algorithm={algorithm}", "rl.gap_every=1", *OPTIONS.get(algorithm, [])]
+    setup = setup_of(model_folder, *keys)
+    records = list(rl_updates(setup, make_optimizer(setup.trained, setup.config.rl)))
+    assert len(records) == len(learnt) == 2
+    for record, rollout, (plan, kwargs) in zip(records, rollouts, learnt, strict=True):
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["on_policy_gap"] < 1e-4
+        assert record["grad_norm"] > 0
+        assert plan.causal_block == 4
+        assert rollout.ids_BS.shape[1] == 36
+        assert not plan.scored[:, :, 33:].any()
+        want = lengths_by_hand(rollout, setup.facts.eos_id if RECIPES[algorithm].window == "eos" else None)
+        index = [rollout.sequence_ids_B.tolist().index(i) for i in plan.sequence_ids_B.tolist()]
+        assert plan.lengths_B.tolist() == [want[i] for i in index]
+        kinds = {
+            "tokens": sum(want),
+            "sequences": len(plan.lengths_B) if algorithm == "justgrpo" else 16,
+            "groups": 4,
+            "pairs": record["groups_with_signal"],
+            "steps": 8 * len(index) if algorithm.startswith("egspo") else steps_by_hand(rollout, index, want),
+        }
+        assert kwargs["denominator"] == kinds[RECIPES[algorithm].make().denominator]
+
+
+def lengths_by_hand(rollout: Rollout, eos: int | None) -> list[int]:
+    """Of the completions, up to and with their first EOS."""
+    texts = [row[where].tolist() for row, where in zip(rollout.ids_BS, rollout.completion_mask_BS, strict=True)]
+    return [text.index(eos) + 1 if eos in text else len(text) for text in texts]
+
+
+def steps_by_hand(rollout: Rollout, index: list[int], lengths: list[int]) -> int:
+    """Pairs (sequence, step) in which a token that counts was decided."""
+    return sum(len(set(rollout.commit_step_BL[i, : lengths[i]].tolist())) for i in index)
+
+
+def test_a_law_that_needs_noisy_history_is_refused_before_anything_is_trained(model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rl\.law must be another than block for a block-causal model, got that of spg: it"):
+        prepare_rl(setup_of(model_folder, "rl.algorithm=spg"))
 
 
 def test_scores_are_those_of_the_rollout_and_of_no_other_state(model_folder: Path) -> None:
@@ -76,6 +136,21 @@ def test_scores_are_those_of_the_rollout_and_of_no_other_state(model_folder: Pat
     assert plan.causal_block == 4
     assert plan.shape[0] <= 4 < int(rollout.steps_B.max())
     assert on_policy_gap(setup, rollout) < 1e-4
+
+
+def test_samples_that_share_a_clean_copy_give_the_same_update_for_fewer_tokens(model_folder: Path) -> None:
+    records = []
+    for k in (1, 3):
+        setup = setup_of(model_folder, "rl.updates=1", "rl.samples=3", f"rl.samples_per_pass={k}", "rl.reward=reference_cells")
+        (record,) = rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
+        records.append(record)
+    one, three = records
+    assert one["grad_norm"] > 0
+    for name in ("grad_norm", "elbo"):
+        assert three[name] == pytest.approx(one[name], rel=1e-4), name
+    scored = one["sequences_scored"]
+    # 17 + 16 tokens, and the rest of the last block, which rollouts keep
+    assert one["tokens"] - three["tokens"] == scored * 2 * 36, "of three clean copies two are left out"
 
 
 def test_a_sampler_of_other_blocks_is_refused(model_folder: Path) -> None:
