@@ -141,7 +141,7 @@ def _skeleton(config: RunConfig, task: Any, ranks: int) -> Setup:
     settings, options = config.model, config.model.lora
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         if settings.checkpoint is None:
-            loaded = from_scratch(settings, task.alphabet, seed=config.seed)
+            loaded = from_scratch(settings, task, seed=config.seed)
         else:
             found = recognise(
                 settings.checkpoint,

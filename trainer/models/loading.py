@@ -25,8 +25,9 @@ from dllm_kernels import headless
 from ..config import ModelConfig
 from ..errors import UserError, first_line
 from ..facts import Facts, facts_of
+from ..tasks import Task
 from . import compat, lora
-from .tokenizer import make_tokenizer
+from .tokenizer import make_tokenizer, train_tokenizer
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -214,11 +215,21 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed
         return EuroBertForMaskedLM(settings).eval()
 
 
-def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loaded:
-    """A random EuroBERT of the config's sizes and dtype, and a tokenizer of the task's characters."""
-    if alphabet is None:
-        raise UserError("model.checkpoint must be given for this task, whose texts have no small alphabet to build a model for")
-    tokenizer = make_tokenizer(alphabet)
+def tokenizer_of(task: Task) -> PreTrainedTokenizerBase:
+    """For a model from scratch: of the task's characters, or trained on its texts."""
+    if task.corpus is not None:
+        return train_tokenizer(task.corpus, task.vocabulary)
+    if task.alphabet is None:
+        raise UserError(
+            "model.checkpoint must be given for this task: it has no tokenizer for a model from scratch, which task.style "
+            "characters or bpe makes"
+        )
+    return make_tokenizer(task.alphabet)
+
+
+def from_scratch(config: ModelConfig, task: Task, *, seed: int) -> Loaded:
+    """A random EuroBERT of the config's sizes and dtype, and a tokenizer of the task's texts."""
+    tokenizer = tokenizer_of(task)
     size = config.hidden_size
     weights = 2 * len(tokenizer) * size + config.layers * size * (4 * size + 3 * config.intermediate_size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

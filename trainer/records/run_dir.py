@@ -36,12 +36,21 @@ class State:
     tokens: int = 0  # through the model so far, rollouts and gradients
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, summed over resumes
     before: dict[str, Any] | None = None  # eval_before.json, once RL began
+    curriculum: dict[str, Any] = field(default_factory=dict)  # where RL stands in it
 
     @classmethod
     def read(cls, saved: Checkpoint) -> State:
         """That of a checkpoint. Raises UserError for a field that is unknown, missing or of a wrong type."""
         values = {key: value for key, value in saved.state.items() if key not in ("facts", "config")}
-        kinds: dict[str, Any] = {"phase": str, "step": int, "tokens": int, "seconds": dict, "before": (dict, type(None))}
+        kinds: dict[str, Any] = {
+            "phase": str,
+            "step": int,
+            "tokens": int,
+            "seconds": dict,
+            "before": (dict, type(None)),
+            "curriculum": dict,
+        }
+        values.setdefault("curriculum", {})  # checkpoints of earlier versions have none
         wrong = sorted(values.keys() ^ kinds.keys()) or [key for key, kind in kinds.items() if not isinstance(values[key], kind)]
         if wrong or values["phase"] not in PHASES or not isinstance(saved.state.get("facts"), dict):
             raise UserError(f"{saved.path}: its trainer_state.json cannot be used (field {(wrong or ['phase or facts'])[0]})")

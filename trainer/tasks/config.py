@@ -8,6 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from ..sections import Positive, Section, Share, Text
 
+Style = Literal["words", "characters", "bpe"]  # for a checkpoint and its tokenizer; for a model from scratch, which gets one
+Vocabulary = Annotated[int, Field(ge=300)]  # tokens, of which bytes and special ones are 260
 Rows = Annotated[int, Field(ge=1)] | None  # None: all
 
 
@@ -50,7 +52,8 @@ class CountdownConfig(Section):
 
 class Gsm8kConfig(Section):
     kind: Literal["gsm8k"] = "gsm8k"
-    style: Literal["characters", "words"] = "words"  # characters: for a model from scratch
+    style: Style = "words"
+    vocabulary: Vocabulary = 512  # of style bpe
     train: Text = "hub:openai/gsm8k:main:train"  # or a path: .jsonl, .parquet
     test: Text = "hub:openai/gsm8k:main:test"
     train_rows: Rows = None
@@ -60,6 +63,8 @@ class Gsm8kConfig(Section):
 
 class MathConfig(Section):
     kind: Literal["math"] = "math"
+    style: Style = "words"
+    vocabulary: Vocabulary = 512  # of style bpe
     train: Text = "hub:ankner/math-500:train"
     test: Text = "hub:ankner/math-500:test"
     train_rows: Rows = None
@@ -69,6 +74,8 @@ class MathConfig(Section):
 
 class FileConfig(Section):
     kind: Literal["file"] = "file"
+    style: Style = "words"
+    vocabulary: Vocabulary = 512  # of style bpe
     train: Text
     tests: dict[str, Text] = Field({})  # name of the test set -> path
     prompt_column: Text = "prompt"
@@ -101,8 +108,31 @@ class CodeConfig(Section):
     workers: Positive | None = None  # programs at once; None: the cores of this process
 
 
+class GymDataset(Section):
+    weight: Annotated[float, Field(gt=0.0)] = 1.0  # of its share in the mixture
+    options: dict[str, Any] = Field({})  # the data set's own
+
+
+class ReasoningGymConfig(Section):
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    style: Style = "words"
+    datasets: dict[str, GymDataset] = Field(min_length=1)  # name of reasoning-gym's -> weight and options
+    question: Literal["whole", "short"] = "whole"  # short: without the words that all questions of a data set share at the ends
+    train_problems: Positive = 5000  # of each level
+    test_problems: Positive = 256  # of each level; the same for every seed, and none of them is trained on
+    demonstrations: Positive | None = None  # training examples whose answers SFT is shown; None: all
+    levels: Positive = 1  # of the package's curriculum; RL begins with the first
+    rise_at: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7  # share of right rollouts, from where the next level comes
+    rise_after: Positive = 4  # updates over which that share is counted
+    completion_length: Positive | None = None  # None: 256 for style words, else the longest answer's
+    vocabulary: Vocabulary = 512  # of style bpe
+    timeout: Annotated[float, Field(gt=0.0)] = 300.0  # seconds that scoring one batch may take
+
+
 class PairsConfig(Section):
     kind: Literal["pairs"] = "pairs"
+    style: Style = "words"
+    vocabulary: Vocabulary = 512  # of style bpe
     train: Text
     tests: dict[str, Text] = Field({})
     prompt_column: Text = "prompt"
@@ -126,6 +156,7 @@ AnyTaskConfig = Annotated[
     | Annotated[MathConfig, Tag("math")]
     | Annotated[FileConfig, Tag("file")]
     | Annotated[CodeConfig, Tag("code")]
+    | Annotated[ReasoningGymConfig, Tag("reasoning_gym")]
     | Annotated[PairsConfig, Tag("pairs")],
     Discriminator(_kind),
 ]

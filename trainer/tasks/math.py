@@ -10,6 +10,7 @@ from ..errors import UserError
 from . import d1_compat
 from .config import MathConfig
 from .files import first_rows, text_of
+from .from_scratch import reading
 from .tags import TAGS, final_answer, tagged
 from .task import Example, Task
 
@@ -29,15 +30,18 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def make(config: MathConfig, *, seed: int) -> Task:
+    train, test = read(config.train, config.train_rows), read(config.test, config.test_rows)
+    system = f"{TAGS}\nWrite the final answer as \\boxed{{...}} inside the answer tags."
     return Task(
         name="math",
-        train=read(config.train, config.train_rows),
-        tests={"test": read(config.test, config.test_rows)},
+        train=train,
+        tests={"test": test},
         rewards={"exact": exact, "shaped": shaped, "d1": d1_compat.math},
         correct=exact,
         metrics={"boxed": boxed},
         completion_length=config.completion_length,
-        system=f"{TAGS}\nWrite the final answer as \\boxed{{...}} inside the answer tags.",
+        system=system,
+        **reading(config.style, (*train, *test), config.vocabulary, [system]),
     )
 
 

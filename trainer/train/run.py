@@ -61,7 +61,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     source = model_config.checkpoint if saved is None or options.rank else str(saved.path)
     loaded: Loaded
     if source is None:
-        loaded = from_scratch(model_config, task.alphabet, seed=config.seed)
+        loaded = from_scratch(model_config, task, seed=config.seed)
     else:
         if saved is None or options.rank:
             verify_weights(source)
@@ -157,6 +157,7 @@ class Run:
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
             with ranks.together():
+                self.setup.curriculum = self.state.curriculum
                 if config.rl.updates:
                     prepare_rl(self.setup)
             self._spend("data", started)

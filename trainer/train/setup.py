@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Setup:
     codec: Codec
     ranks: Ranks
     trained: nn.Module  # the model, or the adapters around it
+    curriculum: dict[str, Any] = field(default_factory=dict)  # state of `curriculum.Climb`
     reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
 
     @property

@@ -51,7 +51,7 @@ def test_ids_are_places_in_the_alphabet_whatever_its_characters() -> None:
 
 def test_a_task_without_an_alphabet_needs_a_checkpoint() -> None:
     with pytest.raises(UserError, match=r"model\.checkpoint must be given for this task"):
-        from_scratch(load_config().model, None, seed=0)
+        from_scratch(load_config().model, task, seed=0)
 
 
 def test_the_model_is_a_function_of_the_seed_and_small() -> None:
