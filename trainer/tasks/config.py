@@ -70,6 +70,7 @@ class MathConfig(Section):
     train_rows: Rows = None
     test_rows: Rows = None
     completion_length: Positive = 256
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds that comparing the answers of one batch may take
 
 
 class FileConfig(Section):

@@ -11,7 +11,7 @@ from . import d1_compat
 from .config import Gsm8kConfig
 from .files import first_rows, text_of
 from .from_scratch import reading
-from .math import last_boxed
+from .math_scores import last_boxed
 from .shaping import layout
 from .tags import TAGS, final_answer, tagged
 from .task import Example, Task
