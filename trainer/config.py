@@ -325,7 +325,10 @@ def load_config(
         merged = OmegaConf.merge(*layers)
         values, written = OmegaConf.to_container(merged, resolve=True), OmegaConf.to_container(merged)
     except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+        near = difflib.get_close_matches(str(file), shipped, n=1)
+        hint = f"; of those that come along the nearest is {near[0]}" if near else ""
+        hint = hint or f"; those that come along are {', '.join(shipped)}"
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {file} cannot be read: it is not UTF-8 text") from error
     except ConfigError:

@@ -118,6 +118,8 @@ def recognise(
 ) -> tuple[Any, PreTrainedTokenizerBase, Facts, type[PreTrainedModel]]:
     """A checkpoint's configuration, tokenizer, facts and class, without weights. Raises as `load` does."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if _is_path(name) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model: there is no folder {name}; a checkpoint is a folder, or an id of the hub such as org/name")
     label = Path(name).resolve().name if Path(name).is_dir() else name
     with _sentences(name):
         with compat.removed_names():
@@ -129,6 +131,11 @@ def recognise(
             facts_of(config, tokenizer, label, facts),
             _model_class(config, name, revision, trusted=trust_remote_code),
         )
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be no id of the hub, which is `name` or `org/name`."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 @contextmanager

@@ -96,10 +96,11 @@ class RunDir:
         return cls(path)
 
     @classmethod
-    def reopen(cls, path: Path, *, alone: bool = False) -> RunDir:
-        """The folder of a run, whatever else happens in it; `alone`: locked, or not at all."""
+    def reopen(cls, path: Path, *, alone: bool = False, argument: str = "--resume") -> RunDir:
+        """The folder of a run, whatever else happens in it; `alone`: locked, or not at all; `argument`: what named it."""
         if not (path / "config.yaml").is_file():
-            raise UserError(f"--resume: {path} holds no run (there is no config.yaml in it)")
+            why = "there is no config.yaml in it" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{argument}: {path} holds no run ({why})")
         folder = cls(path)
         if alone:
             folder.lock()

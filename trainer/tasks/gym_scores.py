@@ -12,7 +12,7 @@ from typing import Any
 from .tags import final_answer
 from .task import Example
 
-SECONDS = 5  # for one answer
+SECONDS = 5  # of CPU time, for one answer: the time on the wall would depend on what else the machine does
 
 
 class _TooLong(BaseException):  # an Exception is what scorers catch
@@ -31,9 +31,10 @@ def _score(example: Example, completion: str) -> float:
     tagged = final_answer(completion)
     text = completion.strip() if tagged is None else tagged
     facts = example.facts
+    dataset = _dataset(facts["dataset"], json.dumps(facts["options"]))
     try:
         with _limited(SECONDS):
-            value = float(_dataset(facts["dataset"], json.dumps(facts["options"])).score_answer(text, facts["entry"]))
+            value = float(dataset.score_answer(text, facts["entry"]))
     except (Exception, _TooLong):  # a scorer that stumbles over an answer has not found it right
         return 0.0
     return min(1.0, max(0.0, value)) if value == value else 0.0
@@ -51,10 +52,10 @@ def _limited(seconds: int) -> Iterator[None]:
     def over(*_: object) -> None:
         raise _TooLong
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

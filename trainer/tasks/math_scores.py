@@ -12,7 +12,7 @@ from .task import Example
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
 _LONGEST = 1000  # characters; of longer answers only the same text is right
-_SECONDS = 2  # for reading an answer, and for comparing two
+_SECONDS = 5  # for reading an answer, and for comparing two
 
 
 def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:

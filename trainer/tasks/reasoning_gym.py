@@ -25,6 +25,7 @@ from .tags import TAGS
 from .task import Curriculum, Example, Reward, Task
 
 _SOLVED = 1.0 - 1e-6
+_CHECKED = 16
 
 
 def make(config: ReasoningGymConfig, *, seed: int) -> Task:
@@ -34,6 +35,7 @@ def make(config: ReasoningGymConfig, *, seed: int) -> Task:
         tests = {name: [cut(example) for example in test] for name, test in tests.items()}
         trains = [[cut(example) for example in train] for train in trains]
     scored = load_reward(f"{score.__module__}:{score.__qualname__}", timeout=config.timeout)
+    _check_scores(scored, trains[0])
     everything = [*itertools.chain(*tests.values(), *trains)] if config.style != "words" else []
     length = config.completion_length or (256 if config.style == "words" else longest(everything))
     shown = [example for example in trains[0][: config.demonstrations] if example.answer]
@@ -50,6 +52,13 @@ def make(config: ReasoningGymConfig, *, seed: int) -> Task:
         curriculum=Curriculum(trains, config.rise_at, config.rise_after) if config.levels > 1 else None,
         **reading(config.style, everything, config.vocabulary),
     )
+
+
+def _check_scores(scored: Reward, examples: Sequence[Example]) -> None:
+    """Raises UserError where the package takes none of its own answers for right: a reward that is always 0 says nothing."""
+    known = [example for example in examples if example.answer][:_CHECKED]
+    if known and max(_solved(scored)(known, [example.answer for example in known])) == 0:
+        raise UserError(f"task: reasoning-gym takes none of its own answers for right, the first of them {known[0].answer!r:.60}")
 
 
 def _solved(scored: Reward) -> Reward:
