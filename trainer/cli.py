@@ -174,9 +174,7 @@ def generate(
             example = next((test[0] for test in setup.task.tests.values() if test), setup.task.train[0])
             prompts = [example.prompt]
             if ranks.is_first:
-                print(
-                    f"no prompt is given; one of task.kind={setup.config.task.kind}:\n{visible(example.prompt)}", file=sys.stderr
-                )
+                print(f"no prompt is given; one of the task:\n{visible(example.prompt)}", file=sys.stderr)
         write_completions(setup, prompts, out, console)
 
 
