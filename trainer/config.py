@@ -229,6 +229,13 @@ class EvaluationConfig(Section):
     probe_every_rl: Count
     probe_examples: Positive
     batch: Positive
+    samples: Count = 8  # examples whose answers are kept in samples.jsonl, at every evaluation; 0: none
+
+
+class GuardConfig(Section):
+    no_signal: Positive | None = None  # updates in a row without a gradient, as all rewards of a group are equal, that end a run
+    warn_after: Positive = 5  # of such updates a warning comes
+    shift_test: bool = True  # the alignment of a checkpoint is tested on the task's text
 
 
 class RunConfig(Section):
@@ -246,6 +253,7 @@ class RunConfig(Section):
     rl: RlConfig
     rollout: RolloutConfig
     evaluation: EvaluationConfig
+    guard: GuardConfig = GuardConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     _from_environment: dict[tuple[str, ...], tuple[Any, str]] = PrivateAttr(default_factory=dict)  # path: value, as written
 

@@ -50,9 +50,7 @@ def _tokenizer(config: RunConfig, task: Task) -> PreTrainedTokenizerBase:
     model = config.model
     if model.checkpoint is None:
         return tokenizer_of(task)
-    options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    _, tokenizer, _, _ = recognise(model.checkpoint, facts=model.facts, **options)
-    return tokenizer
+    return recognise(model.checkpoint, trust_remote_code=model.trust_remote_code, revision=model.revision, facts=model.facts)[1]
 
 
 def _wrong(task: Task, example: Example) -> str:

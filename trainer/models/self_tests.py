@@ -85,9 +85,7 @@ def shift_self_test(
     best = float((same_N, shifted_N)[likelier].mean())
     strange = decided and best < expected[likelier] - FAMILIAR
     found = likelier if decided and not strange else None
-    verdict = ShiftVerdict(
-        found, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N), expected[likelier], strange
-    )
+    verdict = ShiftVerdict(found, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N), expected[likelier], strange)
     of_family = next((row.facts.get("shift", 0) for row in FAMILIES if row.name == facts.family), None)
     if found is not None and found != facts.shift and facts.shift != of_family:
         raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={found}")

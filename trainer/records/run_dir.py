@@ -1,7 +1,8 @@
 """A run's folder: never overwritten, readable at any moment, and enough to resume from.
 
 config.yaml        the resolved configuration          eval_before.json, eval_after.json
-metrics.jsonl      one line per step, flushed          curves.png, report.md
+metrics.jsonl      one line per step, flushed          curves.png, unmasking.png, report.md
+samples.jsonl      answers to a few fixed examples, at every evaluation
 events.out.*       the same for TensorBoard            checkpoint_sft/, checkpoint/
 environment.json   versions and machine                checkpoints/  what --resume reads, see checkpoints.py
 history.jsonl      one line per start: from where, what changed, on which machine
@@ -14,11 +15,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
+from . import samples
 from .checkpoints import Checkpoint
 from .lock import NAME as LOCK
 from .lock import Lock
@@ -139,6 +142,14 @@ class RunDir:
         self._metrics.flush()
         self._show(record)
 
+    def keep(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append to samples.jsonl, and show in TensorBoard."""
+        with (self.path / samples.NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        if self._events is not None:
+            first = records[0]
+            self._events.add_text(f"{first['phase']}/{first['set']}", samples.as_text(records), first["step"])
+
     def _open_loggers(self) -> None:
         if self.wandb is not None:
             try:
@@ -181,12 +192,16 @@ class RunDir:
         if (lost := done - len({(record["phase"], record["step"]) for record in kept})) > 0:
             print(f"dllm-kernels: {self.path / 'metrics.jsonl'} lacks {lost} of the {done} steps that were made", file=sys.stderr)
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        if (self.path / samples.NAME).is_file():
+            known = [s for s in samples.read(self.path / samples.NAME) if state.is_past(s["phase"], s["step"])]
+            self.write_text(samples.NAME, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in known))
         if any(self.path.glob("events.out.tfevents.*")):
             self._kept = kept
 
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step and cannot be resumed."""
-        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl", HISTORY, LOCK}:
+        idle = {"config.yaml", "environment.json", "metrics.jsonl", samples.NAME, HISTORY, LOCK}
+        if {file.name for file in self.path.iterdir()} <= idle:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:

@@ -22,7 +22,6 @@ from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..tasks import Example, Reward
-from ..tasks.rewards import choose
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
 from .forward_counts import Calls
@@ -51,7 +50,7 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
         if config.prompts % setup.ranks.size:
             raise ConfigError(f"rl.prompts must be a multiple of the {setup.ranks.size} ranks, got {config.prompts}")
     algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
-    return algorithm, choose(config.reward, task.rewards, timeout=config.reward_timeout)
+    return algorithm, setup.reward
 
 
 def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:

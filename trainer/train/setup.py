@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from ..distributed import Ranks
 from ..facts import Facts
 from ..models.codec import Codec
 from ..models.loading import Loaded
-from ..tasks import Task
+from ..tasks import Reward, Task
+from ..tasks.rewards import choose
 
 
 @dataclass
@@ -30,6 +32,11 @@ class Setup:
     @property
     def model(self) -> PreTrainedModel:
         return self.trained  # type: ignore[return-value]
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The one that RL is to learn from. Raises UserError where there is none of that name."""
+        return choose(self.config.rl.reward, self.task.rewards, timeout=self.config.rl.reward_timeout)
 
     @property
     def facts(self) -> Facts:
