@@ -1,5 +1,6 @@
 """`dllm-kernels plan`: what it predicts is what a fresh process then holds; what cannot fit is refused before it is loaded."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from dllm_trainer.commands import memory_plan
 from dllm_trainer.commands.memory_plan import describe_plan
 from dllm_trainer.config import load_config, shipped_configs
 from dllm_trainer.errors import UserError
+from dllm_trainer.models.published_sizes import LLADA
 from dllm_trainer.models.tokenizer import make_tokenizer
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
@@ -110,9 +112,13 @@ def test_neither_data_nor_hub_are_needed_for_a_published_model(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(memory_plan, "_capacity", lambda device: 1 << 50)
-    config = load_config(shipped_configs()["llada-8b-gdpo"], ["model.lora.rank=0"])
+    one_layer = dataclasses.replace(LLADA, layers=1)  # 32 take their time, as fake ones too
+    monkeypatch.setitem(memory_plan.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
+    config = load_config(shipped_configs()["llada-8b-gdpo"], ["model.lora.rank=0", "model.gradient_checkpointing=false"])
     text = describe_plan(config, ranks=8)
-    assert text.startswith("8,015,581,184 parameters"), "LLaDA-8B has 8.02 billion"
+    parameters, V, H = int(text.split()[0].replace(",", "")), 126464, 4096
+    layer = parameters - 2 * V * H - H
+    assert 2 * V * H + H + 32 * layer == pytest.approx(8.02e9, rel=1e-3), "LLaDA-8B has 8.02 billion"
     assert "3 x 768 tokens" in text
     assert "prompts are taken to have 512 tokens, as prompt.max_length allows" in text
     assert "not here, and not read: hub:openai/gsm8k:main:train" in text
