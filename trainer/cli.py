@@ -232,8 +232,10 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 @app.command("config-schema")
 def show_schema() -> None:
-    """The JSON schema of every config key."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+    """The JSON schema of every config key, with what each is for."""
+    from .descriptions import schema
+
+    print(json.dumps(schema(), indent=1))
 
 
 @app.command("configs")
