@@ -134,6 +134,25 @@ def evaluate_checkpoint(checkpoint: Checkpoint, overrides: Overrides = None, con
 
 
 @app.command()
+def task(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Whose tokenizer reads the prompts; default: the config's.")
+    ] = None,
+) -> None:
+    """Three examples of a task: the prompt as the model sees it, and the rewards of a right and a wrong answer."""
+    with _sentences():
+        from .commands.show_task import describe_task
+        from .train.foreign_code import announce_code
+
+        given = [*(overrides or ()), *([f"model.checkpoint={json.dumps(checkpoint)}"] if checkpoint else [])]
+        resolved = _configure(given, config, None)
+        announce_code(resolved)
+        print(describe_task(resolved))
+
+
+@app.command()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to complete; may be given several times.")] = None,
@@ -142,14 +161,20 @@ def generate(
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Complete prompts, greedily unless rollout.temperature is given; on a terminal the text is shown as it is unmasked."""
+    """Complete prompts, greedily unless rollout.temperature is given; on a terminal the text is shown as it is unmasked.
+
+    Without a prompt one of the task's own is taken: the first of its tests, or of its training examples.
+    """
     with _sentences(), _ranks() as ranks:
         from .commands.generate import read_prompts, write_completions
 
         prompts = [*(prompt or ()), *(read_prompts(file) if file is not None else ())]
-        if not prompts:
-            raise UserError("generate needs something to complete: give --prompt or --input")
         setup = _setup(checkpoint, ["rollout.temperature=0", "rl.updates=0", *(overrides or ())], config, ranks)
+        if not prompts:
+            example = next((test[0] for test in setup.task.tests.values() if test), setup.task.train[0])
+            prompts = [example.prompt]
+            if ranks.is_first:
+                print(f"no prompt is given; one of the task:\n{visible(example.prompt)}", file=sys.stderr)
         write_completions(setup, prompts, out, console)
 
 
@@ -169,7 +194,7 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
         from .records.plots import draw_curves
         from .records.run_dir import RunDir
 
-        folder = RunDir.reopen(run)
+        folder = RunDir.reopen(run, argument="plot")
         names = ("eval_before.json", "eval_after.json")
         draw_curves(folder.metrics(), [folder.read_json(n) for n in names if (run / n).exists()], run / "curves.png")
         print(run / "curves.png")
@@ -207,8 +232,10 @@ def show_config(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 @app.command("config-schema")
 def show_schema() -> None:
-    """The JSON schema of every config key."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+    """The JSON schema of every config key, with what each is for."""
+    from .descriptions import schema
+
+    print(json.dumps(schema(), indent=1))
 
 
 @app.command("configs")

@@ -41,26 +41,26 @@ class PromptConfig(Section):
 
 class LoraConfig(Section):
     rank: Count = 0  # 0: all weights are trained
-    alpha: Annotated[float, Field(gt=0.0)] = 64.0
-    dropout: Share = 0.0
+    alpha: Annotated[float, Field(gt=0.0)] = 64.0  # the adapters' product is scaled by alpha / rank
+    dropout: Share = 0.0  # of the adapters' input; 0 where scores are to be repeated
     targets: Annotated[list[Text], Field(min_length=1)] | None = None  # None: every linear layer of the blocks
 
 
 class ModelConfig(Section):
     checkpoint: Text | None = None  # folder or hub id; None: EuroBERT of the sizes below, random
-    revision: Text | None = None
-    trust_remote_code: bool = False
+    revision: Text | None = None  # branch, tag or commit of a hub checkpoint
+    trust_remote_code: bool = False  # run the modelling code that the checkpoint brings
     dtype: Dtype = "float32"  # of the weights that are trained
     four_bit: bool = False  # QLoRA: the frozen weights in 4 bits (bitsandbytes)
     facts: dict[str, Any] = Field(default_factory=dict)  # over what the table and the checkpoint say: mask_id, shift, ...
-    gradient_checkpointing: bool = False
-    lora: LoraConfig = LoraConfig()
-    hidden_size: Positive = 64
-    layers: Positive = 4
-    heads: Positive = 4
-    intermediate_size: Positive = 128
-    rope_theta: Annotated[float, Field(gt=1.0)] = 100.0
-    context: Positive = 64
+    gradient_checkpointing: bool = False  # recompute each block in backward: less memory, a third more time
+    lora: LoraConfig = LoraConfig()  # adapters instead of training all weights
+    hidden_size: Positive = 64  # from here on: of a model from scratch
+    layers: Positive = 4  # transformer blocks
+    heads: Positive = 4  # attention heads
+    intermediate_size: Positive = 128  # width of the blocks' MLP
+    rope_theta: Annotated[float, Field(gt=1.0)] = 100.0  # base of the rotary positions
+    context: Positive = 64  # most tokens of prompt and completion together
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -80,36 +80,36 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     replicas: Positive = 1  # HSDP: copies of the model, each sharded over ranks / replicas
     dtype: Dtype | None = None  # of parameters in forward and backward; None: their own
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = True  # FSDP frees gathered layers after forward: less memory, more traffic
     patience: Annotated[float, Field(ge=5.0)] = 600.0  # seconds that a rank may stand still before the first step; then fewer
 
 
 class CheckpointsConfig(Section):
-    keep_last: Positive = 1
-    keep_best: Count = 0
+    keep_last: Positive = 1  # newest checkpoints that stay
+    keep_best: Count = 0  # best ones that stay beside them, by `metric`
     metric: Text = "probe_greedy"  # of metrics.jsonl, the higher the better; only steps that have it can be best
     every_minutes: Annotated[float, Field(gt=0.0)] | None = None  # beside save_every: by the clock
     background: bool = False  # checksums and the flush to disk, most of a save's time, while training goes on
 
 
 class OptimizerConfig(Section):
-    lr: Rate
-    warmup: Count
+    lr: Rate  # learning rate of AdamW, after the warm-up
+    warmup: Count  # steps of linear warm-up
     # the first three decay to final_lr_share of lr, or not at all; the others are transformers' own, which end where they end
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
-    final_lr_share: Share
-    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]
-    weight_decay: NotNegative
-    max_grad_norm: Annotated[float, Field(gt=0.0)]
-    t_min: Annotated[float, Field(ge=0.0, lt=1.0)]
-    save_every: Positive
+    final_lr_share: Share  # share of lr at the end of linear and cosine
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]  # of AdamW
+    weight_decay: NotNegative  # of AdamW, on matrices alone: neither norms and biases nor embeddings
+    max_grad_norm: Annotated[float, Field(gt=0.0)]  # gradients are clipped to it
+    t_min: Annotated[float, Field(ge=0.0, lt=1.0)]  # lowest mask level of the bernoulli law
+    save_every: Positive  # steps between checkpoints
     micro_batch: Positive | None = None  # sequences per forward and backward of a rank; None: all at once
 
 
 class SftConfig(OptimizerConfig):
-    law: Literal["exact", "bernoulli"]
-    steps: Count
-    batch: Positive
+    law: Literal["exact", "bernoulli"]  # of masks: exactly n of L tokens, n uniform, or each with probability t
+    steps: Count  # of supervised fine-tuning; 0: none
+    batch: Positive  # demonstrations of a step, of all ranks
 
     def law_options(self) -> dict[str, Any]:
         """What `make_mask_plan` takes beside the law's name: the exact-count law has no `t_min`."""
@@ -121,15 +121,17 @@ TRACES = ("trace", "segments")  # laws of given trajectories
 
 class RlConfig(OptimizerConfig):
     algorithm: str = "bgpo"  # what the runs trained that do not name one
+    # of the masks of scoring; the recipe's unless given
     law: Literal["exact", "bernoulli", "exact_zero", "antithetic", "coupled", "quadrature", "full", "block", "trace", "segments"]
-    updates: Count
-    prompts: Positive
-    group: Annotated[int, Field(ge=2)]
+    updates: Count  # of reinforcement learning; 0: none
+    prompts: Positive  # of an update, of all ranks
+    group: Annotated[int, Field(ge=2)]  # rollouts of a prompt
     samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
     samples_per_pass: Positive = 1  # of them at once; in a block-causal model they share one clean copy of the sequence
-    inner_iterations: Positive
+    inner_iterations: Positive  # optimizer steps on one set of rollouts
+    # reward minus the group's mean, also divided by its spread, or leave-one-out
     advantage: Literal["mean", "loo", "std", "population_std"]
-    positive_only: bool
+    positive_only: bool  # rollouts with a negative advantage are left out
     window: Literal["eos", "completion"] | None = None  # scored tokens: up to the first EOS, or all; None: as published
     tail: Literal["shown", "hidden", "removed"] | None = None  # what the model sees of the rest; None: as published
     reward: Text  # one of the task's, or module:function
@@ -183,22 +185,22 @@ def _recipes() -> Mapping[str, Recipe]:
 
 class RolloutConfig(Section):
     length: Positive | None = None  # tokens to generate; None: the task's
-    sampler: str = "llada"
-    temperature: NotNegative
-    top_k: Positive | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    steps: Positive | None
-    block_length: Positive | None
+    sampler: str = "llada"  # llada, dream, fast_dllm, sdar, entropy_bound
+    temperature: NotNegative  # of sampling; 0 is greedy
+    top_k: Positive | None = None  # only the k likeliest tokens are drawn
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # only the likeliest tokens of this probability together
+    steps: Positive | None  # denoising steps; null: as many as the sampler takes
+    block_length: Positive | None  # tokens that are finished before the next ones begin
     remasking: str | None = None  # options of samplers: None is the sampler's own default
-    threshold: Share | None = None
-    bound: NotNegative | None = None
-    alg: str | None = None
-    alg_temp: NotNegative | None = None
-    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    threshold: Share | None = None  # of fast_dllm and sdar: tokens of at least this confidence are written
+    bound: NotNegative | None = None  # of entropy_bound: nats that may be lost in a step
+    alg: str | None = None  # of dream: by which confidence tokens are chosen
+    alg_temp: NotNegative | None = None  # of dream: temperature of that choice
+    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream: last noise level
     stop_at_eos: bool = False  # finish a completion with the block that holds its first EOS
-    deterministic: bool = False
-    cache: bool = False
-    micro_batch: Positive | None = None
+    deterministic: bool = False  # bits that do not depend on the batch, at some cost
+    cache: bool = False  # keys and values of finished blocks are kept (sdar)
+    micro_batch: Positive | None = None  # sequences per model call of a rank; null: all at once
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
@@ -226,28 +228,36 @@ class RolloutConfig(Section):
 
 
 class EvaluationConfig(Section):
-    probe_every_sft: Count
-    probe_every_rl: Count
-    probe_examples: Positive
-    batch: Positive
+    probe_every_sft: Count  # steps between looks at unseen examples; 0: never
+    probe_every_rl: Count  # the same, in updates
+    probe_examples: Positive  # of the first test set, for such a look
+    batch: Positive  # examples per call of generate, of all ranks
+    samples: Count = 8  # examples whose answers are kept in samples.jsonl, at every evaluation; 0: none
+
+
+class GuardConfig(Section):
+    no_signal: Positive | None = None  # updates in a row without a gradient, as all rewards of a group are equal, that end a run
+    warn_after: Positive = 5  # of such updates a warning comes
+    shift_test: bool = True  # the alignment of a checkpoint is tested on the task's text
 
 
 class RunConfig(Section):
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]  # of weights, data order, masks and rollouts
     data_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None  # of the task's examples; None: seed
-    out: Text
-    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
-    tensorboard: bool = True
+    out: Text  # folder of the run
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]  # of torch
+    tensorboard: bool = True  # write its event files into the folder
     wandb: Text | None = None  # project
-    task: AnyTaskConfig
-    prompt: PromptConfig = PromptConfig()
-    model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
-    sft: SftConfig
-    rl: RlConfig
-    rollout: RolloutConfig
-    evaluation: EvaluationConfig
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    task: AnyTaskConfig  # what is learned
+    prompt: PromptConfig = PromptConfig()  # how prompts are written
+    model: ModelConfig  # a checkpoint, or sizes
+    parallel: ParallelConfig = ParallelConfig()  # several GPUs
+    sft: SftConfig  # supervised fine-tuning
+    rl: RlConfig  # reinforcement learning
+    rollout: RolloutConfig  # how completions are sampled
+    evaluation: EvaluationConfig  # accuracy on examples that are not trained on
+    guard: GuardConfig = GuardConfig()  # what stops a run
+    checkpoints: CheckpointsConfig = CheckpointsConfig()  # what a run keeps, and when
     _from_environment: dict[tuple[str, ...], tuple[Any, str]] = PrivateAttr(default_factory=dict)  # path: value, as written
 
     @model_validator(mode="after")
@@ -326,7 +336,10 @@ def load_config(
         merged = OmegaConf.merge(*layers)
         values, written = OmegaConf.to_container(merged, resolve=True), OmegaConf.to_container(merged)
     except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+        near = difflib.get_close_matches(str(file), shipped, n=1)
+        hint = f"; of those that come along the nearest is {near[0]}" if near else ""
+        hint = hint or f"; those that come along are {', '.join(shipped)}"
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {file} cannot be read: it is not UTF-8 text") from error
     except ConfigError:

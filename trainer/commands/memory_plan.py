@@ -3,6 +3,9 @@
 The model is built of fake tensors, which have shapes and no memory, and one forward and backward of a micro-batch runs over
 them while the bytes that are alive are counted; so any modelling code is measured as it is, checkpointing and adapters too.
 What the head takes is `dllm_kernels.explain`'s. The framework is this process, with the task's texts.
+
+Neither data nor hub are needed: where a task's files are not on this machine, prompts are taken to be as long as
+`prompt.max_length` allows; of published models the sizes are known. The plan says so.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +35,16 @@ from ..errors import UserError, first_line
 from ..models import compat, lora
 from ..models.codec import Codec
 from ..models.loading import Loaded, from_scratch, parameter_count, recognise
+from ..models.published_sizes import PUBLISHED
 from ..records.environment import resident_bytes
-from ..tasks import make_task
+from ..tasks import Task, make_task
 from ..train.run import Run  # what a run imports counts as its framework
 from ..train.setup import Setup
 
 __all__ = ["Run", "describe_plan"]
 
 _EXAMPLES = 256  # whose prompts are measured
+_PROMPT = 512  # tokens, where nothing says how long prompts are
 _GPU_BASE = 600 << 20  # CUDA's context and libraries; an estimate
 
 
@@ -69,9 +76,11 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
     torch.set_num_threads(config.threads)
     if config.tensorboard:
         importlib.import_module("torch.utils.tensorboard")
-    task = make_task(config.task, seed=config.task_seed)
+    task, assumed = _task(config)
     resident = resident_bytes() or 0
-    setup = _skeleton(config, task, ranks)
+    setup, known = _skeleton(config, task, ranks)
+    assumed += known
+    tokens = _prompt_tokens(setup, assumed)
     model = setup.trained
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = _GPU_BASE if device == "cuda" else resident
@@ -85,7 +94,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
     }
     if config.rl.updates and RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
         terms["reference policy"] = terms["weights"]
-    works = _works(setup, ranks)
+    works = _works(setup, ranks, tokens)
     worst = max(works, key=lambda work: work.peak)
     if device == "cpu":  # the optimiser's states are made in what the first step's activations left, which then need new pages
         terms["heap fragmentation"] = min(terms["optimiser"], worst.activations)
@@ -106,7 +115,7 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
         figures = "".join(f"{_mb(value):>14}" for value in (work.activations, work.head, work.logits))
         lines.append(f"{work.name:<22}{work.sequences:>10}{work.tokens:>8}{work.rows:>9}{figures}")
     full = sum(terms.values()) + max(work.peak_with_logits for work in works)
-    lines += ["", f"with full logits in place of our kernels: {_mb(full).strip()}"]
+    lines += ["", f"with full logits in place of our kernels: {_mb(full).strip()}", *assumed]
     if total > capacity:
         largest = max([*terms.items(), ("activations and head", worst.peak)], key=lambda item: item[1])
         raise UserError(
@@ -115,6 +124,47 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
             "more ranks take less"
         )
     return "\n".join(lines)
+
+
+def _task(config: RunConfig) -> tuple[Task, list[str]]:
+    """The task, or one of its lengths alone where its data or packages are not here; and what is assumed."""
+    wanted = config.task
+    sources = [source for name in ("train", "test") if (source := getattr(wanted, name, None)) is not None]
+    sources += getattr(wanted, "tests", {}).values()
+    missing = [source for source in sources if not Path(source).is_file()]
+    package = {"reasoning_gym": "reasoning_gym", "math": "math_verify"}.get(wanted.kind)
+    if package is not None and find_spec(package) is None:
+        missing.append(f"the package {package.replace('_', '-')}")
+    if not missing:
+        return make_task(wanted, seed=config.task_seed), []
+    length = getattr(wanted, "completion_length", None) or 256
+    any_text = "".join(map(chr, range(32, 127)))
+    bpe = getattr(wanted, "style", "words") == "bpe"
+    task = Task(
+        name=wanted.kind,
+        train=(),
+        tests={},
+        rewards={},
+        correct=lambda examples, completions: [],
+        metrics={},
+        completion_length=length,
+        alphabet=None if bpe else any_text,
+        corpus=[any_text] if bpe else None,
+        vocabulary=getattr(wanted, "vocabulary", 0),
+    )
+    return task, [f"not here, and not read: {', '.join(map(str, missing))}"]
+
+
+def _prompt_tokens(setup: Setup, assumed: list[str]) -> int:
+    """Of the longest prompt; adds to `assumed` where it is not known."""
+    if setup.task.train and setup.loaded.tokenizer is not None:
+        return max(map(len, setup.codec.prompts(setup.task.train[:_EXAMPLES])))
+    longest = setup.config.prompt.max_length
+    assumed.append(
+        f"prompts are taken to have {longest or _PROMPT} tokens, "
+        + ("as prompt.max_length allows" if longest else "a guess; prompt.max_length says how long they are")
+    )
+    return longest or _PROMPT
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -136,12 +186,18 @@ def memory_hint(config: RunConfig, ranks: int) -> str:
 # --- the model, without weights ---------------------------------------------------------------------------------------
 
 
-def _skeleton(config: RunConfig, task: Any, ranks: int) -> Setup:
-    """What `prepare` makes, of fake tensors."""
+def _skeleton(config: RunConfig, task: Task, ranks: int) -> tuple[Setup, list[str]]:
+    """What `prepare` makes, of fake tensors; and what is assumed."""
     settings, options = config.model, config.model.lora
+    sizes = PUBLISHED.get(str(settings.checkpoint).lower())
+    assumed = []
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         if settings.checkpoint is None:
-            loaded = from_scratch(settings, task.alphabet, seed=config.seed)
+            loaded = from_scratch(settings, task, seed=config.seed)
+        elif sizes is not None:
+            model = _of_dtype(*sizes.model(), getattr(torch, settings.dtype)).eval()
+            loaded = Loaded(model, None, sizes.facts())  # type: ignore[arg-type]
+            assumed.append(f"{settings.checkpoint}: by its published sizes, without its own code and tokenizer")
         else:
             found = recognise(
                 settings.checkpoint,
@@ -154,14 +210,17 @@ def _skeleton(config: RunConfig, task: Any, ranks: int) -> Setup:
             compat.adapt_forward(model, facts)
             compat.adapt_head(model, facts)
             loaded = Loaded(model, tokenizer, facts)
-        codec = Codec(loaded, task, config.prompt, config.rollout.length)
+        prompt = config.prompt if task.train else config.prompt.model_copy(update={"few_shot": 0})
+        if loaded.tokenizer is None:
+            prompt = prompt.model_copy(update={"chat_template": True})
+        codec = Codec(loaded, task, prompt, config.rollout.length)
         trained: nn.Module = loaded.model
         if settings.gradient_checkpointing:
             compat.checkpoint_blocks(loaded.model)
         if options.rank:
             with _stay():
                 trained = lora.add_lora(loaded.model, rank=options.rank, alpha=options.alpha, targets=options.targets)
-    return Setup(config, loaded, task, codec, Ranks(size=ranks), trained)
+    return Setup(config, loaded, task, codec, Ranks(size=ranks), trained), assumed
 
 
 def _of_dtype(cls: Any, hf_config: Any, dtype: torch.dtype) -> Any:
@@ -184,11 +243,10 @@ def _stay() -> Iterator[None]:
         nn.Module.to = to  # type: ignore[method-assign]
 
 
-def _works(setup: Setup, ranks: int) -> list[Work]:
+def _works(setup: Setup, ranks: int, prompt_tokens: int) -> list[Work]:
     """The model calls of a run that hold most, phase by phase."""
     config, task = setup.config, setup.task
-    prompts = setup.codec.prompts(task.train[:_EXAMPLES])
-    tokens = max(map(len, prompts)) + setup.length
+    tokens = prompt_tokens + setup.length
     works = []
     if config.sft.steps:
         share = -(-config.sft.batch // ranks)
@@ -202,7 +260,7 @@ def _works(setup: Setup, ranks: int) -> list[Work]:
     generated = [("evaluation", config.evaluation.batch)]
     if config.rl.updates:
         generated.append(("rl rollout", config.rl.prompts * config.rl.group))
-    held = max((len(test) for test in task.tests.values()), default=0)
+    held = max((len(test) for test in task.tests.values()), default=0 if task.train else config.evaluation.batch)
     for name, batch in generated:
         share = -(-min(batch, held if name == "evaluation" else batch) // ranks)
         sequences = min(share, config.rollout.micro_batch or share)

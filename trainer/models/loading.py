@@ -25,8 +25,9 @@ from dllm_kernels import headless
 from ..config import ModelConfig
 from ..errors import UserError, first_line
 from ..facts import Facts, facts_of
+from ..tasks import Task
 from . import compat, lora
-from .tokenizer import make_tokenizer
+from .tokenizer import make_tokenizer, train_tokenizer
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -117,6 +118,8 @@ def recognise(
 ) -> tuple[Any, PreTrainedTokenizerBase, Facts, type[PreTrainedModel]]:
     """A checkpoint's configuration, tokenizer, facts and class, without weights. Raises as `load` does."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if _is_path(name) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model: there is no folder {name}; a checkpoint is a folder, or an id of the hub such as org/name")
     label = Path(name).resolve().name if Path(name).is_dir() else name
     with _sentences(name):
         with compat.removed_names():
@@ -128,6 +131,11 @@ def recognise(
             facts_of(config, tokenizer, label, facts),
             _model_class(config, name, revision, trusted=trust_remote_code),
         )
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be no id of the hub, which is `name` or `org/name`."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 @contextmanager
@@ -214,11 +222,21 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed
         return EuroBertForMaskedLM(settings).eval()
 
 
-def from_scratch(config: ModelConfig, alphabet: str | None, *, seed: int) -> Loaded:
-    """A random EuroBERT of the config's sizes and dtype, and a tokenizer of the task's characters."""
-    if alphabet is None:
-        raise UserError("model.checkpoint must be given for this task, whose texts have no small alphabet to build a model for")
-    tokenizer = make_tokenizer(alphabet)
+def tokenizer_of(task: Task) -> PreTrainedTokenizerBase:
+    """For a model from scratch: of the task's characters, or trained on its texts."""
+    if task.corpus is not None:
+        return train_tokenizer(task.corpus, task.vocabulary)
+    if task.alphabet is None:
+        raise UserError(
+            "model.checkpoint must be given for this task: it has no tokenizer for a model from scratch, which task.style "
+            "characters or bpe makes"
+        )
+    return make_tokenizer(task.alphabet)
+
+
+def from_scratch(config: ModelConfig, task: Task, *, seed: int) -> Loaded:
+    """A random EuroBERT of the config's sizes and dtype, and a tokenizer of the task's texts."""
+    tokenizer = tokenizer_of(task)
     size = config.hidden_size
     weights = 2 * len(tokenizer) * size + config.layers * size * (4 * size + 3 * config.intermediate_size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,27 +15,32 @@ from dllm_kernels.rollouts.samplers import check_steps
 
 from ..config import RolloutConfig
 from ..errors import UserError
+from ..facts import FAMILIES
 from .loading import Loaded
 
 LEAST_GAP = 0.1  # nats per token; the wrong alignment of a trained model is off by several
 LEAST_ERRORS = 4.0  # standard errors
+FAMILIAR = 1.0  # nats per token that text of its own may be less likely to a model than it expects
 
 
 @dataclass(frozen=True)
 class ShiftVerdict:
     """Log-probabilities per masked token of clean text, in nats, under both alignments."""
 
-    likelier: int | None  # shift 0 or 1; None: undecided, as for an untrained model
+    likelier: int | None  # shift 0 or 1; None: undecided, as for an untrained model, or text unlike what it was trained on
     same_logp: float  # position i from row i
     shifted_logp: float  # position i from row i - 1
     standard_error: float  # of their difference
     tokens: int
+    expected_logp: float = math.nan  # what the model gives text that it writes itself, under the likelier alignment
+    strange: bool = False  # the text is far less likely than that
 
     def __str__(self) -> str:
         name = {None: "undecided", 0: "position i is predicted by row i", 1: "position i is predicted by row i - 1"}
         return (
             f"{name[self.likelier]}: {self.same_logp:.2f} nats a token from its own row, {self.shifted_logp:.2f} from the row "
             f"before (standard error of the difference {self.standard_error:.2f}, {self.tokens} tokens)"
+            + (f"; of its own text the model expects {self.expected_logp:.2f}, so this is none" if self.strange else "")
         )
 
 
@@ -50,7 +55,8 @@ def shift_self_test(
             is masked.
         share: fraction to mask; small, so that a trained model knows the answers.
 
-    Raises UserError with the figures if they contradict `facts.shift`.
+    Text that the model was not trained on says nothing: of text of its own, a model expects minus the entropy of its
+    predictions. Raises UserError with the figures if they contradict `facts.shift`, unless that is the table's for this family.
     """
     facts, model = loaded.facts, loaded.model
     B, S = ids_BS.shape
@@ -68,15 +74,21 @@ def shift_self_test(
     with headless(model) as body:
         hidden = body(ids_BS.masked_fill(masked_BS, facts.mask_id), **loaded.call_kwargs(attention_mask_BS))
         options = replace(body.options, suppress=(facts.mask_id,), valid_vocab=facts.valid_vocab)
-        logps = [score_tokens(hidden, body.weight, target_N, rows=index_N - shift, **options).logp for shift in (0, 1)]
-    same_N, shifted_N = (logp.double() for logp in logps if logp is not None)
+        want = ("logp", "entropy")
+        scored = [score_tokens(hidden, body.weight, target_N, rows=index_N - s, want=want, **options) for s in (0, 1)]
+    same_N, shifted_N = (score.logp.double() for score in scored if score.logp is not None)
+    expected = [-float(score.entropy.double().mean()) for score in scored if score.entropy is not None]
     gap_N = same_N - shifted_N
     gap, error = float(gap_N.mean()), float(gap_N.std()) / math.sqrt(len(gap_N))
     decided = abs(gap) > max(LEAST_GAP, LEAST_ERRORS * error)
-    likelier = (0 if gap > 0 else 1) if decided else None
-    verdict = ShiftVerdict(likelier, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N))
-    if likelier is not None and likelier != facts.shift:
-        raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={likelier}")
+    likelier = 0 if gap > 0 else 1
+    best = float((same_N, shifted_N)[likelier].mean())
+    strange = decided and best < expected[likelier] - FAMILIAR
+    found = likelier if decided and not strange else None
+    verdict = ShiftVerdict(found, float(same_N.mean()), float(shifted_N.mean()), error, len(index_N), expected[likelier], strange)
+    of_family = next((row.facts.get("shift", 0) for row in FAMILIES if row.name == facts.family), None)
+    if found is not None and found != facts.shift and facts.shift != of_family:
+        raise UserError(f"model.facts.shift is {facts.shift}, but in this model {verdict}; set model.facts.shift={found}")
     return verdict
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Records = list[dict[str, Any]]
+
+_WIDTH, _LINES = 32, 8  # tokens in a line of the picture of a completion, and lines
 
 _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9741a", "#b8bec6"
 _WAYS = {"rollout": ("at the rollout's temperature", _BLUE), "greedy": ("greedy", _ORANGE)}
@@ -51,6 +54,32 @@ def draw_curves(records: Records, evaluations: Sequence[dict[str, Any]], file: P
         axis.set_xlabel("step", fontsize=9)
     for axis in axes[1]:
         axis.set_xlabel("update", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def draw_unmasking(samples: Sequence[dict[str, Any]], file: Path) -> None:
+    """One row of tokens per sample, the earlier a token was written the darker; long completions in several lines."""
+    rows: list[tuple[str, list[str], list[int]]] = []
+    for sample in samples:
+        tokens, steps = sample["tokens"][: _WIDTH * _LINES], sample["steps"][: _WIDTH * _LINES]
+        for first in range(0, len(tokens), _WIDTH):
+            name = f"{'solved' if sample['correct'] else 'failed'}: {sample['id']}" if first == 0 else ""
+            rows.append((name, tokens[first : first + _WIDTH], steps[first : first + _WIDTH]))
+    width = max(len(tokens) for _, tokens, _ in rows)
+    most = max(1, *(max(steps) for _, _, steps in rows))
+    figure = Figure(figsize=(2.6 + 0.46 * width, 1.0 + 0.5 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    shades = [[*steps, *[math.nan] * (width - len(steps))] for _, _, steps in rows]
+    image = axis.imshow([[1 + step for step in row] for row in shades], cmap="viridis", vmin=1, vmax=most + 1, aspect="auto")
+    for y, (_, tokens, steps) in enumerate(rows):
+        for x, (token, step) in enumerate(zip(tokens, steps, strict=True)):
+            text = token.replace("\n", "⏎").replace("$", "\\$") or "·"
+            axis.text(x, y, text[:6], ha="center", va="center", fontsize=8, color="white" if step < 0.6 * most else "black")
+    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
+    axis.set_xticks([])
+    axis.set_title("order of unmasking", fontsize=10, loc="left")
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, label="step")
     figure.savefig(file, dpi=110)
 
 

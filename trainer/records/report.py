@@ -14,6 +14,7 @@ from rich.table import Table
 from ..config import RunConfig
 from ..errors import visible
 from ..tasks.config import SudokuConfig
+from . import samples
 from .run_dir import RunDir, State
 
 _PARTS = {
@@ -98,6 +99,7 @@ def write_report(
         "",
         "![curves](curves.png)",
         "",
+        *samples.section(samples.read(folder.path / samples.NAME)),
         "| part | seconds |",
         "|---|---|",
         *(f"| {part} | {seconds:.1f} |" for part, seconds in _seconds(state)),

@@ -1,7 +1,8 @@
 """A run's folder: never overwritten, readable at any moment, and enough to resume from.
 
 config.yaml        the resolved configuration          eval_before.json, eval_after.json
-metrics.jsonl      one line per step, flushed          curves.png, report.md
+metrics.jsonl      one line per step, flushed          curves.png, unmasking.png, report.md
+samples.jsonl      answers to a few fixed examples, at every evaluation
 events.out.*       the same for TensorBoard            checkpoint_sft/, checkpoint/
 environment.json   versions and machine                checkpoints/  what --resume reads, see checkpoints.py
 history.jsonl      one line per start: from where, what changed, on which machine
@@ -14,11 +15,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
+from . import samples
 from .checkpoints import Checkpoint
 from .lock import NAME as LOCK
 from .lock import Lock
@@ -36,12 +39,21 @@ class State:
     tokens: int = 0  # through the model so far, rollouts and gradients
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, summed over resumes
     before: dict[str, Any] | None = None  # eval_before.json, once RL began
+    curriculum: dict[str, Any] = field(default_factory=dict)  # where RL stands in it
 
     @classmethod
     def read(cls, saved: Checkpoint) -> State:
         """That of a checkpoint. Raises UserError for a field that is unknown, missing or of a wrong type."""
         values = {key: value for key, value in saved.state.items() if key not in ("facts", "config")}
-        kinds: dict[str, Any] = {"phase": str, "step": int, "tokens": int, "seconds": dict, "before": (dict, type(None))}
+        kinds: dict[str, Any] = {
+            "phase": str,
+            "step": int,
+            "tokens": int,
+            "seconds": dict,
+            "before": (dict, type(None)),
+            "curriculum": dict,
+        }
+        values.setdefault("curriculum", {})  # checkpoints of earlier versions have none
         wrong = sorted(values.keys() ^ kinds.keys()) or [key for key, kind in kinds.items() if not isinstance(values[key], kind)]
         if wrong or values["phase"] not in PHASES or not isinstance(saved.state.get("facts"), dict):
             raise UserError(f"{saved.path}: its trainer_state.json cannot be used (field {(wrong or ['phase or facts'])[0]})")
@@ -87,10 +99,11 @@ class RunDir:
         return cls(path)
 
     @classmethod
-    def reopen(cls, path: Path, *, alone: bool = False) -> RunDir:
-        """The folder of a run, whatever else happens in it; `alone`: locked, or not at all."""
+    def reopen(cls, path: Path, *, alone: bool = False, argument: str = "--resume") -> RunDir:
+        """The folder of a run, whatever else happens in it; `alone`: locked, or not at all; `argument`: what named it."""
         if not (path / "config.yaml").is_file():
-            raise UserError(f"--resume: {path} holds no run (there is no config.yaml in it)")
+            why = "there is no config.yaml in it" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{argument}: {path} holds no run ({why})")
         folder = cls(path)
         if alone:
             folder.lock()
@@ -128,6 +141,14 @@ class RunDir:
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._show(record)
+
+    def keep(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append to samples.jsonl, and show in TensorBoard."""
+        with (self.path / samples.NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        if self._events is not None:
+            first = records[0]
+            self._events.add_text(f"{first['phase']}/{first['set']}", samples.as_text(records), first["step"])
 
     def _open_loggers(self) -> None:
         if self.wandb is not None:
@@ -171,12 +192,16 @@ class RunDir:
         if (lost := done - len({(record["phase"], record["step"]) for record in kept})) > 0:
             print(f"dllm-kernels: {self.path / 'metrics.jsonl'} lacks {lost} of the {done} steps that were made", file=sys.stderr)
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        if (self.path / samples.NAME).is_file():
+            known = [s for s in samples.read(self.path / samples.NAME) if state.is_past(s["phase"], s["step"])]
+            self.write_text(samples.NAME, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in known))
         if any(self.path.glob("events.out.tfevents.*")):
             self._kept = kept
 
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step and cannot be resumed."""
-        if {file.name for file in self.path.iterdir()} <= {"config.yaml", "environment.json", "metrics.jsonl", HISTORY, LOCK}:
+        idle = {"config.yaml", "environment.json", "metrics.jsonl", samples.NAME, HISTORY, LOCK}
+        if {file.name for file in self.path.iterdir()} <= idle:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:

@@ -11,11 +11,13 @@ import importlib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
 from .config import FileConfig
+from .from_scratch import reading
 from .rewards import choose, exact_match
 from .task import Example, Task
 
@@ -33,15 +35,18 @@ def make(config: FileConfig, *, seed: int) -> Task:
         return distinct(found, source)
 
     rewards = {"exact_match": exact_match} if config.answer_column is not None else {}
+    train = examples(config.train, config.train_rows)
+    tests = {name: examples(source, config.test_rows) for name, source in config.tests.items()}
     return Task(
         name="file",
-        train=examples(config.train, config.train_rows),
-        tests={name: examples(source, config.test_rows) for name, source in config.tests.items()},
+        train=train,
+        tests=tests,
         rewards=rewards,
         correct=choose(config.correct, rewards, timeout=config.timeout),
         metrics={},
         completion_length=config.completion_length,
         system=config.system,
+        **reading(config.style, (*train, *chain(*tests.values())), config.vocabulary, [config.system]),
     )
 
 

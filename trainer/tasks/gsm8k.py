@@ -10,7 +10,8 @@ from ..errors import UserError
 from . import d1_compat
 from .config import Gsm8kConfig
 from .files import first_rows, text_of
-from .math import last_boxed
+from .from_scratch import reading
+from .math_scores import last_boxed
 from .shaping import layout
 from .tags import TAGS, final_answer, tagged
 from .task import Example, Task
@@ -22,7 +23,6 @@ _LONGEST = 60  # characters of a number; int() of more would be slow
 
 def make(config: Gsm8kConfig, *, seed: int) -> Task:
     train, test = read(config.train, config.train_rows), read(config.test, config.test_rows)
-    texts = (text for example in (*train, *test) for text in (example.prompt, example.answer))
     return Task(
         name="gsm8k",
         train=train,
@@ -31,8 +31,8 @@ def make(config: Gsm8kConfig, *, seed: int) -> Task:
         correct=exact,
         metrics={"layout": layout},
         completion_length=config.completion_length,
-        alphabet="".join(sorted(set(TAGS).union(*texts))) if config.style == "characters" else None,
         system=TAGS,
+        **reading(config.style, (*train, *test), config.vocabulary, [TAGS]),
     )
 
 

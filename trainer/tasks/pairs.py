@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from ..errors import UserError
 from .config import PairsConfig
 from .files import distinct, first_rows, id_of, text_of
+from .from_scratch import reading
 from .rewards import exact_match
 from .task import Example, Task
 
@@ -26,15 +28,19 @@ def make(config: PairsConfig, *, seed: int) -> Task:
             found.append(Example(id_of(row, config.id_column, where, len(found)), prompt, chosen, facts))
         return distinct(found, source)
 
+    train = examples(config.train, config.train_rows)
+    tests = {name: examples(source, config.test_rows) for name, source in config.tests.items()}
+    everything = [*train, *chain(*tests.values())]
     return Task(
         name="pairs",
-        train=examples(config.train, config.train_rows),
-        tests={name: examples(source, config.test_rows) for name, source in config.tests.items()},
+        train=train,
+        tests=tests,
         rewards={"exact_match": exact_match},
         correct=exact_match,
         metrics={},
         completion_length=config.completion_length,
         system=config.system,
+        **reading(config.style, everything, config.vocabulary, [config.system, *(e.facts["rejected"] for e in everything)]),
     )
 
 

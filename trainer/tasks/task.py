@@ -20,6 +20,15 @@ Reward = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """Training examples of RL by difficulty; level 0 is `Task.train`."""
+
+    levels: Sequence[Sequence[Example]]
+    rise_at: float  # mean of `correct` over the last `updates` updates of a level, from where the next one is drawn from
+    updates: int
+
+
+@dataclass(frozen=True)
 class Task:
     name: str
     train: Sequence[Example]
@@ -29,4 +38,13 @@ class Task:
     metrics: Mapping[str, Reward]  # further figures of evaluation
     completion_length: int  # L in tokens; of the character tokenizer where there is an alphabet
     alphabet: str | None = None  # all characters of the texts, for a model built from scratch
+    corpus: Sequence[str] | None = None  # instead: texts that such a model's BPE tokenizer is trained on
+    vocabulary: int = 0  # its most tokens
     system: str = ""  # instructions for the answer's format; "" if the prompt has them
+    shown: Sequence[Example] | None = None  # the examples of SFT where they are not all of `train`
+    curriculum: Curriculum | None = None
+
+    @property
+    def demonstrations(self) -> Sequence[Example]:
+        """The examples of SFT."""
+        return self.train if self.shown is None else self.shown

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dllm_kernels import generate, noise
+from dllm_kernels import Rollout, generate, noise
 
 from ..config import RolloutConfig
 from ..tasks import Example
@@ -28,16 +28,19 @@ def evaluate(
     decoding: RolloutConfig,
     *,
     between: Callable[[int], None] | None = None,
+    keep: int = 0,
 ) -> Figures:
     """Answer every example once; the noise depends on the example and not on the model, so two models can be paired.
 
     Returns `correct`, the share of right answers, the means of the task's metrics, the settings of `generate`, and `solved`, a
-    string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch.
+    string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch. With `keep`, `samples`
+    are the answers to the first examples, see `records/samples.py`.
     """
     task, ranks, seed, batch = setup.task, setup.ranks, setup.config.seed, setup.config.evaluation.batch
     options = setup.generate_options(rollout=decoding)
     scores: dict[str, list[float]] = {key: [] for key in ("correct", *task.metrics)}
     settings: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
         mine = part[ranks.share(len(part))]
@@ -55,15 +58,41 @@ def evaluate(
             guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing
             texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
             found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
-        for told in ranks.tell(found):
+            kept = _samples(setup, mine[: max(0, keep - first - ranks.share(len(part)).start)], sampled, texts, found["correct"])
+        for told, theirs in ranks.tell((found, kept)):
             for key, values in told.items():
                 scores[key] += values
+            samples += theirs
         settings = sampled.settings
         if between is not None:
             between(len(part))
     means = {key: sum(values) / len(values) for key, values in scores.items()}
     solved = "".join("01"[int(value)] for value in scores["correct"])
-    return {"examples": len(examples), **means, "decoding": settings, "solved": solved}
+    figures = {"examples": len(examples), **means, "decoding": settings, "solved": solved}
+    return {**figures, "samples": [{"set": name, **sample} for sample in samples]} if keep else figures
+
+
+def _samples(
+    setup: Setup, examples: Sequence[Example], sampled: Rollout, texts: Sequence[str], correct: Sequence[float]
+) -> list[dict[str, Any]]:
+    """One for each of these examples, which are the first rows of a rollout."""
+    if not examples:
+        return []
+    rewards = setup.reward(examples, texts[: len(examples)]) if setup.config.rl.updates else [None] * len(examples)
+    decode = setup.loaded.tokenizer.decode
+    return [
+        {
+            "id": example.id,
+            "prompt": example.prompt,
+            "answer": example.answer,
+            "completion": texts[row],
+            "correct": bool(correct[row]),
+            "reward": rewards[row],
+            "tokens": [decode([token]) for token in sampled.completion_BL[row].tolist()],
+            "steps": sampled.commit_step_BL[row].tolist(),
+        }
+        for row, example in enumerate(examples)
+    ]
 
 
 def is_whole(evaluation: Any, tests: Mapping[str, Sequence[Example]]) -> bool:

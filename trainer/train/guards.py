@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from dllm_kernels import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.accumulation.scores import score_samples
 
+from ..config import GuardConfig
 from ..errors import GuardError
 from ..tasks import Example
 from .setup import Setup
@@ -59,6 +60,31 @@ def guard_rollouts(setup: Setup, sampled: Rollout, rewards: Tensor) -> None:
         raise GuardError(f"a reward is {float(rewards[~torch.isfinite(rewards)][0])}; rewards must be finite")
     if int(completion.min()) < 0 or int(completion.max()) >= vocabulary:
         raise GuardError(f"rollouts must hold ids in 0..{vocabulary - 1}, got {int(completion.min())}..{int(completion.max())}")
+
+
+class NoSignal:
+    """Tells, and where `guard.no_signal` says so ends, a run whose updates have no gradient: a reward that is the same for all
+    rollouts of a group teaches nothing, and all else looks as if it worked.
+    """
+
+    def __init__(self, config: GuardConfig):
+        self._config, self._updates = config, 0
+
+    def seen(self, figures: Mapping[str, float]) -> str:
+        """After each update; a warning, or "". Raises GuardError."""
+        if figures.get("groups_with_signal", 1):  # learning from pairs has no groups
+            self._updates = 0
+            return ""
+        self._updates += 1
+        constant = figures["reward_std"] == 0
+        what = (
+            f"every rollout has the reward {figures['reward']:g}" if constant else "all rollouts of a group have the same reward"
+        )
+        told = f"nothing was learned in the last {self._updates} update(s): {what}; another rl.reward, more of rl.group, "
+        told += "more SFT or easier examples would give a signal"
+        if self._config.no_signal is not None and self._updates >= self._config.no_signal:
+            raise GuardError(f"{told} (guard.no_signal={self._config.no_signal})")
+        return told if self._updates == self._config.warn_after else ""
 
 
 def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:

@@ -17,10 +17,19 @@ from ..errors import ConfigError, GuardError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained; its state has the dtype of the weights, fp32 unless `model.dtype` says otherwise."""
+    """AdamW over what is trained; its state has the dtype of the weights, fp32 unless `model.dtype` says otherwise.
+
+    Weight decay is for matrices: neither norms and biases nor embeddings, a head tied to them among these, are decayed.
+    """
     beta1, beta2 = config.betas
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and id(parameter) not in embeddings
+            groups[config.weight_decay if decayed else 0.0].append(parameter)
+    of_groups = [{"params": own, "weight_decay": decay} for decay, own in groups.items() if own]
+    return torch.optim.AdamW(of_groups, lr=config.lr, betas=(beta1, beta2), fused=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:

@@ -22,8 +22,8 @@ from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..tasks import Example, Reward
-from ..tasks.rewards import choose
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
+from .curriculum import Climb
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
 from .optimization import batch_indices, guarded_step, learning_rate
@@ -55,7 +55,7 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
         if config.prompts % setup.ranks.size:
             raise ConfigError(f"rl.prompts must be a multiple of the {setup.ranks.size} ranks, got {config.prompts}")
     algorithm = choose_algorithm(config, setup.length, max(1, setup.steps))
-    return algorithm, choose(config.reward, task.rewards, timeout=config.reward_timeout)
+    return algorithm, setup.reward
 
 
 def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
@@ -64,15 +64,16 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
     algorithm, reward = prepare_rl(setup)
     window = window_of(config, setup.facts)
     total = config.prompts * config.group
+    climb = Climb(task, setup.curriculum)
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
         calls.reset()
         started = time.perf_counter()
-        chosen, epoch = batch_indices("rl", setup.config.seed, len(task.train), config.prompts, update)
+        chosen, epoch = batch_indices("rl", setup.config.seed, len(climb.examples), config.prompts, update)
         index = chosen.repeat_interleave(config.group)
         members = list(range(config.group)) * config.prompts
         mine = ranks.share(total)
-        examples = [task.train[i] for i in index[mine].tolist()]
+        examples = [climb.examples[i] for i in index[mine].tolist()]
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
         with ranks.together():
             prompts = setup.codec.prompts(examples)
@@ -105,6 +106,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
             figures["tokens"] += figures.pop("tokens_scored")
         for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
             figures[name] = ranks.total(getattr(calls, name))
+        figures |= climb.made(figures["correct"])
         figures["seconds_rollout"] = rolled_out - started
         figures["seconds_gradient"] = time.perf_counter() - rolled_out
         figures["seconds"] = time.perf_counter() - started

@@ -21,20 +21,23 @@ from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
 from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
+from ..records import samples
 from ..records.checkpoints import Checkpoint, Checkpoints
 from ..records.environment import environment, peak_memory_mb
 from ..records.manifest import DamagedCheckpoint, verify
-from ..records.plots import draw_curves
+from ..records.plots import draw_curves, draw_unmasking
 from ..records.progress import bar
 from ..records.report import result_table, write_report
 from ..records.resume import check_config
 from ..records.run_dir import PHASES, RunDir, State
+from ..records.samples import Sample
 from ..records.states import load_state
 from ..records.weights import save_model, verify_weights
 from ..tasks import Example, Task, make_task
 from ..watch import watching
 from .evaluation import Figures, decodings, evaluate, is_whole, paired_gain
 from .foreign_code import announce_code
+from .guards import NoSignal
 from .optimization import make_optimizer
 from .preferences import pair_updates
 from .rl import prepare_rl, rl_updates
@@ -61,7 +64,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     source = model_config.checkpoint if saved is None or options.rank else str(saved.path)
     loaded: Loaded
     if source is None:
-        loaded = from_scratch(model_config, task.alphabet, seed=config.seed)
+        loaded = from_scratch(model_config, task, seed=config.seed)
     else:
         if saved is None or options.rank:
             verify_weights(source)
@@ -157,6 +160,7 @@ class Run:
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
             with ranks.together():
+                self.setup.curriculum = self.state.curriculum
                 if config.rl.updates:
                     prepare_rl(self.setup)
             self._spend("data", started)
@@ -165,7 +169,7 @@ class Run:
                 f"{parameter_count(self.setup.trained):,} parameters; {len(task.train):,} training examples; "
                 f"tests: {tests or 'none'}; files: {folder.path}"
             )
-            if config.model.checkpoint is not None and (verdict := self_test(self.setup)):
+            if config.guard.shift_test and config.model.checkpoint is not None and (verdict := self_test(self.setup)):
                 self._say(f"shift self-test: {verdict}")
             self.stop.nothing_to_lose = False
             self._train("sft")
@@ -272,11 +276,13 @@ class Run:
         name = {"sft": "supervised", "rl": "reinforcement"}[phase]
         steps = self._steps(phase, optimizer)
         saved_at = state.step
+        signal = NoSignal(config.guard)
         with bar(self.console, name, total, done=state.step, shown=ranks.is_first) as shown:
             while state.step < total:
                 try:
                     with self._autocast():
                         figures = next(steps)
+                    warning = signal.seen(figures) if phase == "rl" else ""
                 except UserError:  # a guard, before the weights were touched; all ranks are told, and come here
                     if state.step != saved_at and (phase == "sft" or config.rl.inner_iterations == 1):
                         self._save(optimizer, {})
@@ -304,8 +310,9 @@ class Run:
                     raise Stopped(stopping)
                 if self._watch is not None:
                     self._watch.step_made(figures["seconds"])
-                if warning := self.moments.warning(figures["seconds"]):
-                    self._say(warning)
+                for told_once in (warning, self.moments.warning(figures["seconds"])):
+                    if told_once:
+                        self._say(told_once)
         self.checkpoints.finish()
 
     def _check_metric(self, phase: str, figures: dict[str, float]) -> None:
@@ -327,15 +334,27 @@ class Run:
         for name, test in list(self.setup.task.tests.items())[:1]:
             examples = test[: self.config.evaluation.probe_examples]
             for way, decoding in decodings(self.config.rollout).items():
-                figures[f"probe_{way}"] = self._solve(name, examples, decoding)["correct"]
+                found = self._solve(name, examples, decoding, keep=self.config.evaluation.samples * (way == "greedy"))
+                self._keep(found.pop("samples", []))
+                figures[f"probe_{way}"] = found["correct"]
         self._spend("probes", started)
         return figures
 
+    def _keep(self, samples: Sequence[Sample]) -> None:
+        """Answers to fixed examples, for samples.jsonl."""
+        if samples and self.ranks.is_first:
+            self.folder.keep([{"phase": self.state.phase, "step": self.state.step, **sample} for sample in samples])
+
     def _solve(
-        self, name: str, examples: Sequence[Example], decoding: RolloutConfig, between: Callable[[int], None] | None = None
+        self,
+        name: str,
+        examples: Sequence[Example],
+        decoding: RolloutConfig,
+        between: Callable[[int], None] | None = None,
+        keep: int = 0,
     ) -> Figures:
         with self._autocast():
-            return evaluate(self.setup, name, examples, decoding, between=between)
+            return evaluate(self.setup, name, examples, decoding, between=between, keep=keep)
 
     def _evaluate(self, name: str, label: str) -> None:
         if self.ranks.tell(self._has(name))[0]:
@@ -350,10 +369,16 @@ class Run:
                 if stopping := max(self.ranks.tell(self.stop.code)):
                     raise Stopped(stopping)
 
+            keep = self.config.evaluation.samples
             sets = {
-                test: {way: self._solve(test, examples, decoding, between) for way, decoding in ways.items()}
+                test: {
+                    way: self._solve(test, examples, decoding, between, keep=keep * (way == "greedy"))
+                    for way, decoding in ways.items()
+                }
                 for test, examples in tests.items()
             }
+        for by_way in sets.values():
+            self._keep(by_way["greedy"].pop("samples", []))
         result: dict[str, Any] = {
             "model": label,
             "at": self.where(),
@@ -392,6 +417,9 @@ class Run:
         started = time.perf_counter()
         evaluations = [folder.read_json(n) for n in ("eval_before.json", "eval_after.json") if (folder.path / n).exists()]
         draw_curves(folder.metrics(), evaluations, folder.path / "curves.png")
+        kept = samples.chosen(read) if (read := samples.read(folder.path / samples.NAME)) else []
+        if kept:
+            draw_unmasking(kept, folder.path / "unmasking.png")
         self._spend("report", started)
         write_report(folder, self.config, self.state, evaluations, parameters=parameter_count(self.setup.trained))
         folder.close()

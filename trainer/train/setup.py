@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from ..distributed import Ranks
 from ..facts import Facts
 from ..models.codec import Codec
 from ..models.loading import Loaded
-from ..tasks import Task
+from ..tasks import Reward, Task
+from ..tasks.rewards import choose
 
 
 @dataclass
@@ -24,11 +26,17 @@ class Setup:
     codec: Codec
     ranks: Ranks
     trained: nn.Module  # the model, or the adapters around it
+    curriculum: dict[str, Any] = field(default_factory=dict)  # state of `curriculum.Climb`
     reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
 
     @property
     def model(self) -> PreTrainedModel:
         return self.trained  # type: ignore[return-value]
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The one that RL is to learn from. Raises UserError where there is none of that name."""
+        return choose(self.config.rl.reward, self.task.rewards, timeout=self.config.rl.reward_timeout)
 
     @property
     def facts(self) -> Facts:

@@ -24,11 +24,12 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
     config, ranks, task, facts = setup.config.sft, setup.ranks, setup.task, setup.facts
     if config.batch % ranks.size:
         raise ConfigError(f"sft.batch must be a multiple of the {ranks.size} ranks, got {config.batch}")
+    shown = task.demonstrations
     pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
     for step in range(start, config.steps):
         started = time.perf_counter()
-        chosen, epoch = batch_indices("sft", setup.config.seed, len(task.train), config.batch, step)
-        examples = [task.train[i] for i in chosen[ranks.share(config.batch)].tolist()]
+        chosen, epoch = batch_indices("sft", setup.config.seed, len(shown), config.batch, step)
+        examples = [shown[i] for i in chosen[ranks.share(config.batch)].tolist()]
         with ranks.together():
             ids, completion, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), pad_id)
         plan = make_mask_plan(

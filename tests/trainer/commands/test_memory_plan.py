@@ -1,5 +1,6 @@
 """`dllm-kernels plan`: what it predicts is what a fresh process then holds; what cannot fit is refused before it is loaded."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 import torch
 from dllm_trainer.commands import memory_plan
 from dllm_trainer.commands.memory_plan import describe_plan
+from dllm_trainer.config import load_config, shipped_configs
 from dllm_trainer.errors import UserError
+from dllm_trainer.models.published_sizes import LLADA
 from dllm_trainer.models.tokenizer import make_tokenizer
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
@@ -102,3 +105,20 @@ def test_what_cannot_fit_is_refused_with_the_figures(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=r"needs [\d,.]+ MiB on each of 1 rank\(s\) and the .* has 8,192.0 MiB; most of it"):
         describe_plan(config)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_neither_data_nor_hub_are_needed_for_a_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's command, on a machine without a network."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(memory_plan, "_capacity", lambda device: 1 << 50)
+    one_layer = dataclasses.replace(LLADA, layers=1)  # 32 take their time, as fake ones too
+    monkeypatch.setitem(memory_plan.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
+    config = load_config(shipped_configs()["llada-8b-gdpo"], ["model.lora.rank=0", "model.gradient_checkpointing=false"])
+    text = describe_plan(config, ranks=8)
+    parameters, V, H = int(text.split()[0].replace(",", "")), 126464, 4096
+    layer = parameters - 2 * V * H - H
+    assert 2 * V * H + H + 32 * layer == pytest.approx(8.02e9, rel=1e-3), "LLaDA-8B has 8.02 billion"
+    assert "3 x 768 tokens" in text
+    assert "prompts are taken to have 512 tokens, as prompt.max_length allows" in text
+    assert "not here, and not read: hub:openai/gsm8k:main:train" in text

@@ -14,6 +14,7 @@ from dllm_trainer.errors import UserError
 from dllm_trainer.facts import Facts
 from dllm_trainer.models.loading import Loaded, _add_mask_token, build_model, from_scratch, load, parameter_count
 from dllm_trainer.models.tokenizer import make_tokenizer
+from dllm_trainer.tasks import make_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -50,8 +51,9 @@ def test_ids_are_places_in_the_alphabet_whatever_its_characters() -> None:
 
 
 def test_a_task_without_an_alphabet_needs_a_checkpoint() -> None:
+    config = load_config(overrides=["task.style=words", "task.train_puzzles=2", "task.test_puzzles=2"])
     with pytest.raises(UserError, match=r"model\.checkpoint must be given for this task"):
-        from_scratch(load_config().model, None, seed=0)
+        from_scratch(config.model, make_task(config.task, seed=0), seed=0)
 
 
 def test_the_model_is_a_function_of_the_seed_and_small() -> None:

@@ -108,3 +108,23 @@ def test_a_row_that_no_token_has_may_be_the_mask() -> None:
     model = Loaded(eurobert(vocab=64), make_tokenizer(mask=True), dataclasses.replace(FACTS, mask_id=62))
     check_mask_id(model)
     assert UNK != 62
+
+
+def test_text_unlike_what_a_model_was_trained_on_decides_nothing(loaded: Loaded) -> None:
+    """Of the demo's checkpoint on another task the test once said: set model.facts.shift=1."""
+    foreign = torch.randint(0, 50, (64, 16), generator=torch.Generator().manual_seed(1))
+    for shift in (0, 1):
+        claimed = dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, shift=shift))
+        verdict = shift_self_test(claimed, foreign, seed=0)
+        assert verdict.likelier is None
+        assert verdict.expected_logp > max(verdict.same_logp, verdict.shifted_logp) + 1
+
+
+def test_the_shift_of_a_family_in_the_table_is_never_doubted(loaded: Loaded) -> None:
+    for family, shift in (("llada", 0), ("dream", 1)):
+        facts = dataclasses.replace(loaded.facts, family=family, shift=shift)
+        assert shift_self_test(dataclasses.replace(loaded, facts=facts), text(16, 99), seed=0).likelier == loaded.facts.shift
+    other = dataclasses.replace(loaded.facts, family="llada", shift=1)
+    if loaded.facts.shift == 0:
+        with pytest.raises(UserError, match=r"set model\.facts\.shift=0"):
+            shift_self_test(dataclasses.replace(loaded, facts=other), text(16, 99), seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from dllm_trainer.errors import UserError
-from dllm_trainer.tasks import Example, arithmetic, d1_compat, gsm8k, make_task, math, shaping
+from dllm_trainer.tasks import Example, arithmetic, d1_compat, gsm8k, make_task, math, math_scores, shaping
 from dllm_trainer.tasks.config import Gsm8kConfig, MathConfig
 from dllm_trainer.tasks.tags import final_answer, tagged
 
@@ -18,7 +18,7 @@ HALF = Example("0", "", "", {"answer": "\\frac{1}{2}", "solution": "so $\\boxed{
 PERFECT = tagged("First\nthen", "1,000")
 
 
-@pytest.mark.parametrize("module", [math, arithmetic])
+@pytest.mark.parametrize("module", [math_scores, arithmetic])
 def test_examples_in_docstrings_are_right(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted
@@ -110,7 +110,7 @@ def test_a_row_of_gsm8k_without_its_answer_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_last_box_with_its_braces(text: str, expected: str | None) -> None:
-    assert math.last_boxed(text) == expected
+    assert math_scores.last_boxed(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_the_last_box_with_its_braces(text: str, expected: str | None) -> None:
     ],
 )
 def test_answers_written_differently_are_equal(one: str, other: str) -> None:
-    assert math.equal(one, other)
-    assert math.equal(other, one)
+    assert math_scores.equal(one, other)
+    assert math_scores.equal(other, one)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_answers_written_differently_are_equal(one: str, other: str) -> None:
     ],
 )
 def test_different_answers_are_not(one: str, other: str) -> None:
-    assert not math.equal(one, other)
-    assert not math.equal(other, one)
+    assert not math_scores.equal(one, other)
+    assert not math_scores.equal(other, one)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_different_answers_are_not(one: str, other: str) -> None:
 )
 def test_hostile_answers_are_only_wrong(text: str) -> None:
     for completion in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
-        assert math.exact([HALF], [completion]) == [0.0]
+        assert math_scores.exact([HALF], [completion]) == [0.0]
         assert d1_compat.MATH_PARTS["correct"]([HALF], [completion]) == [0.0]
 
 
@@ -190,7 +190,7 @@ def test_defect_of_d1_the_box_bonus_never_comes_while_ours_does() -> None:
     assert d1_compat.MATH_PARTS["format"]([HALF] * 4, both) == [0.75, 0.75, 0.25, 0.25]
     assert d1_compat.MATH_PARTS["format"]([HALF], ["<answer>\boxed{3}</answer>"]) == [1.0]  # a backspace and "oxed"
     assert d1_compat.math([HALF] * 4, both) == [2.75, 0.75, 2.25, 0.25]
-    assert math.shaped([HALF] * 4, both) == [3.0, 2.75, 2.25, 0.25]
+    assert math.shaped(math_scores.exact)([HALF] * 4, both) == [3.0, 2.75, 2.25, 0.25]
 
 
 def test_defect_of_d1_its_layout_rewards_do_not_see_more_than_a_line() -> None:
