@@ -70,6 +70,7 @@ def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="log
         None,
         coef,
         None,
+        0,
         outputs,
         plan,
         *needs,
