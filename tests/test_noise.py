@@ -22,6 +22,7 @@ import dllm_kernels as dk
 from dllm_kernels import noise
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.masks import steps
+from dllm_kernels.masks.layout import input_tokens
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests import oracle
@@ -494,6 +495,7 @@ def use_everything(model, tmp_path):
         plan_of_blocks = preset(name, [5, 3], causal_block=8, ids=sequences)
         plan_of_blocks.layout(2).extended(plan_of_blocks.completion_mask_BS)
         plan_of_blocks.layout(2).sees, plan_of_blocks.layout(2).copies, plan_of_blocks.layout(2).spans, plan_of_blocks.p_mask_KBS
+        input_tokens((2, *ids.shape), plan_of_blocks.completion_mask_BS, plan_of_blocks.block_BS, 2)
         steps.sums(plan_of_blocks, plan_of_blocks.dense(torch.zeros(len(plan_of_blocks.rows))))
         if name in ("trace", "segments"):
             steps.states(plan_of_blocks)

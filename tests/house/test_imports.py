@@ -26,7 +26,7 @@ FLOORS = (
     ("trainer.rights",),
     ("trainer.tasks", "trainer.distributed"),
     ("trainer.watch", "trainer.facts", "trainer.config"),
-    ("trainer.models",),
+    ("trainer.models", "trainer.descriptions"),
     ("trainer.records",),
     ("trainer.train",),
     ("trainer.commands",),

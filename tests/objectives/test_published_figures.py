@@ -101,8 +101,8 @@ PUBLISHED = {
     ),
     "vrpo": (
         ("exact", {}, 4, None, False, True, 1, "eos", "removed"),
-        {"beta": 0.2, "normalize": True},
-        "port llada_dp_actor_vrpo.py:94-190: beta 0.2, n = 4, over the length of the response",
+        {"beta": 0.2, "normalize": True, "window": None},
+        "port llada_dp_actor_vrpo.py:94-190: beta 0.2, n = 4, over the response window",
     ),
     "wd1": (
         ("full", {}, 1, "mean", False, False, 8, "eos", "hidden"),
