@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full lint bench clean
+.PHONY: help demo test test-full lint bench mutants clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, CONSTRAINTS=constraints.txt, ARGS="..." of demo and bench'
+	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, CONSTRAINTS=constraints.txt, ARGS="..." of demo, bench and mutants'
 
 $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
@@ -34,6 +34,9 @@ test-full: lint ## lint, then all tests
 
 bench: $(VENV)/installed ## time, memory and accuracy beside the baselines
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+mutants: $(VENV)/installed ## do the fast tests notice 600 changes of the numerics? hours; goes on where it was cut off
+	$(BIN)/python benchmarks/mutants.py --count 600 --out benchmarks/results/mutants.json $(ARGS)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info dllm_kernels/*.so
