@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions, WeightGradient
-from dllm_kernels.head import forward_backward, ops, plans
+from dllm_kernels.head import forward_backward, ops, plans, vocab_parallel
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
@@ -60,6 +62,7 @@ def score_tokens(
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """Log-probability of a target token at each selected row, and what else one pass can tell.
 
@@ -82,6 +85,12 @@ def score_tokens(
         take_dweight: a function that is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the
             weight's dtype, in place of autograd. `body.take_dweight` is one for a head that `headless` gathered. Not under
             torch.compile, where autograd delivers the gradient.
+        vocab_group: the ranks over which the head is split by rows of the weight, in the order of its ids, any number on each:
+            weight, bias and B are then this rank's rows (or a DTensor of placement Shard(0) over just this group), everything
+            else is alike on all ranks, ids are those of the whole head, and so are the results. A loss of them is computed
+            on every rank alike; gradients of hidden and A are summed over the group, those of weight, bias and B stay here.
+            Plans are those of late coefficients. Not under torch.compile, not with take_dweight. None: the head is whole, and
+            a Shard(0) DTensor is data-parallel.
 
     Without coefficients, `logp` and `entropy` are differentiable in hidden, weight, bias, A and B; `lse` and `top_*` never are.
     What backward reads again (rows, target, a per-row temperature; hidden, weight and bias under "keep" and "recompute") must
@@ -100,7 +109,7 @@ def score_tokens(
         >>> scores.logp.sum().backward()
     """
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight)
+    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight, vocab_group)
 
 
 def score(
@@ -114,12 +123,19 @@ def score(
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """`score_tokens` with its options in one piece."""
     checks.names("want", want, STATISTICS)
     checks.dtype("target", target, [torch.int64])
     checks.shape("target", target, [None if rows is None else rows.numel()])
     checks.require_tensor("hidden", hidden)
+    if vocab_group is not None:
+        if take_dweight is not None:
+            raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
+        given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan
+        chosen, vectors, weighted_sum = vocab_parallel.score(score, *given, vocab_group)
+        return Scores(chosen, weighted_sum=weighted_sum, **dict(zip(_FIELDS, vectors)))
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
@@ -178,6 +194,7 @@ def head_backward(
     dweight_out: Tensor | None = None,
     dbias_out: Tensor | None = None,
     dlow_rank_out: tuple[Tensor | None, Tensor | None] = (None, None),
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Gradient of `sum coef * logp + sum entropy_coef * entropy` for callers that run their own loop.
 
@@ -185,7 +202,8 @@ def head_backward(
     buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given, likewise dA `[R, H]` and dB `[V, R]`
     of `low_rank` to the pair `dlow_rank_out`. These may have any strides under
     which no two elements coincide; one whose rows are not dense, or that shares memory with another argument, costs a
-    second buffer of its size. They are changed in place, and autograd is told so. Of `rows`, a `Rows`, for instance
+    second buffer of its size. They are changed in place, and autograd is told so. With `vocab_group`, as in
+    `score_tokens`, those of weight, bias and B hold this rank's rows. Of `rows`, a `Rows`, for instance
     `plan.rows`, index and target are read; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those
     of `score_tokens`.
     Nothing is differentiable.
@@ -203,6 +221,10 @@ def head_backward(
     checks.dtype("target", target, [torch.int64])
     checks.shape("target", target, [index.numel()])
     checks.require_tensor("hidden", hidden)
+    if vocab_group is not None:
+        options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
+        outs = dweight_out, dbias_out, dlow_rank_out
+        return _split_backward(hidden, weight, rows, coef, entropy_coef, options, outs, vocab_group)
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
@@ -240,6 +262,33 @@ def head_backward(
             dhidden += more
             if down_out is not None:
                 down_out += ddown
+    return dhidden.to(like.dtype)
+
+
+def _split_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    coef: Tensor,
+    entropy_coef: Tensor | None,
+    options: HeadOptions,
+    outs: tuple[Tensor | None, Tensor | None, tuple[Tensor | None, Tensor | None]],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`head_backward` of a head that is split over a group."""
+    like = hidden
+    hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
+    _coefficient("coef", coef, rows.target, hidden)
+    _coefficient("entropy_coef", entropy_coef, rows.target, hidden)
+
+    def of_shard(
+        hidden: Tensor, weight: Tensor, rows: Rows, coef: Tensor, own: HeadOptions, entropy_coef: Tensor | None, *outs: Any
+    ) -> Tensor:
+        names = ("dweight_out", "dbias_out", "dlow_rank_out")
+        return head_backward(hidden, weight, rows, coef, entropy_coef=entropy_coef, **own, **dict(zip(names, outs)))
+
+    with torch.no_grad():
+        dhidden = vocab_parallel.add_gradient(of_shard, score, hidden, weight, rows, options, coef, entropy_coef, *outs, group)
     return dhidden.to(like.dtype)
 
 
