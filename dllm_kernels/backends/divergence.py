@@ -24,6 +24,7 @@ from dllm_kernels.backends.triton import products
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of one buffer of logits
 LEAST_SLAB, MOST_SLAB = 64, 16384
+SMALL_BYTES = 8 << 20  # of logits of both heads
 _FAR = 80.0  # nats: exp(-80) times anything finite is nothing, exp(80) does not overflow
 
 
@@ -110,8 +111,7 @@ def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tens
     p = problem
     walks_again = buffers is not None or p.kind == "jsd"
     if buffers is not None and buffers.of_head:  # all rows at once: a slab of the gradient is written once
-        roomy = next((weight_VK for weight_VK in buffers.weights if weight_VK is not None), None)
-        walker = _Walker(p, None if roomy is None or not roomy.is_contiguous() else roomy)
+        walker = _Walker(p, _room_beside(p, buffers))
         found = _statistics(walker)
         _gradient(walker, found, buffers, coef_N)
         return found
@@ -128,6 +128,16 @@ def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tens
         if buffers is not None:
             _gradient(walker, parts[-1], buffers.of_rows(span), None if coef_N is None else coef_N[span])
     return Statistics(*(torch.cat(vectors) for vectors in zip(*parts))) if len(parts) > 1 else parts[0]
+
+
+def _room_beside(problem: DivergenceProblem, buffers: Buffers) -> Tensor | None:
+    """Where logits wait for the last walk: in a weight's gradient, unless that is too narrow for what is small anyway."""
+    p = problem
+    roomy = next((weight_VK for weight_VK in buffers.weights if weight_VK is not None), None)
+    needed = 2 * p.dtype.itemsize * p.rows  # bytes of an id
+    if needed * p.vocabulary <= SMALL_BYTES and (roomy is None or roomy.shape[1] * roomy.itemsize < needed):
+        return torch.empty(p.vocabulary, 2 * p.rows, dtype=p.dtype, device=p.device)
+    return roomy
 
 
 def gradient(problem: DivergenceProblem, found: Statistics, buffers: Buffers, coef_N: Tensor) -> None:
