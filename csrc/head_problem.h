@@ -33,14 +33,26 @@ struct Options {
 };
 
 struct Statistics {  // [N] each, null where not wanted
-  float *logp, *lse, *entropy, *top_logp;
+  float *logp, *lse, *entropy, *top_logp;  // logp: [N, each] of several targets
   int64_t* top_id;
+  float* best_logp;  // [N, best]
+  int64_t* best_id;
+  int64_t best;  // so many of the likeliest ids, which needs `several`; 0: none
+};
+
+// Several targets per row, of which two may be equal. Their logits are kept out of the sums like one target's.
+struct Several {
+  bool several;
+  int64_t each;       // M, may be 0
+  const float* own;   // [N, M]: the coefficient of each id's logp, of equal ids together; null for late coefficients
+  const float* given; // [N, M], `from_operands`: the gradients of the final logits
 };
 
 struct Draw {
   const int64_t* key;  // [N], null without noise
   uint32_t step;
   float sample_temperature;  // 0: argmax
+  const float* temperature_of;  // [N] or null: of each row, where 0 is argmax
   int64_t* token;            // [N]
   float* token_logp;         // [N], at temperature 1
 };
@@ -56,12 +68,13 @@ struct Gradients {
   bool overwrite;       // dweight and dbias are written, not added to
 };
 
-struct HeadProblem : Operands, Statistics, Draw {
+struct HeadProblem : Operands, Statistics, Draw, Several {
   Options options;
-  const int64_t* target;  // [N], checked; null for sampling
+  const int64_t* target;  // [N] or [N, each], checked; null for sampling
 
   // Operand 0 is coef * d logp / d z + entropy_coef * d entropy / d z (coef null: 1, entropy_coef null: 0), operand 1 is
-  // d entropy / d z.
+  // d entropy / d z. With several targets -coef p + entropy_coef * d entropy / d z but at these; there what their own
+  // coefficients say or, for late ones, the slope d final / d raw, and 0 in operand 1.
   bool gradient;
   const float *coef, *entropy_coef;  // [N] or null
   Gradients out;

@@ -164,9 +164,11 @@ constexpr int64_t kLeastChunk = 256;
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Equal chunks of whole panels; where logits are kept, within the budget.
-int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool keeps_logits, int panel, int64_t budget) {
+int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool keeps_logits, int64_t best, int panel, int64_t budget) {
   int64_t most = kMaxChunk;
-  if (keeps_logits) most = std::clamp(budget / (4 * vocabulary) / panel * panel, kLeastChunk, kMaxChunk);
+  const auto fit = [&](int64_t bytes) { most = std::min(most, std::clamp(budget / bytes / panel * panel, kLeastChunk, kMaxChunk)); };
+  if (keeps_logits) fit(4 * vocabulary);
+  if (best) fit(512 * best);  // of up to 64 parts of the vocabulary
   const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
   return round_up(std::max<int64_t>(1, (rows + chunks - 1) / chunks), panel);
 }
@@ -184,7 +186,7 @@ void run(HeadProblem& p, int64_t threads, int64_t budget) {
   if (p.rows == 0) return;
   const dllm::Engine& engine = current.load()->of(p);
   const bool stored = p.stored[0] || p.stored[1];
-  p.chunk = chunk_rows(p.rows, p.vocabulary, p.gradient && !stored, engine.panel, budget);
+  p.chunk = chunk_rows(p.rows, p.vocabulary, p.gradient && !stored, p.best, engine.panel, budget);
   const int size = team_size(p, threads);
   if (p.out.dweight && p.out.overwrite)
     advise(p.out.dweight, (size_t)p.out.dweight_row * (size_t)p.vocabulary * sizeof(float));
@@ -208,12 +210,20 @@ dllm::Options options(uintptr_t bias, float softcap, float temperature, uintptr_
   return {address<const float>(bias), softcap, temperature, address<const float>(temperature_rows), address<const uint8_t>(excluded)};
 }
 
-dllm::Statistics statistics(uintptr_t logp, uintptr_t lse, uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id) {
-  return {address<float>(logp), address<float>(lse), address<float>(entropy), address<float>(top_logp), address<int64_t>(top_id)};
+dllm::Statistics statistics(uintptr_t logp, uintptr_t lse, uintptr_t entropy, uintptr_t top_logp, uintptr_t top_id,
+                            uintptr_t best_logp, uintptr_t best_id, int64_t best) {
+  return {address<float>(logp), address<float>(lse), address<float>(entropy), address<float>(top_logp), address<int64_t>(top_id),
+          address<float>(best_logp), address<int64_t>(best_id), best};
 }
 
-dllm::Draw draw(uintptr_t key, uint32_t step, float temperature, uintptr_t token, uintptr_t token_logp) {
-  return {temperature > 0 ? address<const int64_t>(key) : nullptr, step, temperature, address<int64_t>(token), address<float>(token_logp)};
+dllm::Draw draw(uintptr_t key, uint32_t step, float temperature, uintptr_t temperature_of, uintptr_t token, uintptr_t token_logp) {
+  return {temperature > 0 ? address<const int64_t>(key) : nullptr, step, temperature, address<const float>(temperature_of),
+          address<int64_t>(token), address<float>(token_logp)};
+}
+
+// `each` below 0: one target per row.
+dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
+  return {each >= 0, each < 0 ? 1 : each, address<const float>(own), address<const float>(given)};
 }
 
 dllm::Gradients gradients(std::pair<uintptr_t, uintptr_t> vectors, std::pair<uintptr_t, uintptr_t> operands, uintptr_t dweight,
@@ -235,21 +245,25 @@ HeadProblem problem(const dllm::Operands& operands, const Coefficients& coef, co
   return p;
 }
 
-void head(const dllm::Operands& operands, const dllm::Options& options, uintptr_t target, const dllm::Statistics& statistics, bool gradient,
-          const Coefficients& coef, const dllm::Gradients& out, int64_t threads, int64_t budget) {
+void head(const dllm::Operands& operands, const dllm::Options& options, uintptr_t target, const dllm::Several& several,
+          const dllm::Statistics& statistics, bool gradient, const Coefficients& coef, const dllm::Gradients& out, int64_t threads,
+          int64_t budget) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, coef, out);
   static_cast<dllm::Statistics&>(p) = statistics;
+  static_cast<dllm::Several&>(p) = several;
   p.options = options;
   p.target = address<const int64_t>(target);
   p.gradient = gradient;
   run(p, threads, budget);
 }
 
-void from_operands(const dllm::Operands& operands, std::pair<uintptr_t, uintptr_t> stored, const Coefficients& coef,
-                   const dllm::Gradients& out, int64_t threads) {
+void from_operands(const dllm::Operands& operands, uintptr_t target, const dllm::Several& several, std::pair<uintptr_t, uintptr_t> stored,
+                   const Coefficients& coef, const dllm::Gradients& out, int64_t threads) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, coef, out);
+  static_cast<dllm::Several&>(p) = several;
+  p.target = address<const int64_t>(target);
   p.gradient = true;
   p.stored[0] = address<const void>(stored.first);
   p.stored[1] = address<const void>(stored.second);
@@ -267,11 +281,11 @@ void sample(const dllm::Operands& operands, const dllm::Options& options, const 
 }
 
 // Whether every target is a class that is not excluded, and the row indices are distinct and there.
-bool values_fit(uintptr_t target, uintptr_t index, int64_t rows, int64_t available, int64_t vocabulary, uintptr_t excluded) {
+bool values_fit(uintptr_t target, int64_t targets, uintptr_t index, int64_t rows, int64_t available, int64_t vocabulary, uintptr_t excluded) {
   pybind11::gil_scoped_release release;
   if (const int64_t* t = address<const int64_t>(target)) {
     const uint8_t* out = address<const uint8_t>(excluded);
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < targets; ++i)
       if (t[i] < 0 || t[i] >= vocabulary || (out && out[t[i]])) return false;
   }
   if (const int64_t* at = address<const int64_t>(index)) {
@@ -285,14 +299,16 @@ bool values_fit(uintptr_t target, uintptr_t index, int64_t rows, int64_t availab
 }
 
 // The bytes that a call of `head` works in, beyond its arguments.
-int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t threads,
-                        int64_t budget) {
+int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t each,
+                        int64_t best, int64_t threads, int64_t budget) {
   HeadProblem p = problem(operands({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width), {}, {});
   const dllm::Engine& engine = current.load()->of(p);
+  static_cast<dllm::Several&>(p) = several(each, 0, 0);
+  p.best = best;
   p.gradient = gradient;
   p.out.dweight = address<float>(dweight ? 1 : 0);
   p.out.vectors[0] = address<void>(dhidden ? 1 : 0);
-  p.chunk = chunk_rows(rows, vocabulary, gradient, engine.panel, budget);
+  p.chunk = chunk_rows(rows, vocabulary, gradient, best, engine.panel, budget);
   return engine.workspace(p, team_size(p, threads)) * (int64_t)sizeof(float);
 }
 
@@ -307,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<dllm::Options>(m, "Options").def(py::init(&options));
   py::class_<dllm::Statistics>(m, "Statistics").def(py::init(&statistics));
   py::class_<dllm::Draw>(m, "Draw").def(py::init(&draw));
+  py::class_<dllm::Several>(m, "Several").def(py::init(&several));
   py::class_<dllm::Gradients>(m, "Gradients").def(py::init(&gradients));
   m.def("head", &head);
   m.def("from_operands", &from_operands);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,11 @@ from benchmarks.fuzzing.problems import Problem
 from benchmarks.fuzzing.truth import Bounded, Truth
 from dllm_kernels import Rows, bgpo_loss, elbo_loss, head_backward, sample_tokens, score_tokens
 from dllm_kernels.backends import contract, cpu
+from dllm_kernels.head.scoring import Scores
 from dllm_kernels.noise import gumbel
 
 STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
+RESULTS = (*STATISTICS, "ids_logp", "best_logp", "best_id")
 REFERENCE = "reference"
 Found = dict[str, Tensor]
 
@@ -115,6 +118,14 @@ def _options(problem: Problem, guarded: Guarded, leaves: dict[str, Tensor]) -> d
             options[name] = guarded.copy(options[name])
     if "bias" in options and problem.call not in ("forward", "unit", "head_backward", "sample"):
         leaves["bias"] = options["bias"] = options["bias"].requires_grad_()
+    if "low_rank" in options:
+        down, up, scale = options["low_rank"]
+        down, up = guarded.copy(down), guarded.copy(up)
+        if problem.call not in ("forward", "head_backward", "sample"):
+            leaves["low_rank_A"] = down.requires_grad_()
+            if problem.call != "unit":
+                leaves["low_rank_B"] = up.requires_grad_()
+        options["low_rank"] = down, up, scale
     return options
 
 
@@ -134,26 +145,35 @@ def _run(problem: Problem, guarded: Guarded) -> Found:
     target, rows = guarded.copy(p.target), None if p.rows is None else guarded.copy(p.rows)
     coef, entropy_coef = (None if c is None else guarded.copy(c) for c in (p.coef, p.entropy_coef))
     found: Found = {}
+    ids = guarded.copy(p.more["ids"]) if "ids" in p.more else None
+    several: dict[str, Any] = {"ids": ids, "want_top": p.more.get("want_top", 0)}
     if p.call == "forward":
-        scores = score_tokens(hidden, weight, target, rows=rows, want=STATISTICS, **options)
-        found = {name: getattr(scores, name) for name in STATISTICS}
+        scores = score_tokens(hidden, weight, target, rows=rows, want=STATISTICS, **several, **options)
+        found = _found(scores)
         return found | _alone(p, hidden, weight, found, options)
     if p.call == "coef":
-        scores = score_tokens(hidden, weight, target, rows=rows, coef=coef, entropy_coef=entropy_coef, want=STATISTICS, **options)
-        found = {name: getattr(scores, name) for name in STATISTICS} | {"sum": scores.weighted_sum}
+        coef = _joint(p, coef)
+        scores = score_tokens(
+            hidden, weight, target, rows=rows, coef=coef, entropy_coef=entropy_coef, want=STATISTICS, **several, **options
+        )
+        found = _found(scores) | {"sum": scores.weighted_sum}
         loss = scores.weighted_sum
     elif p.call in ("unit", "keep", "recompute"):
-        scores = score_tokens(hidden, weight, target, rows=rows, plan=p.call, want=STATISTICS, **options)
-        found = {name: getattr(scores, name) for name in STATISTICS}
+        want = [name for name in STATISTICS if name != "lse" or p.more.get("lse")]
+        scores = score_tokens(hidden, weight, target, rows=rows, plan=p.call, want=want, **several, **options)
+        found = _found(scores)
         if p.bad.startswith("changed"):
             changed = {"target": target, "rows": rows, "temperature": options.get("temperature")}[p.bad.split()[1]]
             changed.copy_(changed.flip(0))
-        torch.autograd.backward([scores.logp, scores.entropy], [c.to(scores.logp.dtype) for c in (coef, entropy_coef)])
+        upstream = {"logp": coef, "entropy": entropy_coef}
+        upstream |= {name: p.more.get(f"{name.split('_')[0]}_coef") for name in ("ids_logp", "best_logp", "lse")}
+        late = [name for name in upstream if name in found]
+        torch.autograd.backward([found[name] for name in late], [upstream[name].to(scores.logp.dtype) for name in late])
         loss = None
     elif p.call == "head_backward":
         return _head_backward(p, hidden, weight, target, rows, coef, entropy_coef, options, guarded)
     elif p.call == "sample":
-        more = {name: p.more[name] for name in ("temperature", "step", "top_k")}
+        more = {name: p.more[name] for name in ("temperature", "step", "top_k", "min_p")}
         options["logit_temperature"] = options.pop("temperature", 1.0)
         drawn = sample_tokens(hidden, weight, guarded.copy(p.more["key"]), rows=rows, **more, **options)
         return {"token": drawn.token, "drawn": drawn.logp, "entropy": drawn.entropy}
@@ -166,13 +186,24 @@ def _run(problem: Problem, guarded: Guarded) -> Found:
     return found | {"d" + name: leaf.grad for name, leaf in leaves.items()}
 
 
+def _found(scores: Scores) -> Found:
+    return {name: value for name in RESULTS if (value := getattr(scores, name)) is not None}
+
+
+def _joint(p: Problem, coef: Tensor | None) -> Tensor | None:
+    """Coefficients of the target and of the ids beside it."""
+    return coef if coef is None or "ids" not in p.more else torch.cat((coef[:, None], p.more["ids_coef"].to(coef)), 1)
+
+
 def _alone(p: Problem, hidden: Tensor, weight: Tensor, whole: Found, options: dict[str, Any]) -> Found:
     """Whether the last row's bits are those that it has without the others; not claimed of PyTorch's products."""
-    if p.dtype == torch.float64 or not len(p.target):
+    if p.dtype == torch.float64 or not len(p.target) or "low_rank" in options:
         return {}
     if isinstance(options.get("temperature"), Tensor):
         options = options | {"temperature": options["temperature"][-1:]}
-    one = score_tokens(hidden, weight, p.target[-1:], rows=p.index[-1:], want=STATISTICS, **options)
+    ids, k = p.more.get("ids"), p.more.get("want_top", 0)
+    more: dict[str, Any] = {"ids": None if ids is None else ids[-1:], "want_top": k}
+    one = score_tokens(hidden, weight, p.target[-1:], rows=p.index[-1:], want=STATISTICS, **more, **options)
     return {"alone": torch.stack([(getattr(one, name) == value[-1:]).all() for name, value in whole.items()])}
 
 
@@ -196,6 +227,8 @@ def _head_backward(
     index = p.index if rows is None else rows
     if coef is None:
         coef = torch.zeros(len(target))
+    low = options.get("low_rank")
+    dlow = (None, None) if low is None else tuple(guarded.empty_like(x.to(dtype)).fill_(1.0) for x in low[:2])
     dhidden = head_backward(
         hidden,
         weight,
@@ -204,11 +237,14 @@ def _head_backward(
         entropy_coef=entropy_coef,
         dweight_out=dweight,
         dbias_out=dbias,
+        dlow_rank_out=dlow,
         **options,
     )
     found = {"dhidden": dhidden, "dweight": dweight - 1.0}
     if dbias is not None:
         found["dbias"] = dbias - 1.0
+    if low is not None:
+        found |= {"dlow_rank_A": dlow[0] - 1.0, "dlow_rank_B": dlow[1] - 1.0}
     span = 1 + sum((size - 1) * stride for size, stride in zip(dweight.shape, dweight.stride()))
     if span > dweight.numel():
         whole = dweight.as_strided((span,), (1,)).clone()
@@ -242,6 +278,20 @@ def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tu
     found, complaints = _run(p, guarded), []
     statistics = truth.statistics
     wanted: dict[str, Bounded] = dict(statistics)
+    truth.terms, truth.lse_coef = (), None
+    if "ids_logp" in found:
+        wanted["ids_logp"] = truth.logp_of(p.more["ids"])
+        truth.terms = tuple(zip(p.more["ids"].unbind(1), p.more["ids_coef"].unbind(1), strict=True))
+    if "best_id" in found:
+        best_id = found.pop("best_id").clone()  # the next call gets its memory
+        complaints += _likeliest(truth, best_id, found["best_logp"])
+        wanted["best_logp"] = truth.logp_of(best_id.clamp(0, truth.V - 1))
+        if p.call != "coef":
+            truth.terms += tuple(zip(best_id.unbind(1), p.more["best_coef"].unbind(1), strict=True))
+    if p.call != "coef" and "lse" in found:
+        truth.lse_coef = p.more.get("lse_coef")
+    if p.call == "coef" and coef is None:  # without coefficients of the target the ids have none
+        truth.terms = ()
     if "top_id" in found:
         ids, logits = found.pop("top_id"), truth.z_NV
         if truth.N and bool((logits.gather(1, ids[:, None])[:, 0] < logits.amax(-1) - 2 * truth.logit_error_N).any()):
@@ -249,7 +299,7 @@ def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tu
     if "token" in found:
         complaints += _drawn(p, truth, found, wanted)
     if "sum" in found:
-        wanted["sum"] = truth.weighted_sum(coef, p.entropy_coef)
+        wanted["sum"] = truth.weighted_sum(_joint(p, coef), p.entropy_coef, p.more.get("ids"))
     if "loss" in found:
         found["loss"], wanted["loss"] = _loss_value(p, truth, coef, found["loss"])
     if any(name in found for name in ("dhidden", "dweight", "dbias")):
@@ -267,13 +317,13 @@ def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tu
         zero = torch.zeros(p.hidden.numel() // p.hidden.shape[-1], p.hidden.shape[-1]).double()
         dhidden = [zero.index_copy(0, p.index, part).view(p.hidden.shape) for part in exact["hidden"]]
         wanted["dhidden"] = Bounded(*dhidden)
-        wanted |= {"d" + name: exact[name] for name in ("weight", "bias")}
+        wanted |= {"d" + name: bounded for name, bounded in exact.items() if name != "hidden"}
         if p.call == "head_backward":  # the buffers held 1
-            for name in ("weight", "bias"):
+            for name in exact.keys() - {"hidden"}:
                 value, bound = exact[name]
                 wanted["d" + name] = Bounded(value, bound + 4 * truth.eps * (1 + value.abs()))
     if "alone" in found:
-        wanted["alone"] = Bounded(torch.ones(len(STATISTICS)).double(), torch.zeros(len(STATISTICS)).double())
+        wanted["alone"] = Bounded(torch.ones(len(found["alone"])).double(), torch.zeros(len(found["alone"])).double())
     if "neighbours" in found:
         whole = torch.full_like(found["neighbours"], 777.0).double()
         wanted["neighbours"] = Bounded(whole, torch.zeros_like(whole))
@@ -321,25 +371,44 @@ def _loss_value(p: Problem, truth: Truth, coef: Tensor, value: Tensor) -> tuple[
 def _drawn(p: Problem, truth: Truth, found: Found, wanted: dict[str, Bounded]) -> list[str]:
     """The token is the largest perturbed logit, unless another one is within the rounding of both."""
     token_N, temperature = found.pop("token"), p.more["temperature"]
+    by_row = isinstance(temperature, Tensor)
+    T_N = temperature.double() if by_row else torch.full((truth.N,), float(temperature)).double()
     if truth.N and not bool(((token_N >= 0) & (token_N < truth.V)).all()):
         return ["token is no id"]
     e_N = 2 * truth.logit_error_N + 8 * truth.eps
     logp_N = truth.at(token_N)
     wanted["drawn"] = Bounded(logp_N, e_N + 4 * truth.eps * logp_N.abs())
     z_NV, top_k = truth.z_NV.clone(), p.more["top_k"]
-    if top_k is not None and temperature > 0 and top_k < truth.V:
-        least_N = z_NV.topk(top_k, -1).values[:, -1]
-        z_NV = z_NV.masked_fill(z_NV < (least_N - e_N)[:, None], -torch.inf)
-        sure_NV = z_NV > (least_N + e_N)[:, None]  # what may be left out by rounding proves nothing
-    else:
-        sure_NV = torch.ones_like(z_NV, dtype=torch.bool)
-    slack_N = e_N
-    if temperature > 0:
-        z_NV = z_NV + temperature * gumbel(p.more["key"], truth.V, step=p.more["step"])
-        slack_N = e_N + 2e-5 * max(1.0, temperature)
+    sure_NV = torch.ones_like(z_NV, dtype=torch.bool)
+    least = []  # logits from which on an id takes part, where only some do
+    if top_k is not None and top_k < truth.V and truth.N:
+        least.append(z_NV.topk(top_k, -1).values[:, -1])
+    if p.more["min_p"]:
+        least.append(z_NV.amax(-1) + torch.where(T_N == 0, 1.0, T_N) * math.log(p.more["min_p"]) if truth.N else T_N)
+    for least_N in least:  # at temperature 0 the likeliest id is drawn, which is never left out
+        limit_N = torch.minimum(least_N, truth.z_NV.amax(-1)) if truth.N else least_N
+        z_NV = z_NV.masked_fill(z_NV < (limit_N - e_N)[:, None], -torch.inf)
+        sure_NV &= z_NV > (limit_N + e_N)[:, None]  # what may be left out by rounding proves nothing
+    z_NV = torch.where(T_N[:, None] == 0, truth.z_NV, z_NV)
+    sure_NV |= T_N[:, None] == 0
+    z_NV = z_NV + T_N[:, None] * gumbel(p.more["key"], truth.V, step=p.more["step"])
+    slack_N = e_N + 2e-5 * torch.where(T_N == 0, 0.0, T_N.clamp(min=1.0))
     chosen_N = z_NV.gather(1, token_N[:, None])[:, 0]
     best_N = z_NV.masked_fill(~sure_NV, -torch.inf).amax(-1) if truth.N else chosen_N
     return ["token is not the largest perturbed logit"] if bool((chosen_N < best_N - slack_N).any()) else []
+
+
+def _likeliest(truth: Truth, best_id: Tensor, best_logp: Tensor) -> list[str]:
+    """Distinct ids, none of which is less likely than one that is missing, by more than rounding, in falling order."""
+    if not truth.N:
+        return []
+    if bool(((best_id < 0) | (best_id >= truth.V)).any()) or bool((best_id.sort(1).values.diff(dim=1) == 0).any()):
+        return ["best_id holds no distinct ids"]
+    e_N1 = (2 * truth.logit_error_N)[:, None]
+    chosen_NK, sorted_NK = truth.z_NV.gather(1, best_id), truth.z_NV.topk(best_id.shape[1], -1).values
+    wrong = bool((chosen_NK < sorted_NK - e_N1).any())
+    rising = bool((best_logp[:, 1:] > best_logp[:, :-1]).any())
+    return ["best_id is not of the likeliest"] * wrong + ["best_logp rises"] * rising
 
 
 # --- PyTorch in the same dtype ------------------------------------------------------------------------------------------
@@ -353,6 +422,10 @@ def eager(problem: Problem, truth: Truth) -> Found:
     options = dict(p.options)
     bias = options["bias"].clone().requires_grad_() if "bias" in options else None
     z_NV = hidden.reshape(-1, hidden.shape[-1])[p.index].to(wide) @ weight.to(wide).t()
+    low = [x.to(wide).requires_grad_() for x in options["low_rank"][:2]] if "low_rank" in options else []
+    if low:
+        h_NH = hidden.reshape(-1, hidden.shape[-1])[p.index].to(wide)
+        z_NV = z_NV + options["low_rank"][2] * (h_NH @ low[0].t()) @ low[1].t()
     if bias is not None:
         z_NV = z_NV + bias
     if cap := options.get("softcap"):
@@ -367,7 +440,12 @@ def eager(problem: Problem, truth: Truth) -> Found:
     total = sum(
         (torch.where(c == 0, 0.0, c * v)).sum() for c, v in ((p.coef, logp_N), (p.entropy_coef, entropy_N)) if c is not None
     )
+    for ids_N, c_N in truth.terms:
+        total = total + torch.where(c_N == 0, 0.0, c_N * logp_NV.gather(1, ids_N[:, None])[:, 0]).sum()
+    if truth.lse_coef is not None:
+        total = total + (truth.lse_coef * z_NV.logsumexp(-1)).sum()
     leaves = {"dhidden": hidden, "dweight": weight} | ({"dbias": bias} if bias is not None else {})
+    leaves |= dict(zip(("dlow_rank_A", "dlow_rank_B"), low))
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     found = {"logp": logp_N, "entropy": entropy_N, "lse": z_NV.logsumexp(-1), "top_logp": logp_NV.amax(-1), "sum": total}
     found |= {name: g for name, g in zip(leaves, gradients) if g is not None}

@@ -114,7 +114,36 @@ def draw(seed: int, number: int) -> Problem:
         _loss(problem, rng, g)
     elif rng.random() < 0.05 and len(target):
         _spoil(problem, rng)
+    if not problem.bad:
+        _enrich(problem, allowed, random.Random(f"{seed}:{number}:more"))
     return problem
+
+
+def _enrich(problem: Problem, allowed: Tensor, rng: random.Random) -> None:
+    """Options drawn after all else and from numbers of their own: an adapter, several ids of a row, other draws."""
+    p, g = problem, torch.Generator().manual_seed(rng.getrandbits(62))
+    N, (V, H) = len(p.target), p.weight.shape
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if rng.random() < 0.12:
+        R, dtype = rng.randint(1, 5), rng.choice((p.dtype, wide))
+        down, up = torch.randn(R, H, generator=g) / H**0.5, torch.randn(V, R, generator=g)
+        p.options["low_rank"] = down.to(dtype), up.to(dtype), rng.choice((0.5, -1.0, 2.0))
+    if p.call in ("forward", "coef", "keep", "recompute") and rng.random() < 0.5:
+        if rng.random() < 0.7:
+            ids = allowed[torch.randint(len(allowed), (N, rng.choice((0, 1, 2, 5, 17))), generator=g)]
+            if ids.shape[1] > 1 and rng.random() < 0.5:
+                ids[:, rng.randrange(ids.shape[1])] = p.target  # twice in a row
+            p.more["ids"] = ids
+        if p.call != "keep" and rng.random() < 0.4:
+            p.more["want_top"] = rng.randint(1, min(len(allowed), rng.choice((1, 3, 40))))
+        p.more["lse"] = rng.random() < 0.5
+    ids, k = p.more.get("ids", torch.zeros(N, 0)), p.more.get("want_top", 0)
+    for name, size in (("ids_coef", ids.shape), ("best_coef", (N, k)), ("lse_coef", (N,))):
+        p.more[name] = torch.randn(size, generator=g) * rng.choice((0.0, 1.0, 1.0, 10.0))
+    if p.call == "sample":
+        if rng.random() < 0.3:
+            p.more["temperature"] = torch.tensor((0.0, 0.3, 1.0, 2.5))[torch.randint(4, (N,), generator=g)]
+        p.more["min_p"] = rng.choice((None,) * 8 + (0.0, 0.2, 1.0))
 
 
 def _options(rng: random.Random, g: torch.Generator, N: int, V: int, loss: bool, call: str) -> dict[str, Any]:

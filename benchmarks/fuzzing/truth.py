@@ -35,6 +35,12 @@ class Truth:
         self.N, self.V, self.H = len(self.h_NH), *self.W_VH.shape
         options = p.options
         z_NV, size_NV = self.h_NH @ self.W_VH.t(), self.h_NH.abs() @ self.W_VH.abs().t()
+        self.low: tuple[Tensor, Tensor, float] | None = None
+        if "low_rank" in options:
+            down_RH, up_VR, scale = options["low_rank"]
+            self.low = down_RH.double(), up_VR.double(), scale
+            z_NV = z_NV + scale * (self.h_NH @ self.low[0].t()) @ self.low[1].t()
+            size_NV = size_NV + 2 * abs(scale) * (self.h_NH.abs() @ self.low[0].abs().t()) @ self.low[1].abs().t()
         bias = options.get("bias")
         if bias is not None:
             z_NV = z_NV + bias.double()
@@ -63,6 +69,10 @@ class Truth:
         largest_N = (size_NV / T_N1).masked_fill(excluded_V, 0.0).amax(-1) if self.N else size_NV.sum(-1)
         self.logit_error_N = self.eps * (4 + math.sqrt(self.H)) * (largest_N + self.z_NV.amax(-1).abs() if self.N else largest_N)
 
+    # what several ids of a row and lse add to the gradients: ids [N] and their coefficients; lse's
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
+    lse_coef: Tensor | None = None
+
     # --- statistics -----------------------------------------------------------------------------------------------
 
     def at(self, ids_N: Tensor) -> Tensor:
@@ -80,28 +90,34 @@ class Truth:
             "entropy": Bounded(self.entropy_N, e_N * (2 + 2 * log_V) + self.eps * (16 + 4 * log_V)),
         }
 
-    def weighted_sum(self, coef: Tensor | None, entropy_coef: Tensor | None) -> Bounded:
+    def logp_of(self, ids: Tensor) -> Bounded:
+        """Of ids `[N, M]`."""
+        logp_NM, e_N = self.logp_NV.gather(1, ids), 2 * self.logit_error_N + 8 * self.eps
+        return Bounded(logp_NM, e_N[:, None] + 4 * self.eps * logp_NM.abs().clamp(max=1e30))
+
+    def weighted_sum(self, coef: Tensor | None, entropy_coef: Tensor | None, ids: Tensor | None = None) -> Bounded:
+        """With `ids` the coefficients are `[N, 1 + M]`, the target's first."""
         statistics, exact, bound = self.statistics, torch.zeros(()).double(), torch.zeros(()).double()
-        for name, c in (("logp", coef), ("entropy", entropy_coef)):
+        targets = self.problem.target[:, None] if ids is None else torch.cat((self.problem.target[:, None], ids), 1)
+        logp = self.logp_of(targets) if coef is not None and coef.dim() == 2 else statistics["logp"]
+        for (value_N, error_N), c in ((logp, coef), (statistics["entropy"], entropy_coef)):
             if c is None:
                 continue
-            value_N, error_N = statistics[name]
             terms_N = torch.where(c == 0, 0.0, c.double() * value_N)
             exact = exact + terms_N.sum()
-            bound = bound + (c.double().abs() * error_N).sum() + self.eps * (4 + len(c) ** 0.5) * terms_N.abs().sum()
+            bound = bound + (c.double().abs() * error_N).sum() + self.eps * (4 + c.numel() ** 0.5) * terms_N.abs().sum()
         return Bounded(exact, bound)
 
     # --- gradients ------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _operands(self) -> tuple[Tensor, Tensor]:
-        """d logp / d logit and d entropy / d logit."""
-        rows_N, y_N = torch.arange(self.N), self.problem.target
+    def _of_logp(self, y_N: Tensor) -> Tensor:
+        """d logp / d logit of one id per row."""
+        rows_N = torch.arange(self.N)
         others_NV = self.p_NV.clone()
         others_NV[rows_N, y_N] = 0.0
         logp_NV = -others_NV
         logp_NV[rows_N, y_N] = others_NV.sum(-1)
-        return logp_NV, -self.p_NV * (self.finite_NV + self.entropy_N[:, None])
+        return logp_NV
 
     def gradients(
         self, coef: Tensor | None, entropy_coef: Tensor | None, *, rounded: float = 0.0, flushed: float = 0.0, extra: float = 0.0
@@ -109,9 +125,9 @@ class Truth:
         """Of hidden, weight and bias, computed once for a problem's coefficients. `rounded`, `flushed`: relative and absolute
         rounding of stored operands; `extra`: relative error of the coefficients.
         """
-        key = rounded, flushed, extra
+        key = rounded, flushed, extra, *(float(x.double().sum()) for pair in self.terms for x in pair)
         if key not in self._gradients:
-            self._gradients[key] = self._bounded_gradients(coef, entropy_coef, *key)
+            self._gradients[key] = self._bounded_gradients(coef, entropy_coef, rounded, flushed, extra)
         return self._gradients[key]
 
     def _bounded_gradients(
@@ -119,24 +135,43 @@ class Truth:
     ) -> dict[str, Bounded]:
         zero_N = torch.zeros(self.N).double()
         c_N1, e_N1 = ((zero_N if c is None else c.double())[:, None] for c in (coef, entropy_coef))
-        logp_NV, entropy_NV = self._operands
-        raw_NV = c_N1 * logp_NV + e_N1 * entropy_NV
-        size_NV = c_N1.abs() * logp_NV.abs() + e_N1.abs() * self.p_NV * (self.finite_NV.abs() + self.entropy_N[:, None] + 1)
+        raw_NV = -e_N1 * self.p_NV * (self.finite_NV + self.entropy_N[:, None])
+        size_NV = e_N1.abs() * self.p_NV * (self.finite_NV.abs() + self.entropy_N[:, None] + 1)
+        all_N1 = e_N1.abs()
+        for ids_N, given_N1 in ((self.problem.target, c_N1), *((ids_N, c_N.double()[:, None]) for ids_N, c_N in self.terms)):
+            logp_NV, all_N1 = self._of_logp(ids_N), all_N1 + given_N1.abs()
+            raw_NV, size_NV = raw_NV + given_N1 * logp_NV, size_NV + given_N1.abs() * logp_NV.abs()
+        if self.lse_coef is not None:
+            given_N1 = self.lse_coef.double()[:, None]
+            raw_NV, size_NV, all_N1 = raw_NV + given_N1 * self.p_NV, size_NV + given_N1.abs() * self.p_NV, all_N1 + given_N1.abs()
         relative_N1 = (3 * self.logit_error_N + 16 * self.eps)[:, None] + rounded + extra
         operand_NV, whole_NV = raw_NV * self.slope_NV, size_NV * self.slope_NV
-        lost = (TINY + flushed) * (c_N1.abs() + e_N1.abs())
+        lost = (TINY + flushed) * all_N1
         error_NV = whole_NV * relative_N1 + size_NV * self.flat_NV + lost
         out = torch.finfo(self.problem.dtype).eps
         least = torch.finfo(self.problem.dtype).smallest_normal * out
 
-        biggest = float((c_N1.abs() + e_N1.abs()).max()) if self.N else 0.0
+        biggest = float(all_N1.max()) if self.N else 0.0
         absolute_W, absolute_h = self.W_VH.abs(), self.h_NH.abs()
         grow_H, grow_W = out + self.eps * (8 + self.V**0.5), out + self.eps * (8 + self.N**0.5)
-        dhidden = Bounded(
-            operand_NV @ self.W_VH, error_NV @ absolute_W + grow_H * (whole_NV @ absolute_W) + least * (1 + biggest)
-        )
+        exact_NH, bound_NH = operand_NV @ self.W_VH, error_NV @ absolute_W + grow_H * (whole_NV @ absolute_W)
+        found = {}
+        if self.low is not None:
+            down_RH, up_VR, scale = self.low
+            low_NR, whole_NR = operand_NV @ up_VR, whole_NV @ up_VR.abs()
+            error_NR = error_NV @ up_VR.abs() + grow_H * whole_NR + least * (1 + biggest)
+            exact_NH = exact_NH + scale * low_NR @ down_RH
+            bound_NH = bound_NH + abs(scale) * (error_NR + grow_H * whole_NR) @ down_RH.abs() + 2 * out * exact_NH.abs()
+            projected_NR, absolute_NR = scale * self.h_NH @ down_RH.t(), abs(scale) * absolute_h @ down_RH.abs().t()
+            narrow = max(torch.finfo(x.dtype).eps for x in self.problem.options["low_rank"][:2])
+            dA, size_A = scale * low_NR.t() @ self.h_NH, abs(scale) * whole_NR.t() @ absolute_h
+            error_A = abs(scale) * error_NR.t() @ absolute_h + (narrow + grow_W) * size_A
+            dB, size_B = operand_NV.t() @ projected_NR, whole_NV.t() @ absolute_NR
+            error_B = error_NV.t() @ absolute_NR + (narrow + grow_W + self.eps * self.H**0.5) * size_B
+            found = {"low_rank_A": Bounded(dA, error_A + 1e-30), "low_rank_B": Bounded(dB, error_B + 1e-30)}
+        dhidden = Bounded(exact_NH, bound_NH + least * (1 + biggest))
         dweight = Bounded(operand_NV.t() @ self.h_NH, error_NV.t() @ absolute_h + grow_W * (whole_NV.t() @ absolute_h) + least)
         # the bias is in float32 whatever the dtype of hidden
         single = torch.finfo(torch.float32).eps
         dbias = Bounded(operand_NV.sum(0), error_NV.sum(0) + single * (8 + self.N**0.5) * whole_NV.sum(0) + TINY)
-        return {"hidden": dhidden, "weight": dweight, "bias": dbias}
+        return found | {"hidden": dhidden, "weight": dweight, "bias": dbias}

@@ -16,6 +16,7 @@ ROW_BLOCK = 256  # rows of every GEMM: one shape, hence one summation order, wha
 WORKSPACE_BYTES = {"cpu": 256 << 20}
 GPU_WORKSPACE_BYTES = 512 << 20
 STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
+BEST = ("best_logp", "best_id")  # [N, best]
 OPERANDS = ("operand", "entropy_operand")  # what the plan "keep" stores
 
 WeightGradient = Callable[[Tensor], None]  # takes the weight's gradient, in fp32 where the weight has 16 bits
@@ -102,7 +103,8 @@ class HeadProblem:
     """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.
 
     The final logits are those of `options`, then log-softmax over V. A bias is detached, a per-row temperature in the
-    statistics' dtype.
+    statistics' dtype. `target_N` may be `[N, M]`: several targets per row, see `targets.py`; then `best` may be above 0, and
+    so many of the likeliest ids come with the statistics.
     """
 
     hidden_MH: Tensor
@@ -111,6 +113,7 @@ class HeadProblem:
     index_N: Tensor | None = None
     options: HeadOptions = HeadOptions()
     low_rank: LowRank | None = None
+    best: int = 0
 
     @property
     def width(self) -> int:
@@ -119,7 +122,11 @@ class HeadProblem:
 
     @property
     def rows(self) -> int:
-        return self.target_N.numel()
+        return len(self.target_N)
+
+    @property
+    def several(self) -> bool:
+        return self.target_N.dim() == 2
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -145,7 +152,7 @@ class HeadProblem:
         options = self.options if self.options.bias is None else replace(self.options, bias=None)
         if isinstance(options.temperature, Tensor):
             options = replace(options, temperature=1.0)
-        return HeadProblem(_NOTHING, _NOTHING, _NOTHING, None, options)
+        return HeadProblem(_NOTHING, _NOTHING, _NOTHING, None, options, best=self.best)
 
     def with_tensors(
         self,
@@ -161,8 +168,8 @@ class HeadProblem:
         if temperature_N is not None:
             options = replace(options, temperature=temperature_N)
         if hidden is None or weight is None:
-            return HeadProblem(_NOTHING, _NOTHING, target_N, index_N, options)
-        return HeadProblem(flat(hidden), weight.detach(), target_N, index_N, options, LowRank.of(*pair))
+            return HeadProblem(_NOTHING, _NOTHING, target_N, index_N, options, best=self.best)
+        return HeadProblem(flat(hidden), weight.detach(), target_N, index_N, options, LowRank.of(*pair), self.best)
 
 
 _NOTHING = torch.empty(0, 0)
@@ -184,14 +191,15 @@ def check(problem: HeadProblem, *, targets: bool) -> None:
         if checks.may_read(p.index_N) and bool((p.index_N.bincount(minlength=1) > 1).any()):
             raise ValueError(f"rows must be unique, got {int(p.index_N.bincount().argmax())} more than once")
     if targets:
-        checks.in_range("target", p.target_N, 0, len(p.weight_VH))
+        name = "target or ids" if p.several else "target"
+        checks.in_range(name, p.target_N, 0, len(p.weight_VH))
         excluded_V = p.excluded_V
         if excluded_V is not None and checks.may_read(p.target_N):
             forbidden_N = excluded_V[p.target_N]
             if bool(forbidden_N.any()):
                 offender = int(p.target_N[forbidden_N][0])
                 raise ValueError(
-                    f"target must not hold a suppressed id or one beyond valid_vocab: id {offender} has probability 0"
+                    f"{name} must not hold a suppressed id or one beyond valid_vocab: id {offender} has probability 0"
                 )
 
 
@@ -203,7 +211,8 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 
 def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor]:
-    """Uninitialised results of `run`: statistics `[N]`, kept operands `[N, V]`, all else `[N, H + R]` in hidden's dtype."""
+    """Uninitialised results of `run`: statistics `[N]` (logp `[N, M]` of several targets), BEST `[N, best]`, kept operands
+    `[N, V]`, all else `[N, H + R]` in hidden's dtype."""
     p, rows, dtype = problem, problem.rows, problem.statistics_dtype
     vocabulary = len(p.weight_VH)
     where: dict[str, Any] = (
@@ -211,8 +220,9 @@ def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor
     )  # naming the CPU costs as much as the tensor
     result = {}
     for name in outputs:
-        if name in STATISTICS:
-            result[name] = torch.empty(rows, dtype=torch.int64 if name == "top_id" else dtype, **where)
+        if name in STATISTICS or name in BEST:
+            shape = p.target_N.shape if name == "logp" else (rows, p.best) if name in BEST else (rows,)
+            result[name] = torch.empty(shape, dtype=torch.int64 if name in ("top_id", "best_id") else dtype, **where)
         elif name in OPERANDS:
             result[name] = empty_operand(p.hidden_MH, rows, vocabulary)
         else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import contract, reference
-from dllm_kernels.backends.contract import STATISTICS, WORKSPACE_BYTES, HeadProblem
+from dllm_kernels.backends.contract import BEST, STATISTICS, WORKSPACE_BYTES, HeadProblem
 
 __all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
@@ -96,6 +96,11 @@ class _Call:
         )
 
 
+def _several(problem: HeadProblem, own_NM: Tensor | None = None, given_NM: Tensor | None = None) -> object:
+    each = problem.target_N.shape[1] if problem.several else -1
+    return _C.Several(each, _address(own_NM), _address(given_NM))
+
+
 def _gradients(result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, *, overwrite: bool) -> object:
     return _C.Gradients(
         (_address(result.get("dhidden", result.get("unit"))), _address(result.get("entropy_unit"))),
@@ -113,6 +118,7 @@ def check(problem: HeadProblem, *, targets: bool) -> None:
     target_N, index_N, excluded_V = p.target_N.contiguous(), _vector(p.index_N, torch.int64), p.excluded_V
     if _C is None or not _C.values_fit(
         _address(target_N) if targets else 0,
+        target_N.numel() if targets else 0,
         _address(index_N),
         p.rows,
         p.hidden_MH.shape[0],
@@ -131,6 +137,7 @@ def run(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    own_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """`reference.run` in one C++ call; `operand` and `entropy_operand` come as transposed views of `[V, N]` storage."""
@@ -144,6 +151,7 @@ def run(
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
             dlow_VR=dlow_VR,
+            own_NM=own_NM,
             overwrite=overwrite,
         )
     combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
@@ -151,12 +159,14 @@ def run(
     if p.rows == 0 and overwrite:
         contract.zero(dweight_VH, dbias_V)
     coef_N, entropy_coef_N = (_vector(coef_N), _vector(entropy_coef_N)) if combined else (None, None)
+    own_NM = _vector(own_NM)
     call = _Call(p)
     _C.head(
         call.operands,
         call.options,
         _address(call.target_N),
-        _C.Statistics(*(_address(result.get(name)) for name in STATISTICS)),
+        _several(p, own_NM if combined else None),
+        _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), p.best if "best_id" in result else 0),
         combined or any(name not in STATISTICS for name in outputs),
         (_address(coef_N), _address(entropy_coef_N)),
         _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
@@ -174,22 +184,33 @@ def from_operands(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    given_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
     """`reference.from_operands` in one C++ call, for operands that `run` of this backend stored."""
     p = problem
     if not _takes(p):
         return reference.from_operands(
-            p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, dlow_VR=dlow_VR, overwrite=overwrite
+            p,
+            operands,
+            dhidden=dhidden,
+            dweight_VH=dweight_VH,
+            dbias_V=dbias_V,
+            dlow_VR=dlow_VR,
+            given_NM=given_NM,
+            overwrite=overwrite,
         )
     result = contract.allocate(p, ("dhidden",) if dhidden else ())
     if p.rows == 0 and overwrite:
         contract.zero(dweight_VH, dbias_V)
     stored = [(operand_NV.t().contiguous(), _vector(coef_N)) for operand_NV, coef_N in operands]
     pairs = [*((_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored), (0, 0)][:2]
+    given_NM = _vector(given_NM)
     call = _Call(p)
     _C.from_operands(
         call.operands,
+        _address(call.target_N),
+        _several(p, given_NM=given_NM),
         *zip(*pairs),
         _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
         torch.get_num_threads(),
@@ -202,25 +223,34 @@ def sample(
     key_N: Tensor,
     *,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
 ) -> dict[str, Tensor]:
     """`reference.sample` inside the pass over the logits: noise only for what can still win.
 
-    `top_k` and `top_p` need all logits of a row at once: they go the reference's way, chunk by chunk.
+    `top_k`, `top_p` and `min_p` need all logits of a row at once: they go the reference's way, chunk by chunk.
     """
-    p = problem
-    if not _takes(p) or (temperature > 0 and (top_k is not None or top_p is not None)):
-        return reference.sample(p, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
+    p, by_row = problem, isinstance(temperature, Tensor)
+    restricted = not (top_k is top_p is min_p is None)
+    if not _takes(p) or (restricted and (by_row or temperature > 0)):
+        return reference.sample(p, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     result = {"token": torch.empty(p.rows, dtype=torch.int64)}
     result |= {name: torch.empty(p.rows) for name in ("logp", "entropy", "lse")}
-    call, key_N = _Call(p), key_N.contiguous()
+    call, key_N, temperature_N = _Call(p), key_N.contiguous(), _vector(temperature) if isinstance(temperature, Tensor) else None
     _C.sample(
         call.operands,
         call.options,
-        _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0),
-        _C.Draw(_address(key_N), step, temperature, _address(result["token"]), _address(result["logp"])),
+        _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0, 0, 0, 0),
+        _C.Draw(
+            _address(key_N),
+            step,
+            1.0 if by_row else temperature,
+            _address(temperature_N),
+            _address(result["token"]),
+            _address(result["logp"]),
+        ),
         torch.get_num_threads(),
     )
     return result
@@ -235,13 +265,25 @@ def workspace_bytes(
     gradient: bool,
     dhidden: bool = True,
     dweight: bool = False,
+    several: int | None = None,
+    best: int = 0,
 ) -> int:
     """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
     if _C is None or dtype not in _TYPES:
-        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient)
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient, several=several, best=best)
     threads = torch.get_num_threads()
     return int(
         _C.workspace_bytes(
-            rows, vocabulary, hidden_size, _TYPES[dtype], gradient, dweight, dhidden, threads, WORKSPACE_BYTES["cpu"]
+            rows,
+            vocabulary,
+            hidden_size,
+            _TYPES[dtype],
+            gradient,
+            dweight,
+            dhidden,
+            -1 if several is None else several,
+            best,
+            threads,
+            WORKSPACE_BYTES["cpu"],
         )
     )

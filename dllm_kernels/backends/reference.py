@@ -8,12 +8,24 @@ are, nor on its place among them where the vendor's product sums all rows alike 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from dllm_kernels.backends.contract import ROW_BLOCK, STATISTICS, HeadOptions, HeadProblem, allocate, check, chunk_rows, zero
+from dllm_kernels.backends.contract import (
+    BEST,
+    ROW_BLOCK,
+    STATISTICS,
+    HeadOptions,
+    HeadProblem,
+    allocate,
+    check,
+    chunk_rows,
+    zero,
+)
+from dllm_kernels.backends.targets import best_of, target_gradient
 from dllm_kernels.noise import gumbel
 
 __all__ = ["NAME", "check", "from_operands", "restrict_", "row_kernel_", "run", "sample", "workspace_bytes"]
@@ -32,11 +44,13 @@ def workspace_bytes(
     gradient: bool,
     dhidden: bool = True,
     dweight: bool = False,
+    several: int | None = None,
+    best: int = 0,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     chunk = chunk_rows(rows, vocabulary, statistics, torch.device("cpu")) if rows else 0
-    copies = 5 if gradient else 3  # logits, their exponentials, products; d entropy and the scaled operand
+    copies = (5 if gradient else 3) + (2 if best else 0)  # logits, their exponentials, products; d entropy and the scaled operand
     slab = 0 if dtype == statistics else min(SLAB_BYTES, vocabulary * hidden_size * statistics.itemsize)
     return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
 
@@ -72,26 +86,39 @@ def row_kernel_(
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
     entropy_operand_NV: Tensor | None = None,
+    best: int = 0,
+    own_NM: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of one chunk of raw logits `h W^T` (float32 or float64), whose storage is used up.
 
     Returns `[N]` vectors `logp`, `lse`, and on request `entropy`, `top_logp`, `top_id` (ties go to the smallest id).
     With `gradient`, `logits_NV` is overwritten by `coef * d logp / d raw + entropy_coef * d entropy / d raw`
     (`coef_N=None` means 1, `entropy_coef_N=None` means 0), and `entropy_operand_NV`, where given, by `d entropy / d raw`.
+    With `best` also `best_logp`, `best_id` `[N, best]`.
+
+    `target_N` may be `[N, M]`, and so is `logp` then. `coef_N` is D of `targets.py` and `own_NM` the targets' own coefficients;
+    without these, for late ones, the slopes `d final / d raw` stand in the targets' places, and 0 in `entropy_operand_NV`.
     Every `[.., V]` tensor has unit stride in V.
     """
     z_NV = logits_NV
     slope_NV = _transform_(z_NV, options)
+    found = best_of(z_NV, best) if best else None
     max_N = z_NV.amax(-1)
     z_NV -= max_N[:, None]  # both terms of logp are shifted, so a common offset costs no digits
-    target_N1 = target_N[:, None]
-    shifted_target_N = z_NV.gather(1, target_N1)[:, 0]
-    top_id_N = z_NV.argmax(-1) if top else None  # torch: the first of equal maxima
+    several = target_N.dim() == 2
+    target_NM = target_N if several else target_N[:, None]
+    shifted_target_NM = z_NV.gather(1, target_NM)
+    top_id_N = z_NV.argmax(-1) if top or several else target_NM[:, 0]  # torch: the first of equal maxima
     p_NV = torch.exp(z_NV)
     sum_N = p_NV.sum(-1)  # >= 1: the maximum contributes exp(0)
     log_sum_N = torch.log(sum_N)
-    stats = {"logp": shifted_target_N - log_sum_N, "lse": max_N + log_sum_N}
-    if top_id_N is not None:
+    if several:  # the largest logit may be among several targets, whose 1 - p comes from their logp
+        log_sum_N = torch.log1p(p_NV.scatter(1, top_id_N[:, None], 0.0).sum(-1))
+    logp_NM = shifted_target_NM - log_sum_N[:, None]
+    stats = {"logp": logp_NM if several else logp_NM[:, 0], "lse": max_N + log_sum_N}
+    if found is not None:
+        stats |= {"best_logp": (found[0] - max_N[:, None]) - log_sum_N[:, None], "best_id": found[1]}
+    if top:
         stats["top_logp"] = -log_sum_N
         stats["top_id"] = top_id_N
     need_entropy_operand = entropy_coef_N is not None or entropy_operand_NV is not None
@@ -106,10 +133,12 @@ def row_kernel_(
     if need_entropy_operand:
         entropy_NV = -(p_NV / sum_N[:, None]) * (z_NV + (entropy_N - log_sum_N)[:, None])
     # d logp: the true class as the sum of the others' probabilities; p - 1 would cancel where p -> 1
-    p_NV.scatter_(1, target_N1, 0.0)
-    others_N = p_NV.sum(-1) / sum_N
+    p_NV.scatter_(1, target_NM, 0.0)
     torch.div(p_NV, -sum_N[:, None], out=z_NV)
-    z_NV.scatter_(1, target_N1, others_N[:, None])
+    if not several:
+        z_NV.scatter_(1, target_NM, (p_NV.sum(-1) / sum_N)[:, None])
+    elif entropy_NV is not None:
+        entropy_NV.scatter_(1, target_NM, 0.0)
     scale = _by_row(options.temperature)
     factor_NV = 1.0 / scale if slope_NV is None else slope_NV / scale
     z_NV *= factor_NV
@@ -121,6 +150,13 @@ def row_kernel_(
             entropy_operand_NV.copy_(entropy_NV)
         if entropy_coef_N is not None:
             z_NV += entropy_NV * entropy_coef_N[:, None]
+    if several:
+        slope_NM = torch.ones_like(logp_NM) / scale
+        if slope_NV is not None:
+            slope_NM = (slope_NV / scale).gather(1, target_NM)
+        if own_NM is not None and coef_N is not None:
+            slope_NM = slope_NM * target_gradient(logp_NM, own_NM, coef_N, stats.get("entropy"), entropy_coef_N)
+        z_NV.scatter_(1, target_NM, slope_NM)
     return stats
 
 
@@ -218,17 +254,19 @@ def run(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    own_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """Everything a plan needs from one walk over the rows.
 
-    `outputs`: any of STATISTICS (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
+    `outputs`: any of STATISTICS and BEST (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
     d entropy / d h); `operand`, `entropy_operand` (`[N, V]`, the same before the product with W); `dhidden` (`[N, H]`,
     sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
     With an adapter, `low_rank`, the vectors are `[N, H + R]`: what its operand of the row gets lies beside what h gets.
     `dweight_VH`, `dbias_V`, `dlow_VR` (of the adapter's B): buffers in the statistics' dtype to which the coefficients'
     gradients are added; with
-    `overwrite` their old content is not read and they hold the gradients alone.
+    `overwrite` their old content is not read and they hold the gradients alone. With several targets `coef_N` and `own_NM`
+    are those of `targets.py`, and no `unit` is made.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
@@ -269,8 +307,10 @@ def run(
             coef_N=coef_N[span] if combined and coef_N is not None else None,
             entropy_coef_N=entropy_coef_N[span] if combined and entropy_coef_N is not None else None,
             entropy_operand_NV=None if entropy_CV is None else entropy_CV[:n],
+            best=p.best if "best_id" in result else 0,
+            own_NM=own_NM[span] if combined and own_NM is not None else None,
         )
-        for name in STATISTICS:
+        for name in (*STATISTICS, *BEST):
             if name in result:
                 result[name][span] = stats[name]
         if "operand" in result:
@@ -298,9 +338,13 @@ def from_operands(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    given_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
-    """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits. Buffers as in `run`."""
+    """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits. Buffers as in `run`.
+
+    `given_NM`: of several targets, the gradients by their final logits, which the stored slopes in their places multiply.
+    """
     p = problem
     dtype, rows = p.statistics_dtype, p.rows
     out_NH = p.hidden_MH.new_empty(rows, p.width) if dhidden else None
@@ -312,6 +356,9 @@ def from_operands(
         span = slice(start, min(start + chunk, rows))
         terms = [operand_NV[span].to(dtype) * coef_N[span, None] for operand_NV, coef_N in operands]
         scaled_NV = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+        if given_NM is not None:
+            slope_NM = operands[0][0][span].gather(1, p.target_N[span]).to(dtype)
+            scaled_NV.scatter_(1, p.target_N[span], given_NM[span] * slope_NM)
         if out_NH is not None:
             # padded to whole row blocks, like every other product: a row's bits depend on no other row
             padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
@@ -327,18 +374,32 @@ def from_operands(
 
 
 @torch.no_grad()
-def restrict_(z_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None, *, top_p_first: bool = False) -> None:
+def restrict_(
+    z_NV: Tensor,
+    temperature: float | Tensor,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+    *,
+    top_p_first: bool = False,
+) -> None:
     """Set to -inf what is not among the `top_k` largest logits, then what is not in the nucleus of mass `top_p`.
 
     The nucleus is the shortest run of the most probable ids, at `temperature` and among what `top_k` left, whose probability
     reaches `top_p`; with `top_p_first` among all ids. Of equal logits the smaller ids come first, so exactly `top_k` ids are
-    left.
+    left. Last goes what is less than `min_p` times as probable, at `temperature`, as the likeliest id. `temperature`: above
+    0, a number or `[N]`.
     """
+    scale = _by_row(temperature)
+    if min_p is not None:  # the likeliest stays whatever else goes, so the order does not matter
+        z_NV.masked_fill_((z_NV - z_NV.amax(-1, keepdim=True)).double() / scale < math.log(min_p), float("-inf"))
+    if top_k is top_p is None:
+        return
     sorted_NV, id_NV = z_NV.sort(dim=-1, descending=True, stable=True)
     if top_k is not None and not top_p_first:
         sorted_NV[:, top_k:] = float("-inf")
     if top_p is not None:
-        p_NV = (sorted_NV.double() / temperature).softmax(-1)
+        p_NV = (sorted_NV.double() / scale).softmax(-1)
         sorted_NV.masked_fill_(p_NV.cumsum(-1) - p_NV >= top_p, float("-inf"))
     if top_k is not None and top_p_first:
         sorted_NV[:, top_k:] = float("-inf")
@@ -362,15 +423,16 @@ def sample(
     key_N: Tensor,
     *,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     top_p_first: bool = False,
     drawn: bool = False,
 ) -> dict[str, Tensor]:
     """Gumbel-max over `z + temperature * gumbel(key, step)`, argmax at temperature 0; ties go to the smallest id.
 
-    With `top_k` or `top_p` only over the ids that `restrict_` leaves.
+    `temperature`: a number or `[N]`. With `top_k`, `top_p` or `min_p` only over the ids that `restrict_` leaves.
     Returns `token` int64 `[N]`, and at temperature 1 its `logp`, and the `entropy` of the row, in the statistics' dtype. With
     `drawn` also `drawn_logp`, `drawn_entropy` and `margin` of the distribution drawn from, restricted and at `temperature`
     (at temperature 0: restricted, at temperature 1).
@@ -384,7 +446,9 @@ def sample(
     result |= {name: torch.empty(rows, dtype=dtype, device=device) for name in ("logp", "entropy", "lse", *extra)}
     if rows == 0:
         return result
-    restricted = (temperature > 0 or drawn) and (top_k is not None or top_p is not None)
+    by_row = isinstance(temperature, Tensor)
+    noisy = by_row or temperature > 0
+    restricted = (noisy or drawn) and not (top_k is top_p is min_p is None)
     chunk = chunk_rows(rows, vocabulary, dtype, device, buffers=6)  # Gumbel noise is float64, its words int64; sorting takes less
     hidden_CH = torch.zeros(chunk, hidden_size, dtype=dtype, device=device)
     logits_CV = torch.empty(chunk, vocabulary, dtype=dtype, device=device)
@@ -397,14 +461,16 @@ def sample(
         _matmul_nt_(logits_CV[:padded], hidden_CH[:padded], p.weight_VH)
         adapter.add_logits_(logits_CV[:padded], span)
         options = p.options.of_rows(span)
+        chosen = temperature[span] if isinstance(temperature, Tensor) else temperature
+        tempering = torch.where(chosen == 0, 1.0, chosen) if isinstance(chosen, Tensor) else chosen or 1.0
         perturbed_NV = logits_CV[:n].clone()
         _transform_(perturbed_NV, options)
         if restricted:
-            restrict_(perturbed_NV, temperature or 1.0, top_k, top_p, top_p_first=top_p_first)
-        tempered_NV = perturbed_NV / (temperature or 1.0) if drawn else None
-        if temperature > 0:
+            restrict_(perturbed_NV, tempering, top_k, top_p, min_p, top_p_first=top_p_first)
+        tempered_NV = perturbed_NV / _by_row(tempering) if drawn else None
+        if noisy:
             # scaled by the temperature, which changes no argmax and overflows at none
-            perturbed_NV = perturbed_NV.double() + temperature * gumbel(key_N[span], vocabulary, step=step)
+            perturbed_NV = perturbed_NV.double() + _by_row(chosen) * gumbel(key_N[span], vocabulary, step=step)
         token_N = perturbed_NV.argmax(-1)
         stats = row_kernel_(logits_CV[:n], token_N, options, entropy=True)
         if tempered_NV is not None:

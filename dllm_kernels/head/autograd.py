@@ -41,7 +41,7 @@ class Score(torch.autograd.Function):
         ctx.problem, ctx.plan, ctx.shape, ctx.outputs = problem.without_tensors(), plan, hidden.shape, outputs
         ctx.needs, ctx.take_dweight = needs, take_dweight
         vectors = [result.vectors[name] for name in outputs]
-        differentiable = () if plan == "coef" else ("logp", "entropy")
+        differentiable = forward_backward.differentiable(plan, problem.several)
         ctx.mark_non_differentiable(*[v for name, v in zip(outputs, vectors) if name not in differentiable])
         return result.weighted_sum, *vectors
 
@@ -53,8 +53,8 @@ class Score(torch.autograd.Function):
 
 def _backward(ctx: Any, dsum: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     by_name = dict(zip(ctx.outputs, upstream))
-    arrived = dsum, by_name.get("logp"), by_name.get("entropy")
-    if dsum is arrived[1] is arrived[2] is None:  # autograd may pass no gradient at all
+    arrived = Arrived(dsum, *(by_name.get(name) for name in ("logp", "entropy", "lse", "best_logp")))
+    if all(gradient is None for gradient in arrived):  # autograd may pass no gradient at all
         return (None,) * 11
     dhidden, dweight, *more = _gradients(ctx, arrived, *ctx.saved_tensors)
     if ctx.take_dweight is not None and dweight is not None:

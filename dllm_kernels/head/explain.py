@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from dllm_kernels import backends, checks
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions
 from dllm_kernels.backends.triton import roofline
-from dllm_kernels.head import plans
+from dllm_kernels.head import plans, several
 from dllm_kernels.head.options import autocast_operands, check_arguments
 
 _MB = 1e6
@@ -85,6 +86,7 @@ def explain(
     weight: Tensor | None = None,
     target: Tensor | None = None,
     *,
+    ids: Tensor | int | None = None,
     rows: Tensor | int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -95,6 +97,7 @@ def explain(
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
+    want_top: int = 0,
     plan: str | None = None,
     hidden_size: int | None = None,
     vocabulary: int | None = None,
@@ -107,9 +110,10 @@ def explain(
     """Which plan `score_tokens` takes, why, and what it costs. Nothing runs and no value is read.
 
     Two forms. With the arguments of `score_tokens`, which may live on the meta device and then take no memory; or with
-    numbers: `rows` (N), `hidden_size`, `vocabulary`, `dtype`, and what wants a gradient: `wants_gradient`,
-    `trainable_head`, `coef_known`. `want` and `plan` belong to both; `device` is where it will run, for numbers and meta
-    tensors. The peak counts forward and backward with an upstream gradient of 1, and a `.grad` that is empty before.
+    numbers: `rows` (N), `ids` (M, beside a target), `hidden_size`, `vocabulary`, `dtype`, and what wants a gradient:
+    `wants_gradient`, `trainable_head`, `coef_known`. `want`, `want_top` and `plan` belong to both; `device` is where it
+    will run, for numbers and meta tensors. The peak counts forward and backward with an upstream gradient of 1, and a
+    `.grad` that is empty before.
 
     Raises ValueError or TypeError as `score_tokens` does, and for a plan that cannot run.
 
@@ -126,8 +130,11 @@ def explain(
     checks.names("want", want, STATISTICS)
     R, need_down, need_up = 0, False, False
     if hidden is None and weight is None and target is None:
-        if isinstance(rows, Tensor):
-            raise TypeError("rows must be an int where no tensors are given, got a Tensor")
+        for name, given in (("rows", rows), ("ids", ids)):
+            if isinstance(given, Tensor):
+                raise TypeError(f"{name} must be an int where no tensors are given, got a Tensor")
+        T = 1 + (0 if ids is None else checks.count("ids", ids, 0))
+        options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab)
         N = checks.count("rows", rows, 0)
         M, H, V = N, checks.count("hidden_size", hidden_size), checks.count("vocabulary", vocabulary)
         checks.choice("dtype", dtype, checks.FLOATS)
@@ -135,40 +142,47 @@ def explain(
         indexed = False
         if low_rank is not None:
             raise TypeError("low_rank goes with hidden, weight and target, got numbers instead")
-    elif hidden is None or weight is None or target is None:
+    elif hidden is None or weight is None or (target is ids is None and not want_top):
         raise TypeError("explain takes hidden, weight and target together, or none of them and numbers instead")
     else:
-        checks.dtype("target", target, [torch.int64])
         hidden, weight = autocast_operands(hidden, weight)
-        if isinstance(rows, int):
-            raise TypeError("rows must be a torch.Tensor where hidden is one, got int")
+        if isinstance(rows, int) or isinstance(ids, int):
+            raise TypeError("rows and ids must be tensors where hidden is one, got int")
         options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-        check_arguments(hidden, weight, rows, target.numel(), options)
-        (V, H), N, dtype = weight.shape, target.numel(), hidden.dtype
+        N = several.check(hidden, target, ids, rows)
+        check_arguments(hidden, weight, rows, N, options)
+        (V, H), dtype, T = weight.shape, hidden.dtype, (target is not None) + (0 if ids is None else ids.shape[1])
         M, indexed = hidden.numel() // H, rows is not None
         coef_known = coef is not None or entropy_coef is not None
-        recorded = torch.is_grad_enabled()
-        need_hidden, need_weight = recorded and hidden.requires_grad, recorded and weight.requires_grad
-        need_bias = recorded and bias is not None and bias.requires_grad
+        grad = torch.is_grad_enabled()
+        need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
+        need_bias = grad and bias is not None and bias.requires_grad
         if low_rank is not None:
             down, up, _ = low_rank
-            R, need_down, need_up = len(down), recorded and down.requires_grad, recorded and up.requires_grad
+            R, need_down, need_up = len(down), grad and down.requires_grad, grad and up.requires_grad
         if not hidden.is_meta:
             device = hidden.device
 
+    several.check_want_top(want_top, V, options)
+    more = ids is not None or want_top > 0
+    recorded = plans.recorded(want, coef_known, more)
+    wants = need_hidden or need_weight or need_bias or need_down or need_up
+    late = more or ("lse" in want and wants and not coef_known)
     chosen = plans.choose(
         plan,
-        wants_gradient=plans.recorded(want, coef_known) and (need_hidden or need_weight or need_bias or need_down or need_up),
-        head_trains=plans.recorded(want, coef_known) and (need_weight or need_bias or need_up),
+        wants_gradient=recorded and wants,
+        head_trains=recorded and (need_weight or need_bias or need_up),
         coef_known=coef_known,
         operand_bytes=N * V * dtype.itemsize,
+        several=late,
+        best=want_top,
     )
     if chosen == "forward":
         need_hidden = need_weight = need_bias = need_down = need_up = False
     backend = backends.for_device(torch.device(device))
     if R and backend.NAME == "cpu":  # chunks of logits that a second product adds to
         backend = backends.reference
-    vectors, need_rows = plans.late_vectors(want), need_hidden or need_down
+    vectors, need_rows = plans.late_vectors((*want, "logp") if late else want), need_hidden or need_down
     forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_weight, vectors=vectors)
     low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors)) if R else 0
     low_flops = 2 * low_gemms * N * R * V + 2 * (1 + need_hidden + need_down) * M * H * R  # the latter before and after
@@ -176,9 +190,15 @@ def explain(
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)
 
     def workspace(gradient: bool) -> int:
-        return backend.workspace_bytes(N, H, V, dtype, gradient=gradient, dhidden=need_rows, dweight=need_weight)
+        needs: Any = {"gradient": gradient, "dhidden": need_rows, "dweight": need_weight}
+        size = backend.workspace_bytes(N, H, V, dtype, **needs, several=T if late else None, best=want_top)
+        if R:  # B in the precision of the sums, and a chunk's operands and their gradients
+            size += R * statistic * ((V if item != statistic else 0) + 2 * N)
+        return size
 
-    outputs = N * sum(8 if name == "top_id" else statistic for name in {*want, "lse", *(("logp",) if coef_known else ())})
+    named = {*want, "lse", *(("logp",) if coef_known or ids is not None else ())}
+    outputs = N * sum(8 if name == "top_id" else statistic * (T if name == "logp" else 1) for name in named)
+    outputs += N * want_top * (8 + statistic)
     compact, scattered = need_rows * N * (H + R) * item, need_hidden * M * H * item
     head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
     casting = head if item != statistic else 0
@@ -186,6 +206,7 @@ def explain(
     if low_rank is not None:  # the operand of the rows and its gradient, which hidden's gradient is then added to
         gradients += sum(need * x.numel() * x.element_size() for need, x in zip((need_down, need_up), low_rank[:2]))
         outputs += M * R * statistic
+        head_buffer += need_up * V * R * statistic
     rest = casting + (scattered if indexed else 0)
     # a workspace counts to the end: the C++ engine keeps it from call to call, because fresh pages are expensive
     if chosen == "forward":
@@ -198,13 +219,13 @@ def explain(
         space, stored = workspace(need_hidden or need_weight or need_bias), compact + head
         peak = outputs + compact + head_buffer + space + rest
     else:
-        space, stored = workspace(True), vectors * N * V * item if chosen == "keep" else 0
+        space, stored = workspace(True), vectors * N * V * item if chosen == "keep" else 8 * N * want_top
         peak = outputs + stored + compact + head_buffer + space + rest
     reads = forward_gemms + backward_gemms
     traffic = reads * (N * H + V * H) * item + (outputs + gradients)
     return Cost(
         plan=chosen,
-        why=plans.why(chosen, forced=plan is not None),
+        why=plans.why(chosen, forced=plan is not None, several=late, best=want_top),
         backend=backend.NAME,
         rows=N,
         hidden_size=H,

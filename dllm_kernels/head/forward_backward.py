@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
+from dllm_kernels.backends import targets
 from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.head import plans
 from dllm_kernels.head.options import check_finite, check_temperature, device_type
@@ -43,7 +45,8 @@ class Result(NamedTuple):
 
     stored: what `backward` gets back. With the plan "coef" the finished gradients of the rows (hidden's, the adapter's
     beside it), weight, bias and the adapter's B, which its upstream scalar multiplies; with "unit" and "keep" the vectors
-    or operands of logp and of entropy; None where not wanted.
+    or operands of logp and of entropy; with "keep" and several targets also their logp and the entropy; with "recompute" the
+    ids that the forward pass found; None where not wanted.
     """
 
     vectors: dict[str, Tensor]
@@ -97,20 +100,25 @@ def forward(
     if plan != "coef":
         kept = {"unit": "unit", "keep": "operand"}.get(plan)
         wanted = {*outputs}
+        if kept is not None and problem.several:
+            wanted.add("logp")
         if kept is not None:
-            wanted |= {prefix + kept for prefix, name in (("", "logp"), ("entropy_", "entropy")) if name in outputs}
+            wanted |= {prefix + kept for prefix, name in (("", "logp"), ("entropy_", "entropy")) if name in wanted}
         vectors = backend.run(problem, wanted)
         check_finite(vectors["lse"], problem)
         if kept is None:
-            return Result(vectors)
-        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), None, None))
+            found = vectors["best_id"].clone() if plan == "recompute" and "best_id" in vectors else None
+            return Result(vectors, stored=(None, None, found, None))
+        logp, entropy = (vectors[x].clone() if problem.several and x in vectors else None for x in ("logp", "entropy"))
+        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), logp, entropy))
 
     dtype = problem.statistics_dtype
     known = coef_N is not None
     if coef_N is None:
-        coef_N = torch.zeros(problem.rows, dtype=dtype, device=problem.target_N.device)
+        coef_N = torch.zeros(problem.target_N.shape, dtype=dtype, device=problem.target_N.device)
     elif coef_N.dtype != dtype:
         coef_N = coef_N.to(dtype)
+    whole_N, own_NM = _of_targets(problem, coef_N)
     wanted = {*outputs, "logp"} if known else {*outputs}
     if needs.vectors:
         wanted.add("dhidden")
@@ -121,24 +129,41 @@ def forward(
     vectors = backend.run(
         problem,
         wanted,
-        coef_N=coef_N,
+        coef_N=whole_N,
         entropy_coef_N=entropy_coef_N,
         dweight_VH=dweight_VH,
         dbias_V=dbias_V,
         dlow_VR=dlow_VR,
+        own_NM=own_NM,
         overwrite=True,
     )
     check_finite(vectors["lse"], problem)
     weighted_sum = vectors["lse"].new_zeros(())
     if known:  # a target of probability 0 adds nothing where its coefficient is 0
-        weighted_sum = torch.dot(coef_N, vectors["logp"].masked_fill(coef_N == 0, 0.0))
+        weighted_sum = torch.dot(coef_N.flatten(), vectors["logp"].masked_fill(coef_N == 0, 0.0).flatten())
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
     finished = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
     return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *finished))
 
 
-Arrived = tuple[Tensor | None, Tensor | None, Tensor | None]  # upstream gradients of weighted_sum, logp and entropy
+class Arrived(NamedTuple):
+    """Upstream gradients."""
+
+    sum: Tensor | None  # of weighted_sum
+    logp: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None = None  # this and the next of problems with several targets alone
+    best: Tensor | None = None  # of best_logp
+
+
+def differentiable(plan: str, several: bool) -> tuple[str, ...]:
+    """The vectors that a plan has gradients of; with "coef" `weighted_sum` alone has one."""
+    if plan == "coef":
+        return ()
+    return ("logp", "entropy", "lse", "best_logp") if several else ("logp", "entropy")
+
+
 Gradients = tuple[Tensor | None, ...]  # of hidden, weight and bias, and of the adapter's two operands
 
 
@@ -148,10 +173,10 @@ def backward(
 ) -> Gradients:
     """The five gradients from what `forward` stored and what arrives upstream, which is not nothing.
 
-    arrived: the gradients of `weighted_sum`, logp and entropy. `shape` is hidden's. The problem's operands are read for
+    `shape` is hidden's. The problem's operands are read for
     the plans "keep" and "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
     """
-    dsum, dlogp_N, dentropy_N = arrived
+    dsum, dlogp_N, dentropy_N, *_ = arrived
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
@@ -172,6 +197,9 @@ def backward(
     dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
     index_N = problem.index_N
     if plan == "keep":
+        given_NM = None
+        if problem.several:
+            dlogp_N, given_NM = _given(problem, stored, arrived)
         dhidden_NH = backends.select(problem).from_operands(
             problem,
             _pairs(stored, dlogp_N, dentropy_N),
@@ -179,10 +207,13 @@ def backward(
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
             dlow_VR=dlow_VR,
+            given_NM=given_NM,
             overwrite=True,
         )
     else:
-        dhidden_NH, index_N = _recompute(problem, dlogp_N, dentropy_N, needs, dweight_VH, dbias_V, dlow_VR)
+        if problem.best:  # what the forward pass found are targets like others now
+            problem, arrived = _with_found(problem, stored[2], arrived)
+        dhidden_NH, index_N = _recompute(problem, arrived, needs, dweight_VH, dbias_V, dlow_VR)
     dhidden, dlow_hidden = _scattered(dhidden_NH, index_N, shape, needs)
     dweight, dbias, dlow_weight = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
     return dhidden, dweight, dbias, dlow_hidden, dlow_weight
@@ -236,12 +267,19 @@ def add_gradient(
 
 @_outside_autocast
 def sample(
-    problem: HeadProblem, key_N: Tensor, step: int, temperature: float, top_k: int | None = None, top_p: float | None = None
+    problem: HeadProblem,
+    key_N: Tensor,
+    step: int,
+    temperature: float | Tensor,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> dict[str, Tensor]:
     """Check values and draw; results as of `backends.reference.sample`."""
     backend = backends.select(problem)
     _check_values(backend, problem, targets=False)
-    result = backend.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
+    temperature = _check_sampling(problem, temperature)
+    result = backend.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_finite(result["lse"], problem)
     return result
 
@@ -251,14 +289,16 @@ def sample_drawn(
     problem: HeadProblem,
     key_N: Tensor,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
     *,
     top_p_first: bool,
 ) -> dict[str, Tensor]:
     """As `sample`, with the statistics of the distribution drawn from, which need all logits of a row: PyTorch, by chunks."""
     _check_values(backends.reference, problem, targets=False)
+    temperature = _check_sampling(problem, temperature)
     result = backends.reference.sample(
         problem,
         key_N,
@@ -266,11 +306,54 @@ def sample_drawn(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         top_p_first=top_p_first,
         drawn=True,
     )
     check_finite(result["lse"], problem)
     return result
+
+
+def _check_sampling(problem: HeadProblem, temperature: float | Tensor) -> float | Tensor:
+    """A sampling temperature as the backends take it; ValueError for one of a row that is below 0 or not finite."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    checks.finite("temperature", temperature)
+    if checks.may_read(temperature) and bool((temperature < 0).any()):
+        raise ValueError(f"temperature must be at least 0 at every row, got {float(temperature.min())}")
+    return temperature.to(problem.statistics_dtype)
+
+
+def _of_targets(problem: HeadProblem, coef_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Known coefficients as a backend takes them: those of one target, or D and each target's own, see `backends.targets`."""
+    if not problem.several:
+        return coef_N, None
+    return coef_N.sum(1), targets.own_coefficients(problem.target_N, coef_N)
+
+
+def _late(problem: HeadProblem, arrived: Arrived) -> tuple[Tensor, Tensor]:
+    """Likewise D and the targets' own, of what arrived for several."""
+    coef_NM, p = arrived.logp, problem
+    if coef_NM is None:
+        coef_NM = torch.zeros(p.target_N.shape, dtype=p.statistics_dtype, device=p.target_N.device)
+    whole_N = coef_NM.sum(1)
+    return whole_N if arrived.lse is None else whole_N - arrived.lse, targets.own_coefficients(p.target_N, coef_NM)
+
+
+def _given(problem: HeadProblem, stored: Sequence[Tensor | None], arrived: Arrived) -> tuple[Tensor, Tensor]:
+    """D, and the gradients by the final logits of several targets, from what the plan "keep" stored."""
+    whole_N, own_NM = _late(problem, arrived)
+    logp_NM, entropy_N = stored[2:4]
+    assert logp_NM is not None
+    return whole_N, targets.target_gradient(logp_NM, own_NM, whole_N, entropy_N, arrived.entropy)
+
+
+def _with_found(problem: HeadProblem, found_NK: Tensor | None, arrived: Arrived) -> tuple[HeadProblem, Arrived]:
+    assert found_NK is not None
+    p, dtype = problem, problem.statistics_dtype
+    parts = [(arrived.logp, p.target_N), (arrived.best, found_NK)]
+    coef_NM = torch.cat([torch.zeros(ids.shape, dtype=dtype, device=ids.device) if c is None else c for c, ids in parts], 1)
+    return replace(p, target_N=torch.cat((p.target_N, found_NK), 1), best=0), arrived._replace(logp=coef_NM, best=None)
 
 
 def _by_rows(buffer: Tensor | None, others: Sequence[Tensor | None]) -> tuple[Tensor | None, bool]:
@@ -358,20 +441,22 @@ def _sum_of_scaled_rows(pairs: list[tuple[Tensor, Tensor]], index_N: Tensor | No
 
 def _recompute(
     problem: HeadProblem,
-    coef_N: Tensor | None,
-    entropy_coef_N: Tensor | None,
+    arrived: Arrived,
     needs: Needs,
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
     dlow_VR: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients from a second pass over the rows whose coefficients are not 0, and the flat indices of these rows."""
-    keep_N = plans.live_rows(coef_N, entropy_coef_N)
-    if coef_N is None:
-        coef_N = torch.zeros(problem.rows, dtype=problem.statistics_dtype, device=problem.target_N.device)
+    keep_N = plans.live_rows(arrived.logp, arrived.entropy, arrived.lse)
     if keep_N is not None:
-        problem, coef_N = problem.select(keep_N), coef_N[keep_N]
-        entropy_coef_N = None if entropy_coef_N is None else entropy_coef_N[keep_N]
+        problem = problem.select(keep_N)
+        arrived = Arrived(*(None if coef_N is None else coef_N[keep_N] for coef_N in arrived))
+    own_NM, coef_N, entropy_coef_N = None, arrived.logp, arrived.entropy
+    if problem.several:
+        coef_N, own_NM = _late(problem, arrived)
+    elif coef_N is None:
+        coef_N = torch.zeros(problem.rows, dtype=problem.statistics_dtype, device=problem.target_N.device)
     result = backends.select(problem).run(
         problem,
         ("dhidden",) if needs.vectors else (),
@@ -380,6 +465,7 @@ def _recompute(
         dweight_VH=dweight_VH,
         dbias_V=dbias_V,
         dlow_VR=dlow_VR,
+        own_NM=own_NM,
         overwrite=True,
     )
     return result.get("dhidden"), problem.index_N

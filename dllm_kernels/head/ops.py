@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, empty_operand
+from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, HeadProblem, empty_operand
 from dllm_kernels.head import forward_backward, low_rank, plans
 from dllm_kernels.head.forward_backward import Arrived, Gradients, Needs
 from dllm_kernels.head.low_rank import Pair
@@ -30,7 +30,8 @@ _HEAD = (
 )
 _SIZE = _HEAD.count(",") + 1
 _OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the eager path takes as they are
-_TEN = "(" + ", ".join(["Tensor"] * 10) + ")"
+_VECTORS = (*STATISTICS, *BEST)
+_TENSORS = "(" + ", ".join(["Tensor"] * (len(_VECTORS) + 5)) + ")"
 _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dlow_hidden, bool need_dlow_weight"
 
 
@@ -119,18 +120,18 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
 @torch.library.custom_op(
     "dllm_kernels::score",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, str outputs, str plan, {_NEEDS}) -> {_TEN}",
+    schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, SymInt best, str outputs, str plan, {_NEEDS}) -> {_TENSORS}",
 )
 def score(*arguments: Any) -> tuple[Tensor, ...]:
-    """`weighted_sum`, the five vectors of STATISTICS, and the four tensors that backward gets back.
+    """`weighted_sum`, the vectors of STATISTICS and BEST, and the four tensors that backward gets back.
 
     `outputs`: names joined by commas. See `forward_backward.forward` for the rest.
     """
-    coef, entropy_coef, outputs, plan, *needs = arguments[_SIZE:]
-    problem, names = _problem(*arguments[:_SIZE]), outputs.split(",")
+    coef, entropy_coef, best, outputs, plan, *needs = arguments[_SIZE:]
+    problem, names = replace(_problem(*arguments[:_SIZE]), best=best), outputs.split(",")
     target = problem.target_N
     result = forward_backward.forward(problem, names, plan, Needs(*needs), coef, entropy_coef)
-    vectors = [_given(result.vectors.get(name) if name in names else None, target) for name in STATISTICS]
+    vectors = [_given(result.vectors.get(name) if name in names else None, target) for name in _VECTORS]
     weighted_sum = result.weighted_sum
     if weighted_sum is None:
         weighted_sum = target.new_empty(0, dtype=problem.statistics_dtype)
@@ -140,15 +141,18 @@ def score(*arguments: Any) -> tuple[Tensor, ...]:
 @score.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
-    _, _, outputs, plan, *flags = arguments[_SIZE:]
-    needs = Needs(*flags)
-    rows_N, (vocabulary, width) = target.numel(), weight.shape
+    _, _, best, outputs, plan, *flags = arguments[_SIZE:]
+    needs, several = Needs(*flags), target.dim() == 2
+    rows_N, (vocabulary, width) = target.shape[0], weight.shape
     if low_hidden is not None:
         width += low_hidden.shape[-1]
     dtype, names, nothing = _statistics_dtype(hidden), outputs.split(","), target.new_empty(0)
+    shapes = {"logp": target.shape, **dict.fromkeys(BEST, (rows_N, best))}
     vectors = [
-        hidden.new_empty(rows_N, dtype=torch.int64 if name == "top_id" else dtype) if name in names else target.new_empty(0)
-        for name in STATISTICS
+        hidden.new_empty(shapes.get(name, (rows_N,)), dtype=torch.int64 if name.endswith("_id") else dtype)
+        if name in names
+        else target.new_empty(0)
+        for name in _VECTORS
     ]
     stored = [nothing, target.new_empty(0), target.new_empty(0), target.new_empty(0)]
     if plan == "coef":
@@ -160,9 +164,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
             stored[3] = low_weight.new_empty(low_weight.shape)
     elif plan in ("unit", "keep"):
         for place, name in enumerate(("logp", "entropy")):
-            if name in names:
+            if name in names or (several and name == "logp"):
                 keeps = plan == "keep"
                 stored[place] = empty_operand(hidden, rows_N, vocabulary) if keeps else hidden.new_empty(rows_N, width)
+                if several:
+                    stored[2 + place] = hidden.new_empty(shapes.get(name, (rows_N,)), dtype=dtype)
+    elif plan == "recompute" and best:
+        stored[2] = target.new_empty(rows_N, best)
     return hidden.new_empty(() if plan == "coef" else 0, dtype=dtype), *vectors, *stored
 
 
@@ -175,6 +183,7 @@ def run_score(
     pair: Pair,
     coef: Tensor | None,
     entropy_coef: Tensor | None,
+    best: int,
     outputs: tuple[str, ...],
     plan: str,
     wants_gradient: bool,
@@ -182,22 +191,22 @@ def run_score(
     """`weighted_sum` and the vectors that `outputs` names, through the op."""
     needs = [wants_gradient and x is not None and x.requires_grad for x in (hidden, weight, options.bias, *pair)]
     flat = _flat(hidden, weight, target, rows, options, pair)
-    weighted_sum, *rest = score(*flat, coef, entropy_coef, ",".join(outputs), plan, *needs)
-    return (weighted_sum if plan == "coef" else None), {name: vector for name, vector in zip(STATISTICS, rest) if name in outputs}
+    weighted_sum, *rest = score(*flat, coef, entropy_coef, best, ",".join(outputs), plan, *needs)
+    return (weighted_sum if plan == "coef" else None), {name: vector for name, vector in zip(_VECTORS, rest) if name in outputs}
 
 
 @torch.library.custom_op(
     "dllm_kernels::score_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor? dsum, Tensor? dlogp, Tensor? dentropy, Tensor[] stored, str plan, SymInt[] hidden_shape, "
-    f"{_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor? dsum, Tensor? dlogp, Tensor? dentropy, Tensor? dlse, Tensor? dbest, Tensor[] stored, SymInt best, "
+    f"str plan, SymInt[] hidden_shape, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def score_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight, bias and the adapter's operands, which hold something where the plan reads them again."""
-    dsum, dlogp, dentropy, stored, plan, hidden_shape, *flags = arguments[_SIZE:]
-    problem = _problem(*arguments[:_SIZE])
+    *arrived, stored, best, plan, hidden_shape = arguments[_SIZE:-5]
+    problem = replace(_problem(*arguments[:_SIZE]), best=best)
     kept = [tensor if tensor.numel() or tensor.dim() == 2 else None for tensor in stored]
-    gradients = forward_backward.backward(problem, plan, hidden_shape, kept, Needs(*flags), (dsum, dlogp, dentropy))
+    gradients = forward_backward.backward(problem, plan, hidden_shape, kept, Needs(*arguments[-5:]), Arrived(*arrived))
     # an op's result must not share memory with its arguments
     taken = {tensor.untyped_storage().data_ptr() for tensor in stored}
     fresh = [g.clone() if g is not None and g.untyped_storage().data_ptr() in taken else g for g in gradients]
@@ -207,8 +216,8 @@ def score_backward(*arguments: Any) -> tuple[Tensor, ...]:
 @score_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
-    _, _, _, stored, plan, hidden_shape, *flags = arguments[_SIZE:]
-    needs = Needs(*flags)
+    stored, _, plan, hidden_shape = arguments[_SIZE + 5 : -5]
+    needs = Needs(*arguments[-5:])
     rank = 0 if low_hidden is None else low_hidden.shape[-1]
     if plan not in plans.REREAD:
         a, weight, bias, low_weight = stored
@@ -237,37 +246,46 @@ def run_backward(
     p, nothing = problem, problem.target_N.new_empty(0, 0)
     hidden, weight, bias, low_hidden, low_weight = operands or (nothing, nothing, None, None, None)
     flat = _flat(hidden, weight, p.target_N, p.index_N, replace(p.options, bias=bias), (low_hidden, low_weight))
-    return _run_backward(flat, plan, shape, stored, needs, arrived)
+    return _run_backward(flat, p.best, plan, shape, stored, needs, arrived)
 
 
 def _run_backward(
-    flat: Sequence[Any], plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Arrived
+    flat: Sequence[Any],
+    best: int,
+    plan: str,
+    shape: Sequence[int],
+    stored: Sequence[Tensor | None],
+    needs: Needs,
+    arrived: Arrived,
 ) -> Gradients:
     wanted = needs[:5]
-    gradients = score_backward(*flat, *arrived, [_given(tensor, flat[2]) for tensor in stored], plan, shape, *wanted)
+    gradients = score_backward(*flat, *arrived, [_given(tensor, flat[2]) for tensor in stored], best, plan, shape, *wanted)
     return tuple(gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, target, rows, bias, *pair, temperatures, temperature, softcaps, _, _, _ = inputs[:_SIZE]
-    _coef, _entropy_coef, _outputs, plan, *needs = inputs[_SIZE:]
+    _coef, _entropy_coef, ctx.best, _outputs, plan, *needs = inputs[_SIZE:]
     operands = (hidden, weight, bias, *pair) if plan in plans.REREAD else ()
-    ctx.save_for_backward(*output[6:], target, rows, temperatures, softcaps, *operands)
+    ctx.save_for_backward(*output[1 + len(_VECTORS) :], target, rows, temperatures, softcaps, *operands)
     ctx.temperature, ctx.numbers = temperature, inputs[_SIZE - 3 : _SIZE]
     ctx.set_materialize_grads(False)
     ctx.plan, ctx.shape, ctx.needs, ctx.inputs = plan, hidden.shape, Needs(*needs), len(inputs)
-    differentiable = (0,) if plan == "coef" else (1, 3)  # weighted_sum, or logp and entropy
+    own = forward_backward.differentiable(plan, target.dim() == 2)
+    differentiable = (0,) if plan == "coef" else [1 + _VECTORS.index(name) for name in own]
     ctx.mark_non_differentiable(*(tensor for place, tensor in enumerate(output) if place not in differentiable))
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    arrived = (upstream[0], None, None) if ctx.plan == "coef" else (None, upstream[1], upstream[3])
+    by_name = dict(zip(_VECTORS, upstream[1:]))
+    vectors = [None if ctx.plan == "coef" else by_name[name] for name in ("logp", "entropy", "lse", "best_logp")]
+    arrived = Arrived(upstream[0] if ctx.plan == "coef" else None, *vectors)
     if all(gradient is None for gradient in arrived):
         return (None,) * ctx.inputs
     a, b, c, d, target, rows, temperatures, softcaps, *operands = ctx.saved_tensors
     hidden, weight, bias, *pair = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None, None, None)
     flat = (hidden, weight, target, rows, bias, *pair, temperatures, ctx.temperature, softcaps, *ctx.numbers)
-    dhidden, dweight, *more = _run_backward(flat, ctx.plan, ctx.shape, (a, b, c, d), ctx.needs, arrived)
+    dhidden, dweight, *more = _run_backward(flat, ctx.best, ctx.plan, ctx.shape, (a, b, c, d), ctx.needs, arrived)
     return dhidden, dweight, None, None, *more, *((None,) * (ctx.inputs - 7))
 
 
@@ -309,13 +327,14 @@ def run_add_gradient(
     "dllm_kernels::sample",
     mutates_args=(),
     schema=f"({_HEAD}, SymInt step, Tensor? sample_temperatures, float sample_temperature, SymInt? top_k=None, "
-    "float? top_p=None) -> (Tensor, Tensor, Tensor)",
+    "float? top_p=None, float? min_p=None) -> (Tensor, Tensor, Tensor)",
 )
 def sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token, its logp and the row's entropy, see `sample_tokens`. In place of targets come the rows' keys."""
     problem = _problem(*arguments[:_SIZE])
     step, varying, temperature, *restriction = arguments[_SIZE:]
-    result = forward_backward.sample(problem, problem.target_N, step, _held(varying, temperature), *restriction)
+    chosen = varying if varying is not None and varying.dim() else _held(varying, temperature)
+    result = forward_backward.sample(problem, problem.target_N, step, chosen, *restriction)
     return result["token"], result["logp"], result["entropy"]
 
 
@@ -333,13 +352,15 @@ def run_sample(
     options: HeadOptions,
     pair: Pair,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward_backward.sample` through the op."""
     flat = _flat(hidden, weight, key, rows, options, pair)
-    token, logp, entropy = sample(*flat, step, *_number(temperature), top_k, top_p)
+    own = (temperature, 1.0) if isinstance(temperature, Tensor) else _number(temperature)
+    token, logp, entropy = sample(*flat, step, *own, top_k, top_p, min_p)
     return token, logp, entropy
 
 
@@ -370,26 +391,26 @@ def _flops(count: int, rows: int, weight: Tensor | None) -> int:
 
 def _score_flops(*arguments: Any, out_val: Any) -> int:
     _, weight, target, _, _, _, low_weight = arguments[:7]
-    _, _, outputs, plan, *flags = arguments[_SIZE:]
+    _, _, _, outputs, plan, *flags = arguments[_SIZE:]
     needs, vectors, total = Needs(*flags), plans.late_vectors(outputs.split(",")), 0
     for matrix, need_gradient in ((weight, needs.weight), (low_weight, needs.low_weight)):
         forward, _ = plans.gemms(plan, need_dhidden=needs.vectors, need_dweight=need_gradient, vectors=vectors)
-        total += _flops(forward, target.numel(), matrix)
+        total += _flops(forward, len(target), matrix)
     return total
 
 
 def _score_backward_flops(*arguments: Any, out_val: Any) -> int:
     _, weight, target, _, _, _, low_weight = arguments[:7]
-    _, dlogp, dentropy, _, plan, _, *flags = arguments[_SIZE:]
-    needs, total = Needs(*flags), 0
+    _, *late, _, _, plan, _ = arguments[_SIZE:-5]
+    needs, total = Needs(*arguments[-5:]), 0
     if plan not in plans.REREAD:
         return 0
     live = None
     if plan == "recompute" and type(target) is Tensor:  # not a fake one: rows without a coefficient are not gone through again
-        live = plans.live_rows(dlogp, dentropy)
+        live = plans.live_rows(*late)
     for matrix, need_gradient in ((weight, needs.weight), (low_weight, needs.low_weight)):
         _, backward = plans.gemms(plan, need_dhidden=needs.vectors, need_dweight=need_gradient)
-        total += _flops(backward, target.numel() if live is None else len(live), matrix)
+        total += _flops(backward, len(target) if live is None else len(live), matrix)
     return total
 
 

@@ -113,10 +113,11 @@ def make_problem(
     rows: Tensor | None,
     options: HeadOptions,
     pair: low_rank.Pair = (None, None),
+    best: int = 0,
 ) -> HeadProblem:
     """The problem of arguments that `check_arguments` let pass; values are not looked at yet, and gradients never recorded."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return HeadProblem(flat(hidden), weight, target_N, rows, options.normalised(dtype), LowRank.of(*pair))
+    return HeadProblem(flat(hidden), weight, target_N, rows, options.normalised(dtype), LowRank.of(*pair), best)
 
 
 def device_type(tensor: Tensor) -> str:

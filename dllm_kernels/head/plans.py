@@ -26,18 +26,30 @@ _WHY = {
 }
 
 
-def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_known: bool, operand_bytes: int) -> str:
+def choose(
+    plan: str | None,
+    *,
+    wants_gradient: bool,
+    head_trains: bool,
+    coef_known: bool,
+    operand_bytes: int,
+    several: bool = False,
+    best: int = 0,
+) -> str:
     """The plan that runs. `plan` forces one; ValueError where it cannot run.
 
     wants_gradient, head_trains: what autograd will ask for, both False under no_grad. operand_bytes: of an `[N, V]` matrix
-    in the dtype of the hidden states.
+    in the dtype of the hidden states. several: coefficients of several log-probabilities of a row, or of lse, arrive late:
+    one vector cannot take them all. best: so many ids are found in the forward pass, and are targets in backward alone.
     """
     if coef_known:
         automatic = "coef"
     elif not wants_gradient:
         automatic = "forward"
-    elif not head_trains:
+    elif not head_trains and not several:
         automatic = "unit"
+    elif best:
+        automatic = "recompute"
     else:
         automatic = "keep" if _known(operand_bytes <= KEEP_BYTES) else "recompute"
     if plan is None:
@@ -46,6 +58,10 @@ def choose(plan: str | None, *, wants_gradient: bool, head_trains: bool, coef_kn
     if (plan == "coef") != coef_known:
         given = "with" if coef_known else "without"
         raise ValueError(f"plan='coef' and coefficients go together, got plan={plan!r} {given} coef or entropy_coef")
+    if plan == "unit" and several and wants_gradient:
+        raise ValueError("plan='unit' has one gradient vector a row: not for ids, want_top or a differentiable lse")
+    if plan == "keep" and best and wants_gradient:
+        raise ValueError("plan='keep' stores what has no place yet for the ids of want_top: use plan='recompute' or None")
     if plan == "unit" and head_trains:
         raise ValueError("plan='unit' needs a frozen head: weight (and bias) must not require a gradient")
     if plan == "forward" and wants_gradient:
@@ -62,14 +78,19 @@ def _known(condition: bool) -> bool:
     return condition
 
 
-def why(plan: str, *, forced: bool) -> str:
+def why(plan: str, *, forced: bool, several: bool = False, best: int = 0) -> str:
     """The reason for a plan, in words."""
-    return f"forced; it is chosen where {_WHY[plan]}" if forced else _WHY[plan]
+    reason = _WHY[plan]
+    if several and plan in REREAD:
+        which = "ids that the forward pass finds" if best else "each id or of lse"
+        reason = f"coefficients of {which} arrive in backward, and the operand [N, V] is "
+        reason += "small enough to be stored" if plan == "keep" else "repeated there"
+    return f"forced; it is chosen where {reason}" if forced else reason
 
 
-def recorded(want: Sequence[str], coef_known: bool) -> bool:
-    """Whether a call has anything to differentiate; lse and top_* have no gradient."""
-    return coef_known or "logp" in want or "entropy" in want
+def recorded(want: Sequence[str], coef_known: bool, several: bool = False) -> bool:
+    """Whether a call has anything to differentiate; top_* have no gradient."""
+    return coef_known or several or any(name in want for name in ("logp", "entropy", "lse"))
 
 
 def late_vectors(outputs: Sequence[str]) -> int:
@@ -87,15 +108,15 @@ def gemms(plan: str, *, need_dhidden: bool, need_dweight: bool, vectors: int = 1
     return 1, {"forward": 0, "keep": gradients, "recompute": 1 + gradients}[plan]
 
 
-def live_rows(coef_N: Tensor | None, entropy_coef_N: Tensor | None) -> Tensor | None:
-    """int64 indices of the rows with a coefficient that is not 0; None where that is all of them.
+def live_rows(*coefficients: Tensor | None) -> Tensor | None:
+    """int64 indices of the rows with a coefficient that is not 0; None where that is all of them. Each is `[N]` or `[N, M]`.
 
     None on a GPU too, where their count would stall the stream, unless DLLM_KERNELS_COMPACT=1 allows it; never in a capture.
     """
-    terms = [c for c in (coef_N, entropy_coef_N) if c is not None]
+    terms = [c if c.dim() == 1 else c.abs().sum(1) for c in coefficients if c is not None]
     if not terms[0].is_cpu and (os.environ.get("DLLM_KERNELS_COMPACT") != "1" or torch.cuda.is_current_stream_capturing()):
         return None
     if any(bool(term_N.all()) for term_N in terms):
         return None
-    live_N = terms[0] if len(terms) == 1 else terms[0].abs() + terms[1].abs()
+    live_N = terms[0] if len(terms) == 1 else sum((term_N.abs() for term_N in terms[1:]), terms[0].abs())
     return live_N.nonzero()[:, 0]

@@ -41,9 +41,10 @@ def sample_tokens(
     *,
     step: int = 0,
     rows: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     top_p_first: bool = False,
     want: Sequence[str] = (),
     bias: Tensor | None = None,
@@ -60,12 +61,13 @@ def sample_tokens(
         hidden: `[..., H]`. weight: `[V, H]`. rows, bias, softcap, suppress, valid_vocab, low_rank: as in `score_tokens`.
         key: int64 `[N]`, row keys from `noise.row_bits(seed, Stream.TOKEN, sequence, sample, position)`.
         step: denoising step; draws of different steps are independent.
-        temperature: >= 0; 0 takes the largest logit, ties go to the smallest id.
+        temperature: >= 0, a number or `[N]`; 0 takes the largest logit, ties go to the smallest id.
         top_k: at least 1, draws among the k largest logits only. top_p: in (0, 1], draws among the most probable ids only, at
             `temperature` and after top_k, as few as reach that probability. The same noise, an exact but slower route: all
             logits of a chunk of rows at once, sorted. At temperature 0 they change no token. top_p_first: the nucleus is
-            that of all ids (Dream's order), top_k applies after it.
-        want: any of "drawn_logp", "drawn_entropy", "margin": of the distribution drawn from, with top_k and top_p, at
+            that of all ids (Dream's order), top_k applies after it. min_p: in [0, 1], leaves out what is less than min_p times
+            as probable as the likeliest id at `temperature`, on the same route; 0 is none.
+        want: any of "drawn_logp", "drawn_entropy", "margin": of the distribution drawn from, with these three, at
             `temperature` (at temperature 0: at 1). "margin" takes the slower route too; the other two are free at
             temperatures 0 and 1, and one more pass of the head at another.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
@@ -92,6 +94,7 @@ def sample_tokens(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         top_p_first=top_p_first,
         want=want,
         vocab_group=vocab_group,
@@ -107,15 +110,17 @@ def sample(
     options: HeadOptions,
     *,
     step: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     top_p_first: bool = False,
     want: Sequence[str] = (),
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Samples:
     """`sample_tokens` with its options in one piece; their temperature, a number, is its `logit_temperature`."""
-    checks.number("temperature", temperature, least=0)
+    if not isinstance(temperature, Tensor):
+        temperature = checks.number("temperature", temperature, least=0)
     checks.count("step", step, 0)
     checks.dtype("key", key, [torch.int64])
     checks.shape("key", key, [None])
@@ -125,6 +130,8 @@ def sample(
         checks.count("top_k", top_k)
     if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if min_p is not None and checks.number("min_p", min_p, least=0) > 1:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     checks.names("want", want, DRAWN)
     if vocab_group is not None:
         if want or top_k is not None or top_p is not None:
@@ -134,11 +141,18 @@ def sample(
         return _sample_split(hidden, weight, key, rows, options, step, float(temperature), vocab_group)
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, key.numel(), options)
+    if isinstance(temperature, Tensor):
+        checks.dtype("temperature", temperature, checks.FLOATS)
+        checks.shape("temperature", temperature, [key.numel()])
+        checks.same_device("temperature", temperature, "hidden", hidden)
+        temperature = temperature.detach()
     pair = adapter.pair(hidden, options)
-    whole = top_k is None and (top_p is None or top_p == 1)  # nothing is left out of what is drawn from
-    if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and not whole):
+    top_p = None if top_p == 1 else top_p
+    min_p = None if min_p == 0 else min_p
+    whole = top_k is top_p is min_p is None  # nothing is left out of what is drawn from
+    if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and top_p is not None):
         problem = make_problem(hidden, weight, key, rows, options, pair)
-        result = forward_backward.sample_drawn(problem, key, step, float(temperature), top_k, top_p, top_p_first=top_p_first)
+        result = forward_backward.sample_drawn(problem, key, step, temperature, top_k, top_p, min_p, top_p_first=top_p_first)
         return Samples(
             result["token"],
             result["logp"],
@@ -146,19 +160,19 @@ def sample(
             result["entropy"],
             **{name: result[name] for name in want},
         )
-    if whole:
-        top_p = None
     if ops.observed(hidden, weight, options.bias, key, pair[1]):
-        token, logp, entropy = ops.run_sample(hidden, weight, key, rows, options, pair, step, float(temperature), top_k, top_p)
+        token, logp, entropy = ops.run_sample(hidden, weight, key, rows, options, pair, step, temperature, top_k, top_p, min_p)
     else:
         problem = make_problem(hidden, weight, key, rows, options, pair)
-        result = forward_backward.sample(problem, key, step, float(temperature), top_k, top_p)
+        result = forward_backward.sample(problem, key, step, temperature, top_k, top_p, min_p)
         token, logp, entropy = result["token"], result["logp"], result["entropy"]
     drawn: dict[str, Tensor | None] = {}
-    if want and temperature in (0, 1):
+    by_row = isinstance(temperature, Tensor)
+    if want and not by_row and temperature in (0, 1):
         drawn = {"drawn_logp": logp, "drawn_entropy": entropy}
     elif want:
-        tempered = replace(options, temperature=options.temperature * temperature)
+        own = torch.where(temperature == 0, 1.0, temperature) if isinstance(temperature, Tensor) else temperature
+        tempered = replace(options, temperature=options.temperature * own)
         scores = score(hidden, weight, token, rows, tempered, want=("logp", "entropy"))
         drawn = {"drawn_logp": scores.logp, "drawn_entropy": scores.entropy}
     return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels import checks
-from dllm_kernels.backends.contract import STATISTICS, HeadOptions, WeightGradient
-from dllm_kernels.head import forward_backward, ops, plans, vocab_parallel
+from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, WeightGradient
+from dllm_kernels.head import forward_backward, ops, plans, several, vocab_parallel
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
@@ -34,7 +34,7 @@ _FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `S
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score_tokens` returns: fp32 `[N]` vectors (fp64 for fp64 inputs), None where not asked for."""
+    """What `score_tokens` returns: fp32 (fp64 for fp64 inputs), `[N]` where not said otherwise, None where not asked for."""
 
     plan: str
     logp: Tensor | None = None
@@ -43,13 +43,17 @@ class Scores:
     top_logp: Tensor | None = None
     top_id: Tensor | None = None
     weighted_sum: Tensor | None = None
+    ids_logp: Tensor | None = None  # [N, M], of `ids`
+    best_logp: Tensor | None = None  # [N, k], of `want_top`: the likeliest ids, best first
+    best_id: Tensor | None = None  # int64 [N, k]
 
 
 def score_tokens(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
+    ids: Tensor | None = None,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -60,6 +64,7 @@ def score_tokens(
     coef: Tensor | None = None,
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
+    want_top: int = 0,
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -72,7 +77,9 @@ def score_tokens(
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 or float64.
         weight: `[V, H]` in hidden's dtype; may be strided or tied.
-        target: int64 `[N]`, ids below V that are neither suppressed nor beyond `valid_vocab`.
+        target: int64 `[N]`, ids below V that are neither suppressed nor beyond `valid_vocab`. May be left out where `ids` or
+            `want_top` is given; then "logp" in `want` means theirs.
+        ids: int64 `[N, M]`, M more such ids of each row, in any order and equal ones too: `ids_logp`.
         rows: int64 `[N]`, unique flat indices into `hidden.reshape(-1, H)`; None means all rows in order.
         bias: `[V]`. softcap: > 0. temperature: > 0, a number or `[N]` (no gradient flows to it).
         suppress: ids that get probability 0 (the mask id): a sequence or tensor of ints. valid_vocab: ids from here on too.
@@ -80,7 +87,10 @@ def score_tokens(
             `W + s B A`, which is never built; both products and their sums are in fp32.
         coef, entropy_coef: `[N]` finite coefficients known beforehand, detached. Then `weighted_sum = sum coef * logp +
             sum entropy_coef * entropy` carries the gradient and the vectors are detached; entropy_coef alone is allowed.
+            With `ids` alone coef is `[N, M]`, with target and `ids` `[N, 1 + M]`, the target's first.
         want: any of "logp", "entropy", "lse", "top_logp", "top_id".
+        want_top: k, at most 1024 and the number of ids that are not excluded: `best_id` and `best_logp`, the k likeliest ids of
+            each row, best first, of equal ones the smaller id first. No gradient flows to the choice.
         plan: forces one of "forward", "unit", "coef", "keep", "recompute"; None chooses from static facts.
         take_dweight: a function that is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the
             weight's dtype, in place of autograd. `body.take_dweight` is one for a head that `headless` gathered. Not under
@@ -89,10 +99,12 @@ def score_tokens(
             weight, bias and B are then this rank's rows (or a DTensor of placement Shard(0) over just this group), everything
             else is alike on all ranks, ids are those of the whole head, and so are the results. A loss of them is computed
             on every rank alike; gradients of hidden and A are summed over the group, those of weight, bias and B stay here.
-            Plans are those of late coefficients. Not under torch.compile, not with take_dweight. None: the head is whole, and
-            a Shard(0) DTensor is data-parallel.
+            Plans are those of late coefficients of logp and lse. Not under torch.compile, not with take_dweight, ids and
+            want_top. None: the head is whole, and a Shard(0) DTensor is data-parallel.
 
-    Without coefficients, `logp` and `entropy` are differentiable in hidden, weight, bias, A and B; `lse` and `top_*` never are.
+    Without coefficients, `logp`, `ids_logp`, `best_logp`, `entropy` and, where wanted, `lse` (z-loss) are differentiable in
+    hidden, weight, bias, A and B; `top_*` never are. Coefficients of several log-probabilities of a row, or of lse, make no
+    plan "unit": "keep" or "recompute" run, with a frozen head too, and for `want_top` "recompute".
     What backward reads again (rows, target, a per-row temperature; hidden, weight and bias under "keep" and "recompute") must
     not change in place until then: PyTorch raises. vmap, jvp and tensors with a forward-mode tangent are refused.
     Statistics come from fp32 accumulators. Raises ValueError or TypeError naming the argument; a non-finite row of
@@ -107,15 +119,18 @@ def score_tokens(
         >>> scores.plan, tuple(scores.logp.shape)
         ('unit', (2,))
         >>> scores.logp.sum().backward()
+        >>> best = score_tokens(hidden, weight, rows=torch.tensor([1, 8]), want_top=3)
+        >>> best.plan, tuple(best.best_id.shape)
+        ('recompute', (2, 3))
     """
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight, vocab_group)
+    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight, ids, want_top, vocab_group)
 
 
 def score(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     rows: Tensor | None,
     options: HeadOptions,
     coef: Tensor | None = None,
@@ -123,48 +138,66 @@ def score(
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
+    ids: Tensor | None = None,
+    want_top: int = 0,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """`score_tokens` with its options in one piece."""
     checks.names("want", want, STATISTICS)
-    checks.dtype("target", target, [torch.int64])
-    checks.shape("target", target, [None if rows is None else rows.numel()])
     checks.require_tensor("hidden", hidden)
     if vocab_group is not None:
         if take_dweight is not None:
             raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
+        if target is None or ids is not None or want_top:
+            raise ValueError("vocab_group goes with target alone: ids and want_top of a split head are not there")
+        checks.dtype("target", target, [torch.int64])
+        checks.shape("target", target, [None if rows is None else rows.numel()])
         given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan
         chosen, vectors, weighted_sum = vocab_parallel.score(score, *given, vocab_group)
         return Scores(chosen, weighted_sum=weighted_sum, **dict(zip(_FIELDS, vectors)))
     hidden, weight = autocast_operands(hidden, weight)
-    check_arguments(hidden, weight, rows, target.numel(), options)
-    checks.same_device("target", target, "hidden", hidden)
-    coef = _coefficient("coef", coef, target, hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
-
-    bias, known = options.bias, coef is not None or entropy_coef is not None
+    count = several.check(hidden, target, ids, rows)
+    check_arguments(hidden, weight, rows, count, options)
+    several.check_want_top(want_top, len(weight), options)
+    if target is ids is None and (not want_top or coef is not None):
+        needed = "target or ids where coef is given" if want_top else "target, ids or want_top"
+        raise TypeError(f"score_tokens needs {needed}, got none of them")
+    known = coef is not None or entropy_coef is not None
+    bias = options.bias
     if options.low_rank is not None:
         ops.observed(hidden)  # a counter at work learns the formula of the adapter's product before it runs
     pair = low_hidden, low_weight = adapter.pair(hidden, options)
-    recorded = torch.is_grad_enabled() and plans.recorded(want, known)
-    head_trains = recorded and any(x is not None and x.requires_grad for x in (weight, bias, low_weight))
-    wants_gradient = head_trains or (recorded and any(x is not None and x.requires_grad for x in (hidden, low_hidden)))
+    of_rows, of_head = (hidden, low_hidden), (weight, bias, low_weight)
+    wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*of_rows, *of_head))
+    # coefficients of more than one vector of a row arrive late
+    more = ids is not None or want_top > 0
+    late = more or ("lse" in want and wants and not known)
+    targets = several.joined(target, ids, count, hidden.device) if late or target is None else target
+    coef = _coefficient("coef", coef, targets.shape if ids is not None else (count,), hidden)
+    entropy_coef = _coefficient("entropy_coef", entropy_coef, (count,), hidden)
+    coef = coef if coef is None else coef.view(targets.shape)
+
+    wants_gradient = wants and plans.recorded(want, known, more)
+    head_trains = wants_gradient and any(x is not None and x.requires_grad for x in of_head)
     chosen = plans.choose(
         plan,
         wants_gradient=wants_gradient,
         head_trains=head_trains,
         coef_known=known,
-        operand_bytes=target.numel() * weight.shape[0] * hidden.dtype.itemsize,
+        operand_bytes=count * weight.shape[0] * hidden.dtype.itemsize,
+        several=late,
+        best=want_top,
     )
-    outputs = tuple([name for name in STATISTICS if name in want or name == "lse"])
+    outputs = tuple([name for name in STATISTICS if name in want or name == "lse" or (name == "logp" and ids is not None)])
+    outputs += BEST if want_top else ()
     values: dict[str, Tensor]
     weighted_sum = None
-    if ops.observed(hidden, weight, bias, target, low_weight):
+    if ops.observed(hidden, weight, bias, targets, low_weight):
         weighted_sum, values = ops.run_score(
-            hidden, weight, target, rows, options, pair, coef, entropy_coef, outputs, chosen, wants_gradient
+            hidden, weight, targets, rows, options, pair, coef, entropy_coef, want_top, outputs, chosen, wants_gradient
         )
     else:
-        problem = make_problem(hidden, weight, target, rows, options, pair)
+        problem = make_problem(hidden, weight, targets, rows, options, pair, want_top)
         if wants_gradient or known:
             if wants_gradient and (hidden.is_inference() or weight.is_inference()):
                 raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
@@ -175,7 +208,11 @@ def score(
         else:
             values = forward_backward.forward(problem, outputs, chosen, Needs(False, False, False)).vectors
     logp, entropy, lse, top_logp, top_id = [values[name] if name in want else None for name in _FIELDS]
-    return Scores(chosen, logp, entropy, lse, top_logp, top_id, weighted_sum)
+    ids_logp = None
+    if targets.dim() == 2:
+        logp, ids_logp = several.parted(values.get("logp"), target, ids, logp is not None)
+    best_logp, best_id = [values[name] if want_top else None for name in BEST]
+    return Scores(chosen, logp, entropy, lse, top_logp, top_id, weighted_sum, ids_logp, best_logp, best_id)
 
 
 def head_backward(
@@ -230,8 +267,8 @@ def head_backward(
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     check_arguments(hidden, weight, index, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
-    known = _coefficient("coef", coef, target, hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, target, hidden)
+    known = _coefficient("coef", coef, target.shape, hidden)
+    entropy_coef = _coefficient("entropy_coef", entropy_coef, target.shape, hidden)
     assert known is not None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     down_out, up_out = dlow_rank_out
@@ -278,8 +315,8 @@ def _split_backward(
     """`head_backward` of a head that is split over a group."""
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
-    _coefficient("coef", coef, rows.target, hidden)
-    _coefficient("entropy_coef", entropy_coef, rows.target, hidden)
+    _coefficient("coef", coef, rows.target.shape, hidden)
+    _coefficient("entropy_coef", entropy_coef, rows.target.shape, hidden)
 
     def of_shard(
         hidden: Tensor, weight: Tensor, rows: Rows, coef: Tensor, own: HeadOptions, entropy_coef: Tensor | None, *outs: Any
@@ -292,10 +329,10 @@ def _split_backward(
     return dhidden.to(like.dtype)
 
 
-def _coefficient(name: str, coef: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | None:
+def _coefficient(name: str, coef: Tensor | None, shape: Sequence[int], hidden: Tensor) -> Tensor | None:
     if coef is None:
         return None
     checks.dtype(name, coef, checks.FLOATS)
-    checks.shape(name, coef, [target.numel()])
+    checks.shape(name, coef, shape)
     checks.same_device(name, coef, "hidden", hidden)
     return coef.detach() if coef.requires_grad else coef

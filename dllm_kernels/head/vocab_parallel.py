@@ -8,7 +8,7 @@ own ids as a head of their own: `logp_r`, `lse_r`, `H_r` of the distribution ove
 
 so three numbers per row and shard are exchanged. Their gradients need no exchange: what arrives is equal on all ranks, and a
 rank's share of it depends on its own ids alone. Only the gradient of hidden states, and of an adapter's A, is summed over the
-group. A target that another rank holds is replaced by an id of one's own, whose share in the gradient is taken back.
+group. A target that another rank holds is replaced by an id of one's own, whose log-probability nobody uses.
 """
 
 from __future__ import annotations
@@ -262,16 +262,13 @@ def score(
         own_target = shard.own(target)
         wanted = ("logp", "lse", *(("entropy",) if entropy_needed else ()), *(("top_logp", "top_id") if tops else ()))
         found = score_own(entered, weight, own_target, rows, own, None, None, wanted, plan)
-        chosen, logp_N, lse_N = found.plan, found.logp, found.lse.detach()
+        chosen, logp_N, lse_N, top_N, id_N = found.plan, found.logp, found.lse, found.top_logp, found.top_id
         entropy_N = found.entropy if entropy_needed else torch.zeros_like(lse_N)
-        top_N, id_N = found.top_logp, found.top_id
-        if logp_N.requires_grad:  # lse with its gradient, which is that of z_y - logp
-            z_N = single_logits.target_logits(entered, weight, own_target, rows, own)
-            lse_N = lse_N + ((z_N - logp_N) - (z_N - logp_N).detach())
+    own_lse_N = lse_N.detach()
     logp_N, entropy_N, lse_N = _Merge.apply(logp_N, lse_N, entropy_N, target, shard)
-    values = {"logp": logp_N, "entropy": entropy_N, "lse": lse_N.detach()}
+    values = {"logp": logp_N, "entropy": entropy_N, "lse": lse_N}
     if tops:
-        values |= _top(shard, top_N, id_N, found.lse if shard.some_id is not None else top_N - torch.inf, values["lse"])
+        values |= _top(shard, top_N, id_N, own_lse_N, lse_N.detach())
     weighted_sum = None
     if known:
         weighted_sum = logp_N.new_zeros(())

@@ -120,11 +120,40 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   dllm::HeadProblem drawn = p;
   drawn.target = nullptr;
   static_cast<dllm::Statistics&>(drawn) = {nullptr, lse.data, entropy.data, nullptr, nullptr};
-  static_cast<dllm::Draw&>(drawn) = {key.data, 2, 0.8f, token.data, logp.data};
+  static_cast<dllm::Draw&>(drawn) = {key.data, 2, 0.8f, options ? temperature.data : nullptr, token.data, logp.data};
   run(engine, drawn, N);
   token.written();
   logp.written();
-  return 5;
+
+  // several targets of a row, of which two are equal, and its likeliest ids
+  const int64_t each = 3, best = V - V / 5 < 4 ? V - V / 5 : 4;
+  Array<int64_t> ids(N * each), best_id(N * best);
+  Array<float> own(N * each), ids_logp(N * each), best_logp(N * best);
+  for (int64_t i = 0; i < N * each; ++i) {
+    ids.data[i] = i % 3 == 2 ? ids.data[i - 2] : i * 5 % V / 5 * 5;
+    own.data[i] = number();
+  }
+  const auto with_ids = [&](dllm::HeadProblem q, const float* coefficients, const float* given) {
+    static_cast<dllm::Several&>(q) = {true, each, coefficients, given};
+    q.target = ids.data;
+    return q;
+  };
+  dllm::HeadProblem scored = with_ids(p, nullptr, nullptr);
+  static_cast<dllm::Statistics&>(scored) = {ids_logp.data, lse.data, entropy.data, top_logp.data, top_id.data, best_logp.data, best_id.data, best};
+  run(engine, scored, N);
+  for (const Array<float>* x : {&ids_logp, &best_logp}) x->written();
+  best_id.written();
+  scored.gradient = true;
+  scored.out = {{nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true};
+  run(engine, scored, 32);
+  for (const Array<char>* x : {&operand0, &operand1}) x->written();
+  dllm::HeadProblem weighed = with_ids(known, own.data, nullptr);
+  static_cast<dllm::Statistics&>(weighed) = {};
+  run(engine, weighed, 32);
+  vector0.written();
+  run(engine, with_ids(kept, nullptr, own.data), N);
+  for (const Array<float>* x : {&dweight, &dbias}) x->written();
+  return 9;
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ def test_a_problem_depends_on_seed_and_number_alone():
 
 
 def test_the_truth_is_that_of_plain_autograd():
-    compared = 0
+    compared = several = 0
     for number in range(60):
         p = problems.draw(9, number)
         if p.bad or p.call not in ("coef", "keep", "recompute") or not len(p.target):
@@ -61,12 +61,21 @@ def test_the_truth_is_that_of_plain_autograd():
         truth = Truth(p)
         leaves = [p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()]
         options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in p.options.items()}
+        if "low_rank" in options:
+            down, up, scale = options["low_rank"]
+            options["low_rank"] = down.double(), up.double(), scale
         want = oracle.head(*leaves, p.target, p.index, **options)
         if not want["logp"].isfinite().all():
             continue
         for name in ("logp", "lse", "entropy", "top_logp"):
             torch.testing.assert_close(truth.statistics[name].exact, want[name].detach(), rtol=1e-9, atol=1e-9)
-        terms = ((p.coef, want["logp"]), (p.entropy_coef, want["entropy"]))
+        terms = [(p.coef, want["logp"]), (p.entropy_coef, want["entropy"]), (p.more["lse_coef"], want["lse"])]
+        truth.lse_coef = p.more["lse_coef"]
+        if "ids" in p.more:
+            logits = oracle.logits(*leaves, p.index, **options)
+            terms.append((p.more["ids_coef"], logits.log_softmax(-1).gather(1, p.more["ids"])))
+            truth.terms = tuple(zip(p.more["ids"].unbind(1), p.more["ids_coef"].unbind(1), strict=True))
+            several += p.more["ids"].shape[1] > 1
         sum((c.double() * value).sum() for c, value in terms if c is not None).backward()
         exact = truth.gradients(p.coef, p.entropy_coef)
         flat = leaves[0].grad.reshape(-1, truth.H)[p.index]
@@ -74,6 +83,7 @@ def test_the_truth_is_that_of_plain_autograd():
         assert relative_error(exact["weight"].exact, leaves[1].grad) < 1e-9
         compared += 1
     assert compared > 10
+    assert several
 
 
 def _touch(at_end: bool, beside: bool) -> None:
@@ -121,6 +131,18 @@ MUTANTS = {
         "return buffer, dense and not any(other is not None and checks.may_overlap(buffer, other) for other in others)",
         "return buffer, True",
         "",
+    ),
+    "an id that stands twice in a row is counted twice": (
+        "csrc/head.inc",
+        "if (l >= rows || among(ids, m, ids[m])) z[l] = -kInf;",
+        "if (l >= rows) z[l] = -kInf;",
+        "logp",
+    ),
+    "the coefficients of an id that stands twice are not added": (
+        "dllm_kernels/backends/targets.py",
+        "    if M < 2:\n        return coef_NM\n",
+        "    return coef_NM\n",
+        "dhidden",
     ),
     "rows changed before backward go unnoticed": (
         "dllm_kernels/head/autograd.py",

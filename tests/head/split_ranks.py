@@ -66,6 +66,8 @@ def score(head, *, frozen, coef, want=VECTORS, plan=None):
             plan=plan, **known, **head.options(leaves, head.temperature),
         )  # fmt: skip
         loss = scores.weighted_sum if coef else (head.coef * scores.logp + head.entropy_coef * scores.entropy).sum()
+        if "lse" in want and not coef:
+            loss = loss + 0.3 * scores.lse.square().sum()
         loss.backward()
         found.append((scores, loss.detach(), leaves))
     (whole, loss, whole_leaves), (split, split_loss, split_leaves) = found
@@ -149,6 +151,8 @@ def refusals(head):
         call(hidden=head.hidden + dist.get_rank(group))
     with pytest.raises(ValueError, match="plan must not be 'coef'"):
         call(plan="coef", coef=head.coef)
+    with pytest.raises(ValueError, match="vocab_group goes with target alone"):
+        call(target=None, want_top=2)
     with pytest.raises(ValueError, match="take_dweight must be None"):
         call(take_dweight=print)
     with pytest.raises(ValueError, match="top_k, top_p and want must be left out"):

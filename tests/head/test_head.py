@@ -2,4 +2,5 @@
 
 from tests.head.head_callers import *  # noqa: F403
 from tests.head.head_relations import *  # noqa: F403
+from tests.head.head_several import *  # noqa: F403
 from tests.head_suite import *  # noqa: F403

@@ -70,6 +70,7 @@ def score_arguments(plan, dtype=torch.float32, trainable_head=True, outputs="log
         None,
         coef,
         None,
+        0,
         outputs,
         plan,
         *needs,
@@ -88,11 +89,54 @@ def test_opcheck_of_score_with_other_outputs_and_a_per_row_temperature(backend, 
     torch.library.opcheck(ops.score, tuple(arguments))
 
 
+def test_opcheck_of_several_targets(backend):
+    for plan, best in (("keep", 0), ("recompute", 3), ("coef", 2)):
+        outputs = "logp,lse,entropy,top_id" + ",best_logp,best_id" * (best > 0)
+        arguments = list(score_arguments(plan, outputs=outputs))
+        arguments[2] = torch.randint(13, (11, 4))
+        arguments[13] = None if arguments[13] is None else torch.randn(11, 4)
+        arguments[15] = best
+        torch.library.opcheck(ops.score, tuple(arguments))
+
+
+def test_a_compiled_call_with_several_targets_gives_the_bits_of_an_eager_one_and_costs_what_explain_says(backend):
+    torch._dynamo.reset()
+    case = make_case(torch.float32)
+    ids = torch.randint(13, (11, 4))
+    more = {"want": ("logp", "lse"), "rows": case.rows}
+
+    def loss(hidden, weight, plan, k):
+        scores = score_tokens(hidden, weight, case.target, ids=ids, want_top=k, plan=plan, **more)
+        total = (scores.ids_logp * torch.arange(4)).sum() + scores.logp.sum() + scores.lse.square().mean()
+        return total if not k else total + (scores.best_logp * torch.arange(k)).sum()
+
+    for plan, k, products in (("keep", 0, 3), ("recompute", 0, 4), (None, 2, 4)):
+
+        def run(function, plan=plan, k=k):
+            fresh = case.fresh()
+            value = function(fresh.hidden, fresh.weight, plan, k)
+            value.backward()
+            return {"value": value.detach()} | fresh.grads
+
+        got = run(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+        with FlopCounterMode(display=False) as counter:
+            wanted = run(loss)
+        for name, want in wanted.items():
+            assert torch.equal(got[name], want), name
+        assert counter.get_total_flops() == products * GEMM
+        fresh = case.fresh()
+        cost = explain(fresh.hidden, fresh.weight, case.target, ids=ids, want_top=k, plan=plan, **more)
+        assert cost.flops == products * GEMM
+        assert cost.plan == (plan or "recompute")
+
+
 def test_opcheck_of_the_other_ops(backend):
     case = make_case(torch.float32)
     key = row_bits(0, Stream.TOKEN, torch.arange(11), torch.tensor(0), torch.tensor(0))
     options = (None, None, None, None, 1.0, None, None, [3], 12)
     torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, *options, 4, None, 1.0))
+    own = torch.rand(11)
+    torch.library.opcheck(ops.sample, (case.hidden, case.weight, key, case.rows, *options, 4, own, 1.0, None, None, 0.1))
     dweight, dbias = torch.zeros(13, 6), torch.zeros(13)
     more = (None, 1.0, None, None, [], None, case.coef.float(), None)
     arguments = (case.hidden, case.weight, case.target, case.rows, None, None, None, *more)

@@ -87,6 +87,45 @@ def test_any_shape_equals_argmax_of_full_logits_plus_noise(backend, N, H, vocabu
     torch.testing.assert_close(got.logp, z.log_softmax(-1).gather(1, got.token[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("more", [{}, {"min_p": 0.05, "top_p": 0.9}, {"want": ("drawn_logp", "drawn_entropy")}])
+def test_temperatures_of_the_rows_draw_as_each_would_alone(backend, dtype, more):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(60, 16, generator=g).to(dtype), torch.randn(300, 16, generator=g).to(dtype)
+    key = noise.row_bits(0, Stream.TOKEN, torch.arange(60), torch.tensor(0), torch.tensor(0))
+    levels = torch.tensor([0.0, 0.3, 1.0, 2.5])
+    temperature = levels[torch.arange(60) % 4]
+    mixed = sample_tokens(hidden, weight, key, temperature=temperature, suppress=(3,), **more)
+    for level in levels.tolist():
+        rows = (temperature == level).nonzero()[:, 0]
+        alone = sample_tokens(hidden, weight, key[rows], rows=rows, temperature=level, suppress=(3,), **more)
+        assert torch.equal(alone.token, mixed.token[rows]), level
+        for name in ("logp", "entropy", *more.get("want", ())):
+            torch.testing.assert_close(getattr(alone, name), getattr(mixed, name)[rows], rtol=1e-6, atol=1e-6)
+    assert (mixed.token != sample_tokens(hidden, weight, key, suppress=(3,)).token).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_min_p_leaves_out_what_is_so_much_less_probable_than_the_likeliest_id(backend, temperature):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -3.0, 0.5])
+    drawn = draw(logits, 12000, temperature=temperature, min_p=0.2, want=("drawn_logp",))
+    p = (logits.double() / (temperature or 1.0)).softmax(-1)
+    p[p < 0.2 * p.max()] = 0.0
+    p /= p.sum()
+    torch.testing.assert_close(drawn.drawn_logp.double(), p[drawn.token].log(), rtol=1e-5, atol=1e-6)
+    observed = torch.bincount(drawn.token, minlength=7).double()
+    assert not observed[p == 0].any()
+    if temperature == 0:
+        assert observed[2] == 12000
+    else:
+        assert oracle.chi_square(observed[p > 0], 12000 * p[p > 0]) < oracle.chi_square_limit(int((p > 0).sum()) - 1)
+    key = noise.row_bits(1, Stream.TOKEN, torch.arange(12000), torch.tensor(0), torch.tensor(0))
+    eye = torch.eye(7)
+    for none, most in ((0.0, None), (None, 1.0)):  # 0 leaves all, 1 the likeliest alone
+        got = sample_tokens(logits.expand(12000, -1), eye, key, min_p=1.0 if most else none).token
+        assert torch.equal(got, torch.full_like(got, 2) if most else draw(logits, 12000).token)
+
+
 def test_a_row_s_token_does_not_depend_on_its_company(backend):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(600, 16, generator=g), torch.randn(50, 16, generator=g)
@@ -103,6 +142,12 @@ def test_a_row_s_token_does_not_depend_on_its_company(backend):
     ("changes", "error", "words"),
     [
         ({"temperature": -0.1}, ValueError, ["temperature", "-0.1"]),
+        ({"temperature": torch.tensor([1.0, 0.0, -0.5, 1.0])}, ValueError, ["temperature", "at every row", "-0.5"]),
+        ({"temperature": torch.tensor([1.0, 0.0, math.nan, 1.0])}, ValueError, ["temperature", "finite"]),
+        ({"temperature": torch.ones(3)}, ValueError, ["temperature", "[4]", "[3]"]),
+        ({"temperature": torch.ones(4, dtype=torch.int64)}, TypeError, ["temperature", "int64"]),
+        ({"min_p": 1.5}, ValueError, ["min_p", "1.5"]),
+        ({"min_p": -0.1}, ValueError, ["min_p", "-0.1"]),
         ({"logit_temperature": 0.0}, ValueError, ["logit_temperature", "0"]),
         ({"step": -1}, ValueError, ["step", "-1"]),
         ({"key": torch.zeros(4)}, TypeError, ["key", "float32"]),

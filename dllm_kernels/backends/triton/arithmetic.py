@@ -130,8 +130,10 @@ def words_of(ids, key0, key1, step, tag):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+def draw(z, v0, inverse, share, key0, key1, step, best, best_id, best_z, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
     """Columns [v0, v0 + C) of R rows take part in the draw of the largest z * inverse + g, the smallest id of equals.
+
+    `inverse` is a number, or with `share`, of the noise, one of each row: z * inverse + share * g.
 
     Every logit gets a bound from its high word; low words and our own logarithms are for those alone whose bound reaches
     the best so far, the largest bound first: one a row nearly always. The margin covers the rounding of both.
@@ -142,8 +144,13 @@ def draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, R: tl.constexp
         none + quad[None, :].to(tl.uint32), none + step.to(tl.uint32), none, none, none + key0[:, None], none + key1[:, None]
     )
     high = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(R, C)
-    scaled = z * inverse
-    bound = tl.where(z > float("-inf"), scaled + gumbel_at_most(high) + (1e-4 + 1e-6 * tl.abs(scaled)), float("-inf"))
+    most = gumbel_at_most(high)
+    if share is not None:
+        scaled = z * inverse[:, None]
+        most = most * share[:, None]
+    else:
+        scaled = z * inverse
+    bound = tl.where(z > float("-inf"), scaled + most + (1e-4 + 1e-6 * tl.abs(scaled)), float("-inf"))
     v = v0 + tl.arange(0, C)
     last = tl.max(bound, 1)
     going = (last > float("-inf")) & (last >= best)
@@ -152,7 +159,10 @@ def draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, R: tl.constexp
         chosen = v[None, :] == ids[:, None]
         ids_z = tl.sum(tl.where(chosen, z, 0.0), 1)
         ids_high = tl.sum(tl.where(chosen, high.to(tl.int32, bitcast=True), 0), 1).to(tl.uint32, bitcast=True)
-        y = ids_z * inverse + gumbel(ids_high, words_of(ids, key0, key1, step, 1))
+        g = gumbel(ids_high, words_of(ids, key0, key1, step, 1))
+        if share is not None:
+            g = g * share
+        y = ids_z * inverse + g
         better = going & ((y > best) | ((y == best) & (ids < best_id)))
         best = tl.where(better, y, best)
         best_id = tl.where(better, ids, best_id)

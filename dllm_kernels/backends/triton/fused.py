@@ -163,7 +163,7 @@ def fused_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         if key is not None:
             z = _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at)
-            best, best_id, best_z = draw(z, v0, inverse, key0, key1, step, best, best_id, best_z, BM, BN)
+            best, best_id, best_z = draw(z, v0, inverse, None, key0, key1, step, best, best_id, best_z, BM, BN)
 
     to = n.to(tl.int64) * segments + segment
     tl.store(parts + to, m, mask=inside)

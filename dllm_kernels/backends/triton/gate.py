@@ -118,7 +118,8 @@ def _row(
     types, constants = _options(options)
     types |= {"logits": "*fp32", "logp": "*fp32", "lse": "*fp32", "rows": "i32", "vocabulary": "i32", "stride": "i32"}
     types |= {"operand_stride": "i32", "entropy_stride": "i32", "step": "i32", "inverse": "fp32", **given}
-    optional = ("operand", "entropy_operand", "target", "key", "coef", "entropy_coef", "entropy", "top_logp", "top_id", "token")
+    arguments = ("operand", "entropy_operand", "target", "joined", "spread", "key", "temperature_of", "coef", "entropy_coef")
+    optional = (*arguments, "entropy", "top_logp", "top_id", "token")
     constants |= {name: None for name in optional if name not in given}
     tile = rows.row_tile(rows_at_once, draw=draw, interpreter=False)
     known = {**constants, "ENTROPY": False, "SHARED": False, "ROUND": False, **flags, "R": tile["R"], "C": tile["C"]}
@@ -148,9 +149,13 @@ def variants(architecture: str) -> Iterator[Variant]:
         everything = {**plain, **top, **both, "entropy_operand": "*bf16"}
         yield _row(f"all, every option, {count}", every, everything, rows_at_once=count, ENTROPY=True, SHARED=True)
     yield _row("fp32 operand", every, {**target, **both, "operand": "*fp32"}, rows_at_once=4096, ENTROPY=True)
+    several = {"operand": "*bf16", "joined": "*fp32", "spread": "*fp32", "entropy": "*fp32", **both}
+    yield _row("several targets", every, several, rows_at_once=4096, quick=True, ENTROPY=True, SHARED=True)
     token = {"token": "*i64", "entropy": "*fp32"}
     yield _row("draw", usual, {**token, "key": "*i64"}, rows_at_once=4096, draw=True, quick=True, ENTROPY=True)
     yield _row("draw, every option", every, {**token, "key": "*i64"}, rows_at_once=4096, draw=True, ENTROPY=True)
+    by_row = {**token, "key": "*i64", "temperature_of": "*fp32"}
+    yield _row("draw at each row's temperature", usual, by_row, rows_at_once=4096, draw=True, ENTROPY=True)
     yield _row("largest", usual, token, rows_at_once=4096, ENTROPY=True)
 
     counts = {

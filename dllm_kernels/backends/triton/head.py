@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_kernels.backends import reference
-from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, allocate, check, zero
+from dllm_kernels.backends import reference, targets
+from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, HeadProblem, allocate, check, zero
 from dllm_kernels.backends.reference import Adapter
 from dllm_kernels.backends.triton import fused, products, rows
 from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
@@ -66,6 +66,45 @@ class _Chunk:
         return logits_CV, operand_CV, self._hidden[:padded], second_CV
 
 
+class _Several:
+    """Several targets of a chunk's rows: taken out of its logits before the row kernel, joined to its statistics after."""
+
+    def __init__(self, logits_CV: Tensor, target_CM: Tensor, options: HeadOptions, result: dict[str, Tensor], best: int) -> None:
+        self.result = result
+        self.z_CM, self.operand_CM = targets.final_logits(logits_CV.gather(1, target_CM), target_CM, options)
+        if any(name in result for name in ("top_id", "top_logp", *BEST)):
+            z_CV = logits_CV.clone()
+            reference._transform_(z_CV, options)
+            self.best_z_CK, self.best_id_CK = targets.best_of(z_CV, max(best, 1))
+        self.joined_C, self.spread_C = self.z_CM.new_full((len(logits_CV),), float("-inf")), self.z_CM.new_zeros(len(logits_CV))
+        if target_CM.shape[1]:
+            once_CM = targets.first_of_equals(target_CM)
+            z_CM = self.z_CM.masked_fill(~once_CM, float("-inf"))
+            self.joined_C = z_CM.logsumexp(1)
+            less_CM = z_CM - self.joined_C[:, None].clamp(min=-3e38)
+            self.spread_C = torch.where(less_CM > -88, less_CM * less_CM.exp(), 0.0).sum(1)
+            logits_CV.scatter_(1, target_CM, float("-inf"))
+
+    def finish(
+        self, stats: dict[str, Tensor], own_CM: Tensor | None, coef_C: Tensor | None, entropy_coef_C: Tensor | None
+    ) -> None:
+        """Write what the kernel could not know to the results; `operand_CM` is then what stands in the targets' places."""
+        result = self.result
+        logp_CM = (self.z_CM - self.joined_C[:, None].clamp(min=-3e38)) + stats["logp"][:, None]
+        if own_CM is not None and coef_C is not None:
+            given_CM = targets.target_gradient(logp_CM, own_CM, coef_C, stats.get("entropy"), entropy_coef_C)
+            self.operand_CM = self.operand_CM * given_CM
+        if "logp" in result:
+            result["logp"].copy_(logp_CM)
+        for name in ("top_id", "best_id"):
+            if name in result:
+                result[name].copy_(self.best_id_CK[:, 0] if name == "top_id" else self.best_id_CK)
+        for name in ("top_logp", "best_logp"):
+            if name in result:
+                logp_CK = (self.best_z_CK - stats["lse"][:, None]).clamp(max=0.0)
+                result[name].copy_(logp_CK[:, 0] if name == "top_logp" else logp_CK)
+
+
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which need not be the tensors'; nothing is recorded for autograd."""
 
@@ -103,6 +142,7 @@ def run(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    own_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Tensor]:
     """`reference.run`. Statistics alone come from the fused kernel where the inputs have 16 bits, all else from chunks."""
@@ -115,6 +155,7 @@ def run(
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
             dlow_VR=dlow_VR,
+            own_NM=own_NM,
             overwrite=overwrite,
         )
     p = _plain(problem)
@@ -127,10 +168,11 @@ def run(
         if overwrite:
             zero(dweight_VH, dbias_V, dlow_VR)
         return result
-    stats = {name: result[name] for name in STATISTICS if name in result}
-    for name in ("logp", "lse"):
+    made = ("lse", "entropy") if p.several else STATISTICS  # the rest of several targets is made by `_Several`
+    stats = {name: result[name] for name in made if name in result}
+    for name in ("logp", "lse", *(("entropy",) if entropy_coef_N is not None else ())):
         stats.setdefault(name, torch.empty(total, device=device))
-    chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.low_rank is not None
+    chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.low_rank is not None or p.several
     config = None if chunked else choose(p, draw=False)
     if config is not None:
         fused.fused(p, stats, config)
@@ -142,16 +184,28 @@ def run(
     for start, count, padded in chunk.spans:
         span = slice(start, start + count)
         logits_CV, operand_CV, hidden_CH, second_CV = chunk.load(start, count, padded)
+        options, of_rows = p.options.of_rows(span), {name: vector[span] for name, vector in stats.items()}
+        coefficients = [None if c is None else c[span] for c in (coef_N, entropy_coef_N)]
+        several = None
+        if p.several:
+            found = {name: vector[span] for name, vector in result.items()}
+            several = _Several(logits_CV[:count], p.target_N[span], options, found, p.best)
         rows.row_statistics(
             logits_CV,
-            p.options.of_rows(span),
-            {name: vector[span] for name, vector in stats.items()},
-            target_N=p.target_N[span],
+            options,
+            of_rows,
+            target_N=p.target_N[span] if several is None else None,
+            joined_N=None if several is None else several.joined_C,
+            spread_N=None if several is None else several.spread_C,
             operand=operand_CV if gradient else None,
             entropy_operand=second_CV,
-            coef_N=None if coef_N is None else coef_N[span],
-            entropy_coef_N=None if entropy_coef_N is None else entropy_coef_N[span],
+            coef_N=coefficients[0],
+            entropy_coef_N=coefficients[1],
         )
+        if several is not None:
+            several.finish(of_rows, None if own_NM is None or coef_N is None else own_NM[span], *coefficients)
+            if gradient:
+                operand_CV[:count].scatter_(1, p.target_N[span], several.operand_CM.to(operand_CV.dtype))
         for name, source_CV in (("operand", operand_CV), ("entropy_operand", second_CV)):
             if name in result and source_CV is not None:
                 result[name][span] = source_CV[:count]
@@ -173,13 +227,21 @@ def from_operands(
     dweight_VH: Tensor | None = None,
     dbias_V: Tensor | None = None,
     dlow_VR: Tensor | None = None,
+    given_NM: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor | None:
     """`reference.from_operands`, for operands that `run` of this backend stored: one pass over a chunk of them, two products."""
     p = problem
     if p.hidden_MH.dtype not in _TYPES:
         return reference.from_operands(
-            p, operands, dhidden=dhidden, dweight_VH=dweight_VH, dbias_V=dbias_V, dlow_VR=dlow_VR, overwrite=overwrite
+            p,
+            operands,
+            dhidden=dhidden,
+            dweight_VH=dweight_VH,
+            dbias_V=dbias_V,
+            dlow_VR=dlow_VR,
+            given_NM=given_NM,
+            overwrite=overwrite,
         )
     total, vocabulary = p.rows, len(p.weight_VH)
     device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
@@ -195,6 +257,10 @@ def from_operands(
     for start, count, padded in cuts:
         span = slice(start, start + count)
         rows.combine([(operand_VN[:, span], coef_N[span]) for operand_VN, coef_N in stored], scaled_VC[:, :count])
+        if given_NM is not None:  # times the slopes that were stored in the targets' places
+            target_MC = p.target_N[span].t()
+            values_MC = given_NM[span].t() * stored[0][0][:, span].gather(0, target_MC).float()
+            scaled_VC[:, :count].scatter_(0, target_MC, values_MC.to(dtype))
         if out_NH is not None:
             scaled_CV = scaled_VC[:, :padded].t()
             out_NH[span] = adapter.vectors(products.vectors(scaled_CV, p.weight_VH), scaled_CV)[:count]
@@ -214,37 +280,38 @@ def sample(
     key_N: Tensor,
     *,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
 ) -> dict[str, Tensor]:
     """`reference.sample`: the largest logit, or a draw of few rows, by the fused kernel; of many rows by chunks.
 
-    `top_k` and `top_p` sort all logits of a row: they go the reference's way.
+    `top_k`, `top_p` and `min_p` need all logits of a row: they go the reference's way.
     """
-    filtered = temperature > 0 and (top_k is not None or top_p is not None)
+    number = None if isinstance(temperature, Tensor) else float(temperature)
+    drawn = number is None or number > 0
+    filtered = drawn and not (top_k is top_p is min_p is None)
     if problem.hidden_MH.dtype not in _TYPES or filtered:
-        return reference.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p)
+        return reference.sample(problem, key_N, step=step, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     p, total, device = _plain(problem), problem.rows, problem.hidden_MH.device
     result = {"token": torch.empty(total, dtype=torch.int64, device=device)}
     result |= {name: torch.empty(total, device=device) for name in ("logp", "entropy", "lse")}
     if total == 0:
         return result
-    key_N, drawn = key_N.contiguous(), temperature > 0
-    config = None
-    if p.hidden_MH.dtype != torch.float32 and p.low_rank is None and (not drawn or total <= FEW_ROWS):
+    key_N = key_N.contiguous()
+    if number is not None and p.hidden_MH.dtype != torch.float32 and p.low_rank is None and (not drawn or total <= FEW_ROWS):
         config = choose(p, draw=drawn)
-    if config is not None:
-        fused.fused(p, result, config, key_N=key_N, step=step, temperature=temperature)
-        return result
+        if config is not None:
+            fused.fused(p, result, config, key_N=key_N, step=step, temperature=number)
+            return result
     chunk = _Chunk(p, second=False)
     for start, count, padded in chunk.spans:
         span = slice(start, start + count)
         logits_CV, *_ = chunk.load(start, count, padded)
         stats = {name: vector[span] for name, vector in result.items()}
-        rows.row_statistics(
-            logits_CV, p.options.of_rows(span), stats, key_N=key_N[span], step=step, noise_temperature=temperature
-        )
+        own = temperature[span].contiguous() if isinstance(temperature, Tensor) else temperature
+        rows.row_statistics(logits_CV, p.options.of_rows(span), stats, key_N=key_N[span], step=step, noise_temperature=own)
     return result
 
 
@@ -257,17 +324,21 @@ def workspace_bytes(
     gradient: bool,
     dhidden: bool = True,
     dweight: bool = False,
+    several: int | None = None,
+    best: int = 0,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits, gathered rows, one product's fp32 result; or parts."""
     if dtype not in _TYPES:
-        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient)
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient, several=several, best=best)
     if rows == 0:
         return 0
-    if not gradient and dtype != torch.float32:
+    if not gradient and dtype != torch.float32 and several is None:
         return fused.largest_parts(rows, vocabulary, hidden_size, dtype.itemsize)
     chunk = chunk_rows(vocabulary, 4, "cuda")
     size = chunk if rows >= chunk else ROW_BLOCK
     item: Any = dtype.itemsize
+    if best:  # final logits beside the raw ones, which of them are taken, and their ranks
+        return size * (20 * row_stride(vocabulary) + hidden_size * item)
     return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden)))
 
 

@@ -14,9 +14,14 @@ from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, 
 
 
 @triton.jit
-def _logit(raw, v, excluded_at, bias, temperature_rows, softcap, temperature, vocabulary):  # type: ignore[no-untyped-def]
-    """Raw logits `[R, C]` to final ones and their slopes d final / d raw; what is excluded or beyond V is at -inf."""
+def _logit(raw, v, excluded_at, bias, temperature_rows, softcap, temperature, vocabulary, HOLES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Raw logits `[R, C]` to final ones and their slopes d final / d raw; what is excluded or beyond V is at -inf.
+
+    With HOLES what is -inf before stays so, whatever the softcap.
+    """
     z = raw
+    if HOLES:
+        z = tl.where(raw == float("-inf"), 0.0, raw)
     if bias is not None:
         z = z + tl.load(bias + v, mask=v < vocabulary, other=0.0)[None, :]
     slope = tl.full([1, 1], 1.0, tl.float32)
@@ -33,6 +38,8 @@ def _logit(raw, v, excluded_at, bias, temperature_rows, softcap, temperature, vo
     keep = v < vocabulary
     if excluded_at is not None:
         keep = keep & (tl.load(excluded_at + v, mask=keep, other=1) == 0)
+    if HOLES:
+        z = tl.where(raw == float("-inf"), float("-inf"), z)
     return tl.where(keep[None, :], z, float("-inf")), slope
 
 
@@ -47,12 +54,18 @@ def _narrow(x, dtype: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "softcap", "temperature", "step", "inverse"])
 def row_kernel(  # type: ignore[no-untyped-def]
-    logits, operand, entropy_operand, target, key, bias, excluded, temperature_N, softcap, temperature, coef, entropy_coef,
+    logits, operand, entropy_operand, target, joined, spread, key, temperature_of, bias, excluded, temperature_N,
+    softcap, temperature, coef, entropy_coef,
     logp, lse, entropy, top_logp, top_id, token,
     rows, vocabulary, stride, operand_stride, entropy_stride, step, inverse,
     ENTROPY: tl.constexpr, SHARED: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """R rows of fp32 logits per program; an output that is None is not written. Either targets, or tokens: drawn with `key`.
+    """R rows of fp32 logits per program; an output that is None is not written. Either targets, or tokens: drawn with `key`,
+    at `inverse` or at the temperatures `temperature_of`.
+
+    In place of targets may stand `joined`: the logsumexp of several per row, whose raw logits are at -inf, and `spread`, their
+    mean logit, by their probabilities among each other, less that. `logp` is then their joint one, no `top_id` is found,
+    and operands stay 0 in the targets' places.
 
     Each of the C lanes of a row keeps its own online softmax, and the lanes meet once, at the end. The target stays out of
     the sums until then. With `operand` a second pass writes the gradient operand, from left to right; where it is 16 bit and
@@ -67,6 +80,14 @@ def row_kernel(  # type: ignore[no-untyped-def]
     if target is not None:
         y = tl.load(target + n, mask=inside, other=0).to(tl.int32)
         target_z = tl.zeros([R], tl.float32)
+    HOLES: tl.constexpr = joined is not None
+    if joined is not None:
+        target_z = tl.load(joined + n, mask=inside, other=0.0)
+    share = None
+    if temperature_of is not None:
+        own = tl.load(temperature_of + n, mask=inside, other=1.0)
+        share = tl.where(own == 0, 0.0, 1.0)
+        inverse = 1.0 / tl.where(own == 0, 1.0, own)
     if key is not None:
         row_key = tl.load(key + n, mask=inside, other=0)
         key0 = row_key.to(tl.uint32)
@@ -86,7 +107,7 @@ def row_kernel(  # type: ignore[no-untyped-def]
         v = start + columns
         here = inside[:, None] & (v < vocabulary)[None, :]
         raw = tl.load(logits + at[:, None] + v[None, :], mask=here, other=0.0)
-        z, _ = _logit(raw, v, excluded, bias, temperature_rows, softcap, temperature, vocabulary)
+        z, _ = _logit(raw, v, excluded, bias, temperature_rows, softcap, temperature, vocabulary, HOLES)
         if target is not None:
             hit = v[None, :] == y[:, None]
             target_z += tl.sum(tl.where(hit, z, 0.0), 1)
@@ -105,9 +126,11 @@ def row_kernel(  # type: ignore[no-untyped-def]
             top = tl.where(later, v[None, :], top)
         m = big
         if key is not None:
-            best, best_id, best_z = draw(z, start, inverse, key0, key1, step, best, best_id, best_z, R, C)
+            best, best_id, best_z = draw(z, start, inverse, share, key0, key1, step, best, best_id, best_z, R, C)
     big, s_row, weighted_row, top_row = reduce_parts(m, s, weighted, top, ENTROPY, TOP)
     base, others, total, mean, log_sum = finish(big, s_row, weighted_row, target_z)
+    if ENTROPY and HOLES:
+        mean += exp_far(far(target_z - base)) / total * tl.load(spread + n, mask=inside, other=0.0)
     own_z = target_z
     if token is not None:
         if key is not None:
@@ -132,7 +155,7 @@ def row_kernel(  # type: ignore[no-untyped-def]
             v = start + columns
             here = inside[:, None] & (v < vocabulary)[None, :]
             raw = tl.load(logits + at[:, None] + v[None, :], mask=here, other=0.0)
-            z, slope = _logit(raw, v, excluded, bias, temperature_rows, softcap, temperature, vocabulary)
+            z, slope = _logit(raw, v, excluded, bias, temperature_rows, softcap, temperature, vocabulary, HOLES)
             d = far(z - base[:, None])
             p = exp_far(d) * scale_row[:, None]
             out = tl.where(v[None, :] == y[:, None], rest[:, None], -p) * slope
@@ -201,27 +224,32 @@ def row_statistics(
     results: dict[str, Tensor],
     *,
     target_N: Tensor | None = None,
+    joined_N: Tensor | None = None,
+    spread_N: Tensor | None = None,
     operand: Tensor | None = None,
     entropy_operand: Tensor | None = None,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
     key_N: Tensor | None = None,
     step: int = 0,
-    noise_temperature: float = 0.0,
+    noise_temperature: float | Tensor = 0.0,
 ) -> None:
     """Launch `row_kernel` on as many rows as `results` have; they hold `logp` and `lse`, and what else is wanted.
 
-    With `target_N` their statistics and, where given, operands; without, `token`: a draw at a noise temperature above 0.
+    With `target_N`, or `joined_N` and `spread_N` of several targets, their statistics and, where given, operands; without,
+    `token`: a draw at a noise temperature above 0, or at those of the rows.
     """
     rows, vocabulary = len(results["logp"]), logits_CV.shape[1]
-    drawn = noise_temperature > 0
+    temperature_N = noise_temperature if isinstance(noise_temperature, Tensor) else None
+    inverse = 0.0 if isinstance(noise_temperature, Tensor) or noise_temperature == 0 else 1.0 / noise_temperature
+    drawn = temperature_N is not None or inverse > 0
     tile = row_tile(rows, draw=drawn, interpreter=interpreted())
     row_kernel[(triton.cdiv(rows, tile["R"]),)](
-        logits_CV, operand, entropy_operand, target_N, key_N if drawn else None,
+        logits_CV, operand, entropy_operand, target_N, joined_N, spread_N, key_N if drawn else None, temperature_N,
         *flat(options, vocabulary, logits_CV.device), coef_N, entropy_coef_N,
         *(results.get(name) for name in ("logp", "lse", "entropy", "top_logp", "top_id", "token")),
         rows, vocabulary, logits_CV.stride(0), 0 if operand is None else operand.stride(0),
-        0 if entropy_operand is None else entropy_operand.stride(0), step, 1.0 / noise_temperature if drawn else 0.0,
+        0 if entropy_operand is None else entropy_operand.stride(0), step, inverse,
         ENTROPY="entropy" in results or entropy_operand is not None or entropy_coef_N is not None,
         SHARED=operand is not None and operand.dtype != torch.float32, ROUND=interpreted(), **tile,
     )  # fmt: skip
