@@ -72,7 +72,7 @@ def sample_tokens(
             temperatures 0 and 1, and one more pass of the head at another.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
         vocab_group: as in `score_tokens`; tokens are those of the unsplit head. Noise is then drawn for every id, in float64:
-            slower. Not with top_k, top_p and want.
+            slower. Not with top_k, top_p, min_p and want.
 
     Not differentiable. Raises ValueError or TypeError naming the argument.
 
@@ -133,19 +133,19 @@ def sample(
     if min_p is not None and checks.number("min_p", min_p, least=0) > 1:
         raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     checks.names("want", want, DRAWN)
-    if vocab_group is not None:
-        if want or top_k is not None or top_p is not None:
-            raise ValueError(
-                "top_k, top_p and want must be left out with vocab_group: they need all logits of a row in one place"
-            )
-        return _sample_split(hidden, weight, key, rows, options, step, float(temperature), vocab_group)
-    hidden, weight = autocast_operands(hidden, weight)
-    check_arguments(hidden, weight, rows, key.numel(), options)
     if isinstance(temperature, Tensor):
         checks.dtype("temperature", temperature, checks.FLOATS)
         checks.shape("temperature", temperature, [key.numel()])
         checks.same_device("temperature", temperature, "hidden", hidden)
         temperature = temperature.detach()
+    hidden, weight = autocast_operands(hidden, weight)
+    if vocab_group is not None:
+        if want or not top_k is top_p is min_p is None:
+            raise ValueError(
+                "top_k, top_p, min_p and want must be left out with vocab_group: they need all logits of a row in one place"
+            )
+        return _sample_split(hidden, weight, key, rows, options, step, temperature, vocab_group)
+    check_arguments(hidden, weight, rows, key.numel(), options)
     pair = adapter.pair(hidden, options)
     top_p = None if top_p == 1 else top_p
     min_p = None if min_p == 0 else min_p
@@ -185,11 +185,10 @@ def _sample_split(
     rows: Tensor | None,
     options: HeadOptions,
     step: int,
-    temperature: float,
+    temperature: float | Tensor,
     group: dist.ProcessGroup,
 ) -> Samples:
     """A draw from a head that is split over a group."""
-    hidden, weight = autocast_operands(hidden, weight)
     weight, shard = vocab_parallel.locate(weight, hidden, key.numel(), options, group)
     problem = None
     if shard.some_id is not None:
@@ -197,6 +196,7 @@ def _sample_split(
         pair = adapter.pair(hidden, shard.options)
         problem = make_problem(hidden, weight, key, rows, shard.options, pair)
         forward_backward._check_values(backends.reference, problem, targets=False)
+        temperature = forward_backward._check_sampling(problem, temperature)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     result = vocab_parallel.sample(problem, key, shard, step=step, temperature=temperature, dtype=dtype)
     check_finite(result["lse"], HeadProblem(hidden, weight, key, rows))

@@ -390,7 +390,7 @@ def _add_target_gradient(
 
 
 def sample(
-    problem: HeadProblem | None, key_N: Tensor, shard: Shard, *, step: int, temperature: float, dtype: torch.dtype
+    problem: HeadProblem | None, key_N: Tensor, shard: Shard, *, step: int, temperature: float | Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Token, its logp and the row's entropy of the whole head, equal on all ranks; `problem` is None where this rank has no id.
 
@@ -408,9 +408,10 @@ def sample(
             span = slice(start, min(start + size, N))
             z_NV = _final_logits(problem, span)
             perturbed_NV = z_NV.double()
-            if temperature > 0:
+            if isinstance(temperature, Tensor) or temperature > 0:
                 noise_NV = gumbel(key_N[span], shard.first + shard.count, step=step)[:, shard.first :]
-                perturbed_NV = perturbed_NV + temperature * noise_NV
+                scale = temperature[span, None].double() if isinstance(temperature, Tensor) else temperature
+                perturbed_NV = perturbed_NV + scale * noise_NV
             best_N[span] = perturbed_NV.amax(-1)
             token_N[span] = perturbed_NV.argmax(-1)  # torch: the first of equal ones
             z_N[span] = z_NV.gather(1, token_N[span, None])[:, 0]

@@ -123,7 +123,7 @@ def losses(head):
 
 def draws(head):
     key = row_bits(3, Stream.TOKEN, torch.arange(N), torch.tensor(0), torch.arange(N))
-    for temperature in (0.0, 0.7, 1.0):
+    for temperature in (0.0, 0.7, 1.0, torch.arange(N) / 4):
         for step in (0, 5):
             leaves, mine = head.leaves(False), head.leaves(True)
             common = {"step": step, "rows": head.rows, "temperature": temperature}
@@ -155,7 +155,7 @@ def refusals(head):
         call(target=None, want_top=2)
     with pytest.raises(ValueError, match="take_dweight must be None"):
         call(take_dweight=print)
-    with pytest.raises(ValueError, match="top_k, top_p and want must be left out"):
+    with pytest.raises(ValueError, match="top_k, top_p, min_p and want must be left out"):
         sample_tokens(head.hidden, mine["weight"], head.target, rows=head.rows, top_k=3, vocab_group=group)
     masked = torch.ones(2, L, dtype=torch.bool)
     with pytest.raises(ValueError, match="label_smoothing must be 0 with vocab_group"):
