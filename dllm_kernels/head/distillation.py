@@ -9,6 +9,7 @@ Who knows the coefficients of the rows, and when, decides the order of work, as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,16 +25,21 @@ from dllm_kernels.backends.divergence import KINDS, Buffers, DivergenceProblem, 
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.forward_backward import _scatter
 from dllm_kernels.head.options import autocast_operands, check_arguments, check_temperature, device_type
+from dllm_kernels.head.scoring import score
 
 REDUCTIONS = ("mean", "sum", "none")
+_SUM_SLACK = 1e-2  # of the log of given probabilities' sum: they may come in 16 bits
+_LEAST_REST = 2.0**-24
 
 
 def distillation_loss(
     hidden: Tensor,
     weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     *,
+    teacher_ids: Tensor | None = None,
+    teacher_logp: Tensor | None = None,
     kind: str = "forward_kl",
     beta: float | None = None,
     rows: Tensor | None = None,
@@ -63,6 +69,9 @@ def distillation_loss(
         teacher_hidden: `[..., H']` with hidden's leading dimensions; teacher_weight: `[V, H']` in its dtype. Both have a dtype
             of their own (float64 with float64 only), are detached, and may have another width. Where `valid_vocab` is given
             the two vocabularies may differ in size beyond it.
+        teacher_ids, teacher_logp: in place of these two, `[N, k]` distinct ids of each row, such as the teacher's likeliest, and
+            their finite log-probabilities at `temperature`. The divergence is then that of k + 1 events, each id and "any
+            other": never above the whole one, and the whole one where the ids are all. A rest below 2^-24 counts as that.
         beta: of "jsd", in (0, 1), default 0.5.
         rows: int64 `[N]`, unique flat indices into the leading dimensions of both; None means all rows in order.
         coef: `[N]`, finite, detached: multiplies the rows' divergences; None means 1.
@@ -95,6 +104,16 @@ def distillation_loss(
     if not 0 < beta < 1:
         raise ValueError(f"beta must be in (0, 1), got {beta}: the ends are kind='forward_kl' (0) and 'reverse_kl' (1)")
     checks.require_tensor("hidden", hidden)
+    if teacher_ids is not None or teacher_logp is not None:
+        given = teacher_hidden, teacher_weight, teacher_bias, teacher_softcap
+        if any(value is not None for value in given) or teacher_ids is None or teacher_logp is None:
+            raise TypeError(
+                "teacher_ids and teacher_logp go together, in place of teacher_hidden, teacher_weight and their options"
+            )
+        events = _events(hidden, weight, teacher_ids, teacher_logp, rows, options, take_dweight)
+        return _reduced(_of_events(*events, kind, beta), coef, reduction)
+    if teacher_hidden is None or teacher_weight is None:
+        raise TypeError("teacher_hidden and teacher_weight must be given, or teacher_ids and teacher_logp")
     hidden, weight = autocast_operands(hidden, weight)
     count = rows.numel() if isinstance(rows, Tensor) else hidden.numel() // max(1, hidden.shape[-1] if hidden.dim() else 1)
     check_arguments(hidden, weight, rows, count, options)
@@ -110,6 +129,68 @@ def distillation_loss(
     run = _apart if torch.compiler.is_compiling() else _run
     problem = kind, beta, vocabulary, teacher_hidden.detach(), teacher_weight.detach(), teacher_bias, teacher_softcap
     return run(hidden, weight, bias, pair, rows, options, problem, coef, reduction, take_dweight)
+
+
+def _events(
+    hidden: Tensor,
+    weight: Tensor,
+    ids_NM: Tensor,
+    logp_NM: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    take_dweight: WeightGradient | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[N, k + 1]` of the given ids and of any other: the teacher's and, differentiable, the student's."""
+    checks.dtype("teacher_ids", ids_NM, [torch.int64])
+    checks.shape("teacher_ids", ids_NM, [None if rows is None else rows.numel(), None])
+    checks.dtype("teacher_logp", logp_NM, checks.FLOATS)
+    checks.shape("teacher_logp", logp_NM, ids_NM.shape)
+    checks.same_device("teacher_ids", ids_NM, "hidden", hidden)
+    checks.same_device("teacher_logp", logp_NM, "hidden", hidden)
+    checks.finite("teacher_logp", logp_NM)
+    if not ids_NM.shape[1]:
+        raise ValueError("teacher_ids must hold at least one id of each row, got shape " + str(list(ids_NM.shape)))
+    if checks.may_read(ids_NM) and ids_NM.numel():
+        ordered_NM = ids_NM.sort(-1).values
+        if bool((ordered_NM[:, 1:] == ordered_NM[:, :-1]).any()):
+            raise ValueError("teacher_ids must be distinct within a row")
+        most = float(logp_NM.double().logsumexp(-1).max())
+        if most > _SUM_SLACK:
+            raise ValueError(
+                f"teacher_logp must be log-probabilities, got a row whose probabilities add up to {math.exp(most):.6g}"
+            )
+    scores = score(hidden, weight, None, rows, options, want=(), take_dweight=take_dweight, ids=ids_NM)
+    own_NM = scores.ids_logp
+    assert own_NM is not None
+    return _with_rest(logp_NM.detach().to(own_NM.dtype)), _with_rest(own_NM)
+
+
+def _with_rest(logp_NM: Tensor) -> Tensor:
+    """With the log of what is missing to 1 beside them, at least that of `_LEAST_REST`."""
+    missing_N1 = -torch.expm1(logp_NM.logsumexp(-1, keepdim=True))
+    return torch.cat((logp_NM, missing_N1.clamp(min=_LEAST_REST).log()), -1)
+
+
+def _of_events(p: Tensor, q: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence of few events from their log-probabilities, the teacher's and the student's."""
+    if kind == "forward_kl":
+        return (p.exp() * (p - q)).sum(-1)
+    if kind == "reverse_kl":
+        return (q.exp() * (q - p)).sum(-1)
+    m = torch.logaddexp(math.log(beta) + p, math.log1p(-beta) + q)
+    return (beta * p.exp() * (p - m) + (1.0 - beta) * q.exp() * (q - m)).sum(-1)
+
+
+def _reduced(found_N: Tensor, coef_N: Tensor | None, reduction: str) -> Tensor:
+    if coef_N is not None:
+        checks.dtype("coef", coef_N, checks.FLOATS)
+        checks.shape("coef", coef_N, found_N.shape)
+        checks.same_device("coef", coef_N, "hidden", found_N)
+        checks.finite("coef", coef_N)
+        found_N = found_N * coef_N.detach().to(found_N.dtype)
+    if reduction == "none":
+        return found_N
+    return found_N.sum() / max(1, len(found_N)) if reduction == "mean" else found_N.sum()
 
 
 def _run(

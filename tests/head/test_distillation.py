@@ -170,6 +170,44 @@ def test_frozen_rows_in_many_chunks_are_those_in_one(monkeypatch):
     assert torch.allclose(torch.autograd.grad(cut.sum(), case.hidden)[0], gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_of_its_likeliest_ids_is_compared_on_these_and_the_rest(kind, reduction):
+    """Value and gradients are those of k + 1 events; they are never more than the whole, and the whole where the ids are all."""
+    case = make_case(options=True)
+    case.options["softcap"], kept = None, 5
+    teacher = oracle.logits(
+        case.teacher_hidden,
+        case.teacher_weight,
+        case.rows,
+        temperature=case.options["temperature"],
+        suppress=(3, 64),
+        valid_vocab=290,
+    ).log_softmax(-1)
+    student = oracle.logits(case.hidden, case.weight, case.rows, **case.options).log_softmax(-1)
+    logp, ids = teacher.topk(kept)
+    case.teacher_options = {"ids": ids, "logp": logp}
+    case.teacher_hidden = case.teacher_weight = None
+    got = case.loss(kind, reduction=reduction, coef=case.coef)
+
+    def events(whole):
+        few = whole.gather(1, ids)
+        return torch.cat((few, torch.log1p(-few.exp().sum(-1, keepdim=True))), -1)
+
+    true_N = oracle.divergence(events(student), events(teacher), kind) * case.coef
+    true = {"mean": true_N.mean(), "sum": true_N.sum(), "none": true_N}[reduction]
+    assert torch.allclose(got, true, rtol=1e-9, atol=1e-11)
+    for mine, truth in zip(
+        torch.autograd.grad(got.sum(), case.leaves), torch.autograd.grad(true.sum(), case.leaves), strict=True
+    ):
+        assert torch.allclose(mine, truth, rtol=1e-7, atol=1e-9)
+    whole_N = oracle.divergence(student, teacher, kind)
+    assert bool((oracle.divergence(events(student), events(teacher), kind) <= whole_N + 1e-12).all())
+    everything = torch.tensor([token for token in range(290) if token not in (3, 64)]).expand(7, -1)
+    case.teacher_options = {"ids": everything, "logp": teacher.gather(1, everything)}
+    assert torch.allclose(case.loss(kind, reduction="none"), whole_N, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows_give_zero_and_zero_gradients():
     case = make_case(N=7)
     case.rows = case.rows[:0]
@@ -314,8 +352,36 @@ BAD = {
         ValueError,
         "teacher_hidden, teacher_weight must give finite",
     ),
+    "both teachers": ({"teacher_ids": torch.ones(12, 1).long()}, TypeError, "teacher_ids and teacher_logp go together, in place"),
+    "no teacher": ({"teacher_hidden": None}, TypeError, "teacher_hidden and teacher_weight must be given, or teacher_ids"),
     "list": ({"teacher_hidden": [1.0]}, TypeError, "teacher_hidden must be a torch.Tensor, got list"),
 }
+
+
+BAD_TOP = {
+    "ids of other rows": ((3, 2), torch.zeros(3, 2), ValueError, r"teacher_ids must have shape \[7, any\]"),
+    "shape": ((7, 2), torch.zeros(7, 3), ValueError, r"teacher_logp must have shape \[7, 2\]"),
+    "no ids": ((7, 0), torch.zeros(7, 0), ValueError, "at least one id of each row"),
+    "more than 1": ((7, 2), torch.zeros(7, 2), ValueError, "a row whose probabilities add up to 2"),
+    "infinite": ((7, 2), torch.full((7, 2), float("-inf")), ValueError, "teacher_logp must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOP)
+def test_what_is_wrong_with_given_ids_is_named(name):
+    sizes, logp, error, words = BAD_TOP[name]
+    case, ids = make_case(torch.float32), torch.arange(max(1, sizes[1]))[: sizes[1]].expand(sizes)
+    with pytest.raises(error, match=words):
+        distillation_loss(case.hidden, case.weight, rows=case.rows, teacher_ids=ids, teacher_logp=logp)
+    if name == "shape":
+        with pytest.raises(ValueError, match="teacher_ids must be distinct within a row"):
+            distillation_loss(
+                case.hidden,
+                case.weight,
+                rows=case.rows,
+                teacher_ids=torch.ones(7, 2).long(),
+                teacher_logp=torch.full((7, 2), -1.0),
+            )
 
 
 @pytest.mark.parametrize("name", BAD)
