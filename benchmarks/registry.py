@@ -19,6 +19,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     "head": "benchmarks.suites.head",
+    "distillation": "benchmarks.suites.distillation",
     "elbo": "benchmarks.suites.elbo",
     "bgpo": "benchmarks.suites.bgpo",
     "entropy": "benchmarks.suites.entropy",

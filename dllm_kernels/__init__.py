@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dllm_kernels.accumulation.estimation import estimate_elbo
 from dllm_kernels.accumulation.loop import accumulate
 from dllm_kernels.accumulation.scores import score_samples
+from dllm_kernels.head.distillation import distillation_loss
 from dllm_kernels.head.explain import explain
 from dllm_kernels.head.sampling import sample_tokens
 from dllm_kernels.head.scoring import head_backward, score_tokens
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "accumulate",
     "bgpo_loss",
+    "distillation_loss",
     "elbo_loss",
     "estimate_elbo",
     "explain",

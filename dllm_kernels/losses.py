@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels import checks
@@ -36,6 +37,7 @@ def elbo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     take_dweight: WeightGradient | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The masked-diffusion loss, `-sum over masked tokens of logp / p_mask`, from hidden states: logits are never kept.
 
@@ -50,7 +52,7 @@ def elbo_loss(
             the masked ones; what it says of the others is not read.
         lengths: a number or broadcastable to `[...]`, above 0, the answer lengths.
         shift: 1 where position i is predicted by row i - 1.
-        bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight: as in `score_tokens`.
+        bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight, vocab_group: as in `score_tokens`.
         reduction: "mean": the sum divided by (number of sequences x L), LLaDA's pre-training loss; with `lengths` each
             sequence is divided by its own answer length and the result averaged over the sequences, its SFT loss
             (arXiv 2502.09992, eq. 3 and 5; github ML-GSAI/LLaDA, GUIDELINES.md). "sequence": the plain sum of each, `[...]`,
@@ -58,7 +60,7 @@ def elbo_loss(
             "sum": the plain sum of all. "none": `-logp / p_mask` of each token, `[..., L]`, 0 where it is not masked.
         ignore_index: tokens with this target count as not masked; the divisors of "mean" stay as they are.
         label_smoothing: e in [0, 1): in place of -logp stands `-(1 - e) logp - e mean_v logp_v`, the mean over the ids that
-            are not excluded (as `F.cross_entropy` has it over all); not with a softcap.
+            are not excluded (as `F.cross_entropy` has it over all); not with a softcap, nor with vocab_group.
 
     Returns float32 (float64 for float64 inputs, and of "sequence"), differentiable in hidden, weight and bias. No masked token
     is legal: loss 0, zero gradients. Raises ValueError or TypeError naming the argument.
@@ -72,6 +74,8 @@ def elbo_loss(
     smoothing = checks.number("label_smoothing", label_smoothing, least=0)
     if smoothing >= 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if smoothing and vocab_group is not None:
+        raise ValueError(f"label_smoothing must be 0 with vocab_group, got {label_smoothing}")
     if ignore_index is not None:
         masked = _without(masked, target, ignore_index)
     sequences, L, rows, target_N, position_N = _masked_rows(hidden, target, masked, shift)
@@ -83,7 +87,7 @@ def elbo_loss(
         raise ValueError(f"lengths divides only under reduction='mean', got reduction={reduction!r}")
     added_N = _smoothing(hidden, weight, target_N, rows, options, smoothing) if smoothing else None
     if reduction in ("sequence", "none"):
-        logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
+        logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight, vocab_group=vocab_group).logp
         assert logp_N is not None
         loss_N = -logp_N if added_N is None else added_N - logp_N
         if reduction == "sequence":
@@ -96,7 +100,9 @@ def elbo_loss(
     else:
         length_N = _at_rows("lengths", lengths, leading, sequence_N)
         factor_N = factor_N / (length_N * sequences)
-    total = score(hidden, weight, target_N, rows, options, coef=-factor_N, take_dweight=take_dweight).weighted_sum
+    total = score(
+        hidden, weight, target_N, rows, options, coef=-factor_N, take_dweight=take_dweight, vocab_group=vocab_group
+    ).weighted_sum
     assert total is not None
     return total if added_N is None else total + (added_N * factor_N.to(added_N.dtype)).sum()
 
@@ -155,6 +161,7 @@ def bgpo_loss(
     valid_vocab: int | None = None,
     low_rank: tuple[Tensor, Tensor, float] | None = None,
     take_dweight: WeightGradient | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """BGPO's bound terms of one Monte-Carlo sample: call backward on each of the `samples` in turn.
 
@@ -170,7 +177,7 @@ def bgpo_loss(
             current one, then d = 0 and the coefficients A / samples are known before the forward pass, which is cheaper.
         advantages: `[B]`. samples: n_t >= 1.
         sequences: the denominator, the number of sequences of the whole optimizer step; default B.
-        shift, bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight: as in `elbo_loss`.
+        shift, bias, softcap, temperature, suppress, valid_vocab, low_rank, take_dweight, vocab_group: as in `elbo_loss`.
 
     old_elbo and advantages are detached. Returns a float32 scalar (float64 for float64 inputs). Raises as `elbo_loss`.
 
@@ -191,14 +198,14 @@ def bgpo_loss(
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     if old_elbo is None:
         coef_N = -advantages.to(factor_N.dtype)[position_N // L] * factor_N / divisor
-        scores = score(hidden, weight, target_N, rows, options, coef=coef_N, take_dweight=take_dweight)
+        scores = score(hidden, weight, target_N, rows, options, coef=coef_N, take_dweight=take_dweight, vocab_group=vocab_group)
         assert scores.weighted_sum is not None
         # value of the loss at d = 0 with the gradient of the weighted sum
         return scores.weighted_sum - scores.weighted_sum.detach() - (advantages.sum() / divisor).to(scores.weighted_sum.dtype)
     checks.shape("old_elbo", old_elbo, [B])
     checks.same_device("old_elbo", old_elbo, "hidden", hidden)
     old_elbo = checks.between("old_elbo", old_elbo.detach())
-    logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight).logp
+    logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight, vocab_group=vocab_group).logp
     assert logp_N is not None
     elbo_B = _by_position(logp_N.double() * factor_N, position_N, B, L).sum(-1)
     return (-bgpo_terms(elbo_B, old_elbo, advantages).sum() / divisor).to(logp_N.dtype)

@@ -118,3 +118,18 @@ def chi_square_limit(degrees: int) -> float:
 
 def chi_square(observed: Tensor, expected: Tensor) -> float:
     return float(((observed - expected) ** 2 / expected).sum())
+
+
+def divergence(student_logits, teacher_logits, kind, beta=0.5) -> Tensor:
+    """`[N]` of two sets of final logits: KL of P || Q, of Q || P, or b KL(P || M) + (1 - b) KL(Q || M); -inf in both counts 0."""
+
+    def finite(logp):
+        return logp.masked_fill(logp == -math.inf, 0.0)
+
+    q, p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if kind == "forward_kl":
+        return (p.exp() * (finite(p) - finite(q))).sum(-1)
+    if kind == "reverse_kl":
+        return (q.exp() * (finite(q) - finite(p))).sum(-1)
+    m = torch.logaddexp(math.log(beta) + finite(p), math.log(1 - beta) + finite(q))
+    return (beta * p.exp() * (finite(p) - m) + (1 - beta) * q.exp() * (finite(q) - m)).sum(-1)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dllm_kernels import checks
-from dllm_kernels.backends.contract import HeadOptions
-from dllm_kernels.head import forward_backward, ops
+from dllm_kernels import backends, checks
+from dllm_kernels.backends.contract import HeadOptions, HeadProblem
+from dllm_kernels.head import forward_backward, ops, vocab_parallel
 from dllm_kernels.head import low_rank as adapter
-from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.options import autocast_operands, check_arguments, check_finite, make_problem
 from dllm_kernels.head.scoring import score
 
 DRAWN = ("drawn_logp", "drawn_entropy", "margin")
@@ -52,6 +53,7 @@ def sample_tokens(
     suppress: Sequence[int] = (),
     valid_vocab: int | None = None,
     low_rank: tuple[Tensor, Tensor, float] | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Samples:
     """Draw one token per selected row: `argmax_v z_v / temperature + g_v`, with g Gumbel noise of `(key, token, step)`.
 
@@ -69,6 +71,8 @@ def sample_tokens(
             `temperature` (at temperature 0: at 1). "margin" takes the slower route too; the other two are free at
             temperatures 0 and 1, and one more pass of the head at another.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
+        vocab_group: as in `score_tokens`; tokens are those of the unsplit head. Noise is then drawn for every id, in float64:
+            slower. Not with top_k, top_p, min_p and want.
 
     Not differentiable. Raises ValueError or TypeError naming the argument.
 
@@ -93,6 +97,7 @@ def sample_tokens(
         min_p=min_p,
         top_p_first=top_p_first,
         want=want,
+        vocab_group=vocab_group,
     )
 
 
@@ -111,6 +116,7 @@ def sample(
     min_p: float | None = None,
     top_p_first: bool = False,
     want: Sequence[str] = (),
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Samples:
     """`sample_tokens` with its options in one piece; their temperature, a number, is its `logit_temperature`."""
     if not isinstance(temperature, Tensor):
@@ -127,13 +133,19 @@ def sample(
     if min_p is not None and checks.number("min_p", min_p, least=0) > 1:
         raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     checks.names("want", want, DRAWN)
-    hidden, weight = autocast_operands(hidden, weight)
-    check_arguments(hidden, weight, rows, key.numel(), options)
     if isinstance(temperature, Tensor):
         checks.dtype("temperature", temperature, checks.FLOATS)
         checks.shape("temperature", temperature, [key.numel()])
         checks.same_device("temperature", temperature, "hidden", hidden)
         temperature = temperature.detach()
+    hidden, weight = autocast_operands(hidden, weight)
+    if vocab_group is not None:
+        if want or not top_k is top_p is min_p is None:
+            raise ValueError(
+                "top_k, top_p, min_p and want must be left out with vocab_group: they need all logits of a row in one place"
+            )
+        return _sample_split(hidden, weight, key, rows, options, step, temperature, vocab_group)
+    check_arguments(hidden, weight, rows, key.numel(), options)
     pair = adapter.pair(hidden, options)
     top_p = None if top_p == 1 else top_p
     min_p = None if min_p == 0 else min_p
@@ -164,3 +176,28 @@ def sample(
         scores = score(hidden, weight, token, rows, tempered, want=("logp", "entropy"))
         drawn = {"drawn_logp": scores.logp, "drawn_entropy": scores.entropy}
     return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})
+
+
+def _sample_split(
+    hidden: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    step: int,
+    temperature: float | Tensor,
+    group: dist.ProcessGroup,
+) -> Samples:
+    """A draw from a head that is split over a group."""
+    weight, shard = vocab_parallel.locate(weight, hidden, key.numel(), options, group)
+    problem = None
+    if shard.some_id is not None:
+        check_arguments(hidden, weight, rows, key.numel(), shard.options)
+        pair = adapter.pair(hidden, shard.options)
+        problem = make_problem(hidden, weight, key, rows, shard.options, pair)
+        forward_backward._check_values(backends.reference, problem, targets=False)
+        temperature = forward_backward._check_sampling(problem, temperature)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    result = vocab_parallel.sample(problem, key, shard, step=step, temperature=temperature, dtype=dtype)
+    check_finite(result["lse"], HeadProblem(hidden, weight, key, rows))
+    return Samples(result["token"], result["logp"], result["logp"].exp(), result["entropy"])

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, WeightGradient
-from dllm_kernels.head import forward_backward, ops, plans, several
+from dllm_kernels.head import forward_backward, ops, plans, several, vocab_parallel
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
@@ -65,6 +67,7 @@ def score_tokens(
     want_top: int = 0,
     plan: str | None = None,
     take_dweight: WeightGradient | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """Log-probability of a target token at each selected row, and what else one pass can tell.
 
@@ -92,6 +95,12 @@ def score_tokens(
         take_dweight: a function that is called with the weight's gradient, in fp32 (fp64 for fp64) whatever the
             weight's dtype, in place of autograd. `body.take_dweight` is one for a head that `headless` gathered. Not under
             torch.compile, where autograd delivers the gradient.
+        vocab_group: the ranks over which the head is split by rows of the weight, in the order of its ids, any number on each:
+            weight, bias and B are then this rank's rows (or a DTensor of placement Shard(0) over just this group), everything
+            else is alike on all ranks, ids are those of the whole head, and so are the results. A loss of them is computed
+            on every rank alike; gradients of hidden and A are summed over the group, those of weight, bias and B stay here.
+            Plans are those of late coefficients of logp and lse. Not under torch.compile, not with take_dweight, ids and
+            want_top. None: the head is whole, and a Shard(0) DTensor is data-parallel.
 
     Without coefficients, `logp`, `ids_logp`, `best_logp`, `entropy` and, where wanted, `lse` (z-loss) are differentiable in
     hidden, weight, bias, A and B; `top_*` never are. Coefficients of several log-probabilities of a row, or of lse, make no
@@ -115,7 +124,7 @@ def score_tokens(
         ('recompute', (2, 3))
     """
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight, ids, want_top)
+    return score(hidden, weight, target, rows, options, coef, entropy_coef, want, plan, take_dweight, ids, want_top, vocab_group)
 
 
 def score(
@@ -131,10 +140,21 @@ def score(
     take_dweight: WeightGradient | None = None,
     ids: Tensor | None = None,
     want_top: int = 0,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """`score_tokens` with its options in one piece."""
     checks.names("want", want, STATISTICS)
     checks.require_tensor("hidden", hidden)
+    if vocab_group is not None:
+        if take_dweight is not None:
+            raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
+        if target is None or ids is not None or want_top:
+            raise ValueError("vocab_group goes with target alone: ids and want_top of a split head are not there")
+        checks.dtype("target", target, [torch.int64])
+        checks.shape("target", target, [None if rows is None else rows.numel()])
+        given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan
+        chosen, vectors, weighted_sum = vocab_parallel.score(score, *given, vocab_group)
+        return Scores(chosen, weighted_sum=weighted_sum, **dict(zip(_FIELDS, vectors)))
     hidden, weight = autocast_operands(hidden, weight)
     count = several.check(hidden, target, ids, rows)
     check_arguments(hidden, weight, rows, count, options)
@@ -211,6 +231,7 @@ def head_backward(
     dweight_out: Tensor | None = None,
     dbias_out: Tensor | None = None,
     dlow_rank_out: tuple[Tensor | None, Tensor | None] = (None, None),
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Gradient of `sum coef * logp + sum entropy_coef * entropy` for callers that run their own loop.
 
@@ -218,7 +239,8 @@ def head_backward(
     buffers `dweight_out`, `dbias_out` (float32; float64 for float64 inputs) where given, likewise dA `[R, H]` and dB `[V, R]`
     of `low_rank` to the pair `dlow_rank_out`. These may have any strides under
     which no two elements coincide; one whose rows are not dense, or that shares memory with another argument, costs a
-    second buffer of its size. They are changed in place, and autograd is told so. Of `rows`, a `Rows`, for instance
+    second buffer of its size. They are changed in place, and autograd is told so. With `vocab_group`, as in
+    `score_tokens`, those of weight, bias and B hold this rank's rows. Of `rows`, a `Rows`, for instance
     `plan.rows`, index and target are read; `coef`, `entropy_coef` are `[N]`; the other arguments and the errors are those
     of `score_tokens`.
     Nothing is differentiable.
@@ -236,6 +258,10 @@ def head_backward(
     checks.dtype("target", target, [torch.int64])
     checks.shape("target", target, [index.numel()])
     checks.require_tensor("hidden", hidden)
+    if vocab_group is not None:
+        options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
+        outs = dweight_out, dbias_out, dlow_rank_out
+        return _split_backward(hidden, weight, rows, coef, entropy_coef, options, outs, vocab_group)
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
@@ -273,6 +299,33 @@ def head_backward(
             dhidden += more
             if down_out is not None:
                 down_out += ddown
+    return dhidden.to(like.dtype)
+
+
+def _split_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    coef: Tensor,
+    entropy_coef: Tensor | None,
+    options: HeadOptions,
+    outs: tuple[Tensor | None, Tensor | None, tuple[Tensor | None, Tensor | None]],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`head_backward` of a head that is split over a group."""
+    like = hidden
+    hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
+    _coefficient("coef", coef, rows.target.shape, hidden)
+    _coefficient("entropy_coef", entropy_coef, rows.target.shape, hidden)
+
+    def of_shard(
+        hidden: Tensor, weight: Tensor, rows: Rows, coef: Tensor, own: HeadOptions, entropy_coef: Tensor | None, *outs: Any
+    ) -> Tensor:
+        names = ("dweight_out", "dbias_out", "dlow_rank_out")
+        return head_backward(hidden, weight, rows, coef, entropy_coef=entropy_coef, **own, **dict(zip(names, outs)))
+
+    with torch.no_grad():
+        dhidden = vocab_parallel.add_gradient(of_shard, score, hidden, weight, rows, options, coef, entropy_coef, *outs, group)
     return dhidden.to(like.dtype)
 
 
