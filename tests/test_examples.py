@@ -13,6 +13,7 @@ import pytest
 from tests.tiny import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(1000)  # minutes where others use the cores
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -20,7 +21,7 @@ def launch(name: str, **words: str) -> str:
     """What the launch line prints, some of its words replaced."""
     (line,) = re.findall(r"^    python (examples/.*)$", (ROOT / "examples" / name).read_text(), flags=re.MULTILINE)
     command = [words.get(word, word) for word in shlex.split(line)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -187,7 +187,7 @@ def build(folder: Path, kind: str, **environment: str) -> str:
     here = all(importlib.util.find_spec(name) for name in ("setuptools", "pybind11"))
     command = [sys.executable, "-m", "build", kind, *(["--no-isolation"] if here else [])]
     environment = {**os.environ, "GITHUB_REPOSITORY": "", **environment}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1700, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout + done.stderr
 
@@ -205,7 +205,7 @@ def test_a_source_distribution_is_the_whole_tree_with_addresses(source):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2500)
 def test_a_wheel_from_it_holds_every_module_and_its_tests_run(source, tmp_path):
     said = build(source, "--wheel")
     assert "warning: " not in "\n".join(line for line in said.splitlines() if "csrc/" in line), said

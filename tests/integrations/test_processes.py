@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tests.tiny import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # every run imports the trainer anew in each process
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2800)]  # every run imports the trainer anew in each process
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,7 +33,7 @@ def run(kind: str, world: int, out: Path, **options) -> tuple[torch.Tensor, obje
         for place, log in zip(places, logs, strict=True)
     ]
     try:
-        codes = [rank.wait(timeout=240) for rank in ranks]
+        codes = [rank.wait(timeout=900) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
