@@ -192,6 +192,8 @@ class RolloutConfig(Section):
     remasking: str | None = None  # options of samplers: None is the sampler's own default
     threshold: Share | None = None
     bound: NotNegative | None = None
+    editing_threshold: Share | None = None
+    max_post_steps: Count | None = None
     alg: str | None = None
     alg_temp: NotNegative | None = None
     eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -215,7 +217,7 @@ class RolloutConfig(Section):
         return resolve(self.sampler, self.sampler_options())
 
     def sampler_options(self) -> dict[str, Any]:
-        keys = ("remasking", "threshold", "bound", "alg", "alg_temp", "eps")
+        keys = ("remasking", "threshold", "bound", "editing_threshold", "max_post_steps", "alg", "alg_temp", "eps")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
     def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class Packed:
             ids, position, sequence = ids[keep], position[keep], sequence[keep]
         kwargs: dict[str, Any] = {"position_ids": position[None]}
         if not self._flash:
-            kwargs["attention_mask"] = _additive(sequence[:, None] == sequence, self.body)[None, None]
+            kwargs["attention_mask"] = _additive(sequence[:, None] == sequence, self.body.model)[None, None]
         return self.body(ids[None], **kwargs)
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
@@ -240,7 +240,7 @@ class Cached:
         sees_BQC = sees_QC & self.keep_BC[:, None, :last] | (query_Q[:, None] == column_C)
         self._window = first
         ids, position = self.ids[:, first:last], self.position_BC[:, first:last]
-        mask = _additive(sees_BQC, self.body)[:, None]
+        mask = _additive(sees_BQC, self.body.model)[:, None]
         if self.guidance:
             ids = torch.cat([ids, torch.where(self.completion_BC[:, first:last], ids, self.mask_id)])
             position, mask = torch.cat([position, position]), torch.cat([mask, mask])
@@ -272,9 +272,9 @@ def _guided(hidden: Tensor, row_N: Tensor, guidance: float) -> Tensor:
     return (chosen_NH.float() + guidance * (chosen_NH.float() - without_NH)).to(flat.dtype)
 
 
-def _additive(sees: Tensor, body: Body) -> Tensor:
+def _additive(sees: Tensor, model: nn.Module) -> Tensor:
     """Additive mask as transformers takes it: 0 where a query sees a key, else the dtype's minimum."""
-    dtype = next(body.model.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
@@ -287,13 +287,17 @@ def takes_cache(body: Body) -> bool:
 
 def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
     """Hidden states `[R, T, H]` of a plan's layout; `[B, S, ...]` arguments of the model are extended to it."""
-    parameters = inspect.signature(unwrapped(body.model).forward).parameters
+    return body(layout.ids_RT, **block_inputs(body.model, layout, model_kwargs))
+
+
+def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(body.model).__name__} does not")
+        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
-    kwargs: dict[str, Any] = {"position_ids": layout.position_RT, **extended}
-    mask = BlockMask.of(_additive(layout.sees, body)[:, None], layout)
-    return body(layout.ids_RT, attention_mask=mask, **kwargs)
+    mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
+    return {"attention_mask": mask, "position_ids": layout.position_RT, **extended}
 
 
 def causal_block(model: nn.Module) -> int | None:

@@ -34,7 +34,7 @@ def both(model, layout):
         model.zero_grad()
         with headless(model) as body:
             if whole:
-                mask = layouts._additive(layout.sees, body)[:, None]
+                mask = layouts._additive(layout.sees, body.model)[:, None]
                 hidden = body(layout.ids_RT, attention_mask=mask, position_ids=layout.position_RT)
             else:
                 hidden = layouts.block_diffusion(body, layout, {})

@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dllm_trainer.commands.memory_plan import describe_plan
 from dllm_trainer.distributed import Ranks
 from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.models.self_tests import check_positions
@@ -120,6 +122,25 @@ def lengths_by_hand(rollout: Rollout, eos: int | None) -> list[int]:
 def steps_by_hand(rollout: Rollout, index: list[int], lengths: list[int]) -> int:
     """Pairs (sequence, step) in which a token that counts was decided."""
     return sum(len(set(rollout.commit_step_BL[i, : lengths[i]].tolist())) for i in index)
+
+
+def test_the_plan_of_a_run_counts_a_clean_copy_and_k_noisy_ones(model_folder: Path) -> None:
+    for algorithm, k, want in (("bgpo", 1, 33 + 17), ("bgpo", 3, 33 + 3 * 17), ("trace_rl", 9, 33 + 4 * 17)):
+        options = ["rl.options.shrink=1"] if algorithm == "trace_rl" else []
+        keys = [*FACTS, f"model.checkpoint={json.dumps(str(model_folder))}", f"rl.algorithm={algorithm}", *options]
+        text = describe_plan(tiny_config(model_folder / "run", *keys, f"rl.samples_per_pass={k}"))
+        found = {line[:22].strip(): line[22:].split()[:2] for line in text.splitlines()}
+        assert found["sft"] == ["16", "50"]
+        assert found["rl gradient"] == ["16", str(want)]
+        assert found["rl rollout"] == ["16", "33"]
+
+
+def test_a_model_that_takes_no_mask_is_refused_before_anything_is_trained(model_folder: Path) -> None:
+    setup = setup_of(model_folder)
+    setup.loaded = replace(setup.loaded, facts=replace(setup.facts, attention_mask="none"))
+    for training in (prepare_rl, lambda setup: next(sft_steps(setup, make_optimizer(setup.trained, setup.config.sft)))):
+        with pytest.raises(UserError, match=r"EuroBertForMaskedLM takes no attention mask .* under one of four dimensions"):
+            training(setup)
 
 
 def test_a_law_that_needs_noisy_history_is_refused_before_anything_is_trained(model_folder: Path) -> None:
