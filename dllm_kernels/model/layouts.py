@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dllm_kernels import checks
 from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.model.block_attention import BlockMask
+from dllm_kernels.model.block_attention import BlockMask, flex_mask
 from dllm_kernels.model.headless import Body
 from dllm_kernels.model.wrappers import unwrapped
 
@@ -290,13 +290,16 @@ def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tenso
     return body(layout.ids_RT, **block_inputs(body.model, layout, model_kwargs))
 
 
-def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
     parameters = inspect.signature(unwrapped(model).forward).parameters
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
-    mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
+    if getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", None) == "flex_attention":
+        mask = flex_mask(layout)
+    else:
+        mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
     return {"attention_mask": mask, "position_ids": layout.position_RT, **extended}
 
 
