@@ -278,8 +278,15 @@ def _additive(sees: Tensor, model: nn.Module) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a model's forward takes; with adapters that of the model which they are of, since theirs takes anything."""
+    model = unwrapped(model)
+    within = getattr(model, "get_base_model", None)
+    return inspect.signature((within() if callable(within) else model).forward).parameters
+
+
 def takes_cache(body: Body) -> bool:
-    return "past_key_values" in inspect.signature(unwrapped(body.model).forward).parameters
+    return "past_key_values" in _arguments(body.model)
 
 
 # --- block diffusion ----------------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tenso
 
 def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters
+    parameters = _arguments(model)
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}

@@ -198,6 +198,7 @@ def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CACHED = {
     "sdar": [],
     "shift": ["model.facts.shift=1"],
+    "adapters": ["model.lora.rank=2", "model.gradient_checkpointing=true"],
     "editing": [
         "rollout.sampler=llada2",
         "rollout.steps=null",
@@ -209,7 +210,7 @@ CACHED = {
 
 
 @pytest.mark.parametrize("kind", CACHED)
-def test_cached_rollouts_train_with_shift_and_with_editing(cached_folder: Path, kind: str) -> None:
+def test_cached_rollouts_train_with_shift_adapters_and_editing(cached_folder: Path, kind: str) -> None:
     keys = ["rl.algorithm=trace_rl", "rollout.cache=true", "rl.gap_every=1", "rl.updates=1", "rl.samples_per_pass=4"]
     setup = setup_of(cached_folder, *keys, *CACHED[kind])
     (record,) = rl_updates(setup, make_optimizer(setup.trained, setup.config.rl))
