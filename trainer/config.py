@@ -194,6 +194,8 @@ class RolloutConfig(Section):
     remasking: str | None = None  # options of samplers: None is the sampler's own default
     threshold: Share | None = None  # of fast_dllm and sdar: tokens of at least this confidence are written
     bound: NotNegative | None = None  # of entropy_bound: nats that may be lost in a step
+    editing_threshold: Share | None = None  # of llada2: a decided token gives way to one of at least this confidence
+    max_post_steps: Count | None = None  # of llada2: steps that may only edit
     alg: str | None = None  # of dream: by which confidence tokens are chosen
     alg_temp: NotNegative | None = None  # of dream: temperature of that choice
     eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream: last noise level
@@ -217,7 +219,7 @@ class RolloutConfig(Section):
         return resolve(self.sampler, self.sampler_options())
 
     def sampler_options(self) -> dict[str, Any]:
-        keys = ("remasking", "threshold", "bound", "alg", "alg_temp", "eps")
+        keys = ("remasking", "threshold", "bound", "editing_threshold", "max_post_steps", "alg", "alg_temp", "eps")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
     def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Sizes:
     probes: int  # demonstrations on which the two scores are compared
 
 
-USUAL = Sizes(400, 32, ("sft.batch=64", "rl.prompts=8"), 64)
+USUAL = Sizes(250, 40, ("sft.batch=64", "rl.lr=2.0e-4"), 64)
 TINY = Sizes(
     2,
     2,
@@ -106,8 +106,8 @@ def config_of(folder: Path, seed: int, sizes: Sizes, *more: str) -> RunConfig:
         "rollout.cache=true",
         f"sft.steps={sizes.sft_steps}",
         f"rl.updates={sizes.updates}",
-        "task.clues_min=9",
-        "task.clues_max=12",
+        "task.clues_min=8",
+        "task.clues_max=11",
         "rl.samples=8",
         "rl.samples_per_pass=8",
         "rl.gap_every=0",

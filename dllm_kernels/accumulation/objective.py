@@ -83,6 +83,8 @@ class Objective:
         entry.
         """
         batch.check(plan)
+        if self.denominator == "steps":
+            steps.check_blocks(plan)
         K, B, S = plan.shape
         sizes = {"per_sequence": {name: [B] for name in self.per_sequence}}
         of_sample = steps.shape(plan) if self.of_steps else [B, K]

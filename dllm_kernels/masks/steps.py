@@ -52,9 +52,16 @@ def sums(plan: MaskPlan, values_KBS: Tensor) -> Tensor:
     if plan.step_KBS is None:
         return values_KBS.sum(-1).t()
     sums_KBJ = plan.units.collect(values_KBS).view(plan.shape[0], *shape(plan)[::2])
-    if checks.may_read(values_KBS) and int(present(plan).sum()) != number(plan):
-        raise ValueError("step_map_BS must decide tokens of one block in a step, where an objective couples the tokens of a step")
+    check_blocks(plan)
     return sums_KBJ.transpose(0, 1)
+
+
+def check_blocks(plan: MaskPlan) -> None:
+    """Raises ValueError where a step decides tokens of several blocks: groups would run together, and the states are not
+    those of a rollout that ended one block before it began the next.
+    """
+    if plan.step_KBS is not None and checks.may_read(plan.input_ids_BS) and int(present(plan).sum()) != number(plan):
+        raise ValueError("step_map_BS must decide tokens of one block in a step, where an objective couples the tokens of a step")
 
 
 def present(plan: MaskPlan) -> Tensor:

@@ -49,6 +49,25 @@ class BlockMask(Tensor):
         return result.as_subclass(Tensor) if isinstance(result, BlockMask) else result
 
 
+def flex_mask(layout: Layout) -> Any:
+    """`torch.nn.attention.flex_attention.BlockMask` of a layout, `[R, 1, T, T]`, for a model that calls `flex_attention`:
+    whole tiles that see nothing are not computed.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    S, C, block_RT = layout.clean, max(1, layout.copy), layout.block_RT
+
+    def sees(r: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block_q, block_k = block_RT[r, query], block_RT[r, key]
+        copy_q, copy_k = (torch.where(column < S, -1, (column - S) // C) for column in (query, key))
+        before = (copy_k == -1) & (block_k < block_q + (copy_q == -1).long())
+        own = (copy_k == copy_q) & (block_k == block_q)
+        return (before | own) & (block_k >= 0) & (block_q >= 0) | (query == key)
+
+    R, T = block_RT.shape
+    return create_block_mask(sees, B=R, H=None, Q_LEN=T, KV_LEN=T, device=str(block_RT.device))
+
+
 def _attention(
     query: Tensor,
     key: Tensor,

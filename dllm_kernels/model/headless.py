@@ -143,7 +143,7 @@ class Body:
         checks.in_range("input_ids", input_ids, 0, self.vocabulary)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
+        if isinstance(mask, Tensor) and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
         own_embedding = isinstance(self.head, nn.Embedding)

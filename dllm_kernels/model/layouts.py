@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dllm_kernels import checks
 from dllm_kernels.masks.layout import Layout
 from dllm_kernels.masks.plan import MaskPlan
-from dllm_kernels.model.block_attention import BlockMask
+from dllm_kernels.model.block_attention import BlockMask, flex_mask
 from dllm_kernels.model.headless import Body
 from dllm_kernels.model.wrappers import unwrapped
 
@@ -162,7 +162,7 @@ class Packed:
             ids, position, sequence = ids[keep], position[keep], sequence[keep]
         kwargs: dict[str, Any] = {"position_ids": position[None]}
         if not self._flash:
-            kwargs["attention_mask"] = _additive(sequence[:, None] == sequence, self.body)[None, None]
+            kwargs["attention_mask"] = _additive(sequence[:, None] == sequence, self.body.model)[None, None]
         return self.body(ids[None], **kwargs)
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
@@ -240,7 +240,7 @@ class Cached:
         sees_BQC = sees_QC & self.keep_BC[:, None, :last] | (query_Q[:, None] == column_C)
         self._window = first
         ids, position = self.ids[:, first:last], self.position_BC[:, first:last]
-        mask = _additive(sees_BQC, self.body)[:, None]
+        mask = _additive(sees_BQC, self.body.model)[:, None]
         if self.guidance:
             ids = torch.cat([ids, torch.where(self.completion_BC[:, first:last], ids, self.mask_id)])
             position, mask = torch.cat([position, position]), torch.cat([mask, mask])
@@ -272,14 +272,21 @@ def _guided(hidden: Tensor, row_N: Tensor, guidance: float) -> Tensor:
     return (chosen_NH.float() + guidance * (chosen_NH.float() - without_NH)).to(flat.dtype)
 
 
-def _additive(sees: Tensor, body: Body) -> Tensor:
+def _additive(sees: Tensor, model: nn.Module) -> Tensor:
     """Additive mask as transformers takes it: 0 where a query sees a key, else the dtype's minimum."""
-    dtype = next(body.model.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a model's forward takes; with adapters that of the model which they are of, since theirs takes anything."""
+    model = unwrapped(model)
+    within = getattr(model, "get_base_model", None)
+    return inspect.signature((within() if callable(within) else model).forward).parameters
+
+
 def takes_cache(body: Body) -> bool:
-    return "past_key_values" in inspect.signature(unwrapped(body.model).forward).parameters
+    return "past_key_values" in _arguments(body.model)
 
 
 # --- block diffusion ----------------------------------------------------------------------------------------
@@ -287,13 +294,20 @@ def takes_cache(body: Body) -> bool:
 
 def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
     """Hidden states `[R, T, H]` of a plan's layout; `[B, S, ...]` arguments of the model are extended to it."""
-    parameters = inspect.signature(unwrapped(body.model).forward).parameters
+    return body(layout.ids_RT, **block_inputs(body.model, layout, model_kwargs))
+
+
+def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
+    parameters = _arguments(model)
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(body.model).__name__} does not")
+        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
-    kwargs: dict[str, Any] = {"position_ids": layout.position_RT, **extended}
-    mask = BlockMask.of(_additive(layout.sees, body)[:, None], layout)
-    return body(layout.ids_RT, attention_mask=mask, **kwargs)
+    if getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", None) == "flex_attention":
+        mask = flex_mask(layout)
+    else:
+        mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
+    return {"attention_mask": mask, "position_ids": layout.position_RT, **extended}
 
 
 def causal_block(model: nn.Module) -> int | None:

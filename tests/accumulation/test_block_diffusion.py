@@ -250,6 +250,20 @@ def test_bad_input_is_told_in_a_sentence(changes, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_a_step_map_that_is_no_order_of_its_blocks_is_told_in_a_sentence(model):
+    """As of a sampler that knows no blocks, or one that counts anew in each."""
+    plan = plan_of(model, "trace")
+    batch = Batch({"advantages": torch.ones(len(PROMPTS))})
+    trace_rl_objective().check(batch, plan)
+    step_map = torch.where(plan.completion_mask_BS, torch.arange(plan.shape[2]) % BLOCK, -1)
+    wrong = plan_of(model, "trace", step_map_BS=step_map)
+    for objective in (trace_rl_objective(), egspo_objective(tokens_per_step=1.0)):
+        with pytest.raises(ValueError, match=r"^step_map_BS must decide tokens of one block in a step, where an objective"):
+            accumulate(model, wrong, objective, batch)
+    with pytest.raises(ValueError, match=r"^step_map_BS must be at least 0 where completion_mask_BS is True, got -1"):
+        plan_of(model, "trace", step_map_BS=torch.full_like(step_map, -1))
+
+
 def test_weights_of_a_sample_are_those_of_its_blocks(model):
     plan = plan_of(model, "exact")
     for name in ("weight_KB", "p_mask_KB"):

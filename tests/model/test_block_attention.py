@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm_kernels import headless
+from dllm_kernels import headless, make_mask_plan
 from dllm_kernels.model import block_attention, layouts
 from tests.accumulation.test_block_diffusion import plan_of
 from tests.rollouts.test_layouts import causal
@@ -34,7 +34,7 @@ def both(model, layout):
         model.zero_grad()
         with headless(model) as body:
             if whole:
-                mask = layouts._additive(layout.sees, body)[:, None]
+                mask = layouts._additive(layout.sees, body.model)[:, None]
                 hidden = body(layout.ids_RT, attention_mask=mask, position_ids=layout.position_RT)
             else:
                 hidden = layouts.block_diffusion(body, layout, {})
@@ -63,6 +63,48 @@ def test_parts_survive_checkpointing(parts):
     model.train()
     both(model, plan_of(model, "exact").layout(3))
     assert len(parts) == 4  # two layers, each twice
+
+
+def test_flex_attention_gets_the_tiles_that_see_something_and_gives_the_same_states(model, monkeypatch):
+    """Forward alone: compiled for a CPU it has no backward."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as of_transformers
+
+    # uncompiled it is the same function, in minutes less
+    monkeypatch.setattr(
+        of_transformers, "compile_friendly_flex_attention", lambda *args, training, **kw: flex_attention(*args, **kw)
+    )
+    flexible = causal("Qwen3")
+    flexible.set_attn_implementation("flex_attention")
+    for left, origin in ((False, "sequence"), (True, "completion")):
+        layout = plan_of(model, "exact", left=left, block_origin=origin).layout(3)
+        mask = block_attention.flex_mask(layout)
+        R, T = layout.ids_RT.shape
+        assert torch.equal(mask.mask_mod(*torch.meshgrid(*map(torch.arange, (R, 1, T, T)), indexing="ij"))[:, 0], layout.sees)
+        found = []
+        for one in (model, flexible):
+            with headless(one) as body, torch.no_grad():
+                found.append(layouts.block_diffusion(body, layout, {})[layout.block_RT >= 0])
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)  # Qwen3 normalises in fp32
+
+
+def test_flex_attention_s_tiles_grow_with_k_and_not_with_its_square():
+    tiles = []
+    for k in (2, 8):
+        ids = torch.zeros(1, 1024, dtype=torch.int64)
+        plan = make_mask_plan(
+            ids, torch.arange(1024)[None] >= 512, law="exact", samples=k, seed=0, sequence_ids=torch.tensor([1]), mask_id=9,
+            causal_block=4,
+        )  # fmt: skip
+        layout = plan.layout()
+        T = layout.ids_RT.shape[1]
+        mask = block_attention.flex_mask(layout)
+        seen = layout.sees.view(1, T // 128, 128, T // 128, 128).any(-1).any(2)
+        assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == int(seen.sum())
+        tiles.append(int(seen.sum()))
+    clean, copy = 8 * 9 // 2, (tiles[1] - tiles[0]) // 6
+    assert tiles == [clean + 2 * copy, clean + 8 * copy]
+    assert copy == 4 * 4 + 4 * 5 // 2 + 4, "the prompt, clean blocks up to the tile's own, the copy's own tile"
 
 
 def test_any_other_attention_sees_an_ordinary_mask(parts):

@@ -317,7 +317,7 @@ def test_lost_lines_of_the_metrics_are_counted(copy: Path) -> None:
         (["rollout.block_length=5"], r"rollout.block_length must divide length=16, got 5"),
         (["rollout.steps=3", "rollout.block_length=8"], r"rollout.steps must be a multiple of the 2 blocks"),
         (["rollout.block_length=null"], r"rollout.block_length must be given for sampler='llada', got None"),
-        (["rollout.cache=true"], r"rollout.cache is for sampler sdar"),
+        (["rollout.cache=true"], r"rollout.cache is for the blocks of samplers sdar and llada2, got llada"),
         (["rollout.sampler=sdar", "rollout.cache=true"], r"rollout.cache must be false for EuroBertForMaskedLM"),
         (["rl.algorithm=[x]"], r"rl.algorithm must be a valid string"),
     ],

@@ -252,11 +252,16 @@ def _works(setup: Setup, ranks: int, prompt_tokens: int) -> list[Work]:
         share = -(-config.sft.batch // ranks)
         sequences = min(share, config.sft.micro_batch or share)
         late = sequences * (setup.length + 1) // 2  # one mask of any level each
-        works.append(_measure(setup, "sft", sequences, tokens, late, trains=True, again=sequences < share))
+        seen = _trained_tokens(setup, prompt_tokens, 1)
+        works.append(_measure(setup, "sft", sequences, seen, late, trains=True, again=sequences < share))
     if config.rl.updates:
         share = -(-config.rl.prompts * config.rl.group // ranks)
         sequences = min(share, config.rl.micro_batch or share)
-        works.append(_measure(setup, "rl gradient", sequences, tokens, _most_rows(setup, sequences), trains=True, again=True))
+        rows, samples = _most_rows(setup, sequences)
+        if setup.facts.block_length is None:
+            sequences *= samples
+        seen = _trained_tokens(setup, prompt_tokens, samples)
+        works.append(_measure(setup, "rl gradient", sequences, seen, rows, trains=True, again=True))
     generated = [("evaluation", config.evaluation.batch)]
     if config.rl.updates:
         generated.append(("rl rollout", config.rl.prompts * config.rl.group))
@@ -270,12 +275,22 @@ def _works(setup: Setup, ranks: int, prompt_tokens: int) -> list[Work]:
     return works
 
 
-def _most_rows(setup: Setup, sequences: int) -> int:
-    """Scored tokens of the Monte-Carlo sample that has most; of trajectories, about what a state decides."""
-    config, L = setup.config.rl, setup.length
+def _trained_tokens(setup: Setup, prompt: int, samples: int) -> int:
+    """S; of a block-causal model S + k C', a clean copy and a noisy one for each of k samples, from the completion's block on."""
+    block, S = setup.facts.block_length, prompt + setup.length
+    return S if block is None else S + samples * (setup.length + prompt % block)
+
+
+def _most_rows(setup: Setup, sequences: int) -> tuple[int, int]:
+    """Scored tokens of the pass that has most (of trajectories, about what its states decide), and the samples of a pass."""
+    config, L, block = setup.config.rl, setup.length, setup.facts.block_length
     recipe = RECIPES[config.algorithm]
     if recipe.trajectory is not None:
-        return sequences * recipe.trajectory.tokens(recipe.choose(config.options), L, setup.steps)
+        tokens = recipe.trajectory.tokens(recipe.check(config.options), L, setup.steps)
+        if block is not None:  # a sample has a state of every block
+            tokens *= -(-L // block)
+        samples = min(config.samples_per_pass, -(-L // tokens))
+        return sequences * min(L, samples * tokens), samples
     ids = torch.zeros(sequences, L, dtype=torch.int64)
     plan = make_mask_plan(
         ids,
@@ -285,9 +300,11 @@ def _most_rows(setup: Setup, sequences: int) -> int:
         seed=setup.config.seed,
         sequence_ids=torch.arange(sequences),
         mask_id=setup.facts.mask_id,
+        causal_block=block,
         **config.law_options(),
     )
-    return int(plan.counts.sum(1).max())
+    samples = min(config.samples_per_pass, config.samples)
+    return max(int(part.sum()) for part in plan.counts.sum(1).split(samples)), samples
 
 
 # --- one call -----------------------------------------------------------------------------------------------------------
@@ -302,10 +319,13 @@ def _measure(setup: Setup, name: str, sequences: int, tokens: int, rows: int, *,
     wanted = setup.config.parallel.dtype == "bfloat16"
     with mode, _identity(head), torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted), torch.set_grad_enabled(trains):
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if trains and setup.facts.block_length is not None:  # one mask for clean and noisy copies
+            inputs |= {"attention_mask": torch.zeros(sequences, 1, tokens, tokens, dtype=model.dtype), "position_ids": ids}
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter) if again else None
         with _Alive() as alive:
-            hidden: Tensor = model(input_ids=ids).logits
+            hidden: Tensor = model(**inputs).logits
             kept = alive.now
             if trains:
                 hidden.backward(torch.zeros_like(hidden))

@@ -164,6 +164,8 @@ class AttentionForm:
         A mask with four dimensions, as rollouts pass for packed and cached layouts, only changes its dtype.
         Blocks count from a sequence's first real token, as in training without padding.
         """
+        if mask_BS is not None and not isinstance(mask_BS, Tensor):  # flex_attention's, which its models take as it is
+            return mask_BS
         if mask_BS is not None and mask_BS.dim() == 4:
             if self.kind == "none":
                 raise ValueError("attention_mask must be None for a model that takes none, got a mask of pairs")

@@ -94,20 +94,29 @@ def shift_self_test(
 
 def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
     """Raises UserError for what `generate` would refuse of this config and model, before anything is trained."""
-    sampler, shift = rollout.resolved(), loaded.facts.shift
+    sampler = rollout.resolved()
     try:
         check_steps(sampler, length, rollout.steps, rollout.block_length)
     except (TypeError, ValueError) as error:
         raise UserError(f"rollout.{error}") from error
     if rollout.stop_at_eos and sampler.blocks is None:
         raise UserError(f"rollout.stop_at_eos must be false for sampler {sampler.name}, which finishes no block before the end")
-    if rollout.cache and (sampler.blocks != "sequence" or shift):
-        raise UserError(f"rollout.cache is for sampler sdar and models without shift, got {sampler.name} and shift {shift}")
+    if rollout.cache and sampler.blocks != "sequence":
+        raise UserError(f"rollout.cache is for the blocks of samplers sdar and llada2, got {sampler.name}")
     if rollout.cache:
         with headless(loaded.model) as body:
             if not takes_cache(body):
                 name = type(loaded.model).__name__
                 raise UserError(f"rollout.cache must be false for {name}, which takes no past_key_values")
+
+
+def check_layouts(loaded: Loaded) -> None:
+    """Raises UserError for a block-causal model that cannot be told what a noisy copy sees, before anything is trained."""
+    if loaded.facts.block_length is not None and loaded.facts.attention_mask == "none":
+        raise UserError(
+            f"model {type(loaded.model).__name__} takes no attention mask (model.facts.attention_mask is none), but a "
+            "block-causal model is trained under one of four dimensions, which says what each noisy copy sees"
+        )
 
 
 @torch.no_grad()

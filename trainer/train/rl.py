@@ -21,6 +21,7 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
+from ..models.self_tests import check_layouts
 from ..tasks import Example, Reward
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
@@ -43,6 +44,7 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     if total > MOST_ROLLOUTS:
         raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
     window_of(config, setup.facts)
+    check_layouts(setup.loaded)
     if config.law == "block" and setup.facts.block_length is not None:
         raise ConfigError(
             f"rl.law must be another than block for a block-causal model, got that of {config.algorithm}: it hides all later "

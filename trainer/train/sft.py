@@ -15,6 +15,7 @@ from dllm_kernels.masks.plan import MaskPlan
 
 from ..errors import ConfigError
 from ..models.codec import joined
+from ..models.self_tests import check_layouts
 from .optimization import batch_indices, guarded_step, learning_rate
 from .setup import Setup
 
@@ -25,6 +26,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
     if config.batch % ranks.size:
         raise ConfigError(f"sft.batch must be a multiple of the {ranks.size} ranks, got {config.batch}")
     shown = task.demonstrations
+    check_layouts(setup.loaded)
     pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
     for step in range(start, config.steps):
         started = time.perf_counter()
