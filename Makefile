@@ -4,6 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
+comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-full lint bench mutants clean
@@ -12,13 +13,17 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: PYTHON=python3.12 (3.10 to 3.13), VENV=.venv, CONSTRAINTS=constraints.txt, ARGS="..." of demo, bench and mutants'
 
-$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+# $(VENV)/trainer: what the demo needs; $(VENV)/installed: the tools of tests and linters beside it
+$(VENV)/trainer $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@echo "installing into $(VENV): torch is most of it, so minutes on a slow line; the C++ engine is compiled"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet --editable '.[train,test]'
+	$(BIN)/pip install --progress-bar on --editable '.[$(if $(filter %/trainer,$@),train,train$(comma)test)]'
 	@touch $@
 
-demo: $(VENV)/installed ## supervised fine-tuning, then RL, on Sudoku; config keys in ARGS
+demo: ## supervised fine-tuning, then RL, on Sudoku; config keys in ARGS
+	@echo "make demo: a diffusion language model of 0.2 million parameters learns Sudoku, by SFT, then by RL: about 5 minutes on one core"
+	@$(MAKE) --no-print-directory $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/trainer)
 	$(BIN)/dllm-kernels demo $(ARGS)
 
 lint: $(VENV)/installed ## ruff and mypy

@@ -2,6 +2,7 @@
 
     python benchmarks/documents.py write                      every block between markers
     python benchmarks/documents.py write measured demo        those of some tables
+    python benchmarks/documents.py pictures                   every committed picture, as PNG and SVG
     python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out demo-cpu.json
     python benchmarks/documents.py collect head a.json b.json --out head-cpu.json
     python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out compare-sudoku.json
@@ -26,7 +27,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -281,9 +281,10 @@ TASKS = ("sudoku", "countdown")
 
 
 def collect_comparison(folder: Path, made_by: str, out: Path) -> dict[str, Any]:
-    """The comparison with the command that made it. The plot of reward curves is kept beside the result."""
-    shutil.copy(folder / "rewards.png", out.with_suffix(".png"))
-    return {"schema": 1, "command": made_by, **json.loads((folder / "compare.json").read_text())}
+    """The comparison with the command that made it, and its picture beside the result."""
+    result = {"schema": 1, "command": made_by, **json.loads((folder / "compare.json").read_text())}
+    draw_comparison(result, out.with_suffix(".png"))
+    return result
 
 
 def comparison(result: dict[str, Any]) -> str:
@@ -413,11 +414,42 @@ def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
     plots.ratios([pair.line.told.replace("`", "") for pair in found], ratios, path, source)
 
 
+def pictures() -> None:
+    """Draws every picture of the committed results again."""
+    from benchmarks import plots, registry
+
+    draw(load(), FIGURE, digest())
+    for file in sorted(RESULTS.glob("*.json")):
+        result = result_of(file.stem)
+        for name, entry in result["suites"].items() if isinstance(result.get("suites"), dict) else ():
+            path = RESULTS / f"{file.stem}-{name}.png"
+            if path.is_file():
+                registry.load(name).plot(entry["rows"], path)
+    grown = {row["algorithm"]: row for row in result_of("memory-of-algorithms")["rows"]}
+    ways = ("engine", "full graph")
+    plots.growth(
+        {name: {way: float(row[f"{way}, growth MiB"]) for way in ways} for name, row in grown.items()},
+        "growth of peak memory from 2 to 64 samples, MiB",
+        RESULTS / "memory-of-algorithms.png",
+    )
+    for task in TASKS:
+        draw_comparison(result_of(f"compare-{task}"), RESULTS / f"compare-{task}.png")
+
+
+def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
+    """Right answers on unseen examples before and after RL, a point per seed."""
+    from benchmarks import plots
+
+    rows = {row["algorithm"]: row["rollout"] for row in result["algorithms"]}
+    plots.before_and_after(rows, f"right answers, unseen {result['task']}, temperature {result['temperature']:g} (%)", path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write", help="put tables of the committed results into their documents")
     writing.add_argument("tables", nargs="*", metavar="NAME", help=f"default all of {', '.join(DOCUMENTS)}")
+    commands.add_parser("pictures", help="draw every committed picture again")
     collecting = commands.add_parser("collect", help="make a result file of what several commands measured")
     collecting.add_argument("table", choices=("demo", "head", "comparison"))
     collecting.add_argument("sources", nargs="+", type=Path)
@@ -429,6 +461,8 @@ def main(argv: list[str] | None = None) -> int:
             if unknown := [name for name in arguments.tables if name not in DOCUMENTS]:
                 raise ValueError(f"a table must be one of {', '.join(DOCUMENTS)}, got {unknown[0]!r}")
             write(arguments.tables or list(DOCUMENTS))
+        elif arguments.command == "pictures":
+            pictures()
         else:
             arguments.out.write_text(json.dumps(_collected(arguments), indent=1) + "\n")
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""One PNG per suite, next to its JSON."""
+"""One picture per suite, as PNG and SVG, next to its JSON."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def drawing(path: Path, size: tuple[float, float], lines: int = 1, columns: int 
 
     pyplot.rcParams.update(
         {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
+        | {"svg.fonttype": "none", "svg.hashsalt": "dllm-kernels"}  # texts stay texts; ids do not change from time to time
     )
     saved = {"dpi": options.pop("dpi", 120), "metadata": options.pop("metadata", None)}
     margins = options.pop("margins", (0, 0, 1, 1))
@@ -43,6 +44,7 @@ def drawing(path: Path, size: tuple[float, float], lines: int = 1, columns: int 
         yield figure, axes
         figure.tight_layout(rect=margins)
         figure.savefig(path, **saved)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     finally:
         pyplot.close(figure)
 
@@ -83,15 +85,16 @@ def _title(axis: Any, text: str) -> None:
 
 
 def _groups(axis: Any, values: Mapping[str, Mapping[str, float]], names: Sequence[str], fmt: Any) -> None:
-    """A group of bars per key of `values`, a bar per name in it."""
+    """A group of points per key of `values`, one per name in it: on a logarithmic axis the length of a bar says nothing."""
     width = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
         shift = (i - (len(names) - 1) / 2) * width
         points = [(x + shift, group[name]) for x, group in enumerate(values.values()) if group.get(name)]
         if points:
-            colour = COLOURS.get(name, f"C{i}")
-            drawn = axis.bar(*zip(*points, strict=True), width=width * 0.92, color=colour, label=name)
-            axis.bar_label(drawn, fmt=fmt, fontsize=7, padding=1)
+            axis.plot(*zip(*points, strict=True), "o", markersize=5, color=COLOURS.get(name, f"C{i}"), label=name)
+            for x, y in points:
+                told = fmt(y) if callable(fmt) else fmt % y
+                axis.annotate(told, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
     axis.set_xticks(range(len(values)), list(values), fontsize=8)
     axis.grid(axis="x", visible=False)
 
@@ -133,7 +136,8 @@ def curves_over_samples(families: Mapping[str, Sequence[Row]], path: Path, *, ti
     measured = {family: rows for family, rows in measured.items() if rows}
     if not measured:
         return
-    with drawing(path, (12, 0.6 + 4 * len(measured)), len(measured)) as (figure, axes):
+    height = 1.1 + 4 * len(measured)
+    with drawing(path, (12, height), len(measured), margins=(0, 0.5 / height, 1, 1 - 0.3 / height)) as (figure, axes):
         for (family, rows), (left, right) in zip(measured.items(), axes, strict=True):
             for name in dict.fromkeys(row["contestant"] for row in rows):
                 _curves_of(name, [row for row in rows if row["contestant"] == name], left, right)
@@ -142,9 +146,13 @@ def curves_over_samples(families: Mapping[str, Sequence[Row]], path: Path, *, ti
             for axis in (left, right):
                 _powers_of_two(axis, sorted({row["sizes"]["K"] for row in rows}), f"Monte-Carlo samples {samples}")
                 _log_scale(axis)
-        axes[0][1].legend(frameon=False, loc="upper left", fontsize=8)  # where rising curves leave room
+                axis.margins(x=0.12, y=0.1)  # for the figures at the ends of lines
+        named = {}
+        for _, right in axes:
+            named |= dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+        figure.legend(named.values(), named, loc="lower center", ncols=2 if len(named) > 3 else 3, frameon=False, fontsize=8)
         sizes = {key: value for key, value in next(iter(measured.values()))[0]["sizes"].items() if key != "K"}
-        figure.suptitle(f"{title}, {', '.join(f'{k}={v}' for k, v in sizes.items())}", fontsize=11)
+        figure.suptitle(f"{title}, {', '.join(f'{k}={v}' for k, v in sizes.items())}", fontsize=11, y=1 - 0.1 / height)
 
 
 def _curves_of(name: str, rows: Sequence[Row], left: Any, right: Any) -> None:
@@ -156,7 +164,7 @@ def _curves_of(name: str, rows: Sequence[Row], left: Any, right: Any) -> None:
         points = [(row["sizes"]["K"], row["memory_mib"]) for row in known]
         left.plot(*zip(*points, strict=True), **style)
         place: dict[str, Any] = {"xytext": (6, -11) if dashed else (6, 4), "textcoords": "offset points"}
-        left.annotate(f"{points[-1][1]:.3g}", points[-1], color=colour, fontsize=9, **place)
+        left.annotate(_short(points[-1][1]), points[-1], color=colour, fontsize=9, **place)
     samples = [row["sizes"]["K"] for row in rows]
     medians, low, high = ([row["time_ms"][key] / 1e3 for row in rows] for key in ("median", "q1", "q3"))
     note = f" ({rows[0]['note']})" if rows[0]["note"] and rows[0]["role"] != "floor" else ""
@@ -165,25 +173,37 @@ def _curves_of(name: str, rows: Sequence[Row], left: Any, right: Any) -> None:
 
 
 def seconds_and_memory(rows: Sequence[Row], path: Path, phases: Sequence[str] = ()) -> None:
-    """Horizontal bars of every measured row; phases are shares of the slowest call of their case."""
-    measured = [row for row in rows if row["time_ms"] and (row["phases_s"] or not phases)]
+    """Every measured row: points on logarithmic axes; phases are bars, shares of the slowest call of their case."""
+    measured = [row for row in rows if row["time_ms"] and (row.get("phases_s") or not phases)]
     if not measured:
         return
     labels = [f"{str(row['case']).split(' ')[0]}: {row['contestant']}" for row in measured]
     colours = [ROLES.get(row["role"], OTHERS) for row in measured]
-    with drawing(path, (12, 1.2 + 0.4 * len(measured)), sharey=True) as (_, ((left, right),)):
+    height = 1.2 + 0.4 * len(measured) + 0.5 * bool(phases)
+    with drawing(path, (12, height), sharey=True, margins=(0, 0.5 / height * bool(phases), 1, 1)) as (figure, ((left, right),)):
         if phases:
             _stacked(left, measured, labels, phases)
+            figure.legend(*left.get_legend_handles_labels(), loc="lower left", ncols=len(phases), frameon=False, fontsize=8)
         else:
-            seconds = [row["time_ms"]["median"] / 1e3 for row in measured]
-            left.bar_label(left.barh(labels, seconds, color=colours), fmt="%.3g", fontsize=8, padding=2)
-            left.set_xscale("symlog", linthresh=1e-2)
+            _points(left, labels, [row["time_ms"]["median"] / 1e3 for row in measured], colours)
             _title(left, "seconds (median)")
-        memory = [row["memory_mib"] or 0.0 for row in measured]
-        right.bar_label(right.barh(labels, memory, color=colours), fmt="%.3g", fontsize=8, padding=2)
-        right.set_xscale("symlog", linthresh=1)
+        _points(right, labels, [row["memory_mib"] or 0.0 for row in measured], colours)
         _title(right, "extra peak memory, MiB")
+        left.margins(y=0.5 / len(measured) + 0.02)
         left.invert_yaxis()
+
+
+def _points(axis: Any, labels: Sequence[str], values: Sequence[float], colours: Sequence[str]) -> None:
+    """A point per label on a logarithmic axis, its figure beside it; what is 0 stands at the left, in words."""
+    least = min((value for value in values if value > 0), default=1.0)
+    axis.set_xscale("log")
+    for place, (value, colour) in enumerate(zip(values, colours, strict=True)):
+        if value > 0:
+            axis.plot([value], [place], "o", color=colour, markersize=7)
+        where = value if value > 0 else least / 2
+        axis.annotate(_short(value), (where, place), xytext=(7, -3), textcoords="offset points", fontsize=8)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_xlim(least / 2.5, 4 * max(*values, least))
 
 
 def _stacked(axis: Any, rows: Sequence[Row], labels: Sequence[str], phases: Sequence[str]) -> None:
@@ -197,7 +217,6 @@ def _stacked(axis: Any, rows: Sequence[Row], labels: Sequence[str], phases: Sequ
         axis.text(end + 0.01, place, f"{row['time_ms']['median'] / 1e3:.3g} s", va="center", fontsize=8)
     _title(axis, "seconds by phase (bars: shares of the slower)")
     axis.set_xlim(0, 1.2)
-    axis.legend(frameon=False, ncols=len(phases), loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=8)
 
 
 def squared_errors(rows: Sequence[Row], path: Path) -> None:
@@ -224,27 +243,34 @@ def squared_errors(rows: Sequence[Row], path: Path) -> None:
 
 
 def grouped(values: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
-    """Bars on a logarithmic axis: a group per key of `values`, a bar per name in it."""
+    """Points on a logarithmic axis: a group per key of `values`, one per name in it."""
     names = list(dict.fromkeys(name for group in values.values() for name in group))
     with drawing(path, (9, 4.2), columns=1) as (_, ((axis,),)):
         _groups(axis, values, names, "%.1e")
         axis.set_yscale("log")
+        axis.margins(y=0.15)
         _title(axis, title)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def growth(values: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
-    """Lying bars on a logarithmic axis: a pair per key of `values`, ours and another way."""
+    """A pair of points on a logarithmic axis per key of `values`, ours and another way, and the way between them."""
     names = list(dict.fromkeys(name for pair in values.values() for name in pair))
     with drawing(path, (8, 5), columns=1) as (_, ((axis,),)):
-        for offset, name, colour in zip((-0.2, 0.2), names, (OURS, OTHERS), strict=True):
-            places = [place + offset for place in range(len(values))]
-            axis.barh(places, [max(pair[name], 0.1) for pair in values.values()], 0.4, color=colour, label=name)
+        places = range(len(values))
+        for place, pair in zip(places, values.values(), strict=True):
+            axis.plot([max(value, 0.1) for value in pair.values()], [place] * len(pair), color="#cccccc", zorder=1)
+        for name, colour in zip(names, (OURS, OTHERS), strict=True):
+            points = [max(pair[name], 0.1) for pair in values.values()]
+            axis.plot(points, places, "o", color=colour, label=name, zorder=2)
+            for place, point, pair in zip(places, points, values.values(), strict=True):
+                above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+                axis.annotate(_short(pair[name]), (point, place), **above)
         axis.set_yticks(range(len(values)), list(values))
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlabel(title)
-        axis.legend()
+        axis.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def ratios(labels: Sequence[str], panels: Mapping[str, Sequence[float]], path: Path, source: str) -> None:
@@ -254,11 +280,29 @@ def ratios(labels: Sequence[str], panels: Mapping[str, Sequence[float]], path: P
     size = (12, 0.9 + 0.27 * len(labels))
     with drawing(path, size, columns=len(panels), sharey=True, dpi=110, metadata={"Source": source}) as (_, axes):
         for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
-            drawn = axis.barh(labels, values, color=[OURS if value >= 1 else WORSE for value in values])
+            # bars begin at 1, so that their length is the logarithm of the ratio
+            ends = [value - 1.0 if value else 0.0 for value in values]
+            drawn = axis.barh(labels, ends, left=1.0, color=[OURS if value >= 1 else WORSE for value in values])
             axis.bar_label(drawn, [digits(value) if value else "–" for value in values], fontsize=8, padding=2)
             axis.axvline(1.0, color=LINE, linewidth=1)
             axis.set_xscale("log")
-            axis.set_xlim(min(0.3, 0.8 * min((v for v in values if v), default=1.0)), 3 * max(values))
+            axis.set_xlim(min(0.5, 0.5 * min((v for v in values if v), default=1.0)), 3 * max(values))
             _title(axis, title)
             axis.grid(axis="y", visible=False)
         axes[0][0].invert_yaxis()
+
+
+def before_and_after(rows: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: Path) -> None:
+    """Shares before (hollow) and after (full), a point per seed, and the mean after as a stroke; a line per name."""
+    with drawing(path, (8, 1.4 + 0.32 * len(rows)), columns=1) as (_, ((axis,),)):
+        for place, row in enumerate(rows.values()):
+            before, after = ([100 * value for value in row[key]] for key in ("sft", "rl"))
+            mean = sum(after) / len(after)
+            told = ("before RL", "after RL, a point per seed", "their mean") if place == 0 else (None, None, None)
+            axis.plot(before, [place] * len(before), "o", markerfacecolor="none", color=LINE, label=told[0])
+            axis.plot(after, [place] * len(after), "o", color=OURS, label=told[1])
+            axis.plot([mean, mean], [place - 0.3, place + 0.3], color=OURS, linewidth=2, label=told[2])
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_xlabel(title)
+        axis.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0))

@@ -91,7 +91,8 @@ def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
         common = min(map(len, rows))  # a run that a guard stopped has fewer
         counted = list(itertools.accumulate(_means([r["forwards"] for r in own[:common]] for own in rows)))
         curves[name] = counted, [_running([r["reward"] for r in own[:common]], share=8) for own in rows]
-    columns = min(5, len(curves))
+    # as few empty panels as can be, then as near to twice as wide as high as can be
+    columns = min(range(1, min(5, len(curves)) + 1), key=lambda n: (-len(curves) % n, abs(n - (1.5 * len(curves)) ** 0.5)))
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.6 + 2.5 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -108,7 +109,7 @@ def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=4)
         axis.xaxis.set_major_formatter(lambda forwards, _: f"{forwards / 1000:g}k")
-    for axis in list(axes)[len(curves) :]:
+    for axis in figure.axes[len(curves) :]:
         axis.axis("off")
     figure.suptitle(
         "reward of rollouts (training examples; running mean over an eighth of the run, range of the seeds)", fontsize=10

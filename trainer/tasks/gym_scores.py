@@ -12,7 +12,7 @@ from typing import Any
 from .tags import final_answer
 from .task import Example
 
-SECONDS = 5  # of CPU time, for one answer: the time on the wall would depend on what else the machine does
+SECONDS = 5.0  # of CPU time, for one answer: the time on the wall would depend on what else the machine does
 
 
 class _TooLong(BaseException):  # an Exception is what scorers catch
@@ -48,7 +48,7 @@ def _dataset(name: str, options: str) -> Any:
 
 
 @contextmanager
-def _limited(seconds: int) -> Iterator[None]:
+def _limited(seconds: float) -> Iterator[None]:
     def over(*_: object) -> None:
         raise _TooLong
 
