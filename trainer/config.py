@@ -137,6 +137,7 @@ class RlConfig(OptimizerConfig):
     reward: Text  # one of the task's, or module:function
     reward_timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that module:function may take for one batch
     options: dict[str, Any] = Field(default_factory=dict)  # the algorithm's own, over those of its recipe: beta, epsilon ...
+    teacher: Text | None = None  # a checkpoint as the reference policy; None: the model as RL begins
     gap_every: Count = 10  # updates between checks that scoring gives what the rollout saw; 0 is never
     gap_bound: Annotated[float, Field(gt=0.0)] = 0.05  # nats per token, beyond which the run stops
 
@@ -156,6 +157,10 @@ class RlConfig(OptimizerConfig):
         if self.law in TRACES and not recipe.needs_trajectory:
             those = ", ".join(name for name, other in recipes.items() if other.needs_trajectory)
             raise ValueError(f"law {self.law} is for the trajectories of {those}, got algorithm {self.algorithm}")
+        if self.teacher is not None and not recipe.wants_reference(self.options):
+            raise ValueError(
+                f"teacher must be null for algorithm {self.algorithm}, which has no reference policy, got {self.teacher}"
+            )
         window, _ = self.scored()
         if self.tail is not None and window != "eos":
             raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # type checkers cannot follow what is found at run time; a fi
     from dllm_kernels.objectives.gdpo import *
     from dllm_kernels.objectives.gdsd import *
     from dllm_kernels.objectives.justgrpo import *
+    from dllm_kernels.objectives.on_policy_distillation import *
     from dllm_kernels.objectives.rspo import *
     from dllm_kernels.objectives.spg import *
     from dllm_kernels.objectives.trace_rl import *

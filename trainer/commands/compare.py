@@ -111,7 +111,8 @@ def compare_algorithms(
 
 @telling_of_algorithms()
 def _names(algorithms: str) -> list[str]:
-    names = list(RECIPES) if algorithms == "all" else list(dict.fromkeys(n.strip() for n in algorithms.split(",") if n.strip()))
+    everyone = [name for name, recipe in RECIPES.items() if not recipe.teacher]  # what learns from rewards alone
+    names = everyone if algorithms == "all" else list(dict.fromkeys(n.strip() for n in algorithms.split(",") if n.strip()))
     for name in names:
         if name not in RECIPES:
             raise UserError(f"--algorithms: {name} is unknown; there are {', '.join(RECIPES)}")

@@ -92,8 +92,11 @@ def describe_plan(config: RunConfig, *, ranks: int = 1) -> str:
         "optimiser": 2 * _bytes(trained) // ranks,
         "reference policy": 0,
     }
-    if config.rl.updates and RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
-        terms["reference policy"] = terms["weights"]
+    if config.rl.updates and RECIPES[config.rl.algorithm].wants_reference(config.rl.options):
+        if config.rl.teacher is not None:
+            terms["reference policy"] = _stored(config.rl.teacher) // ranks
+        elif not config.model.lora.rank:
+            terms["reference policy"] = terms["weights"]
     works = _works(setup, ranks, tokens)
     worst = max(works, key=lambda work: work.peak)
     if device == "cpu":  # the optimiser's states are made in what the first step's activations left, which then need new pages
@@ -400,6 +403,14 @@ class _Alive(TorchDispatchMode):
 
 def _bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _stored(teacher: str) -> int:
+    """Bytes of a checkpoint's weights as they lie in its folder."""
+    files = list(Path(teacher).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"rl.teacher: the plan needs a folder with safetensors, got {teacher}")
+    return sum(file.stat().st_size for file in files)
 
 
 def _gathered(model: Any, config: RunConfig) -> int:

@@ -16,7 +16,7 @@ from dllm_kernels.objectives import RECIPES
 from .. import distributed
 from ..config import OptimizerConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
-from ..errors import Stopped, UserError, visible
+from ..errors import ConfigError, Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
 from ..models.loading import Loaded, from_scratch, load, parameter_count
@@ -200,7 +200,7 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
+        if self._has_reference and config.rl.teacher is None:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
@@ -237,20 +237,45 @@ class Run:
         self.checkpoints.save(number, setup.trained, setup.loaded.tokenizer, optimizer, state=state, metrics=numbers)
         self.moments.saved(time.monotonic() - started)
 
+    @property
+    def _has_reference(self) -> bool:
+        """Whether the reference policy is a model of its own: not where adapters are switched off for it."""
+        rl = self.config.rl
+        wanted = RECIPES[rl.algorithm].wants_reference(rl.options)
+        return wanted and (rl.teacher is not None or not self.config.model.lora.rank)
+
     def _reference(self) -> nn.Module | None:
-        """The policy with which RL began, after a resume too; None where adapters are switched off for it."""
+        """The teacher, or the policy with which RL began, after a resume too; None where it is no model of its own."""
         config, setup = self.config, self.setup
-        if not RECIPES[config.rl.algorithm].wants_reference(config.rl.options) or config.model.lora.rank:
+        if RECIPES[config.rl.algorithm].teacher and config.rl.teacher is None:
+            raise ConfigError(f"rl.teacher must name the checkpoint that {config.rl.algorithm} learns from, got null")
+        if not self._has_reference:
             return None
-        model = load(
-            self.folder.path / REFERENCE,
+        teacher = config.rl.teacher
+        loaded = load(
+            teacher or self.folder.path / REFERENCE,
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
-            facts=asdict(setup.facts),
-        ).model.requires_grad_(False)
+            facts=asdict(setup.facts) if teacher is None else None,
+        )
+        if teacher is not None:
+            self._check_teacher(teacher, loaded)
+        model = loaded.model.requires_grad_(False)
         if self.ranks.group is None:
             return model.to(self.ranks.device)
         return distributed.shard(model, self.ranks, replicas=config.parallel.replicas)
+
+    def _check_teacher(self, name: str, teacher: Loaded) -> None:
+        """Its scores are of the student's states: ids, mask and alignment must be the same. Raises ConfigError."""
+        setup = self.setup
+        own, others = setup.facts, teacher.facts
+        same = {
+            "vocabulary": setup.loaded.tokenizer.get_vocab() == teacher.tokenizer.get_vocab(),
+            "mask id": own.mask_id == others.mask_id,
+            "alignment": own.shift == others.shift,
+        }
+        if wrong := [what for what, equal in same.items() if not equal]:
+            raise ConfigError(f"rl.teacher must have the {wrong[0]} of the model that is trained, got {name}")
 
     def _steps(self, phase: str, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, float]]:
         if phase == "sft":

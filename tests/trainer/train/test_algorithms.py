@@ -11,7 +11,7 @@ import torch
 from dllm_trainer.cli import app
 from dllm_trainer.config import load_config
 from dllm_trainer.distributed import Ranks
-from dllm_trainer.errors import ConfigError, GuardError
+from dllm_trainer.errors import ConfigError, GuardError, UserError
 from dllm_trainer.records.run_dir import RunDir
 from dllm_trainer.tasks import make_task
 from dllm_trainer.train import algorithms, guards, rl
@@ -52,6 +52,10 @@ def setup_of(checkpoint: Path, *keys: str) -> Setup:
     setup = prepare(config, task, Ranks())
     if RECIPES[config.rl.algorithm].needs_reference:
         setup.reference = prepare(config, task, Ranks()).model.requires_grad_(False)
+    if RECIPES[config.rl.algorithm].teacher:  # of itself there is nothing to learn
+        generator = torch.Generator().manual_seed(0)
+        for parameter in setup.reference.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return setup
 
 
@@ -67,6 +71,7 @@ def test_every_algorithm_trains(name: str, inner: int, checkpoint: Path) -> None
     assert config.law == RECIPES[name].law
     assert name in TRACED or config.samples == RECIPES[name].samples
     before = [parameter.detach().clone() for parameter in setup.model.parameters()]
+    kept = None if setup.reference is None else [parameter.clone() for parameter in setup.reference.parameters()]
     records = train(setup)
     assert len(records) == 2
     learnt = [record for record in records if "loss" in record]
@@ -75,8 +80,8 @@ def test_every_algorithm_trains(name: str, inner: int, checkpoint: Path) -> None
     assert all(("ess" in record) == (name == "dmpo") and 0 < record.get("ess", 1.0) <= 1 for record in learnt)
     assert 0 <= records[0]["on_policy_gap"] < 1e-5, "a model with neither cache nor dropout, in fp32"
     assert any(not torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
-    if setup.reference is not None:
-        assert all(torch.equal(a, b) for a, b in zip(before, setup.reference.parameters(), strict=True)), "the reference moved"
+    if kept is not None:
+        assert all(torch.equal(a, b) for a, b in zip(kept, setup.reference.parameters(), strict=True)), "the reference moved"
 
 
 def test_a_kl_that_an_option_adds_gets_its_reference(tmp_path: Path) -> None:
@@ -445,3 +450,35 @@ def test_the_gap_looks_at_states_of_all_stages_and_as_often_as_it_is_told(
     assert ["on_policy_gap" in record for record in records] == [True, False, True]
     assert set(hidden) == {4, 6, 8, 10, 12, 14, 16}, "every step but the last, which hides two"
     assert "on_policy_gap" not in train(setup_of(checkpoint, "rl.updates=1", "rl.gap_every=0"))[0]
+
+
+def test_a_teacher_is_loaded_in_the_reference_s_place_and_must_be_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objective gets its scores; without one, or with one of another vocabulary, the run says what is missing."""
+    setup = setup_of(checkpoint, "rl.algorithm=on_policy_distillation")
+    assert setup.reference is not None
+    setup.reference.save_pretrained(tmp_path / "teacher")
+    setup.loaded.tokenizer.save_pretrained(tmp_path / "teacher")
+    spy = Spy(monkeypatch)
+    keys = [*KEYS, "rl.algorithm=on_policy_distillation", "rl.updates=1", "sft.steps=0", "task.test_puzzles=2"]
+    keys += [f"model.checkpoint={json.dumps(str(checkpoint))}"]
+
+    def run(name: str, *more: str) -> None:
+        out = tmp_path / name
+        config = load_config(overrides=[*keys, *more, f"out={json.dumps(str(out))}"])
+        Run(RunDir.create(out), config, Console(quiet=True)).execute()
+
+    with pytest.raises(UserError, match=r"rl\.teacher must name the checkpoint that on_policy_distillation learns from"):
+        run("none")
+    run("taught", f"rl.teacher={json.dumps(str(tmp_path / 'teacher'))}")
+    (batch,) = spy.batches[-1]
+    gap = batch.per_sample["ref_logp"].sum((1, 2)) - spy.fresh[-1].sum((1, 2))
+    assert bool((gap.abs() > 1e-3).any()), "the teacher is another model"
+    tokenizer = setup.loaded.tokenizer
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"rl\.teacher must have the vocabulary of the model that is trained"):
+        run("other", f"rl.teacher={json.dumps(str(tmp_path / 'teacher'))}")
+    with pytest.raises(UserError, match="teacher must be null for algorithm bgpo"):
+        load_config(overrides=["rl.algorithm=bgpo", "rl.teacher=somewhere"])

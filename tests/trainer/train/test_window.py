@@ -26,6 +26,7 @@ PUBLISHED = {
     "wd1": ("eos", "hidden"),
     "spg": ("eos", "hidden"),
     "d2": ("eos", "hidden"),
+    "on_policy_distillation": ("eos", "hidden"),  # ours too: the papers' models are autoregressive
     "trace_rl": ("eos", "hidden"),
     "bgpo": ("eos", "removed"),
     "vrpo": ("eos", "removed"),
