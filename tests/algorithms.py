@@ -21,6 +21,7 @@ VARIANTS = {
     "egspo, no KL": {"beta": 0.0},
     "espo, no KL": {"beta": 0.0},
     "gdpo, KL": {"beta": 0.1},
+    "mdpo, KL": {"beta": 0.1},
     "gdpo, code": {"mode": "code"},
     "trace_rl, sdar": {"mode": "sdar", "window": 7},
     "vrpo, paper": {"normalize": False},
@@ -84,6 +85,7 @@ def batch_of(objective, plan, logp_N, *, on_policy=False, spread=0.1):
     made = {
         "advantages": lambda: noise(B).add(torch.linspace(-1, 1, B)),
         "step_advantages": lambda: noise(B, K),
+        "step_weights": lambda: (noise(B, K) > 0).to(kind) / 2,
         "weights": lambda: noise(B),
         "baseline": lambda: noise(B),
         "group_ids": lambda: torch.arange(B) // 2,

@@ -15,6 +15,7 @@ from dllm_kernels.objectives.update import Rewards, Signal, States, Update, adva
 
 if TYPE_CHECKING:  # type checkers cannot follow what is found at run time; a file that is not here works all the same
     from dllm_kernels.objectives.bgpo import *
+    from dllm_kernels.objectives.cj_grpo import *
     from dllm_kernels.objectives.coupled_grpo import *
     from dllm_kernels.objectives.d2 import *
     from dllm_kernels.objectives.diffu_grpo import *
@@ -24,7 +25,9 @@ if TYPE_CHECKING:  # type checkers cannot follow what is found at run time; a fi
     from dllm_kernels.objectives.gdpo import *
     from dllm_kernels.objectives.gdsd import *
     from dllm_kernels.objectives.justgrpo import *
+    from dllm_kernels.objectives.mdpo import *
     from dllm_kernels.objectives.on_policy_distillation import *
+    from dllm_kernels.objectives.rldf import *
     from dllm_kernels.objectives.rspo import *
     from dllm_kernels.objectives.spg import *
     from dllm_kernels.objectives.trace_rl import *

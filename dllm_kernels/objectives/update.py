@@ -74,14 +74,15 @@ class States:
     rollout: Rollout
     plan: MaskPlan  # its samples are the states
     steps_BJ: Tensor | None = None  # the denoising steps that were chosen, -1 for none; None: all of them
+    replayed: bool = True  # whether what is scored in a state is what the rollout wrote there
 
     def kept(self, here_N: Tensor) -> States:
         steps_BJ = None if self.steps_BJ is None else self.steps_BJ[here_N]
-        return States(self.rollout.kept(here_N), self.plan.cut(sequences=here_N), steps_BJ)
+        return States(self.rollout.kept(here_N), self.plan.cut(sequences=here_N), steps_BJ, self.replayed)
 
     def old_scores(self, name: str) -> Tensor | None:
         """What the rollout itself saw, where a scoring pass would give the same: where states are single steps."""
-        if self.plan.law != "trace" or self.plan.options["shrink"] != 1:
+        if not self.replayed or self.plan.law != "trace" or self.plan.options["shrink"] != 1:
             return None
         logp_KBS = rollout_logp(self.rollout, self.plan)
         return steps.sums(self.plan, logp_KBS) if name == "old_sample_elbo" else logp_KBS.transpose(0, 1)

@@ -86,6 +86,7 @@ def test_the_couplings_are_those_of_the_design():
     couplings = {variant: (objective.coupling, objective.on_policy_coupling) for variant, objective in found.items()}
     assert couplings == {
         "bgpo": ("sample", "none"),
+        "cj_grpo": ("token", "token"),
         "coupled_grpo": ("sequence", "sequence"),
         "coupled_grpo, no KL": ("sequence", "none"),
         "d2": ("token", "token"),
@@ -106,6 +107,9 @@ def test_the_couplings_are_those_of_the_design():
         "gdpo, code": ("sequence", "none"),
         "gdsd": ("sequence", "sequence"),
         "justgrpo": ("token", "none"),
+        "mdpo": ("token", "token"),
+        "mdpo, KL": ("token", "token"),
+        "rldf": ("sample", "sample"),
         "rspo": ("batch", "batch"),
         "spg": ("sequence", "sequence"),
         "trace_rl": ("token", "none"),

@@ -37,6 +37,7 @@ KEYS = {
     "ebpo": ("samples=4",),
     "egspo": ("options.selected_steps=3",),
     "egspo_sa": ("options.selected_steps=3",),
+    "mdpo": ("options.selected_steps=3",),
     "gdsd": ("options.epsilon_low=0.3", "options.epsilon_high=0.3"),
     "trace_rl": ("options.shrink=2",),
 }
@@ -76,7 +77,7 @@ def rollout(name: str) -> Rollout:
         failed_B=torch.zeros(B, dtype=torch.bool),
         sequence_ids_B=torch.arange(B) + 10,
         mask_id=MASK,
-        greedy_BTL=((3 * torch.arange(STEPS)[:, None] + torch.arange(L)) % EOS).expand(B, -1, -1),
+        greedy_BTL=(3 * torch.arange(STEPS)[:, None] + torch.arange(L) * (1 + torch.arange(B)[:, None, None])) % EOS,
     )
 
 
@@ -92,6 +93,7 @@ class Case:
     denominator: float
     attention_BS: torch.Tensor | None
     kept_N: torch.Tensor
+    steps_BJ: torch.Tensor | None  # the states that were chosen
     policy: torch.nn.Module
     old: torch.nn.Module
     ref: torch.nn.Module
@@ -155,4 +157,5 @@ def case(name: str, *keys: str) -> Case:
     denominator = found.denominator or float(steps.number(plan))
     report = accumulate(policy, plan, algorithm.objective, batch, denominator=denominator, **options)
     made = sampled, plan, fresh[0] if fresh else None, batch, algorithm.objective, denominator, attention_BS, kept_N
-    return Case(*made, policy, old, ref, float(report.loss), gradients(policy))
+    chosen_BJ = None if states is None else states.steps_BJ
+    return Case(*made, chosen_BJ, policy, old, ref, float(report.loss), gradients(policy))

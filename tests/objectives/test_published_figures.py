@@ -19,6 +19,11 @@ PUBLISHED = {
         "arXiv 2510.11683: n_t = 16, A = (r - mean) / std, no clip and no KL, on-policy; DARE dllm_core_algos.py:593-631 "
         "draws exact counts over the response of the attention mask",
     ),
+    "cj_grpo": (
+        ("trace", {}, None, "mean", True, True, 12, "completion", None),
+        {"epsilon": 0.5, "beta": 0.04},
+        "EOSER-ASS-RL's code, of diffu-GRPO's family: mu 12, epsilon 0.5, beta 0.04, every step of the rollout",
+    ),
     "coupled_grpo": (
         ("coupled", {"t_low": 0.2, "t_high": 0.8}, 3, "loo", True, True, 2, "eos", "hidden"),
         {"epsilon": 0.5, "beta": 0.01},
@@ -77,6 +82,21 @@ PUBLISHED = {
         ("segments", {}, None, "std", True, False, 1, "completion", None),
         {"epsilon": 0.2},
         "JustGRPO's code: one token a state from left to right, clip 0.2, no KL",
+    ),
+    "mdpo": (
+        ("trace", {}, None, None, True, False, 1, "completion", None),
+        {"epsilon": 0.2, "beta": 0.0, "selected_steps": 16},
+        "mdpo's code: clip 0.2, no KL, 16 of 128 steps, advantages of each step's draft",
+    ),
+    "on_policy_distillation": (
+        ("trace", {"shrink": 1}, None, None, True, True, 1, "eos", "hidden"),
+        {"epsilon": 0.2},
+        "ours: on-policy distillation of autoregressive models (arXiv 2306.13649) at the states of a rollout",
+    ),
+    "rldf": (
+        ("trace", {}, None, "std", True, True, 1, "eos", "hidden"),
+        {"epsilon": 0.2, "beta": 0.01, "threshold": 0.6, "selected_steps": 4, "temperature": 1.0},
+        "RLDF's code: clip 0.2, beta 0.01, threshold 0.6, 4 states, loss_norm 'sample'",
     ),
     "rspo": (
         ("bernoulli", {"weight": "L/count"}, 4, "std", False, True, 1, "completion", None),

@@ -154,7 +154,13 @@ RULES: list[tuple[str, Callable[[dict[str, Any], Any], None], Any, str]] = [
     ("dmpo-expectation", every("change"), {"value": 0.0, "low": -0.01, "high": 0.01}, CONFIRMED),
     ("dmpo-expectation", every("change"), {"value": 0.05, "low": 0.0, "high": 0.1}, UNDECIDED),
     ("dmpo-expectation", every("change"), BELOW, REFUTED),
+    *(
+        (name, every("over RSPO", objective=ratio), v, w)
+        for name, ratio in (("rspo-gradient-raw", "GDPO, paper"),)
+        for v, w in ((ABOVE, CONFIRMED), (BELOW, REFUTED), (ACROSS, UNDECIDED))
+    ),
     *(("rspo-gradient", every("over RSPO"), v, w) for v, w in ((ABOVE, CONFIRMED), (BELOW, REFUTED), (ACROSS, UNDECIDED))),
+    ("rspo-gradient", every("over RSPO", objective="ESPO"), ABOVE, UNDECIDED),
     *(("rspo-training", training_figures, v, w) for v, w in ((WIN, CONFIRMED), (LOSS, REFUTED), (TIE, UNDECIDED))),
     ("rspo-training", every("collapsed", objective="RSPO"), 9, REFUTED),
 ]

@@ -63,7 +63,7 @@ def test_it_trains_by_its_name_with_its_own_option_and_figure(
 def test_it_is_listed_and_its_options_are_checked(install: Callable[..., None]) -> None:
     install(ALGORITHM)
     assert [*RECIPES][-1] == "imitation"
-    assert len(RECIPES) == 20
+    assert len(RECIPES) == 23
     result = CliRunner().invoke(app, ["algorithms"])
     assert result.exit_code == 0
     assert any("imitation" in line and "0000.00000" in line for line in result.output.splitlines())
