@@ -44,12 +44,20 @@ def test_version_and_environment() -> None:
         (["sft", "rl.updates=5"], "sft makes no reinforcement updates, got rl.updates=5"),
         (["demo", "--resume", "/nonexistent"], "--resume: /nonexistent holds no run"),
         (["demo", "--resume", "/nonexistent", "--out", "x"], "leave out --out and --config"),
-        (["demo", "--config", "/nonexistent.yaml"], "cannot be read"),
-        (["eval", "--checkpoint", "/nonexistent"], "model: /nonexistent cannot be loaded ("),
-        (["generate", "--checkpoint", "/nonexistent"], "give --prompt or --input"),
+        (
+            ["demo", "--config", "/nonexistent.yaml"],
+            "No such file or directory; those that come along are code-toy",
+        ),
+        (["demo", "--config", "demoo"], "of those that come along the nearest is demo"),
+        (["eval", "--checkpoint", "/nonexistent"], "model: there is no folder /nonexistent; a checkpoint is a folder, or an id"),
+        (["generate", "--checkpoint", "runs/none/checkpoint"], "model: there is no folder runs/none/checkpoint"),
+        (["task", "task.style=words"], "model.checkpoint must be given for this task"),
         (["generate", "--checkpoint", "/nonexistent", "--input", "/nonexistent.jsonl"], "/nonexistent.jsonl: cannot be read"),
         (["rl"], "rl needs a model: give --checkpoint, or a --config with model.checkpoint"),
-        (["plot", "/nonexistent"], "/nonexistent holds no run"),
+        (["plot", "/nonexistent"], "plot: /nonexistent holds no run (there is no such folder)"),
+        (["demo", "guard.no_signal=0"], "guard.no_signal must be greater than or equal to 1"),
+        (["demo", "guard.shift_test=1"], "guard.shift_test must be a valid boolean"),
+        (["demo", "evaluation.samples=-1"], "evaluation.samples must be greater than or equal to 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_status_2(arguments: list[str], sentence: str) -> None:
@@ -221,3 +229,17 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tmp_path: Path) -
     saved = latest(run.path / "checkpoints")
     assert saved is not None
     assert (saved.state["phase"], saved.state["step"]) == ("rl", run.metrics()[-1]["step"]), "the interrupted step was lost"
+
+
+def test_the_schema_says_what_each_key_is_for() -> None:
+    schema = json.loads(call("config-schema").output)
+    parts = {**schema["$defs"], "RunConfig": schema}
+    bare = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, value in part["properties"].items()
+        if not value.get("description")
+    ]
+    assert not bare
+    assert parts["GuardConfig"]["properties"]["warn_after"]["description"].startswith("of such updates")
+    assert parts["SftConfig"]["properties"]["betas"]["description"] == "of AdamW", "a section has what its parent says"

@@ -39,6 +39,8 @@ def test_the_run_folder_holds_everything(finished: Path) -> None:
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "samples.jsonl",
+        "unmasking.png",
         "eval_before.json",
         "eval_after.json",
         "curves.png",
@@ -53,6 +55,8 @@ def test_the_run_folder_holds_everything(finished: Path) -> None:
     report = (finished / "report.md").read_text()
     assert "| unseen puzzles | T = 1 |" in report
     assert "| unseen grids | greedy |" in report
+    assert "failed: example 0 of unseen_puzzles, reward 0." in report
+    assert "![order of unmasking](unmasking.png)" in report
 
 
 def test_metrics_have_one_line_per_step_with_all_figures(finished: Path) -> None:
