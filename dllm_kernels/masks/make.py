@@ -45,8 +45,8 @@ def make_mask_plan(
         sequence_ids: int64 `[B]` from `noise.sequence_ids`, distinct.
         mask_id: the id written at hidden positions; must not occur in the completions.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        prompt_noise: probability of hiding each prompt token, which is never scored. None: 0.15 for `full`,
-            `block` and `segments`, else 0.
+        prompt_noise: probability of hiding each prompt token, which is never scored; drawn for each sample, but once for all
+            states of `trace` and `segments`. None: 0.15 for `full`, `block` and `segments`, else 0.
         iteration: inner iteration; the samples of different iterations are independent.
         attention_mask_BS: bool or int `[B, S]`, False at padding. Without it, every token before the
             completion counts as prompt.

@@ -103,7 +103,9 @@ class MaskPlan:
         if self.tail_mask_BS is not None:
             hidden_KBS = hidden_KBS | self._hidden_tail_KBS
         if self.prompt_mask_BS is not None:
-            bits_KBS = self._keys.bits(Stream.PROMPT, self.sample_K, draws.ordinals(self.prompt_mask_BS))
+            # the states of a rollout share theirs
+            drawn_K = torch.zeros_like(self.sample_K) if self.rule.level == "steps" else self.sample_K
+            bits_KBS = self._keys.bits(Stream.PROMPT, drawn_K, draws.ordinals(self.prompt_mask_BS))
             hidden_KBS = hidden_KBS | self.prompt_mask_BS & noise.bernoulli(bits_KBS, self.prompt_noise)
         return hidden_KBS
 

@@ -122,7 +122,7 @@ RECIPE = Recipe(
     trajectory=Trajectory(_segments, _segment_tokens),
     window="eos",
     tail="hidden",
-    notes="The code was read. Prompt noise 0.15, a new one per inner iteration, in policy, old and "
+    notes="The code was read. Prompt noise 0.15, a new one per inner iteration, the same in all segments, policy, old and "
     "reference. 8 segments for GSM8K, 16 for Countdown; the rest as diffu-GRPO. "
     "The any-order variant for a causal model is not here.",
 )

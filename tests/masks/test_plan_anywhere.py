@@ -111,6 +111,15 @@ def test_prompt_noise_hides_real_prompt_tokens_independently_and_scores_none():
     assert not plan.masked[:, :, :2].any()
 
 
+def test_the_states_of_a_rollout_share_their_prompt_noise_and_samples_of_a_law_do_not():
+    states, later = (preset("segments", [4] * 50, prompt=6, prompt_noise=0.5, iteration=i).masked[..., :6] for i in (0, 1))
+    assert states.any()
+    assert (states == states[:1]).all()
+    assert not torch.equal(states, later)
+    drawn = preset("exact", [4] * 50, prompt=6, prompt_noise=0.5).masked[..., :6]
+    assert not (drawn == drawn[:1]).all()
+
+
 def test_prompt_noise_is_keyed_by_the_place_among_real_prompt_tokens():
     plan = plan_of([3, 2], prompt=5, prompt_noise=0.5, attention=True)
     padded = plan_of([3, 2], prompt=5, prompt_noise=0.5, attention=True, left_padding=4)
