@@ -53,6 +53,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "estimators": ("docs/estimators.md",),
     "head": ("docs/cpu_engine.md",),
     "claims": ("docs/claims.md",),
+    "tasks": ("docs/tasks.md",),
 }
 
 
@@ -385,6 +386,10 @@ def blocks(table: str) -> dict[str, str]:
         from benchmarks.studies import variance
 
         return variance.blocks(result_of("estimators-cpu")["suites"]["variance"])
+    if table == "tasks":
+        from benchmarks.studies import tasks
+
+        return {"tasks table": tasks.table(result_of("tasks-cpu"))}
     from benchmarks.studies import claims
 
     return claims.blocks(result_of("claims-cpu"))
@@ -451,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     writing.add_argument("tables", nargs="*", metavar="NAME", help=f"default all of {', '.join(DOCUMENTS)}")
     commands.add_parser("pictures", help="draw every committed picture again")
     collecting = commands.add_parser("collect", help="make a result file of what several commands measured")
-    collecting.add_argument("table", choices=("demo", "head", "comparison"))
+    collecting.add_argument("table", choices=("demo", "head", "comparison", "tasks"))
     collecting.add_argument("sources", nargs="+", type=Path)
     collecting.add_argument("--command", dest="made_by", default="", help="how a comparison was made")
     collecting.add_argument("--out", required=True, type=Path)
@@ -474,6 +479,10 @@ def main(argv: list[str] | None = None) -> int:
 def _collected(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.table == "demo":
         return collect_demo(arguments.sources)
+    if arguments.table == "tasks":
+        from benchmarks.studies import tasks
+
+        return tasks.collect(arguments.sources)
     if arguments.table == "head":
         return collect_head(arguments.sources)
     if len(arguments.sources) != 1 or not arguments.made_by:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import dllm_kernels
 from benchmarks import documents, fuzz, report
-from benchmarks.studies import variance
+from benchmarks.studies import tasks, variance
 from dllm_kernels.objectives import RECIPES
 from tests.accumulation.test_all_algorithms import gradient_moments
 
@@ -282,3 +282,13 @@ def test_writing_changes_what_stands_between_markers_and_nothing_else(table):
 def test_a_table_that_is_not_there_is_told(capsys):
     assert documents.main(["write", "everything"]) == 2
     assert "a table must be one of measured, every row" in capsys.readouterr().err
+
+
+# --- tasks.md -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_tasks_is_that_of_the_committed_runs():
+    result = documents.result_of("tasks-cpu")
+    assert documents.in_document((ROOT / "docs" / "tasks.md").read_text(), "tasks table") == tasks.table(result)
+    seeds = {(run["task"], run["seed"]) for run in result["runs"] if run["updates"]}
+    assert len(seeds) == 12, "four tasks, three seeds"
