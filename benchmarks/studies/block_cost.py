@@ -237,12 +237,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _pays(rows: Sequence[Mapping[str, Any]], way: str) -> str:
-    """Which of the measured k are worth it, in time."""
-    better = [row["k"] for row in rows if _best(row)[way] < _best(row)["doubled"]]
-    if not better:
-        return "never pays"
-    cheapest = min(rows, key=lambda row: _best(row)[way] / row["k"])
-    return f"faster at k = {', '.join(map(str, better))}, cheapest a sample at k = {cheapest['k']}"
+    """Up to which of the measured k it is faster than the doubled sequence, whose tokens are the same at k = 1."""
+    several = [row for row in rows if row["k"] > 1]
+    slower = [row["k"] for row in several if _best(row)[way] >= _best(row)["doubled"]]
+    cheapest = min(rows, key=lambda row: _best(row)[way] / row["k"])["k"]
+    ends = f"no longer at k = {min(slower)}" if slower else f"still faster at k = {max(row['k'] for row in several)}"
+    return f"{ends}, a sample is cheapest at k = {cheapest}"
 
 
 def _told(row: Mapping[str, Any]) -> str:

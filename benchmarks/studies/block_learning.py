@@ -2,7 +2,7 @@
 
     for s in 0 1 2; do python -m benchmarks.studies.block_learning run --seed $s --out seed$s.json; done
     python -m benchmarks.studies.block_learning collect seed0.json seed1.json seed2.json \
-        --out benchmarks/results/block-learning-cpu.json                     3 minutes of one core a seed
+        --out benchmarks/results/block-learning-cpu.json                     4 minutes of one core a seed
 
 A Qwen3 of 0.1 million parameters that sees the clean blocks before its own block of 4, as SDAR does; its
 rollouts are SDAR's, with the cache. Two ways to score it:
@@ -306,46 +306,70 @@ def _told(figures: Mapping[str, Any]) -> str:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
+def _row(run: Mapping[str, Any], sft: str, scoring: str, algorithm: str) -> Mapping[str, Any] | None:
+    keys = {"sft": sft, "scoring": scoring, "algorithm": algorithm}
+    return next((row for row in run["rl"] if all(row[key] == value for key, value in keys.items())), None)
+
+
+def _figures(run: Mapping[str, Any], sft: str, scoring: str, algorithm: str | None) -> Mapping[str, Any]:
+    """Of SFT alone, without an algorithm."""
+    found = run["sft"][sft] if algorithm is None else _row(run, sft, scoring, algorithm)
+    assert found is not None
+    return found
+
+
 def _outcomes(run: Mapping[str, Any], sft: str, scoring: str, algorithm: str | None, way: str) -> Tensor:
     """float `[puzzles]`: 1 where solved."""
-    figures = run["sft"][sft]
-    if algorithm is not None:
-        keys = {"sft": sft, "scoring": scoring, "algorithm": algorithm}
-        figures = next(row for row in run["rl"] if all(row[key] == value for key, value in keys.items()))
-    return torch.tensor([float(character) for character in figures["solved"][way]["solved"]])
+    return torch.tensor([float(bit) for bit in _figures(run, sft, scoring, algorithm)["solved"][way]["solved"]])
 
 
 def _tokens(run: Mapping[str, Any], sft: str, scoring: str, algorithm: str | None) -> int:
-    if algorithm is None:
-        return int(run["sft"][sft]["tokens"])
-    keys = {"sft": sft, "scoring": scoring, "algorithm": algorithm}
-    return int(next(row for row in run["rl"] if all(row[key] == value for key, value in keys.items()))["tokens"])
+    return int(_figures(run, sft, scoring, algorithm)["tokens"])
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """One line per way of training: solved puzzles as in training and greedily, means over the seeds with the lowest and the
-    highest; less those of the same line by blocks, with an interval over puzzles (the seeds are those that there are).
+    """One line per way of training: puzzles solved at the rollouts' temperature and greedily, means over the seeds with the
+    lowest and the highest, over the same seeds' SFT, and less those of the line by blocks. Intervals are over puzzles, each with
+    the mean of the seeds; the seeds are those that there are. Below, how far apart the two scores are.
     """
-    runs = result["runs"]
-    lines = []
+    everyone, lines = result["runs"], []
     order = [(sft, sft, None) for sft in (BLOCKS, NOISY_HISTORY)]
     order += [(sft, scoring, name) for name in ALGORITHMS for sft, scoring, names in RUNS if name in names]
     for sft, scoring, algorithm in order:
-        cells = [algorithm or "SFT alone", sft, "" if algorithm is None else scoring]
+        # of a run that was cut short: what it had ended
+        runs = [run for run in everyone if algorithm is None or _row(run, sft, scoring, algorithm) is not None]
+        runs = [run for run in runs if algorithm is None or _row(run, BLOCKS, BLOCKS, algorithm) is not None]
+        cells = [algorithm or "SFT alone", sft, "" if algorithm is None else scoring, str(len(runs))]
         cells.append(f"{sum(_tokens(run, sft, scoring, algorithm) for run in runs) / len(runs) / 1e6:.1f}")
         for way in ("rollout", "greedy"):
             each = [_outcomes(run, sft, scoring, algorithm, way) for run in runs]
             means = [100 * float(outcome.mean()) for outcome in each]
             cells.append(f"{sum(means) / len(means):.1f} ({min(means):.1f} to {max(means):.1f})")
-            if (sft, scoring) == (BLOCKS, BLOCKS):
-                cells.append("–")
-                continue
+            cells.append("" if algorithm is None else _paired(each, [_outcomes(run, sft, sft, None, way) for run in runs]))
             same = [_outcomes(run, BLOCKS, BLOCKS, algorithm, way) for run in runs]
-            found = statistics.ratio(torch.stack(each).mean(0) - torch.stack(same).mean(0))
-            cells.append(f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]")
+            cells.append("" if (sft, scoring) == (BLOCKS, BLOCKS) else _paired(each, same))
         lines.append(cells)
-    heads = ["", "SFT scored by", "RL scored by", "training tokens, millions", "solved, %", "less by blocks [95 %]"]
-    return markdown([*heads, "greedy, %", "less by blocks [95 %]"], lines, "---")
+    heads = ["", "SFT scored by", "RL scored by", "seeds", "training tokens, millions"]
+    heads += [head for way in ("solved, %", "greedy, %") for head in (way, "over its SFT", "over blocks")]
+    gaps = {scoring: [run["sft"][scoring]["gap"] for run in everyone] for scoring in (BLOCKS, NOISY_HISTORY)}
+    told = [
+        f"- SFT by {scoring}: {_mean(gap, 'mean difference'):.3f} nats a token apart after the first block (of "
+        f"{-_mean(gap, 'mean logp'):.3f}), ELBO {_mean(gap, 'elbo'):.2f}, by the old score {_mean(gap, 'old elbo'):.2f}."
+        for scoring, gap in gaps.items()
+    ]
+    states = max(run["sft"][NOISY_HISTORY]["states gap"] for run in everyone)
+    told.append(f"- A rollout's own states, by blocks and as whole sequences: {states:.0e} nats apart at most.")
+    return "\n\n".join([markdown(heads, lines, "---"), "\n".join(told)])
+
+
+def _paired(each: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+    """Points between the means of the seeds, with a 95 % bootstrap over puzzles."""
+    found = statistics.ratio(torch.stack(list(each)).mean(0) - torch.stack(list(other)).mean(0))
+    return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
+def _mean(gaps: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(gap[name] for gap in gaps) / len(gaps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,8 +20,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
-from dllm_kernels import headless
-
 from ..config import ModelConfig
 from ..errors import UserError, first_line
 from ..facts import Facts, facts_of
@@ -53,8 +51,7 @@ class Loaded:
     @property
     def suppressed(self) -> tuple[int, ...]:
         """Ids that are never predicted beside the mask id: the table's, and rows beyond the vocabulary."""
-        with headless(self.model) as body:
-            rows = len(body.parameter)
+        rows = self.model.get_output_embeddings().weight.shape[0]  # of the whole head, where it is sharded too
         return (*self.facts.suppress, *range(self.facts.valid_vocab or rows, rows))
 
 
