@@ -26,6 +26,7 @@ FLOORS = (
     ("trainer.rights",),
     ("trainer.tasks", "trainer.distributed"),
     ("trainer.watch", "trainer.facts", "trainer.config"),
+    ("trainer.descriptions",),
     ("trainer.models",),
     ("trainer.records",),
     ("trainer.train",),
