@@ -69,7 +69,7 @@ def test_every_shipped_config_resolves_and_says_what_it_is() -> None:
 def test_each_llada_config_makes_two_updates_on_a_tiny_checkpoint_of_that_architecture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm_trainer.train.rl.choose", lambda *args, **kwargs: checksum)
+    monkeypatch.setattr("dllm_trainer.train.setup.choose", lambda *args, **kwargs: checksum)
     tokenizer = make_tokenizer(ALPHABET)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "eos")}
     tiny_checkpoints.write("llada", tmp_path / "llada", vocab_size=128, embedding_size=128, **ids)
@@ -91,7 +91,7 @@ def test_each_llada_config_makes_two_updates_on_a_tiny_checkpoint_of_that_archit
 
 
 def test_gsm8k_runs_from_file_to_report_with_a_model_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dllm_trainer.train.rl.choose", lambda *args, **kwargs: checksum)
+    monkeypatch.setattr("dllm_trainer.train.setup.choose", lambda *args, **kwargs: checksum)
     keys = [*written(tmp_path), *SMALL, "task.train_rows=null", "sft.steps=2", "sft.batch=2", "rl.samples=2"]
     records = run(load_config(Path("gsm8k-toy"), [*keys, f"out={tmp_path / 'run'}"]))
     assert [record["phase"] for record in records] == ["sft", "sft", "rl", "rl"]

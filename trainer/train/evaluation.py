@@ -29,12 +29,13 @@ def evaluate(
     *,
     between: Callable[[int], None] | None = None,
     keep: int = 0,
+    rewarded: bool = False,
 ) -> Figures:
     """Answer every example once; the noise depends on the example and not on the model, so two models can be paired.
 
     Returns `correct`, the share of right answers, the means of the task's metrics, the settings of `generate`, and `solved`, a
     string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch. With `keep`, `samples`
-    are the answers to the first examples, see `records/samples.py`.
+    are the answers to the first examples, see `records/samples.py`, and with `rewarded` their rewards.
     """
     task, ranks, seed, batch = setup.task, setup.ranks, setup.config.seed, setup.config.evaluation.batch
     options = setup.generate_options(rollout=decoding)
@@ -58,7 +59,9 @@ def evaluate(
             guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing
             texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]
             found = {key: list(metric(mine, texts)) for key, metric in (("correct", task.correct), *task.metrics.items())}
-            kept = _samples(setup, mine[: max(0, keep - first - ranks.share(len(part)).start)], sampled, texts, found["correct"])
+            kept = _samples(
+                setup, mine[: max(0, keep - first - ranks.share(len(part)).start)], sampled, texts, found["correct"], rewarded
+            )
         for told, theirs in ranks.tell((found, kept)):
             for key, values in told.items():
                 scores[key] += values
@@ -73,12 +76,12 @@ def evaluate(
 
 
 def _samples(
-    setup: Setup, examples: Sequence[Example], sampled: Rollout, texts: Sequence[str], correct: Sequence[float]
+    setup: Setup, examples: Sequence[Example], sampled: Rollout, texts: Sequence[str], correct: Sequence[float], rewarded: bool
 ) -> list[dict[str, Any]]:
     """One for each of these examples, which are the first rows of a rollout."""
     if not examples:
         return []
-    rewards = setup.reward(examples, texts[: len(examples)]) if setup.config.rl.updates else [None] * len(examples)
+    rewards = setup.reward(examples, texts[: len(examples)]) if rewarded else [None] * len(examples)
     decode = setup.loaded.tokenizer.decode
     return [
         {

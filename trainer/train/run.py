@@ -379,7 +379,8 @@ class Run:
         keep: int = 0,
     ) -> Figures:
         with self._autocast():
-            return evaluate(self.setup, name, examples, decoding, between=between, keep=keep)
+            # before RL a reward is not asked: one that fails must not take away what SFT has made
+            return evaluate(self.setup, name, examples, decoding, between=between, keep=keep, rewarded=self.in_rl)
 
     def _evaluate(self, name: str, label: str) -> None:
         if self.ranks.tell(self._has(name))[0]:

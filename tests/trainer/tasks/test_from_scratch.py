@@ -46,7 +46,8 @@ def test_a_file_goes_from_rows_to_a_report(kind: str, style: str, tmp_path: Path
     assert [(sample["phase"], sample["step"]) for sample in samples] == [("sft", 2), ("rl", 1)]
     for sample in samples:
         assert (sample["set"], sample["prompt"], sample["answer"]) == ("held", "What is 9 plus 9? ß", "18")
-        assert sample["reward"] == float(sample["correct"]) == float(sample["completion"].strip() == "18")
+        assert sample["correct"] == (sample["completion"].strip() == "18")
+        assert sample["reward"] == (float(sample["correct"]) if sample["phase"] == "rl" else None), "asked for from RL on"
         assert len(sample["tokens"]) == len(sample["steps"]) == 4
         assert sorted(sample["steps"]) == [0, 1, 2, 3], "one token a step"
     generated = CliRunner().invoke(app, ["generate", "--checkpoint", str(tmp_path / "run" / "checkpoint")])

@@ -68,7 +68,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["rollout.length=8", "rollout.block_length=8"], " has 16 tokens, more than the completion's 8"),
         (["task.kind=math", "task.train=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["task.kind=countdown", "task.numbers=[7]"], "task.numbers.0 must be less than or equal to 6, got 7"),
-        (["model.checkpoint=/nowhere"], "model: /nowhere cannot be loaded ("),
+        (["model.checkpoint=/nowhere"], "model: there is no folder /nowhere; a checkpoint is"),
         (["model.lora.rank=4", "model.lora.targets=[nothing]"], "lora.targets: there is no nothing in the model's blocks"),
     ],
 )
@@ -213,7 +213,7 @@ def no_tokenizer(checkpoint: Path) -> None:
         (other_sizes, "cannot be loaded ("),
         (no_mask, "mask_id"),
         (no_tokenizer, "cannot be loaded ("),
-        (shutil.rmtree, "cannot be loaded ("),
+        (shutil.rmtree, "there is no folder"),
     ],
 )
 def test_a_checkpoint_that_is_no_model_of_ours(damage: object, words: str, finished: Path, tmp_path: Path) -> None:
