@@ -167,7 +167,7 @@ def run(
         _address(call.target_N),
         _several(p, own_NM if combined else None),
         _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), p.best if "best_id" in result else 0),
-        combined or any(name not in STATISTICS for name in outputs),
+        combined or any(name not in (*STATISTICS, *BEST) for name in outputs),
         (_address(coef_N), _address(entropy_coef_N)),
         _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
         torch.get_num_threads(),

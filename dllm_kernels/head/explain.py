@@ -189,9 +189,9 @@ def explain(
 
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)
 
-    def workspace(gradient: bool) -> int:
+    def workspace(gradient: bool, best: int = want_top) -> int:
         needs: Any = {"gradient": gradient, "dhidden": need_rows, "dweight": need_weight}
-        size = backend.workspace_bytes(N, H, V, dtype, **needs, several=T if late else None, best=want_top)
+        size = backend.workspace_bytes(N, H, V, dtype, **needs, several=T + want_top - best if late else None, best=best)
         if R:  # B in the precision of the sums, and a chunk's operands and their gradients
             size += R * statistic * ((V if item != statistic else 0) + 2 * N)
         return size
@@ -219,7 +219,9 @@ def explain(
         space, stored = workspace(need_hidden or need_weight or need_bias), compact + head
         peak = outputs + compact + head_buffer + space + rest
     else:
-        space, stored = workspace(True), vectors * N * V * item if chosen == "keep" else 8 * N * want_top
+        # the likeliest ids are found in the forward pass, and are targets in backward
+        space = max(workspace(False), workspace(True, 0)) if want_top else workspace(True)
+        stored = vectors * N * V * item if chosen == "keep" else 8 * N * want_top
         peak = outputs + stored + compact + head_buffer + space + rest
     reads = forward_gemms + backward_gemms
     traffic = reads * (N * H + V * H) * item + (outputs + gradients)

@@ -20,7 +20,7 @@ PROBE = """
 import sys
 import torch
 from dllm_kernels import score_tokens
-plan, dtype, V, H, N, rows = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:7])
+plan, dtype, V, H, N, rows, M, k, R = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:10])
 torch.set_num_threads(1)
 
 def resident(field):
@@ -35,11 +35,18 @@ def inputs(V, H, N):
 
 def call(hidden, weight, target, index):
     more = {"coef": torch.ones(len(target))} if plan == "coef" else {"plan": plan}
-    scores = score_tokens(hidden, weight, target, rows=index, want=("logp", "entropy"), **more)
+    ids = torch.randint(len(weight), (len(target), M)) if M else None
+    if R:
+        trains = weight.requires_grad
+        low = torch.randn(R, hidden.shape[-1]).to(dtype), torch.randn(len(weight), R).to(dtype)
+        more["low_rank"] = *(x.requires_grad_(trains) for x in low), 0.5
+    want = ("logp", "entropy")
+    scores = score_tokens(hidden, weight, target, ids=ids, want_top=min(k, 3 * len(weight) // 4), rows=index, want=want, **more)
     if plan == "coef":
         scores.weighted_sum.backward()
     elif plan != "forward":
-        (scores.logp.sum() + scores.entropy.sum()).backward()
+        total = scores.logp.sum() + scores.entropy.sum()
+        (total + sum(x.sum() for x in (scores.ids_logp, scores.best_logp) if x is not None)).backward()
     return scores
 
 call(*inputs(64, 32, 300))
@@ -52,23 +59,27 @@ print(resident("VmHWM") - before)
 """
 
 
-def measured(backend, plan, dtype, rows, V=V, H=H, N=N):
+def measured(backend, plan, dtype, rows, V=V, H=H, N=N, M=0, k=0, R=0):
     environment = {**os.environ, "DLLM_KERNELS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    arguments = [plan, str(dtype).removeprefix("torch."), V, H, N, int(rows)]
+    arguments = [plan, str(dtype).removeprefix("torch."), V, H, N, int(rows), M, k, R]
     command = [sys.executable, "-c", PROBE, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
-def predicted(plan, dtype, rows):
+def predicted(plan, dtype, rows, M=0, k=0, R=0):
     trains, grad = plan in ("coef", "keep", "recompute"), plan != "forward"
     hidden = torch.empty(2 * N if rows else N, H, dtype=dtype, device="meta", requires_grad=grad)
     weight = torch.empty(V, H, dtype=dtype, device="meta", requires_grad=trains)
     index = torch.empty(N, dtype=torch.int64, device="meta") if rows else None
     coef = torch.empty(N, device="meta") if plan == "coef" else None
     target = torch.empty(N, dtype=torch.int64, device="meta")
-    return explain(hidden, weight, target, rows=index, coef=coef, want=("logp", "entropy"), plan=plan).peak_bytes
+    more = {"ids": torch.empty(N, M, dtype=torch.int64, device="meta") if M else None, "want_top": k}
+    if R:
+        low = [torch.empty(*size, dtype=dtype, device="meta", requires_grad=trains) for size in ((R, H), (V, R))]
+        more["low_rank"] = *low, 0.5
+    return explain(hidden, weight, target, rows=index, coef=coef, want=("logp", "entropy"), plan=plan, **more).peak_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
@@ -98,6 +109,29 @@ def test_the_peak_is_flat_in_the_number_of_rows_and_within_the_budget(plan):
         beyond[N] = measured("cpu", plan, torch.float32, False, V, H, N) - results
         assert beyond[N] <= (256 + 32) * MB, f"N={N}: {beyond[N] / MB:.0f} MiB"
     assert beyond[16384] - beyond[512] <= 8 * MB, {N: f"{size / MB:.0f} MiB" for N, size in beyond.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize(
+    ("plan", "M", "k"), [("recompute", 8, 64), pytest.param("keep", 8, 0, marks=pytest.mark.slow), ("forward", 0, 64)]
+)
+def test_the_predicted_peak_of_several_ids_is_the_measured_one(plan, M, k, monkeypatch):
+    if "cpu" not in backends.names():
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    want = predicted(plan, torch.bfloat16, False, M, k)
+    got = measured("cpu", plan, torch.bfloat16, False, M=M, k=k)
+    assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize("plan", ["forward", *PLANS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_head_with_an_adapter_stays_below_its_prediction(plan, dtype, monkeypatch):
+    monkeypatch.setenv("DLLM_KERNELS_BACKEND", "reference")
+    want, got = predicted(plan, dtype, False, R=64), measured("reference", plan, dtype, False, R=64)
+    assert want / 2 - 16 * MB <= got <= want + 16 * MB, f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
 
 
 @pytest.mark.slow
@@ -149,6 +183,11 @@ def test_flops_are_those_of_the_design():
         ({"coef_known": True, "trainable_head": True}, 3),
         ({"plan": "keep", "trainable_head": True}, 3),
         ({"plan": "recompute", "trainable_head": True}, 4),
+        ({"ids": 8, "plan": "keep"}, 2),
+        ({"ids": 8, "plan": "recompute"}, 3),
+        ({"want": ("logp", "lse"), "trainable_head": True}, 3),
+        ({"want_top": 8, "trainable_head": True}, 4),
+        ({"ids": 8, "coef_known": True}, 2),
     ):
         assert explain(**sizes, **more).flops == products * product, more
 
@@ -181,6 +220,9 @@ def test_the_words_and_the_roofline():
     ("arguments", "error", "words"),
     [
         ({}, TypeError, "rows must be an int"),
+        ({"rows": 4, "ids": 2.0, "hidden_size": 4, "vocabulary": 3}, TypeError, "ids must be an int"),
+        ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "want_top": 4}, ValueError, "want_top must be in 0..3"),
+        ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "ids": 2, "plan": "unit"}, ValueError, "plan='unit'"),
         ({"rows": 4, "hidden_size": 4}, TypeError, "vocabulary must be an int"),
         ({"rows": 4, "hidden_size": 0, "vocabulary": 3}, ValueError, "hidden_size must be at least 1"),
         ({"rows": 4, "hidden_size": 4, "vocabulary": 3, "dtype": torch.int8}, ValueError, "dtype must be one of"),
