@@ -101,14 +101,19 @@ class Shards(Wrapper):
         if hasattr(unit, "gradient_divide_factor"):
             return float(unit.gradient_divide_factor or ranks)
         operation = unit.reduce_scatter_reduce_op  # all that torch up to 2.7 keeps of the factor
-        if operation is None:
-            return float(ranks)
+        if operation is None:  # gloo takes torch's average for a sum there, so the body's gradients are sums
+            return 1.0 if _averages_in_transit(unit) and dist.get_backend(self.group) == "gloo" else float(ranks)
         if _SUMS.get(unit) is not operation:
             raise ValueError("model must have FSDP2's own divide factor: torch up to 2.7 does not tell which one was set")
         return 1.0
 
     def sum_gradients(self) -> None:
-        """From now on sum gradients over ranks; FSDP averages by default."""
+        """From now on sum gradients over ranks; FSDP averages by default. Raises ValueError where it cannot."""
+        if not all(hasattr(unit, "gradient_divide_factor") or _averages_in_transit(unit) for unit in self._units):
+            raise ValueError(
+                "model must reduce gradients in float32 or bfloat16 (MixedPrecisionPolicy's reduce_dtype): "
+                "FSDP2 of torch up to 2.7 always divides those of other dtypes"
+            )
         for module in self.modules:
             name = "set_gradient_divide_factor"
             # the second name is that of torch up to 2.7
@@ -286,6 +291,13 @@ def _units(module: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _averages_in_transit(unit: Any) -> bool:
+    """Whether torch up to 2.7 divides by an operation of the collective, not before and after it."""
+    policy = unit.mp_policy
+    dtype = policy.reduce_dtype or policy.param_dtype or unit.fsdp_params[0].sharded_param.dtype
+    return dtype in (torch.float32, torch.bfloat16)
 
 
 def _waits(unit: Any) -> bool:
