@@ -146,7 +146,7 @@ def our_step(x: Inputs, clock: Clock) -> Runner:
     per_block = sizes["T"] * sizes["R"] // sizes["L"]
     commits = commits_per_step(sizes["R"], per_block)
     undecided = sizes["L"] // sizes["R"] * sum(sizes["R"] - sum(commits[:step]) for step in range(per_block))
-    greedy = x.config.algorithm == "egspo_sa"
+    greedy = RECIPES[x.config.algorithm].greedy
     if greedy:  # the head on all masked rows too
         undecided += sum(sizes["L"] - sum((commits * sizes["T"])[:step]) for step in range(sizes["T"]))
 

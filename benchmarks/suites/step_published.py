@@ -24,6 +24,7 @@ from benchmarks.suites.step_inputs import TEMPERATURE, Clock, Inputs, Lesson, ma
 from dllm_kernels import Rollout, noise
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
+from dllm_kernels.objectives import RECIPES
 from dllm_kernels.rollouts.samplers import commits_per_step
 
 NOISE_ROWS = 32  # at once: our noise in PyTorch takes a dozen int64 tensors of its size
@@ -40,7 +41,7 @@ def complete(x: Inputs) -> Rollout:
         steps=x.sizes["T"],
         mask_id=x.mask_id,
         entropy=algorithm.startswith("egspo"),
-        greedy=algorithm == "egspo_sa",
+        greedy=RECIPES[algorithm].greedy,
     )
 
 

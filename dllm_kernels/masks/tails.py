@@ -11,6 +11,7 @@ def eos_tail(input_ids_BS: Tensor, completion_mask_BS: Tensor, eos_id: int) -> T
     """bool `[B, S]`: the tokens of each completion after its first EOS.
 
     Example:
+        >>> import torch
         >>> ids = torch.tensor([[7, 1, 7, 2, 7]])
         >>> eos_tail(ids, torch.tensor([[False, True, True, True, True]]), 7)
         tensor([[False, False, False,  True,  True]])
@@ -31,6 +32,7 @@ def check_removed(removed_BS: Tensor | None, attention_mask: Tensor | None) -> N
     Reads values on a GPU too: the number would be wrong without a sign of it, and the plan's rows stall the stream anyway.
 
     Example:
+        >>> import torch
         >>> removed_BS = torch.tensor([[False, False, True]])
         >>> check_removed(removed_BS, torch.tensor([[1, 1, 0]]))
     """

@@ -234,6 +234,7 @@ RECIPE = Recipe(
     trajectory=Trajectory(_draft_states, lambda options, length, steps: -(-length // 2)),
     window="completion",
     greedy=True,
+    blocks=False,
     entries=_steps,
     notes="The code was read, of the paper the abstract. Its drafts are drawn at temperature 0.1, ours are the likeliest tokens; "
     "its logits are divided by that temperature, ours are not. 16 of 128 steps, 512 tokens, groups of 4, learning rate 1e-5, "

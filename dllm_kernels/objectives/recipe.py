@@ -71,6 +71,7 @@ class Recipe:
     # what the model sees of the tokens after it; None: the law's own, see `make_mask_plan`
     tail: Literal["shown", "hidden", "removed"] | None = None
     teacher: bool = False  # its reference is another model, that a run must name
+    blocks: bool = True  # trains block-causal models too
     greedy: bool = False  # wants the greedy completion of every state of a rollout
     entries: Callable[[Update, Any], dict[str, Tensor]] | None = None  # beyond the signal's and old and reference scores
     figures: Callable[[Update, Batch, Any], dict[str, float]] | None = None  # to log, of each optimizer step

@@ -224,6 +224,7 @@ RECIPE = Recipe(
     options=Options,
     trajectory=Trajectory(_weighted_states, lambda options, length, steps: -(-length // 2)),
     window="eos",
+    blocks=False,
     tail="hidden",
     notes="The code was read, of the paper the abstract. Its REINFORCE form of a single inner iteration has the gradient of the "
     "ratio. `loss_norm` is its default 'sample'; the LLaDA runs divide by the tokens of a batch's i-th states. Groups of 4, "

@@ -87,6 +87,7 @@ def test_the_couplings_are_those_of_the_design():
     assert couplings == {
         "bgpo": ("sample", "none"),
         "cj_grpo": ("token", "token"),
+        "on_policy_distillation": ("token", "token"),
         "coupled_grpo": ("sequence", "sequence"),
         "coupled_grpo, no KL": ("sequence", "none"),
         "d2": ("token", "token"),

@@ -50,6 +50,11 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
             f"rl.law must be another than block for a block-causal model, got that of {config.algorithm}: it hides all later "
             "blocks and noises earlier ones, which such a model never sees"
         )
+    if setup.facts.block_length is not None and not RECIPES[config.algorithm].blocks:
+        raise ConfigError(
+            f"rl.algorithm must be one that trains block-causal models, got {config.algorithm}: it scores other tokens of a "
+            "rollout's states than those that were drawn there, which is published for models without blocks alone"
+        )
     if setup.config.task.kind == "pairs":
         if not RECIPES[config.algorithm].pairs:
             those = " or ".join(name for name, recipe in RECIPES.items() if recipe.pairs)
