@@ -117,13 +117,15 @@ def _commit(into_BR: Tensor, undecided_BR: Tensor, values_N: Tensor, chosen_BC: 
 
 
 def token_logps(model: nn.Module, plan: MaskPlan, sample: int, prompt: int) -> Tensor:
-    """Log-probs `[B, L]` of the completion under one sample's masks, as d1's `_get_per_token_logps`.
+    """Log-probs `[B, L]` of the completion, or of the draft that is scored, under one sample's masks, as d1's `_get_per_token_logps`.
 
     In float64 from there on, unlike d1: fp32 sums of a thousand nats would lose 1e-4 of a ratio, and the peer
     is judge at the largest sizes.
     """
     logits_BLV = model(input_ids=plan.noisy_ids[sample]).logits[:, prompt:]
-    target_N = plan.input_ids_BS[:, prompt:].reshape(-1)
+    ids_KBS = plan.input_ids_BS.repeat(len(plan.sample_K), 1, 1)
+    ids_KBS.view(-1)[plan.rows.index] = plan.rows.target  # of drafts, where those are scored
+    target_N = ids_KBS[sample, :, prompt:].reshape(-1)
     logits_NV = logits_BLV.reshape(-1, logits_BLV.shape[-1])
     if logits_NV.dtype != torch.float64:
         logits_NV = logits_NV.float()
