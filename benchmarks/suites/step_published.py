@@ -117,7 +117,7 @@ def _commit(into_BR: Tensor, undecided_BR: Tensor, values_N: Tensor, chosen_BC: 
 
 
 def token_logps(model: nn.Module, plan: MaskPlan, sample: int, prompt: int) -> Tensor:
-    """Log-probs `[B, L]` of the completion, or of the draft that is scored, under one sample's masks, as d1's `_get_per_token_logps`.
+    """Log-probs `[B, L]` of the completion, or of a scored draft, under one sample's masks, as d1's `_get_per_token_logps`.
 
     In float64 from there on, unlike d1: fp32 sums of a thousand nats would lose 1e-4 of a ratio, and the peer
     is judge at the largest sizes.
