@@ -206,7 +206,8 @@ class RolloutConfig(Section):
     eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream: last noise level
     stop_at_eos: bool = False  # finish a completion with the block that holds its first EOS
     deterministic: bool = False  # bits that do not depend on the batch, at some cost
-    cache: bool = False  # keys and values of finished blocks are kept (sdar)
+    cache: bool | Literal["prefix", "dual"] = False  # keep keys and values: of finished blocks (sdar), or around the active block
+    refresh: Positive | None = None  # with prefix or dual: steps of a block between those that compute everything; null: once
     micro_batch: Positive | None = None  # sequences per model call of a rank; null: all at once
 
     @model_validator(mode="after")
@@ -229,8 +230,9 @@ class RolloutConfig(Section):
 
     def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:
         """Keywords of `dllm_kernels.generate`."""
-        same = ("sampler", "temperature", "top_k", "top_p", "steps", "block_length", "deterministic", "cache", "micro_batch")
-        options = {key: getattr(self, key) for key in same} | self.sampler_options()
+        same = ("sampler", "temperature", "top_k", "top_p", "steps", "block_length")
+        how = ("deterministic", "cache", "refresh", "micro_batch")
+        options = {key: getattr(self, key) for key in (*same, *how)} | self.sampler_options()
         return {**options, "length": length, "eos_id": eos_id if self.stop_at_eos else None}
 
 

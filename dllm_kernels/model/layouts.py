@@ -1,7 +1,7 @@
 """How the model is called: on a rollout's tokens, padded, packed, or with a cache, and on block-diffusion layouts.
 
-Each layout of a rollout has `ids` (all tokens), `column_BL` (columns of the completions' tokens), `write`, `hidden` (one call of
-the model) and `rows` (the rows of its result that predict given completion tokens).
+Each layout of a rollout has `ids` (all tokens), `column_BL` (columns of the completions' tokens), `enter`, `write`, `hidden` (one
+call of the model) and `rows` (the rows of its result that predict given completion tokens).
 """
 
 from __future__ import annotations
@@ -105,6 +105,9 @@ class Padded:
             self.keep_BW = torch.nn.functional.pad(keep_BP, (0, length)) | self.completion_BW
             self.ids = torch.where(self.completion_BW, mask_id, self.ids)
 
+    def enter(self, block: int) -> None:
+        """Called before the first step of a block; only layouts with a cache care."""
+
     def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
         self.ids[who_A1, self.column_BL[who_A1, place_AR]] = token_AR
 
@@ -151,6 +154,9 @@ class Packed:
         self.width_B = width_B
         implementation = str(getattr(getattr(unwrapped(body.model), "config", None), "_attn_implementation", ""))
         self._flash = implementation.startswith("flash")
+
+    def enter(self, block: int) -> None:
+        """As for padded layouts."""
 
     def write(self, who_A1: Tensor, place_AR: Tensor, token_AR: Tensor) -> None:
         self.ids[self.column_BL[who_A1, place_AR]] = token_AR

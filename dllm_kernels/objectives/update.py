@@ -81,7 +81,9 @@ class States:
         return States(self.rollout.kept(here_N), self.plan.cut(sequences=here_N), steps_BJ, self.replayed)
 
     def old_scores(self, name: str) -> Tensor | None:
-        """What the rollout itself saw, where a scoring pass would give the same: where states are single steps."""
+        """What the rollout itself saw, where a scoring pass would give the same: where states are single steps, seen exactly."""
+        if self.rollout.approximate:
+            return None
         if not self.replayed or self.plan.law != "trace" or self.plan.options["shrink"] != 1:
             return None
         logp_KBS = rollout_logp(self.rollout, self.plan)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_kernels import noise
 from dllm_kernels.head.sampling import Samples, sample
+from dllm_kernels.model.kept import Kept
 from dllm_kernels.model.layouts import Cached, Lengths, Packed, Padded
 from dllm_kernels.noise import Stream
 from dllm_kernels.rollouts.samplers import TRUSTED_LAST, Sampler, commits_per_step, committed, schedule, transfer_shares
@@ -70,6 +71,9 @@ class Denoiser:
         self.superseded: list[tuple[Tensor, ...]] = []  # earlier events of edited tokens, see `_keep_superseded`
         most = len(self._schedule) if d.sampler.static else L + d.sampler.post_steps * (-(-L // d.block_length) + 1)
         self.masked_entropy_BT = torch.full((B, most), torch.nan, dtype=torch.float32, device=device)
+        self.kept_age_BT: Tensor | None = None
+        if isinstance(canvas, Kept):
+            self.kept_age_BT = torch.full((B, most), -1, dtype=torch.int32, device=device)
         self.greedy_BTL = torch.full((B, most, L), d.mask_id, dtype=torch.int32, device=device) if d.greedy else None
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self._key_BL = noise.row_bits(d.seed, Stream.TOKEN, sequence_ids_B[:, None], zero, place_L)
@@ -89,6 +93,8 @@ class Denoiser:
             self._run_dynamic(on_step)
         taken = self.masked_entropy_BT.shape[1] if self.decoding.sampler.static else max(self.steps_B.tolist(), default=0)
         self.masked_entropy_BT = self.masked_entropy_BT[:, :taken]
+        if self.kept_age_BT is not None:
+            self.kept_age_BT = self.kept_age_BT[:, :taken]
         if self.greedy_BTL is not None:
             self.greedy_BTL = self.greedy_BTL[:, :taken]
         self.completion_BL.masked_fill_(self.failed_B[:, None], self.decoding.mask_id)
@@ -97,9 +103,11 @@ class Denoiser:
     def _run_static(self, on_step: OnStep | None) -> None:
         """All sequences have the same number of masked tokens left, so finding them needs no host sync."""
         block, left, who_A = 0, self.decoding.length, self._everyone
+        self.canvas.enter(block)
         for step in self._schedule:
             if step.block != block:
                 who_A, block = self._after_block(block), step.block
+                self.canvas.enter(block)
             if len(who_A) == 0:
                 if self._most(0) == 0:
                     return
@@ -124,8 +132,7 @@ class Denoiser:
         # the most tokens of a prompt that the first block may hold
         first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0
         for block in range(-(-(first + self.masked_BL.shape[1]) // d.block_length)):
-            if isinstance(self.canvas, Cached):
-                self.canvas.enter(block)
+            self.canvas.enter(block)
             self._post_B.zero_()
             for inner in range(len(shares) or d.block_length + d.sampler.post_steps):
                 live_BL = (self._block_BL == block) & ~self._finished_B[:, None]
@@ -209,6 +216,8 @@ class Denoiser:
         tried_A = place_AR.shape[1] if masked_AR is None else masked_AR.sum(-1)
         candidates_AR = entropy_AR if masked_AR is None else torch.where(masked_AR, entropy_AR, 0.0)
         self.masked_entropy_BT[who_A, self.steps_B[who_A]] = candidates_AR.sum(-1) / tried_A
+        if self.kept_age_BT is not None and isinstance(self.canvas, Kept):
+            self.kept_age_BT[who_A, self.steps_B[who_A]] = self.canvas.age
 
         rank_AR = self._rank(drawn, who_A, place_AR, valid_AR, number)
         edit_AR = self._edits(drawn, who_A, place_AR, valid_AR, masked_AR)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dllm_kernels import checks, noise
 from dllm_kernels.model.headless import Body, context_length, dropout_names, headless
+from dllm_kernels.model.kept import KINDS, Kept, check_kept
 from dllm_kernels.model.layouts import (
     Cached,
     Lengths,
@@ -24,7 +25,7 @@ from dllm_kernels.model.layouts import (
 )
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.events import Events
-from dllm_kernels.rollouts.samplers import check_steps, resolve
+from dllm_kernels.rollouts.samplers import Sampler, check_steps, resolve
 from dllm_kernels.rollouts.trajectories import Rollout
 
 __all__ = ["Rollout", "generate"]
@@ -56,7 +57,8 @@ def generate(
     deterministic: bool = False,
     width: int | None = None,
     packed: bool = False,
-    cache: bool = False,
+    cache: bool | str = False,
+    refresh: int | None = None,
     greedy: bool = False,
     on_step: OnStep | None = None,
     **options: Any,
@@ -83,8 +85,12 @@ def generate(
             ragged prompts, for the same purpose.
         packed: all sequences in one row without padding, for ragged prompts (with flash-attn's
             variable-length kernel if the model uses flash-attn).
-        cache: keep keys and values of finished blocks; for block-causal models that take `past_key_values`,
-            with a sampler of the sequence's own blocks.
+        cache: True: keep keys and values of finished blocks; for block-causal models that take
+            `past_key_values`, with a sampler of the sequence's own blocks; exact. "prefix" or "dual" (Fast-dLLM,
+            arXiv 2505.22618): for bidirectional models, with a sampler whose blocks divide the completion; keys
+            and values of what lies before the active block, or on both sides of it, stay as the block's first
+            step made them. An approximation, which the rollout records (`stale_at`).
+        refresh: with those, compute everything every so many steps of a block; 1 is exact, None once a block.
         greedy: also return `greedy_BTL`, the likeliest completion before each step (EGSPO-SA), from the same
             passes; the head then runs on all masked rows.
         on_step: called with the step's number and the completions so far `[B, L]` after each step.
@@ -155,7 +161,8 @@ def generate(
         raise ValueError("packed must be False with guidance, cache or deterministic, whose rows are padded")
     if packed and not prompts.ragged:
         raise ValueError("packed takes ragged prompts: give prompt_ids as a sequence of int64 [P_b]")
-    if cache and (resolved.blocks != "sequence" or greedy):
+    kept = _check_cache(cache, refresh, resolved, model, greedy=greedy)
+    if cache is True and (resolved.blocks != "sequence" or greedy):
         raise ValueError("cache takes a sampler whose blocks are those of the prompt, such as 'sdar', with greedy=False")
     if resolved.blocks == "sequence" and causal_block(model) not in (None, block_length):
         raise ValueError(f"block_length must be the model's {causal_block(model)} for sampler={sampler!r}, got {block_length}")
@@ -165,7 +172,9 @@ def generate(
     lengths = lengths_of(prompts, length, of_blocks, fixed=deterministic)
 
     with headless(model) as body:
-        _check_model(body, lengths.columns, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache)
+        _check_model(body, lengths.columns, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache is True)
+        if kept:
+            check_kept(body, "cache")
         rounds = -(-B // micro_batch)
         idle, uneven = 0, False
         if body.shards is not None:  # ranks that share the model must call it equally often
@@ -195,7 +204,9 @@ def generate(
                 span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
             part, of_part = prompts.part(span), lengths.part(span)
             canvas: Padded | Packed | Cached
-            if cache:
+            if kept:
+                canvas = Kept(body, part, of_part, mask_id, block_length, str(cache), refresh, shift=shift, guidance=guidance)
+            elif cache is True:
                 canvas = Cached(body, part, of_part, mask_id, block_length, shift=shift, guidance=guidance)
             elif packed:
                 canvas = Packed(body, part, of_part, mask_id, shift)
@@ -220,7 +231,9 @@ def generate(
         "guidance": guidance,
         "shift": shift,
         "eos_id": eos_id,
-        "causal_block": block_length if cache else causal_block(model),
+        "cache": cache,
+        "refresh": refresh,
+        "causal_block": block_length if cache is True else causal_block(model),
     }
     return _assemble(parts, prompts, lengths, sequence_ids, mask_id, settings)
 
@@ -259,6 +272,24 @@ def _check_prompts(
         if bool((held_BP if prompts.keep_BP is None else held_BP & prompts.keep_BP).any()):
             raise ValueError(f"prompt_ids must not hold mask_id={mask_id}")
     return prompts
+
+
+def _check_cache(cache: bool | str, refresh: int | None, sampler: Sampler, model: nn.Module, *, greedy: bool) -> bool:
+    """Whether keys and values are kept around the active block: not where everything is computed in each step."""
+    if isinstance(cache, bool):
+        if refresh is not None:
+            raise ValueError(f"refresh must be None with cache={cache}, got {refresh}")
+        return False
+    checks.choice("cache", cache, KINDS)
+    if refresh is not None:
+        checks.count("refresh", refresh)
+    if sampler.blocks != "completion" or greedy:
+        raise ValueError(
+            f"cache={cache!r} takes a sampler whose blocks are those of the completion, such as 'llada', with greedy=False"
+        )
+    if causal_block(model) is not None:
+        raise ValueError(f"cache must be True or False for a block-causal model, whose finished blocks are final, got {cache!r}")
+    return refresh != 1
 
 
 def _check_sequence_ids(sequence_ids: Tensor | None, ids_BP: Tensor, *, drawn: bool) -> Tensor:
@@ -322,6 +353,9 @@ def _assemble(
     if all(part.greedy_BTL is not None for part in parts):
         greedy_BTL = torch.cat([_padded(part.greedy_BTL, most, mask_id) for part in parts if part.greedy_BTL is not None])[:B]
         greedy_BTL = greedy_BTL[:, :, :L]
+    kept_age_BT = None
+    if all(part.kept_age_BT is not None for part in parts):
+        kept_age_BT = torch.cat([_padded(part.kept_age_BT, most, -1) for part in parts if part.kept_age_BT is not None])[:B]
     columns = lengths.columns
     # the events of a rollout without edits follow from its commits, without a look at a GPU
     simple = width == L and not any(part.superseded for part in parts)
@@ -340,6 +374,7 @@ def _assemble(
         overhang_step_BS=None if overhang_step_BS is None else overhang_step_BS[:, :columns],
         recorded=None if simple else _events(parts, column_BW, joined).ordered(columns),
         greedy_BTL=greedy_BTL,
+        kept_age_BT=kept_age_BT,
         settings=settings,
     )
 

@@ -46,7 +46,35 @@ class Rollout:
     recorded: Events | None = None  # where the commit tensors above do not hold all `events`
     # int32, on request: the likeliest completion before each step, decided tokens kept
     greedy_BTL: Tensor | None = None
+    # int32, where `generate` kept keys and values: steps since those outside the active block were computed, 0 where all were, -1
+    # where there was no step
+    kept_age_BT: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether steps saw keys and values of earlier states (`cache="prefix"` or `"dual"`): scoring gives other log-probs."""
+        return self.kept_age_BT is not None
+
+    def stale_at(self, step: int) -> Tensor:
+        """bool `[B, S]`: the positions whose keys and values `step` saw as an earlier step had made them."""
+        checks.count("step", step, 0)
+        stale_BS = torch.zeros_like(self.completion_mask_BS)
+        if self.kept_age_BT is None or step >= self.kept_age_BT.shape[1]:
+            return stale_BS
+        (B, L), size = self.commit_step_BL.shape, self.settings["block_length"]
+        place_L = torch.arange(L, device=stale_BS.device)
+        there_BL = self.commit_step_BL == step  # every step commits a token of its block
+        first_B1 = torch.where(there_BL, place_L, L).min(-1, keepdim=True).values // size * size
+        column_BL = self.completion_mask_BS.nonzero()[:, 1].view(B, L)
+        begin_B1 = column_BL.gather(1, first_B1.clamp(max=L - 1)) - self.settings["shift"]
+        column_S = torch.arange(stale_BS.shape[1], device=stale_BS.device)
+        stale_BS = column_S < begin_B1
+        if self.settings["cache"] == "dual":
+            stale_BS = stale_BS | (column_S >= begin_B1 + self.settings["shift"] + size)
+        if self.attention_mask_BS is not None:
+            stale_BS = stale_BS & self.attention_mask_BS
+        return stale_BS & (self.kept_age_BT[:, step, None] > 0)
 
     @property
     def completion_BL(self) -> Tensor:
@@ -281,11 +309,13 @@ def trajectory_rows(
     )
 
 
-def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
+def trajectory_logp(rollout: Rollout, plan: MaskPlan, *, approximate: bool = False) -> Tensor:
     """Log-probs `[B, K]`, float64, of the tokens decided in each state of `trajectory_rows`, as seen by the rollout.
 
     The scores of the sampling policy without another pass over the model: `old_sample_elbo` of EGSPO. States
-    must be single steps: with `shrink` or segments the rollout saw later states, which is a ValueError.
+    must be single steps: with `shrink` or segments the rollout saw later states, which is a ValueError. So is a
+    rollout with kept keys and values, whose log-probs are not those of the policy that is trained, unless
+    `approximate` says that they are wanted as they are.
 
     Example:
         >>> from dllm_kernels import generate
@@ -297,6 +327,11 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
         >>> trajectory_logp(rollout, trajectory_rows(rollout)).shape
         torch.Size([1, 2])
     """
+    if rollout.approximate and not approximate:
+        raise ValueError(
+            f"rollout must be exact, got one of cache={rollout.settings.get('cache')!r}: as old scores its log-probs would put "
+            "the cache's error into every ratio; score its states (score_samples), or pass approximate=True to see them"
+        )
     if plan.law != "trace" or plan.options["shrink"] != 1:
         raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")
     return rollout_logp(rollout, plan).sum(-1, dtype=torch.float64).t()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import headless, noise, score_tokens
+from dllm_kernels.model.kept import check_kept
 from dllm_kernels.model.layouts import takes_cache
 from dllm_kernels.noise import Stream
 from dllm_kernels.rollouts.samplers import check_steps
@@ -101,6 +102,19 @@ def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
         raise UserError(f"rollout.{error}") from error
     if rollout.stop_at_eos and sampler.blocks is None:
         raise UserError(f"rollout.stop_at_eos must be false for sampler {sampler.name}, which finishes no block before the end")
+    if rollout.refresh is not None and isinstance(rollout.cache, bool):
+        raise UserError(f"rollout.refresh must be null with rollout.cache={str(rollout.cache).lower()}, got {rollout.refresh}")
+    if isinstance(rollout.cache, str):
+        if sampler.blocks != "completion":
+            raise UserError(f"rollout.cache={rollout.cache} is for samplers with blocks of the completion, got {sampler.name}")
+        if loaded.facts.block_length is not None:
+            raise UserError(f"rollout.cache must be true or false for a block-causal model, got {rollout.cache}")
+        with headless(loaded.model) as body:
+            try:
+                check_kept(body, "rollout.cache")
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        return
     if rollout.cache and sampler.blocks != "sequence":
         raise UserError(f"rollout.cache is for the blocks of samplers sdar and llada2, got {sampler.name}")
     if rollout.cache:

@@ -24,7 +24,7 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
 
     Both are the same policy, so a gap comes from a cache, another batch shape, dropout or another dtype, and
     every ratio is off by it. The step is drawn among all but the last, which hides hardly any token.
-    Raises GuardError above `rl.gap_bound`.
+    Raises GuardError above `rl.gap_bound`. With `rollout.cache` prefix or dual the gap is that of the approximation.
     """
     entropy_TB = step_entropy(sampled.commit_entropy_BL, sampled.commit_step_BL, steps=sampled.masked_entropy_BT.shape[1])
     drawn_BJ = select_steps(entropy_TB, 2, "random", seed=setup.config.seed, sequence_ids=sampled.sequence_ids_B)
@@ -32,9 +32,15 @@ def on_policy_gap(setup: Setup, sampled: Rollout) -> float:
     options = setup.scoring_options(sampled.attention_mask_BS, setup.config.rl, as_rolled_out=True)
     scored_BK = score_samples(setup.model, plan, **options)
     tokens_BK = plan.counts.t().clamp(min=1)
-    gap = ((scored_BK - trajectory_logp(sampled, plan)) / tokens_BK).abs().max()
+    gap = ((scored_BK - trajectory_logp(sampled, plan, approximate=True)) / tokens_BK).abs().max()
     worst = max(setup.ranks.tell(float(gap)))
     bound = setup.config.rl.gap_bound
+    if sampled.approximate and not worst <= bound:
+        raise GuardError(
+            f"the rollout's log-probs are off by {worst:.3g} nats a token (bound rl.gap_bound={bound:g}), which "
+            f"rollout.cache={setup.config.rollout.cache} makes of them: a smaller rollout.refresh brings them closer, and a "
+            "larger rl.gap_bound allows it"
+        )
     if not worst <= bound:
         raise GuardError(
             f"scoring differs from the rollout by {worst:.3g} nats a token, though both are the same policy (bound "

@@ -482,3 +482,35 @@ def test_a_teacher_is_loaded_in_the_reference_s_place_and_must_be_one(
         run("other", f"rl.teacher={json.dumps(str(tmp_path / 'teacher'))}")
     with pytest.raises(UserError, match="teacher must be null for algorithm bgpo"):
         load_config(overrides=["rl.algorithm=bgpo", "rl.teacher=somewhere"])
+
+
+def test_with_keys_and_values_kept_the_gap_is_logged_old_scores_are_exact_and_a_bound_names_the_cache(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoTokenizer, EuroBertForMaskedLM
+
+    # the keys and values of a first layer depend on nothing but their own token
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.num_hidden_layers, config.initializer_range = 2, 0.3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        EuroBertForMaskedLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    checkpoint = tmp_path
+    asked: list[Tensor | None] = []
+    old_scores = States.old_scores
+
+    def spy(states: States, name: str) -> Tensor | None:
+        asked.append(old_scores(states, name))
+        return asked[-1]
+
+    monkeypatch.setattr(States, "old_scores", spy)
+    keys = ("rl.updates=1", "rl.gap_every=1", "rl.algorithm=egspo", "rl.inner_iterations=2", "rl.gap_bound=100.0")
+    kept = ("rollout.cache=dual", "rollout.steps=8", "rollout.block_length=8")
+    assert train(setup_of(checkpoint, *keys, *kept))[0]["on_policy_gap"] > 1e-5
+    assert asked
+    assert all(scores is None for scores in asked), "they come from a pass of the model"
+    train(setup_of(checkpoint, *keys))
+    assert asked[-1] is not None
+    with pytest.raises(GuardError, match=r"rollout\.cache=dual makes of them"):
+        train(setup_of(checkpoint, *keys, *kept, "rl.gap_bound=1e-9"))

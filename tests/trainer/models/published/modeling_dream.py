@@ -94,7 +94,7 @@ class DreamBaseModel(DreamPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
         x = self.embed_tokens(input_ids)
-        angle = self.rotary_emb(x.shape[1], x.device)
+        angle = self.rotary_emb(x.shape[1], x.device, position_ids)
         use_cache = use_cache if use_cache is not None else self.config.use_cache
         cache = DynamicCache() if use_cache else None
         for layer in self.layers:

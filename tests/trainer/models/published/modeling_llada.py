@@ -18,6 +18,20 @@ class LLaDAOutput(NamedTuple):
     hidden_states: Any
 
 
+class RotaryEmbedding(nn.Module):
+    """Of each block: it counts the columns of the queries and keys that it turns."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.theta = config.rope_theta
+
+    def forward(self, q, k):
+        size = q.shape[-1]
+        frequency = self.theta ** (-torch.arange(0, size, 2, device=q.device).float() / size)
+        angle = torch.outer(torch.arange(q.shape[2], device=q.device).float(), frequency).repeat(1, 2)
+        return rotate(q, angle), rotate(k, angle)
+
+
 class LLaDALlamaBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -28,6 +42,7 @@ class LLaDALlamaBlock(nn.Module):
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv * head, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv * head, bias=False)
+        self.rotary_emb = RotaryEmbedding(config)
         self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
@@ -37,10 +52,8 @@ class LLaDALlamaBlock(nn.Module):
         h = self.attn_norm(x)
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         q, k, v = split(q, self.config.n_heads), split(k, self.config.n_kv_heads), split(v, self.config.n_kv_heads)
-        size = q.shape[-1]
-        frequency = self.config.rope_theta ** (-torch.arange(0, size, 2, device=x.device).float() / size)
-        angle = torch.outer(torch.arange(x.shape[1], device=x.device).float(), frequency).repeat(1, 2)
-        x = x + self.attn_out(attend(rotate(q, angle), rotate(k, angle), v, attention_bias))
+        q, k = self.rotary_emb(q, k)
+        x = x + self.attn_out(attend(q, k, v, attention_bias))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h)), None
 
