@@ -339,12 +339,12 @@ def answers(peace: Peace, folder: Path, draw: random.Random) -> None:
     texts = ["".join(draw.choice(PIECES) for _ in range(draw.randint(0, 30))) for _ in range(99)]
     texts.append(draw.choice(PIECES) * 100_000)
     for name, reward in (*task.rewards.items(), ("correct", task.correct), *task.metrics.items()):
-        started = time.perf_counter()
+        started = time.process_time()  # others share the machine
         try:
             reward(examples, texts)
         except Exception as error:
             raise Fault(f"{task.name} {name}: {type(error).__name__} {str(error)[:200]}") from error
-        if (seconds := time.perf_counter() - started) > 10:
+        if (seconds := time.process_time() - started) > 10:
             raise Fault(f"{task.name} {name}: {seconds:.1f} s")
 
 
