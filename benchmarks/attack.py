@@ -339,17 +339,17 @@ def answers(peace: Peace, folder: Path, draw: random.Random) -> None:
     texts = ["".join(draw.choice(PIECES) for _ in range(draw.randint(0, 30))) for _ in range(99)]
     texts.append(draw.choice(PIECES) * 100_000)
     for name, reward in (*task.rewards.items(), ("correct", task.correct), *task.metrics.items()):
-        started = time.perf_counter()
+        started = time.process_time()  # others share the machine
         try:
             reward(examples, texts)
         except Exception as error:
             raise Fault(f"{task.name} {name}: {type(error).__name__} {str(error)[:200]}") from error
-        if (seconds := time.perf_counter() - started) > 10:
+        if (seconds := time.process_time() - started) > 10:
             raise Fault(f"{task.name} {name}: {seconds:.1f} s")
 
 
 def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
-    """An algorithm in a dtype, in peace and stopped once: the same metrics and weights."""
+    """An algorithm in a dtype, with adapters or without, in peace and stopped once: the same metrics and weights."""
     algorithm = draw.choice(["bgpo", "espo", "diffu_grpo", "wd1", "gdpo", "dmpo", "vrpo", "spg"])
     keys = [
         f"rl.algorithm={algorithm}",
@@ -359,6 +359,8 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
     ]
     if draw.random() < 0.4:
         keys += ["rl.inner_iterations=2"] if draw.random() < 0.5 else ["sft.micro_batch=3"]
+    if draw.random() < 0.5:
+        keys += ["model.lora.rank=2"]
     ends = []
     for name in ("whole", "cut"):
         run = folder / name
@@ -374,8 +376,9 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
             checked(child, (0,))
         child.send(signal.SIGKILL)
         child.wait()
-        ends.append((metrics(run), (run / "checkpoint" / "model.safetensors").read_bytes()))
-    if ends[0] != ends[1]:
+        weights = {file.name: file.read_bytes() for file in sorted((run / "checkpoint").glob("*.safetensors"))}
+        ends.append((metrics(run), weights))
+    if ends[0] != ends[1] or not weights:
         raise Fault(f"{' '.join(keys)}: not bit-equal")
 
 

@@ -5,26 +5,32 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from yaml import YAMLError
 
 from .errors import ConfigError, telling_of_algorithms
+from .layers import (
+    defaults_of_algorithm,
+    drop_others,
+    from_environment,
+    keys_of,
+    mapping,
+    recipes_by_name,
+    reject_unknown,
+    sentence,
+)
 from .rights import without_rights
 from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
-from .tasks import MODULES
 from .tasks.config import AnyTaskConfig
 
 if TYPE_CHECKING:
-    from dllm_kernels.objectives import Recipe
     from dllm_kernels.rollouts.samplers import Sampler
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
@@ -145,7 +151,7 @@ class RlConfig(OptimizerConfig):
     def _check(self) -> RlConfig:
         from dllm_kernels.masks import laws
 
-        recipes = _recipes()
+        recipes = recipes_by_name()
         if self.algorithm not in recipes:
             near = difflib.get_close_matches(self.algorithm, recipes, n=1, cutoff=0.0)[0]
             raise ValueError(f"algorithm {self.algorithm} is unknown: the nearest is {near}; there are {', '.join(recipes)}")
@@ -171,21 +177,15 @@ class RlConfig(OptimizerConfig):
 
     def scored(self) -> tuple[str, str | None]:
         """(window, tail): the recipe's, where the config does not say."""
-        recipe = _recipes()[self.algorithm]
+        recipe = recipes_by_name()[self.algorithm]
         window = self.window or recipe.window
         return window, self.tail or (recipe.tail if window == recipe.window else None)
 
     def law_options(self) -> dict[str, Any]:
         """What `make_mask_plan` takes beside the law's name and samples: the recipe's for its own law."""
-        recipe = _recipes()[self.algorithm]
+        recipe = recipes_by_name()[self.algorithm]
         options = dict(recipe.law_options) if self.law == recipe.law else {}
         return {**options, "t_min": self.t_min} if self.law == "bernoulli" else options
-
-
-def _recipes() -> Mapping[str, Recipe]:
-    from dllm_kernels.objectives import RECIPES  # loads torch, which `--help` does without
-
-    return RECIPES
 
 
 class RolloutConfig(Section):
@@ -274,7 +274,7 @@ class RunConfig(Section):
         if self.rollout.temperature == 0 and self.rl.updates:
             raise ValueError("rollout.temperature must be above 0 for reinforcement learning: greedy groups are identical")
         try:
-            _recipes()[self.rl.algorithm].check(self.rl.options)
+            recipes_by_name()[self.rl.algorithm].check(self.rl.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rl.options of {self.rl.algorithm}: {error}") from error
         return self
@@ -304,6 +304,11 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def allowed_keys() -> list[str]:
+    """Every dotted key, sections included; `key.*` for one whose own keys are free."""
+    return keys_of(RunConfig)
+
+
 @telling_of_algorithms()
 def load_config(
     file: Path | None = None,
@@ -326,22 +331,22 @@ def load_config(
     """
     try:
         shipped = shipped_configs()
-        layers = [_mapping(shipped["demo"].read_text() if base is None else base, base_name)]
+        layers = [mapping(shipped["demo"].read_text() if base is None else base, base_name)]
         if file is not None:
             file = shipped.get(str(file), file)
-            layers.append(_mapping(file.read_text(encoding="utf-8"), f"config file {file}"))
+            layers.append(mapping(file.read_text(encoding="utf-8"), f"config file {file}"))
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"an override has the form key=value (such as rl.updates=10), got {override!r}")
         layers.append(OmegaConf.from_dotlist(list(overrides)))
-        _reject_unknown(layers)
+        reject_unknown(layers, allowed_keys())
         if base_calls is not None:
             given = {key for key in allowed_keys() if any(OmegaConf.select(layer, key) is not None for layer in layers[1:])}
             plain: Any = OmegaConf.to_container(layers[0])
             layers[0] = OmegaConf.create(without_rights(plain, given, base_calls, base_name))
-        _drop_others(layers, "task.kind", "sudoku", "task")
-        _drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
-        layers.insert(1, _defaults_of_algorithm(layers[1:]))
+        drop_others(layers, "task.kind", "sudoku", "task")
+        drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
+        layers.insert(1, defaults_of_algorithm(layers[1:]))
         merged = OmegaConf.merge(*layers)
         values, written = OmegaConf.to_container(merged, resolve=True), OmegaConf.to_container(merged)
     except OSError as error:
@@ -359,130 +364,7 @@ def load_config(
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
         config = RunConfig.model_validate(values)
-        config._from_environment.update(_from_environment(values, written, ()))
+        config._from_environment.update(from_environment(values, written, ()))
         return config
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from error
-
-
-def _from_environment(values: Any, written: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[Any, str]]]:
-    if isinstance(written, dict):
-        for name, text in written.items():
-            yield from _from_environment(values[name], text, (*path, name))
-    elif isinstance(written, str) and "${oc.env:" in written:
-        yield path, (values, written)
-
-
-def _drop_others(layers: Sequence[DictConfig], choice: str, first: str, section: str) -> None:
-    """Empties the section of layers whose choice, at first `first`, is not the one that is made in the end."""
-    choices = [OmegaConf.select(layer, choice) for layer in layers]
-    last = next((made for made in reversed(choices) if made is not None), first)
-    current = first
-    for layer, made in zip(layers, choices, strict=True):
-        current = current if made is None else made
-        if current != last and OmegaConf.select(layer, section) is not None:
-            OmegaConf.update(layer, section, {}, merge=False)
-
-
-def _defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
-    """The recipe of an algorithm that these layers choose: its law, samples and advantages, which their other keys override."""
-    name = OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm")
-    recipe = _recipes().get(name) if isinstance(name, str) else None
-    if recipe is None:  # nothing chosen, or an error later
-        return OmegaConf.create({})
-    keys = {"law": recipe.law, "samples": recipe.samples, "advantage": recipe.advantage}
-    return OmegaConf.create({"rl": {key: value for key, value in keys.items() if value is not None}})
-
-
-def _mapping(text: str, name: str) -> DictConfig:
-    try:
-        plain = yaml.safe_load(text)
-    except RecursionError as error:
-        raise ConfigError(f"{name} is nested too deeply") from error
-    if plain is not None and not isinstance(plain, dict):
-        kinds = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
-        raise ConfigError(f"{name} must hold a mapping of keys, got {kinds.get(type(plain), 'text')}")
-    return OmegaConf.create(text if plain else {})
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """The types that a field may have: those of a union, annotations taken off."""
-    if typing.get_origin(annotation) is Annotated:
-        yield from _parts(typing.get_args(annotation)[0])
-    elif typing.get_args(annotation) and typing.get_origin(annotation) not in (dict, list, Literal):
-        for part in typing.get_args(annotation):
-            yield from _parts(part)
-    else:
-        yield annotation
-
-
-def allowed_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key, sections included; `key.*` for one whose own keys are free."""
-    keys: dict[str, None] = {}
-    for name, field in section.model_fields.items():
-        keys[prefix + name] = None
-        for part in _parts(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys |= dict.fromkeys(allowed_keys(part, f"{prefix}{name}."))
-            elif typing.get_origin(part) is dict:
-                keys[f"{prefix}{name}.*"] = None
-    return list(keys)
-
-
-def _reject_unknown(layers: Sequence[DictConfig]) -> None:
-    """Before merging, so that a key that does not exist is reported rather than what it would have replaced."""
-    allowed = allowed_keys()
-
-    def visit(node: Any, prefix: str) -> None:
-        for name, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else ():
-            key = f"{prefix}{name}"
-            if f"{prefix}*" in allowed:
-                continue
-            if key not in allowed:
-                raise ConfigError(_unknown(key, [other for other in allowed if not other.endswith("*")]))
-            if isinstance(value, DictConfig):
-                visit(value, f"{key}.")
-            elif f"{key}.*" not in allowed and any(other.startswith(f"{key}.") for other in allowed):
-                raise ConfigError(f"{key} is a section and takes keys such as {_children(key, allowed)}, got {value!r}")
-
-    for layer in layers:
-        visit(layer, "")
-
-
-def _unknown(key: str, allowed: list[str]) -> str:
-    section, _, name = key.rpartition(".")
-    if section == "rl" and (those := [recipe.name for recipe in _recipes().values() if name in recipe.option_names]):
-        return f"unknown config key {key}: it is rl.options.{name}, of {', '.join(those)}"
-    same_name = [other for other in allowed if other.rpartition(".")[2] == name]  # the right name, the wrong section
-    near = (same_name or difflib.get_close_matches(key, allowed, n=1, cutoff=0.0))[0]
-    while section and not _children(section, allowed):
-        section = section.rpartition(".")[0]
-    where = f"in {section}" if section else "at the top level"
-    return f"unknown config key {key}: the nearest is {near}; allowed {where}: {_children(section, allowed)}"
-
-
-def _children(section: str, allowed: list[str]) -> str:
-    prefix = f"{section}." if section else ""
-    return ", ".join(k for k in allowed if k.startswith(prefix) and "." not in k[len(prefix) :])
-
-
-def _sentence(detail: Any) -> str:
-    key = ".".join(
-        str(part)
-        for place, part in enumerate(detail["loc"])
-        if not (place == 1 and detail["loc"][0] == "task" and part in MODULES)
-    )
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    if detail["type"] == "value_error":  # written above: names key and value itself
-        return f"{key}: {message}" if key else message
-    if detail["type"] == "extra_forbidden":
-        return f"{key} is no key of this kind of {key.partition('.')[0]}, got {detail['input']!r}"
-    if detail["type"] == "union_tag_invalid":
-        *most, last = map(repr, MODULES)
-        return f"{key}.kind must be {', '.join(most)} or {last}, got {detail['input'].get('kind')!r}"
-    if detail["type"] == "missing":
-        return f"{key} is missing"
-    if detail["type"] in ("too_short", "too_long"):
-        wanted = detail["ctx"].get("min_length") or detail["ctx"].get("max_length")
-        return f"{key} must have {wanted} entries, got {detail['input']!r}"
-    return f"{key} {message}, got {detail['input']!r}"
+        raise ConfigError("; ".join(sentence(detail) for detail in error.errors())) from error

@@ -116,8 +116,25 @@ def start() -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    backend, store = "cpu:gloo,cuda:nccl" if gpu else "gloo", _store_of_restart()
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, launched=True)
+
+
+def _store_of_restart() -> dist.Store | None:
+    """Where ranks that torchrun started anew meet; None for those of the first start.
+
+    torchrun keeps its store, in which the addresses of the dead ranks stand, so that the new ones would call those.
+    """
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if not restart or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"restart-{restart}", client)
 
 
 @contextmanager

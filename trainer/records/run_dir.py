@@ -28,6 +28,7 @@ from .lock import Lock
 
 PHASES = ("sft", "rl")
 HISTORY = "history.jsonl"
+_BEFORE_CONFIG = {LOCK, ".writable", ".config.yaml.part"}
 
 
 @dataclass
@@ -216,11 +217,20 @@ class RunDir:
 
 
 def _claim(path: Path) -> bool:
-    """Create the folder, or take an existing empty one; whether that worked."""
+    """Create the folder, or take an existing empty one; whether that worked.
+
+    One that a run was killed in before it had a config is empty too, else `--resume auto` would begin elsewhere each time.
+    """
     try:
         path.mkdir()
     except FileExistsError:
-        return path.is_dir() and not any(path.iterdir())
+        if not path.is_dir() or not (names := {file.name for file in path.iterdir()}) <= _BEFORE_CONFIG:
+            return False
+        if LOCK in names:
+            try:
+                Lock(path).release()
+            except UserError:  # that run is only just beginning
+                return False
     return True
 
 

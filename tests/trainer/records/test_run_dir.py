@@ -19,6 +19,19 @@ def test_a_taken_name_is_left_alone(tmp_path: Path) -> None:
     assert (first.path / "config.yaml").read_text() == "mine"
 
 
+def test_the_folder_of_a_run_that_was_killed_before_it_had_a_config_is_taken_again(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "demo")
+    first.lock()
+    beginning = RunDir.create(tmp_path / "demo")
+    assert beginning.path.name == "demo-2", "the first is at work"
+    first.close()
+    (first.path / ".lock").write_text("{}")  # what kill -9 leaves
+    (first.path / ".config.yaml.part").write_text("se")
+    assert RunDir.create(tmp_path / "demo").path == first.path
+    (first.path / "precious").touch()
+    assert RunDir.create(tmp_path / "demo").path != first.path
+
+
 def test_an_empty_folder_is_used_and_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert RunDir.create(tmp_path / "empty").path == tmp_path / "empty"
