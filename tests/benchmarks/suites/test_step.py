@@ -37,7 +37,7 @@ def test_ours_and_the_published_step_agree(algorithm: str) -> None:
         errors = oracle(work.run())
         assert errors["tokens"] == 0
         # a teacher's advantage is a difference of log-probs, of which their fp32 errors are a larger part
-        assert errors["gradient"] < (1e-4 if RECIPES[algorithm].teacher else 2e-5), contestant.name
+        assert errors["gradient"] < (4e-5 if RECIPES[algorithm].teacher else 2e-5), contestant.name
         assert errors["loss"] < 2e-5, contestant.name
         assert work.flops > 0
 
