@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -55,15 +56,23 @@ class Fault(Exception):  # noqa: N818 - what a case found
 
 
 class Child:
-    """`dllm-kernels` with these arguments in a forked process; what it prints goes to `log`."""
+    """`dllm-kernels` with these arguments in a forked process, or in one for each of `world` ranks; what it prints goes to
+    `log`."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self.log, self.code = log, None
+    def __init__(self, arguments: list[str], log: Path, world: int = 1) -> None:
+        self.log, self.codes = log, dict[int, int | None]()
         self.started = time.monotonic()
         sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(arguments)
+        port = _free_port() if world > 1 else 0
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                if world > 1:
+                    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                    os.environ.update({name: str(value) for name, value in launched.items()})
+                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                self._run(arguments)
+            self.codes[pid] = None
 
     def _run(self, arguments: list[str]) -> None:
         code = 1
@@ -84,12 +93,19 @@ class Child:
             sys.stderr.flush()
             os._exit(code)
 
+    @property
+    def code(self) -> int | None:
+        """Of the rank that failed, else 0; None while one of them runs."""
+        if None in self.codes.values():
+            return None
+        return next((code for code in self.codes.values() if code), 0)
+
     def poll(self) -> bool:
-        """Whether it has ended."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
+        for pid, code in self.codes.items():
+            if code is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
         return self.code is not None
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:
@@ -101,8 +117,10 @@ class Child:
         return self.code
 
     def send(self, number: int) -> None:
-        if not self.poll():
-            os.kill(self.pid, number)
+        self.poll()
+        for pid, code in self.codes.items():
+            if code is None:
+                os.kill(pid, number)
 
     def told(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -349,7 +367,8 @@ def answers(peace: Peace, folder: Path, draw: random.Random) -> None:
 
 
 def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
-    """An algorithm in a dtype, with adapters or without, in peace and stopped once: the same metrics and weights."""
+    """An algorithm in a dtype, with adapters or without, on one or two ranks, in peace and stopped once: the same metrics and
+    weights."""
     algorithm = draw.choice(["bgpo", "espo", "diffu_grpo", "wd1", "gdpo", "dmpo", "vrpo", "spg"])
     keys = [
         f"rl.algorithm={algorithm}",
@@ -361,16 +380,17 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         keys += ["rl.inner_iterations=2"] if draw.random() < 0.5 else ["sft.micro_batch=3"]
     if draw.random() < 0.5:
         keys += ["model.lora.rank=2"]
+    world = draw.choice([1, 2])
     ends = []
     for name in ("whole", "cut"):
         run = folder / name
-        child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / f"{name}.log")
+        child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / f"{name}.log", world)
         if name == "cut":
             wanted = draw.randint(1, 5)
             child.wait(lambda wanted=wanted, run=run: len(metrics(run)) >= wanted)  # type: ignore[misc]
             child.send(draw.choice([signal.SIGTERM, signal.SIGKILL]))
             child.wait()
-            child = Child(["demo", "--resume", str(run)], folder / "again.log")
+            child = Child(["demo", "--resume", str(run)], folder / "again.log", world)
         child.wait(lambda run=run: (run / "checkpoint" / "manifest.json").exists())  # type: ignore[misc]
         if child.poll():
             checked(child, (0,))
@@ -379,7 +399,7 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         weights = {file.name: file.read_bytes() for file in sorted((run / "checkpoint").glob("*.safetensors"))}
         ends.append((metrics(run), weights))
     if ends[0] != ends[1] or not weights:
-        raise Fault(f"{' '.join(keys)}: not bit-equal")
+        raise Fault(f"{' '.join(keys)} on {world} ranks: not bit-equal")
 
 
 KINDS = {case.__name__: case for case in (kills, signals, damage, two, inputs, answers, resumes)}
@@ -387,6 +407,13 @@ EACH = {"answers": 100}  # of what is counted, in one case
 
 
 # --- the campaign -----------------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 @contextmanager
