@@ -1,6 +1,6 @@
 """The trainer under attack: tried and survived, by kind of fault.
 
-python benchmarks/attack.py [--seconds 600] [--seed 0] [--kinds kills,damage] [--out benchmarks/results/attack-cpu.json]
+python benchmarks/attack.py [--seconds 600] [--seed 0] [--kinds kills,damage] [--long 12000] [--out FILE]
 
 Survived means: a sentence and the right status, nothing lost that was logged, and a run that goes on to the weights and metrics
 of one in peace, bit for bit. Cases are drawn by (kind, seed, number); those that `--out` holds already are not tried again, so a
@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -29,13 +30,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from dllm_trainer.cli import app  # noqa: E402
-from dllm_trainer.records.checkpoints import latest  # noqa: E402
+from dllm_trainer.records.checkpoints import Checkpoints, latest  # noqa: E402
 from dllm_trainer.records.environment import environment  # noqa: E402
 from dllm_trainer.records.lock import Lock  # noqa: E402
 from dllm_trainer.tasks import make_task  # noqa: E402
 from dllm_trainer.tasks.config import CountdownConfig, SudokuConfig  # noqa: E402
 from dllm_trainer.train.run import Run  # noqa: E402, F401 - what the command imports when it is called
+from transformers import EuroBertConfig, EuroBertForMaskedLM  # noqa: E402
 
 TINY = [
     *("threads=1", "tensorboard=false", "task.train_puzzles=100", "task.test_puzzles=2", "model.hidden_size=16"),
@@ -402,6 +405,62 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         raise Fault(f"{' '.join(keys)} on {world} ranks: not bit-equal")
 
 
+def long_run(folder: Path, updates: int) -> dict[str, Any]:
+    """Memory and open files of a run of so many updates, at every tenth of it, as the kernel counts them."""
+    run = folder / "long"
+    keys = [f"rl.updates={updates}", "rl.save_every=500"]
+    child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / "long.log")
+    process, marks = Path("/proc") / str(next(iter(child.codes))), list[dict[str, float]]()
+    while not child.poll() and len(marks) < 11:
+        seen = _last_update(run / "metrics.jsonl")
+        if seen >= len(marks) * updates / 10 and seen >= min(100, updates / 20):
+            resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            marks.append({"update": seen, "resident_mib": resident, "handles": len(list((process / "fd").iterdir()))})
+            print(marks[-1], flush=True)
+        time.sleep(0.05)
+    child.send(signal.SIGKILL)
+    child.started = time.monotonic()
+    child.wait()
+    if len(marks) < 11:
+        raise Fault(f"the long run ended after update {_last_update(run / 'metrics.jsonl')}: {child.told()[-300:]}")
+    return {"updates": updates, "marks": marks}
+
+
+def _last_update(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open("rb") as lines:
+        lines.seek(max(0, file.stat().st_size - 65536))
+        whole = lines.read().split(b"\n")[:-1]
+    last = json.loads(whole[-1]) if whole else {}
+    return int(last["step"]) if last.get("phase") == "rl" else 0
+
+
+def stall(folder: Path, saves: int = 5) -> dict[str, Any]:
+    """Seconds that a run waits for a save of 29 million fp32 parameters and AdamW's two moments, and until it is on the disk."""
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1024}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"), 0)
+    model = EuroBertForMaskedLM(EuroBertConfig(**sizes, **ids))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    found: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    for background in (False, True):
+        keeper = Checkpoints(folder / f"{background}", keep_last=2, background=background)
+        waited, until_written = [], []
+        for step in range(saves):
+            started = time.monotonic()
+            keeper.save(step, model, None, optimizer)
+            waited.append(time.monotonic() - started)
+            keeper.finish()
+            until_written.append(time.monotonic() - started)
+        name = "background" if background else "foreground"
+        found[name] = {"stall_seconds": sorted(waited), "written_seconds": sorted(until_written)}
+        print(f"{name}: waits {statistics.median(waited):.2f} s of {statistics.median(until_written):.2f} s", flush=True)
+    return found
+
+
 KINDS = {case.__name__: case for case in (kills, signals, damage, two, inputs, answers, resumes)}
 EACH = {"answers": 100}  # of what is counted, in one case
 
@@ -431,6 +490,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attack-cpu.json")
+    parser.add_argument("--long", type=int, metavar="UPDATES", help="first one run of so many updates, and the stall of saving")
     options = parser.parse_args()
     chosen = options.kinds.split(",")
     if unknown := sorted(set(chosen) - set(KINDS)):
@@ -443,6 +503,9 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     with scratch() as folder:
         peace = Peace(folder)
+        if options.long:
+            result["stall"] = stall(folder)
+            result["long"] = long_run(folder, options.long)
         for kind in itertools.cycle(chosen):
             if time.monotonic() > end:
                 break
