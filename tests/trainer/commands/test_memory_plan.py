@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dllm_trainer.commands import memory_plan
+from dllm_trainer.commands import memory_plan, planned_calls
 from dllm_trainer.commands.memory_plan import describe_plan
 from dllm_trainer.config import load_config, shipped_configs
 from dllm_trainer.errors import UserError
@@ -113,7 +113,7 @@ def test_neither_data_nor_hub_are_needed_for_a_published_model(monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(memory_plan, "_capacity", lambda device: 1 << 50)
     one_layer = dataclasses.replace(LLADA, layers=1)  # 32 take their time, as fake ones too
-    monkeypatch.setitem(memory_plan.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
+    monkeypatch.setitem(planned_calls.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
     config = load_config(shipped_configs()["llada-8b-gdpo"], ["model.lora.rank=0", "model.gradient_checkpointing=false"])
     text = describe_plan(config, ranks=8)
     parameters, V, H = int(text.split()[0].replace(",", "")), 126464, 4096
