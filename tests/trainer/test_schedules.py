@@ -86,9 +86,6 @@ def test_a_schedule_takes_the_place_of_another_with_its_options() -> None:
             ["rl.schedule_options={min_lr: 0.1, min_lr_rate: null}"],
             r"rl: schedule_options\.min_lr must be below lr=0\.0005, got 0\.1",
         ),
-            ["rl.schedule_options={min_lr: 0.1, min_lr_rate: null}"],
-            r"rl: schedule_options\.min_lr must be below lr=0\.0005, got 0\.1",
-        ),
         (["rl.schedule=polynomial", "rl.lr=1.0e-8"], r"schedule_options\.lr_end must be below lr=1e-08, got 1e-07"),
         (
             ["sft.schedule_options.min_lr_rate=1.5"],
