@@ -28,6 +28,7 @@ def describe_task(config: RunConfig) -> str:
         f"{task.name}: {len(task.train):,} training examples, {len(task.demonstrations):,} of them with answers shown in SFT; "
         f"tests: {tests}",
         f"tokenizer of {len(tokenizer):,} tokens; completions of {length}; rl.reward is {config.rl.reward}",
+        *task.notes(),
     ]
     system = task.system if config.prompt.instructions else ""
     if not config.prompt.chat_template:

@@ -1,5 +1,7 @@
 """reasoning-gym as a task: mixtures, levels, held-out sets, its own scores, and what is refused."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -61,12 +63,27 @@ def test_scores_are_the_packages_own(mixture: Task) -> None:
 def test_nothing_held_out_is_trained_on_and_tests_are_the_same_for_every_seed() -> None:
     wanted = config({"gcd": {"options": {"min_value": 1, "max_value": 12}}}, train_problems=300)
     drawn = [draw(wanted, seed) for seed in (0, 1)]
-    (tests, (train,)), (same, (other,)) = drawn
+    (tests, (train,), left_out), (same, (other,), _) = drawn
     assert tests == same
     assert train != other
     held = [example.prompt for example in tests["unseen"]]
     assert len(set(held)) == len(held) == 12
     assert not {example.prompt for example in (*train, *other)} & set(held)
+    assert left_out > 0, "12 of 78 questions are held out, so that a draw of 300 meets them"
+
+
+def test_what_was_held_out_is_told_and_so_is_what_was_not(mixture: Task) -> None:
+    (note,) = mixture.notes()
+    assert re.match(r"\d+ of 120 training questions are distinct; \d+ more were drawn and left out, as they are held out", note)
+    leaking = dataclasses.replace(mixture, note="", tests={"unseen": mixture.train[:1], "other": mixture.tests["level_1"]})
+    (warning,) = leaking.notes()
+    assert re.match(r"warning: [1-9]\d* of 120 training examples ask a question of the test set unseen$", warning)
+
+
+def test_short_questions_stay_different_where_their_ends_overlap() -> None:
+    examples = [Example(str(n), " ".join(["a"] * n), "", {"dataset": "x"}) for n in (2, 3, 4)]
+    cut = reasoning_gym._constant_ends(examples)
+    assert len({cut(example).prompt for example in examples}) == 3
 
 
 @pytest.mark.slow
