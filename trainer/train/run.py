@@ -169,6 +169,8 @@ class Run:
                 f"{parameter_count(self.setup.trained):,} parameters; {len(task.train):,} training examples; "
                 f"tests: {tests or 'none'}; files: {folder.path}"
             )
+            for note in task.notes():
+                self._say(note)
             if config.guard.shift_test and config.model.checkpoint is not None and (verdict := self_test(self.setup)):
                 self._say(f"shift self-test: {verdict}")
             self.stop.nothing_to_lose = False
