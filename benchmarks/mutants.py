@@ -6,11 +6,12 @@
     python benchmarks/mutants.py --again --out benchmarks/results/mutants.json    judge survivors without a reason anew
 
 A mutant lives in a copy of the tree. It is killed by a failing test of its area's fast tests, and by one that takes ten
-times the CPU time that it takes in peace; a test that kills must pass alone without the mutant. Which lines a test runs is
-recorded first, its subprocesses included, and only tests that run the mutant's line can notice; what runs when a module is
-imported, all of the area can. Those that have killed in the same file go first, then the quickest. A process that has
-collected an area's tests forks a child for each mutant, in which the functions that it changes get their new code; what
-runs at import is imported anew.
+times the CPU time that it takes in peace; a test that kills must pass alone without the mutant. Tests that have killed in
+the same file go first, then those of the file's name, then the quickest. A process that has collected an area's tests
+forks a child for each mutant, in which the functions that it changes get their new code; what runs at import is imported
+anew. Each mutant first meets the likeliest tests for --quick CPU seconds. Those that are then undecided meet all that can
+notice them: the tests that run the mutant's line, subprocesses included, which is recorded once for the area; of a line that
+runs at import, all of the area.
 
 The same seed draws the same mutants of the same sources. Verdicts are kept in --state (default runs/mutants-<seed>.json) and
 in --out, and a run that was cut off goes on from there. --share 0/2 and --share 1/2 are two halves of the work for two
@@ -24,6 +25,7 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--share", default="0/1", metavar="K/N", help="every N-th mutant from the K-th on")
     parser.add_argument("--show", metavar="MUTANT", help="as the state names it: print its difference and judge it")
     parser.add_argument("--again", action="store_true", help="judge survivors without a reason anew")
+    parser.add_argument("--quick", type=float, default=4.0, metavar="SECONDS", help="of the first round; 0: no first round")
     parser.add_argument("--minutes", type=float, help="start no further mutant after so many")
     parser.add_argument("--state", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the score and the survivors there too")
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.count < 1 or not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         print("error: --count must be at least 1 and --share like 0/2", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes and the copy go
     os.environ["OMP_NUM_THREADS"] = "1"
     import hypothesis  # noqa: F401  what a fork need not import again
     import torch
@@ -91,15 +95,20 @@ def _campaign(judge: Judge, share: Sequence[tuple[str, Mutant]], path: Path, arg
         if known and known["verdict"] == "killed":
             judge.kills[mutant.file, known["test"]] += 1
     order = list(AREAS)
-    for area, mutant in sorted(share, key=lambda one: order.index(one[0])):  # an area is recorded once it has its turn
-        name = mutant.described(sources[mutant.file])
-        again = arguments.again and name in state and state[name]["verdict"] == "survived" and not reasons.get(name)
-        if (name in state and not again) or time.monotonic() > ends:
-            continue
-        reply = judge.verdict(area, mutant)
-        state[name] = {"area": area, "verdict": reply.verdict, "test": reply.test, "seconds": round(reply.seconds, 1)}
-        path.write_text(json.dumps(state, indent=1) + "\n")
-        print(f"{len(state)}/{len(share)} {reply.verdict} after {reply.seconds:.1f} s: {name}  [{reply.test}]", flush=True)
+    share = sorted(share, key=lambda one: order.index(one[0]))  # an area is collected and recorded once it has its turn
+    for quick in (True, False):
+        for area, mutant in share:
+            name = mutant.described(sources[mutant.file])
+            verdict = state.get(name, {"verdict": ""})["verdict"]
+            again = arguments.again and verdict == "survived" and not reasons.get(name)
+            if (verdict not in ("", "undecided") and not again) or time.monotonic() > ends:
+                continue
+            if quick and (verdict or not arguments.quick):
+                continue
+            reply = judge.quick(area, mutant, arguments.quick) if quick else judge.verdict(area, mutant)
+            state[name] = {"area": area, "verdict": reply.verdict, "test": reply.test, "seconds": round(reply.seconds, 1)}
+            path.write_text(json.dumps(state, indent=1) + "\n")
+            print(f"{len(state)}/{len(share)} {reply.verdict} after {reply.seconds:.1f} s: {name}  [{reply.test}]", flush=True)
 
 
 def _show(judge: Judge, name: str) -> int:
@@ -123,6 +132,8 @@ def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: i
 
     before = json.loads(out.read_text())["survivors"] if out.is_file() else {}
     verdicts = {name: verdict for state in states for name, verdict in state.items()}
+    undecided = {name for name, verdict in verdicts.items() if verdict["verdict"] == "undecided"}
+    verdicts = {name: verdict for name, verdict in verdicts.items() if name not in undecided}
     counts: dict[str, dict[str, int]] = {}
     for verdict in verdicts.values():
         count = counts.setdefault(verdict["area"], {"killed": 0, "survived": 0})
@@ -134,6 +145,7 @@ def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: i
         "environment": environment(),
         "planned": planned,
         "judged": len(verdicts),
+        "undecided": sorted(undecided),  # by the first round; the second is still to come
         "killed": killed,
         "killed_share": round(killed / max(1, len(verdicts)), 4),
         "by_area": dict(sorted(counts.items())),

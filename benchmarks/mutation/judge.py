@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -20,8 +21,6 @@ from typing import Any
 from benchmarks.mutation import lines, nursery
 from benchmarks.mutation.nursery import Reply, Request
 from benchmarks.mutation.sources import Area, Mutant, place_of
-
-COLLECTION = -1
 
 
 class Judge:
@@ -41,47 +40,79 @@ class Judge:
         shutil.copyfile(lines.__file__, self.tree / ".mutants" / "sitecustomize.py")
         self.recorded: dict[str, dict[str, Any]] = {}
         self.nurseries: dict[str, _Nursery] = {}
-        self.kills: Counter[tuple[str, str]] = Counter()
-        self.recorded_seconds: dict[str, float] = {}
+        self.kills: Counter[tuple[str, str]] = Counter()  # by file and test
         self.alone: dict[str, bool] = {}  # does the test pass by itself, without a mutant?
+        self.seconds: dict[str, float] = {}  # of CPU that a test takes, where it has run
 
     def close(self) -> None:
         for one in self.nurseries.values():
             one.close()
         shutil.rmtree(self.folder)
 
+    def quick(self, area: str, mutant: Mutant, budget: float) -> Reply:
+        """Without a record of what runs which lines: the likeliest tests for so many CPU seconds; killed or undecided."""
+        present, source, place = self._nursery(area), self._source(mutant), place_of(self._source(mutant), mutant)
+        if not place.in_function or any(f"{mutant.file}:{line}" in present.at_collection for line in place.lines):
+            return Reply("undecided")
+        reply = self._judged(area, mutant, source, present.tests, set(), budget)
+        return replace(reply, verdict="undecided") if reply.verdict in ("survived", "import") else reply
+
     def verdict(self, area: str, mutant: Mutant) -> Reply:
         """Raises RuntimeError where the area's tests fail without a mutant."""
-        known = self._known(area)
-        source = (self.tree / mutant.file).read_text()
+        known, present = self._known(area), self._nursery(area)
+        source = self._source(mutant)
         place = place_of(source, mutant)
-        numbers = {number for line in place.lines for number in known["lines"].get(f"{mutant.file}:{line}", ())}
-        at_import = not place.in_function or COLLECTION in numbers
+        lines_of = [f"{mutant.file}:{line}" for line in place.lines]
+        at_import = not place.in_function or any(line in present.at_collection for line in lines_of)
         names = list(known["tests"])
-        runs = {names[number] for number in numbers - {COLLECTION}}
-        if area not in self.nurseries:
-            self.nurseries[area] = _Nursery(self.tree, self._files(area))
-        present = self.nurseries[area].tests
-        changed = [test for test, digest in present.items() if known["tests"].get(test, {}).get("digest") != digest]
+        runs = {names[number] for line in lines_of for number in known["lines"].get(line, ())}
+        changed = {test for test, digest in present.tests.items() if known["tests"].get(test, {}).get("digest") != digest}
+        able = [test for test in present.tests if at_import or test in runs or test in changed]
+        if not able:
+            return Reply("survived", "no test runs this line")
+        return self._judged(area, mutant, source, able, runs | changed, math.inf, changed, at_import)
+
+    def _judged(
+        self,
+        area: str,
+        mutant: Mutant,
+        source: str,
+        able: Iterable[str],
+        runs: Collection[str],
+        budget: float,
+        changed: Collection[str] = (),
+        at_import: bool = False,
+    ) -> Reply:
+        """What kills must pass alone; a test that does not is left out."""
+        kills_of_area: Counter[str] = Counter()
+        for (_, test), count in self.kills.items():
+            kills_of_area[test] += count
+
+        def rank(test: str) -> tuple[bool, int, bool, bool, float]:
+            own = Path(test.partition("::")[0]).stem == f"test_{Path(mutant.file).stem}"
+            seconds = self.seconds.get(test, 0.3) * (1.0 if own else 4.0) / (1 + kills_of_area[test])
+            return test not in changed, -self.kills[mutant.file, test], bool(runs) and test not in runs, not own, seconds
+
         while True:
-            able = [test for test in present if at_import or test in runs or test in changed]
-            able = [test for test in able if self.alone.get(test, True)]
-            able.sort(key=lambda test: self._rank(test, mutant, test in changed, test in runs))
-            if not able:
-                return Reply("survived", "no test runs this line")
-            seconds = {test: known["tests"].get(test, {}).get("seconds", 10.0) for test in able}
-            request = Request(able, seconds, wall=600.0 + 20.0 * sum(seconds.values()))
-            reply = self._judged(area, mutant, source, request, at_import)
-            if reply.test not in present or self._passes_alone(area, reply.test, seconds):
-                self.kills[mutant.file, reply.test] += 1
+            chosen = sorted((test for test in able if self.alone.get(test, True)), key=rank)
+            seconds = {test: self.seconds[test] for test in chosen if test in self.seconds}
+            wall = 600.0 + 20.0 * sum(seconds.values())
+            reply = self._run(area, mutant, source, Request(chosen, seconds, None, budget, wall), at_import)
+            for test, one in reply.each.items():
+                self.seconds[test] = max(one, self.seconds.get(test, 0.0))
+            if reply.test not in self.nurseries[area].tests or self._passes_alone(area, reply.test):
+                self.kills[mutant.file, reply.test] += reply.verdict == "killed"
                 return reply
 
-    def _rank(self, test: str, mutant: Mutant, changed: bool, runs: bool) -> tuple[bool, int, bool, float]:
-        own = Path(test.partition("::")[0]).stem == f"test_{Path(mutant.file).stem}"
-        seconds = self.recorded_seconds.get(test, 1.0)
-        return not changed, -self.kills[mutant.file, test], not runs, seconds * (1.0 if own else 4.0)
+    def _source(self, mutant: Mutant) -> str:
+        return (self.tree / mutant.file).read_text()
 
-    def _judged(self, area: str, mutant: Mutant, source: str, request: Request, at_import: bool) -> Reply:
+    def _nursery(self, area: str) -> _Nursery:
+        if area not in self.nurseries:
+            self.nurseries[area] = _Nursery(self.tree, self._files(area), self.folder / f"collection-{area}")
+        return self.nurseries[area]
+
+    def _run(self, area: str, mutant: Mutant, source: str, request: Request, at_import: bool) -> Reply:
         file = self.tree / mutant.file
         stamp = file.stat()
         changed = mutant.applied(source)
@@ -89,7 +120,7 @@ class Judge:
             file.write_text(changed)
             if not at_import:
                 reply = self.nurseries[area].ask(replace(request, changed=(mutant.file, source, changed)))
-                if reply.verdict != "import":
+                if reply.verdict != "import" or request.budget < math.inf:
                     return reply
             return self._anew(request)
         finally:
@@ -116,9 +147,9 @@ class Judge:
                 return replace(reply, seconds=spent)
         return Reply("survived", seconds=spent)
 
-    def _passes_alone(self, area: str, test: str, seconds: Mapping[str, float]) -> bool:
+    def _passes_alone(self, area: str, test: str) -> bool:
         if test not in self.alone:
-            self.alone[test] = self.nurseries[area].ask(Request([test], seconds)).verdict == "survived"
+            self.alone[test] = self.nurseries[area].ask(Request([test], {})).verdict == "survived"
         return self.alone[test]
 
     def _files(self, area: str) -> list[str]:
@@ -141,7 +172,7 @@ class Judge:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(gzip.compress(json.dumps(found).encode()))
         self.recorded[area] = found
-        self.recorded_seconds = {test: one["seconds"] for known in self.recorded.values() for test, one in known["tests"].items()}
+        self.seconds |= {test: one["seconds"] for test, one in found["tests"].items()}
         return found
 
     def _record(self, area: str) -> dict[str, Any]:
@@ -156,8 +187,6 @@ class Judge:
         tests = json.loads((folder / "tests.json").read_text())
         by_context = {file.name: set(file.read_text().split()) for file in (folder / "lines").iterdir()}
         found: dict[str, list[int]] = defaultdict(list)  # line: tests by their number
-        for line in by_context.pop("collection", set()):
-            found[line].append(COLLECTION)
         for index, one in enumerate(tests.values()):
             for line in set().union(*(by_context.get(context, set()) for context in one["contexts"])):
                 found[line].append(index)
@@ -168,19 +197,20 @@ class Judge:
 class _Nursery:
     """Raises EOFError where the tests cannot be collected."""
 
-    def __init__(self, tree: Path, files: Sequence[str]) -> None:
+    def __init__(self, tree: Path, files: Sequence[str], collection: Path | None = None) -> None:
         self.line, theirs = Pipe()
         self.process = os.fork()
         if self.process == 0:
             os.setsid()
             self.line.close()
-            nursery.serve(tree, files, theirs)
+            nursery.serve(tree, files, theirs, collection)
         theirs.close()
         try:
             self.tests: dict[str, str] = self.line.recv()
         except EOFError:
             self.close()
             raise
+        self.at_collection = set(collection.read_text().split()) if collection else set()
 
     def ask(self, request: Request) -> Reply:
         self.line.send(astuple(request))
@@ -189,5 +219,5 @@ class _Nursery:
     def close(self) -> None:
         self.line.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process, signal.SIGKILL)
+            os.kill(self.process, signal.SIGTERM)
         os.waitpid(self.process, 0)

@@ -9,12 +9,13 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,23 +36,31 @@ class Request:
     tests: Sequence[str]  # node ids, in this order, until one fails
     seconds: Mapping[str, float]  # of CPU that each takes in peace
     changed: tuple[str, str, str] | None = None  # file, its source and the mutant's, to be patched into what is imported
+    budget: float = math.inf  # CPU seconds after which no further test starts
     wall: float = 3600.0
 
 
 @dataclass(frozen=True)
 class Reply:
-    verdict: str  # survived, killed, "killed, by the clock"; "import" where it cannot be patched
+    verdict: str  # survived, killed, "killed, by the clock"; undecided; "import" where it cannot be patched
     test: str = ""  # that failed
     seconds: float = 0.0  # of CPU
+    each: Mapping[str, float] = field(default_factory=dict)  # of CPU, by test that passed
 
 
 def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def serve(tree: Path, files: Sequence[str], line: Connection, started: Any = None) -> NoReturn:
-    """In a forked process: collect these files of the tree, say which tests they hold, and answer requests."""
-    _run_pytest(tree, files, _Server(tree, line))
+def serve(tree: Path, files: Sequence[str], line: Connection, collection: Path | None = None) -> NoReturn:
+    """In a forked process: collect these files of the tree, say which tests they hold, and answer requests.
+
+    `collection`: a file for the lines that run meanwhile.
+    """
+    recorder = Recorder(str(tree)) if collection else None
+    if recorder:
+        recorder.enter(str(collection))
+    _run_pytest(tree, files, _Server(tree, line, recorder))
 
 
 def record(tree: Path, files: Sequence[str], folder: Path) -> NoReturn:
@@ -63,6 +72,7 @@ def record(tree: Path, files: Sequence[str], folder: Path) -> NoReturn:
 
 
 def _run_pytest(tree: Path, files: Sequence[str], plugin: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(tree)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -87,8 +97,8 @@ def _run_pytest(tree: Path, files: Sequence[str], plugin: object) -> NoReturn:
 
 
 class _Server:
-    def __init__(self, tree: Path, line: Connection) -> None:
-        self.tree, self.line, self.failed = tree, line, ""
+    def __init__(self, tree: Path, line: Connection, recorder: Recorder | None) -> None:
+        self.tree, self.line, self.recorder, self.failed, self.child = tree, line, recorder, "", 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -96,8 +106,11 @@ class _Server:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if self.recorder:
+            self.recorder.leave()
         if session.testsfailed:
             return True
+        signal.signal(signal.SIGTERM, self._stop)
         self.items = {item.nodeid: item for item in session.items}
         self.line.send({name: digest_of(item) for name, item in self.items.items()})
         self.functions: dict[tuple[str, str, int], list[FunctionType]] = {}
@@ -113,10 +126,16 @@ class _Server:
                 return True
             self.line.send(astuple(self._answer(request)))  # by value: these modules are not those that the other end has
 
+    def _stop(self, *_: Any) -> None:
+        if self.child:
+            os.killpg(self.child, signal.SIGKILL)
+        os._exit(0)
+
     def _answer(self, request: Request) -> Reply:
         ours, theirs = Pipe(duplex=False)
-        child = os.fork()
+        self.child = child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
             theirs.send(astuple(self._verdict(request)))
             os._exit(0)
@@ -130,25 +149,31 @@ class _Server:
         except ProcessLookupError:  # between fork and setsid
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        self.child = 0
         ours.close()
         late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         return reply or Reply("killed, by the clock" if late else "killed", test="a crash")
 
     def _verdict(self, request: Request) -> Reply:
-        before = cpu_seconds()
+        before = last = cpu_seconds()
         if request.changed and not self._patched(*request.changed):
             return Reply("import")
         for cache in caches():  # what collecting has kept was made by the code as it was
             cache.cache_clear()
+        each: dict[str, float] = {}
         for index, name in enumerate(request.tests):
-            limit = cpu_seconds() + GRACE + PATIENCE * request.seconds.get(name, 10.0)
+            if last - before > request.budget:
+                return Reply("undecided", "", last - before, each)
+            limit = last + GRACE + PATIENCE * request.seconds.get(name, 10.0)
             resource.setrlimit(resource.RLIMIT_CPU, (int(limit), resource.getrlimit(resource.RLIMIT_CPU)[1]))
             following = request.tests[index + 1] if index + 1 < len(request.tests) else None
             item = self.items[name]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.items[following] if following else None)
+            now = cpu_seconds()
             if self.failed:
-                return Reply("killed", name, cpu_seconds() - before)
-        return Reply("survived", seconds=cpu_seconds() - before)
+                return Reply("killed", name, now - before, each)
+            each[name], last = round(now - last, 3), now
+        return Reply("survived", "", last - before, each)
 
     def _patched(self, file: str, source: str, changed: str) -> bool:
         """Whether all functions that differ could be given their new code."""
