@@ -23,7 +23,8 @@ from dllm_kernels.objectives.recipe import Clip, Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import SCORES, check_clip, check_policy, check_values, clipped_ratio_term, k3
 from dllm_kernels.objectives.tokens import check_reference
 from dllm_kernels.objectives.update import States, Update, later_signal
-from dllm_kernels.rollouts.trajectories import SELECTIONS, Rollout, select_steps, step_entropy, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import SELECTIONS, select_steps, step_entropy, trajectory_rows
 
 __all__ = ["egspo", "egspo_objective", "egspo_sa_objective", "stepwise_returns"]
 

@@ -32,7 +32,7 @@ from dllm_kernels.objectives.surrogates import (
 )
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference, old_and_reference
 from dllm_kernels.objectives.update import States, Update, later_signal
-from dllm_kernels.rollouts.trajectories import Rollout
+from dllm_kernels.rollouts.rollout import Rollout
 
 __all__ = ["mdpo", "mdpo_objective", "mdpo_step_values"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.objectives.update import Rewards, Signal, States, Update, advantage_signal
-from dllm_kernels.rollouts.trajectories import Rollout
+from dllm_kernels.rollouts.rollout import Rollout
 
 Status = Literal["verified against the paper", "verified against the code", "unverified"]
 WINDOWS = ("eos", "completion")

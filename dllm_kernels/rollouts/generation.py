@@ -25,8 +25,8 @@ from dllm_kernels.model.layouts import (
 )
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.events import Events
+from dllm_kernels.rollouts.rollout import Rollout
 from dllm_kernels.rollouts.samplers import Sampler, check_steps, resolve
-from dllm_kernels.rollouts.trajectories import Rollout
 
 __all__ = ["Rollout", "generate"]
 
