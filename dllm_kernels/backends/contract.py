@@ -98,6 +98,17 @@ class LowRank(NamedTuple):
         return None if hidden is None or weight_VR is None else LowRank(flat(hidden), weight_VR.detach())
 
 
+class Low(NamedTuple):
+    """What a workspace's size needs to know of an adapter: R, the dtype of B, and whether B gets a gradient."""
+
+    rank: int = 0
+    dtype: torch.dtype = torch.float32
+    gradient: bool = False
+
+
+NO_LOW = Low()
+
+
 @dataclass(frozen=True)
 class HeadProblem:
     """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dllm_kernels.backends.contract import (
     BEST,
+    NO_LOW,
     ROW_BLOCK,
     STATISTICS,
     HeadOptions,
     HeadProblem,
+    Low,
     allocate,
     check,
     chunk_rows,
@@ -46,13 +48,15 @@ def workspace_bytes(
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
+    low: Low = NO_LOW,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     chunk = chunk_rows(rows, vocabulary, statistics, torch.device("cpu")) if rows else 0
     copies = (5 if gradient else 3) + (2 if best else 0)  # logits, their exponentials, products; d entropy and the scaled operand
     slab = 0 if dtype == statistics else min(SLAB_BYTES, vocabulary * hidden_size * statistics.itemsize)
-    return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
+    widened = vocabulary * low.rank if low.dtype != statistics else 0
+    return (chunk * (copies * vocabulary + hidden_size + 2 * low.rank) + widened) * statistics.itemsize + slab
 
 
 def _transform_(z_NV: Tensor, options: HeadOptions) -> Tensor | None:
