@@ -64,7 +64,8 @@ struct Draw {
 
 // Where gradients go: null where one is not wanted.
 struct Gradients {
-  void* vectors[2];     // [N, H + R] in `type`: sums over v of operand 0 and of operand 1 times W and, beside them, times B
+  void* vectors[2];     // [N, H] in `type`: sums over v of operand 0 and of operand 1 times W
+  float* low_vectors[2];  // [N, R]: times B, where the vectors are wanted
   void* operands[2];    // [V, N] in `type`: the operands themselves, for the `keep` plan
   float* dweight;       // [V, H] fp32, of operand 0
   float* dbias;         // [V] fp32

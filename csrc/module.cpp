@@ -228,9 +228,11 @@ dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
   return {each >= 0, each < 0 ? 1 : each, address<const float>(own), address<const float>(given)};
 }
 
-dllm::Gradients gradients(std::pair<uintptr_t, uintptr_t> vectors, std::pair<uintptr_t, uintptr_t> operands, uintptr_t dweight,
-                          int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
-  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<void>(operands.first), address<void>(operands.second)},
+using Addresses = std::pair<uintptr_t, uintptr_t>;
+
+dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
+  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<float>(low_vectors.first), address<float>(low_vectors.second)},
+          {address<void>(operands.first), address<void>(operands.second)},
           address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
 }
 

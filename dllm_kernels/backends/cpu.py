@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import contract, reference
-from dllm_kernels.backends.contract import BEST, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
+from dllm_kernels.backends.contract import BEST, LOW, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
 
 __all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
@@ -112,7 +112,10 @@ def _gradients(
     result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None, *, overwrite: bool
 ) -> object:
     return _C.Gradients(
-        (_address(result.get("dhidden", result.get("unit"))), _address(result.get("entropy_unit"))),
+        *(
+            (_address(result.get(low + "dhidden", result.get(low + "unit"))), _address(result.get(low + "entropy_unit")))
+            for low in ("", LOW)
+        ),
         (_address(result.get("operand")), _address(result.get("entropy_operand"))),
         _address(dweight_VH),
         0 if dweight_VH is None else dweight_VH.stride(0),
@@ -198,7 +201,7 @@ def from_operands(
     dlow_VR: Tensor | None = None,
     given_NM: Tensor | None = None,
     overwrite: bool = False,
-) -> Tensor | None:
+) -> dict[str, Tensor]:
     """`reference.from_operands` in one C++ call, for operands that `run` of this backend stored."""
     p = problem
     if not _takes(p):
@@ -228,7 +231,7 @@ def from_operands(
         _gradients(result, dweight_VH, dbias_V, dlow_VR, overwrite=overwrite),
         torch.get_num_threads(),
     )
-    return result.get("dhidden")
+    return result
 
 
 def sample(

@@ -195,7 +195,7 @@ def explain(
     named = {*want, "lse", *(("logp",) if coef_known or ids is not None else ())}
     outputs = N * sum(8 if name == "top_id" else statistic * (T if name == "logp" else 1) for name in named)
     outputs += N * want_top * (8 + statistic)
-    compact, scattered = need_rows * N * (H + R) * item, need_hidden * M * H * item
+    compact, scattered = need_rows * N * (H * item + R * statistic), need_hidden * M * H * item
     head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
     casting = head if item != statistic else 0
     gradients = scattered + head + need_bias * V * item
@@ -204,8 +204,8 @@ def explain(
         outputs += M * R * statistic
         head_buffer += need_up * V * R * statistic
         casting += need_up * V * R * low_rank[1].element_size() * (low_rank[1].dtype.itemsize != statistic)
-    # dH of the rows is taken out of their vectors; with an adapter, what A brings to it comes beside it after that
-    rest = casting + (max(scattered, 2 * scattered - compact) if R else scattered if indexed else 0)
+    # with an adapter, what A brings to dH comes beside it when the vectors of the rows may have gone
+    rest = casting + max(scattered if indexed else 0, 2 * scattered - compact if R else 0)
     # a workspace counts to the end: the C++ engine keeps it from call to call, because fresh pages are expensive
     if chosen == "forward":
         space, stored = workspace(False), 0
