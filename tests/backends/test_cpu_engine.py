@@ -100,7 +100,8 @@ def everything(backend, p: HeadProblem) -> dict[str, torch.Tensor]:
         dweight, dbias = torch.full((V, H), start, dtype=dtype), torch.full((V,), start, dtype=dtype)
         if name:
             pairs = [(out["operand"], coef), (out["entropy_operand"], entropy_coef)]
-            out["kept_dhidden"] = backend.from_operands(p, pairs, dhidden=True, dweight_VH=dweight, dbias_V=dbias)
+            got = backend.from_operands(p, pairs, dhidden=True, dweight_VH=dweight, dbias_V=dbias)
+            out["kept_dhidden"] = got["dhidden"]
         else:
             got = backend.run(
                 p, ("dhidden",), coef_N=coef, entropy_coef_N=entropy_coef, dweight_VH=dweight, dbias_V=dbias, overwrite=True
