@@ -51,6 +51,7 @@ def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_rig
     check(ranks, QUICK)
     said = {
         "beside ddp": r"inside its DistributedDataParallel",
+        "beside ddp, frozen body": r"inside its DistributedDataParallel",
         "fsdp1": r"FullyShardedDataParallel.*FSDP2",
         "inside fsdp1": r"FullyShardedDataParallel",
         "data parallel": r"DataParallel.*use DistributedDataParallel",

@@ -300,6 +300,9 @@ def refusals():
         sharded.set_requires_gradient_sync(True)
         accumulate(sharded, plan, BGPO, of_all, denominator=5.0)
 
+    only_head = model_of("untied")
+    only_head.model.requires_grad_(False)
+    wrapped_head = ddp(only_head)
     wrapped, sharded = ddp(model_of("untied")), fsdp2(model_of("untied")) if FSDP2 else None
     flat = FullyShardedDataParallel(model_of("untied"), use_orig_params=True, device_id=torch.device("cpu"))
     with torch.no_grad():
@@ -308,6 +311,7 @@ def refusals():
         inside(sharded)
     tries = {
         "beside ddp": lambda: inside(wrapped.module),
+        "beside ddp, frozen body": lambda: inside(wrapped_head.module),
         "fsdp1": lambda: inside(flat),
         "inside fsdp1": lambda: inside(flat.module),
         "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),

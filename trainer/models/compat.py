@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 import transformers.utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,9 +24,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dllm_kernels.model.block_attention import BlockMask
 
 from ..distributed import find_blocks
+from ..errors import UserError
 from ..facts import Facts
 
 FORM = "_dllm_attention_form"
+
+
+def eurobert() -> tuple[Any, Any]:
+    """Configuration and model of EuroBERT, a Llama without the causal mask. Raises UserError where transformers has none."""
+    if not hasattr(transformers, "EuroBertForMaskedLM"):
+        raise UserError(
+            f"model.checkpoint must be a folder or an id of the hub under transformers {transformers.__version__}: a model from "
+            f"scratch or of known sizes is a EuroBERT, which came with 5.3 (pip install 'transformers>=5.3')"
+        )
+    return transformers.EuroBertConfig, transformers.EuroBertForMaskedLM
 
 
 # --- loading ------------------------------------------------------------------------------------------------

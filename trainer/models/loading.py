@@ -198,8 +198,7 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """Random weights, a function of (config, seed); leaves the global random state alone."""
-    from transformers import EuroBertConfig, EuroBertForMaskedLM  # since transformers 5.3; checkpoints load without
-
+    EuroBertConfig, EuroBertForMaskedLM = compat.eurobert()
     settings = EuroBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..facts import FAMILIES, Facts
+from . import compat
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sizes:
 
     def model(self) -> tuple[Any, Any]:
         """Class and configuration of transformers' EuroBERT of these sizes, which has the same matrices."""
-        from transformers import EuroBertConfig, EuroBertForMaskedLM
+        EuroBertConfig, EuroBertForMaskedLM = compat.eurobert()
 
         return EuroBertForMaskedLM, EuroBertConfig(
             vocab_size=self.vocabulary,
