@@ -286,6 +286,12 @@ def test_a_table_that_is_not_there_is_told(capsys):
     assert "a table must be one of measured, every row" in capsys.readouterr().err
 
 
+def test_every_committed_picture_is_there_as_png_and_as_svg():
+    pictures = {file.with_suffix("") for kind in ("png", "svg") for file in documents.RESULTS.glob(f"*.{kind}")}
+    assert pictures
+    assert [str(p) for p in pictures if not (p.with_suffix(".png").is_file() and p.with_suffix(".svg").is_file())] == []
+
+
 # --- tasks.md -----------------------------------------------------------------------------------------------
 
 

@@ -320,10 +320,12 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ranks: Ranks) -> Setup:
+    from .models.loading import check_place
     from .tasks import make_task
     from .train.foreign_code import announce_code
     from .train.run import prepare
 
+    check_place(checkpoint)
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint, calls=["task.correct"])
     resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"updates": 0})})
