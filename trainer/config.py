@@ -138,7 +138,9 @@ class RlConfig(OptimizerConfig):
     prompts: Positive  # of an update, of all ranks
     group: Annotated[int, Field(ge=2)]  # rollouts of a prompt
     samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
-    samples_per_pass: Positive = 1  # of them at once; in a block-causal model they share one clean copy of the sequence
+    # of them at once; in a block-causal model they share one clean copy. auto: as many, and sequences, as the budget holds
+    samples_per_pass: Positive | Literal["auto"] = 1
+    memory_budget: Positive | None = None  # MiB of activations and head, for samples_per_pass=auto
     inner_iterations: Positive  # optimizer steps on one set of rollouts
     # reward minus the group's mean, also divided by its spread, or leave-one-out
     advantage: Literal["mean", "loo", "std", "population_std"]
@@ -172,6 +174,10 @@ class RlConfig(OptimizerConfig):
             raise ValueError(
                 f"teacher must be null for algorithm {self.algorithm}, which has no reference policy, got {self.teacher}"
             )
+        if (self.samples_per_pass == "auto") != (self.memory_budget is not None):
+            raise ValueError("memory_budget must be given with samples_per_pass=auto, and only then")
+        if self.samples_per_pass == "auto" and self.micro_batch is not None:
+            raise ValueError(f"micro_batch must be null with samples_per_pass=auto, which chooses it, got {self.micro_batch}")
         window, _ = self.scored()
         if self.tail is not None and window != "eos":
             raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")

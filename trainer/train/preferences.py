@@ -52,6 +52,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         ).to(ranks.device)
         attention = window.attention(ids, completion, real)
         attention = None if attention is None else attention.to(ranks.device)
+        setup.fit(plan, algorithm.objective, attention, off_policy=False)
         options = setup.scoring_options(attention, config, as_rolled_out=False)
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
@@ -63,7 +64,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         seconds = time.perf_counter() - started
-        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, config.samples_per_pass)
+        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, options["samples_per_pass"])
         tokens = ranks.total(float(seen * (report.passes + scores.passes)))
         yield {
             **step_figures(algorithm, report, plan, batch, ranks),

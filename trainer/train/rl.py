@@ -163,6 +163,7 @@ def _learn(
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
     seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
     attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
+    setup.fit(plans[0], objective, attention_BS, off_policy=len(plans) > 1)
     options = setup.scoring_options(attention_BS, config, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
@@ -190,7 +191,7 @@ def _learn(
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
     known = plans[0].shape, plans[0].completion_mask_BS, plans[0].block_BS
-    scored = layout.input_tokens(*known, config.samples_per_pass) * passes
+    scored = layout.input_tokens(*known, options["samples_per_pass"]) * passes
     return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
 
 

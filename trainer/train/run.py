@@ -163,6 +163,7 @@ class Run:
                 self.setup = prepare(config, task, ranks, self._saved)
             with ranks.together():
                 self.setup.curriculum = self.state.curriculum
+                self.setup.passes = self.state.passes
                 if config.rl.updates:
                     prepare_rl(self.setup)
             self._spend("data", started)
