@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllm_kernels.backends.triton import fused, noise, rows
+from dllm_kernels.backends.triton import fused, low_rank, noise, rows
 from dllm_kernels.backends.triton.configs import CONFIGS, Config
 
 
@@ -112,7 +112,7 @@ def _fused(
     absent: tuple[str, ...] = ("target", "target_z") if draw else ("key",)
     fixed = {"hidden_step": 1, "weight_step": 1, "ENTROPY": all_statistics or draw, "TOP": all_statistics and not draw}
     fixed |= {"DESCRIPTORS": config.descriptors, "EVEN": True, "UPCAST": False}
-    fixed |= {"LOW_PLANES": low_planes, "BR": fused.LOW_DEPTH}
+    fixed |= {"LOW_PLANES": low_planes, "BR": low_rank.DEPTH}
     tiles = {name: value for name, value in config.kernel.items() if name.isupper()}
     launch = {"num_warps": config.warps, "num_stages": config.stages}
     known = {**constants, **low, **dict.fromkeys(absent), **fixed, **tiles}
@@ -212,6 +212,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
                 "width",
                 "hidden_stride",
                 "weight_stride",
+                "rank",
+                "low_hidden_plane",
+                "low_weight_plane",
                 "stride",
                 "operand_stride",
                 "entropy_stride",
