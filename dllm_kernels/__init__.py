@@ -18,7 +18,8 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
 from dllm_kernels.noise import sequence_ids
 from dllm_kernels.rollouts.generation import generate
-from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.rows import Rows
 from dllm_kernels.version import __version__
 

@@ -38,9 +38,9 @@ class AdapterInputs(Inputs):
         return ("logits", "dhidden")
 
     @property
-    def flops(self) -> float:
+    def flops_of_adapter(self) -> float:
         N, (R, H), V = len(self.target_N), self.down_RH.shape, len(self.up_VR)
-        return super().flops + 2.0 * N * R * 3 * (V + H)
+        return 2.0 * N * R * 3 * (V + H)
 
     @property
     def output_bytes(self) -> int:
@@ -72,7 +72,7 @@ def ours(x: AdapterInputs, *, adapter: bool = True) -> Work:
         scores.weighted_sum.backward()
         return _result(scores.logp, hidden, *pair) if adapter else {}
 
-    return Work(run, x.flops, f"backend {backends.for_device(x.hidden_MH.device).NAME}")
+    return Work(run, x.flops + adapter * x.flops_of_adapter, f"backend {backends.for_device(x.hidden_MH.device).NAME}")
 
 
 def eager(x: AdapterInputs, *, merged: bool) -> Work:

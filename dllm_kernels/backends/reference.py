@@ -396,10 +396,16 @@ def restrict_(
     0, a number or `[N]`.
     """
     scale = _by_row(temperature)
-    if min_p is not None:  # the likeliest stays whatever else goes, so the order does not matter
-        z_NV.masked_fill_((z_NV - z_NV.amax(-1, keepdim=True)).double() / scale < math.log(min_p), float("-inf"))
-    if top_k is top_p is None:
-        return
+    faint_NV = None
+    if min_p is not None:  # of the likeliest id, which nothing else leaves out
+        faint_NV = (z_NV - z_NV.amax(-1, keepdim=True)).double() / scale < math.log(min_p)
+    if not top_k is top_p is None:
+        _leave_largest_(z_NV, scale, top_k, top_p, top_p_first)
+    if faint_NV is not None:
+        z_NV.masked_fill_(faint_NV, float("-inf"))
+
+
+def _leave_largest_(z_NV: Tensor, scale: float | Tensor, top_k: int | None, top_p: float | None, top_p_first: bool) -> None:
     sorted_NV, id_NV = z_NV.sort(dim=-1, descending=True, stable=True)
     if top_k is not None and not top_p_first:
         sorted_NV[:, top_k:] = float("-inf")

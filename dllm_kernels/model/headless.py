@@ -156,7 +156,8 @@ class Body:
             raise ValueError(
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
-        if not self._seen and hidden.requires_grad:
+        wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self.whole.parameters.values())
+        if not self._seen and (wanted or hidden.requires_grad):
             check_alone(self.head)
             self._seen = True
         if isinstance(output, HandedOut):  # reducers may have marked or cast what they hand out

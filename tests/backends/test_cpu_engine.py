@@ -411,3 +411,26 @@ def test_16_bit_gradients_are_no_worse_than_eager_with_fp32_logits(isa):
     (-(coef * torch.nn.functional.cross_entropy(logits, p.target_N, reduction="none"))).sum().backward()
     assert relative_error(got["dhidden"], exact["dhidden"]) <= 1.5 * relative_error(hidden.grad, exact["dhidden"])
     assert relative_error(dweight.to(torch.bfloat16), exact_dweight) <= 1.5 * relative_error(weight.grad, exact_dweight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_where_terms_cancel_dw_is_off_by_what_rounding_its_operands_does_and_no_more(isa):
+    """The pair instruction takes operands of 16 bits; eager, which rounds the sum alone, may be 270 times nearer by luck."""
+    _C.set_isa(isa)
+    p = make(11, 1, 2, torch.bfloat16)
+    coef = coefficients(11)[0]
+    h_NH, unit_NV = p.hidden_MH.double(), reference.run(to_float64(p), ("operand",))["operand"]
+    terms_N = coef.double() * unit_NV[:, 0] * h_NH[:, 0]
+    coef[-1] *= float(-0.95 * terms_N[:-1].sum() / terms_N[-1])
+    operand_NV = coef.double()[:, None] * unit_NV
+    exact, size = operand_NV.t() @ h_NH, operand_NV.t().abs() @ h_NH.abs()
+    assert (size > 20 * exact.abs()).all()
+    dweight = torch.empty(2, 1)
+    cpu.run(p, ("dhidden",), coef_N=coef, dweight_VH=dweight, overwrite=True)
+    if "bf16" not in isa:
+        assert ((dweight - exact).abs() <= 1e-6 * size).all()
+        return
+    of_rounded = operand_NV.to(torch.bfloat16).double().t() @ h_NH
+    assert ((dweight - of_rounded).abs() <= 1e-6 * size).all()
+    assert ((dweight - exact).abs() <= 2.0**-8 * size).all()
+    assert ((dweight - exact).abs() > 1e-3 * exact.abs()).all()  # of the sum itself that is much

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dllm_kernels import backends, explain, score_tokens
+from dllm_kernels.backends import reference
+from dllm_kernels.head import plans
 from tests.head_suite import LATE_PLANS, PLANS, make_case
 
 MB = 2**20
@@ -252,3 +254,27 @@ def test_the_words_and_the_roofline():
 def test_what_cannot_be_explained_is_named(arguments, error, words):
     with pytest.raises(error, match=words):
         explain(**arguments)
+
+
+def test_a_second_pass_takes_the_rows_that_have_any_coefficient_however_they_add_up():
+    logp, entropy = torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0]), torch.tensor([0.0, -1.0, 3.0, 0.0, 2.0])
+    of_ids = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, -1.0], [0.0, 0.0]])
+    assert plans.live_rows(logp).tolist() == [1, 4]
+    assert plans.live_rows(logp, entropy).tolist() == [1, 2, 4]
+    assert plans.live_rows(of_ids).tolist() == [3]
+    assert plans.live_rows(None, entropy, of_ids).tolist() == [1, 2, 3, 4]
+    assert plans.live_rows(logp, torch.ones(5)) is None
+
+
+def test_a_16_bit_weight_is_upcast_a_slab_at_a_time_and_gives_the_same_result(monkeypatch):
+    monkeypatch.setenv("DLLM_KERNELS_BACKEND", "reference")
+    case = make_case(torch.bfloat16, shape=(40,), H=24, V=67, rows=None)
+    whole, whole_grads = case.run("coef")
+    monkeypatch.setattr(reference, "SLAB_BYTES", 7 * 24 * 4 + 3)
+    slabs = reference._slabs(case.weight, torch.float32)
+    assert [span.stop - span.start for span, _ in slabs] == [len(slab) for _, slab in slabs] == [7] * 9 + [4]
+    assert reference._slabs(case.weight, torch.bfloat16)[0][1] is case.weight, "no copy where none is needed"
+    parts, parts_grads = case.run("coef")
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    for name, gradient in whole_grads.items():
+        torch.testing.assert_close(parts_grads[name], gradient, rtol=2**-7, atol=1e-3)

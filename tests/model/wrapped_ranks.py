@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import accumulate, elbo_loss, headless
@@ -28,10 +28,15 @@ from tests.plans import plan_of
 from tests.tiny import eurobert
 
 V, STEPS = 101, 3
+OLD = not hasattr(FSDPModule, "set_gradient_divide_factor")  # torch up to 2.7
 
 
 def model_of(head, lora=None):
-    """`lora`: the dtype of a model with adapters."""
+    """`lora`: the dtype of a model with adapters, in float32 as peft starts them.
+
+    Both of their matrices random, as in float64, make steps that float32 does not determine: cross-entropy with the rows of
+    each batch in another order ends 7e-6 away from itself.
+    """
     torch.manual_seed(0)
     model = eurobert(vocab=V, hidden=16, dtype=torch.float32, tie_word_embeddings=head == "tied")
     if head == "bias":
@@ -41,7 +46,7 @@ def model_of(head, lora=None):
     if lora is not None:
         import peft
 
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=lora == torch.float32)
         model = peft.get_peft_model(model, config).to(lora)
     return model
 
@@ -87,8 +92,7 @@ def deepspeed(model, stage, micros=1, **more):
     return theirs.initialize(model=model, optimizer=optimizer, config=config | more)[0]
 
 
-# name: (wrapper, head, dtype with LoRA, micro-batches per step, largest difference of parameters). Rounding is all that LoRA's
-# fp32 cases show beyond 1e-6: after three steps in DDP, ours is 1.6e-6 from cross-entropy in fp64, cross-entropy itself 3.5e-6.
+# name: (wrapper, head, dtype with LoRA, micro-batches per step, largest difference of parameters)
 CASES = {
     "ddp": (ddp, "untied", None, 1, 1e-6),
     "ddp tied": (ddp, "tied", None, 1, 1e-6),
@@ -96,7 +100,7 @@ CASES = {
     "ddp static": (functools.partial(ddp, static_graph=True), "untied", None, 1, 1e-6),
     "ddp views, accumulation": (functools.partial(ddp, gradient_as_bucket_view=True), "untied", None, 2, 1e-6),
     "ddp frozen, unused": (functools.partial(ddp, find_unused_parameters=True), "frozen", None, 1, 1e-6),
-    "ddp lora": (ddp, "tied", torch.float32, 1, 1e-5),
+    "ddp lora": (ddp, "tied", torch.float32, 1, 1e-6),
     "ddp lora fp64": (ddp, "tied", torch.float64, 1, 1e-6),
     "fsdp2": (fsdp2, "untied", None, 1, 1e-6),
     "fsdp2 tied, resharded": (functools.partial(fsdp2, reshard=True), "tied", None, 1, 1e-6),
@@ -106,7 +110,7 @@ CASES = {
     "fsdp2 accumulation": (fsdp2, "untied", None, 2, 1e-6),
     "fsdp2 tied, accumulation": (fsdp2, "tied", None, 2, 1e-6),
     "fsdp2 frozen": (fsdp2, "frozen", None, 1, 1e-6),
-    "fsdp2 lora": (fsdp2, "untied", torch.float32, 1, 1e-5),
+    "fsdp2 lora": (fsdp2, "untied", torch.float32, 1, 1e-6),
     "fsdp2 lora fp64": (fsdp2, "untied", torch.float64, 1, 1e-6),
     "fsdp2 replicas": (functools.partial(fsdp2, replicas=2), "untied", None, 1, 1e-6),
     "fsdp2 bf16": (
@@ -117,6 +121,11 @@ CASES = {
         0.08,  # twice the gradient would be 0.11 off
     ),
 }
+if OLD:  # does not tell which factor was set, nor sum in float64: refused; gloo does not average over replicas
+    del CASES["fsdp2 factor"], CASES["fsdp2 lora fp64"], CASES["fsdp2 replicas"]
+FSDP2 = hasattr(torch.cpu.Stream, "record_event")  # that of torch 2.6 wants streams that a CPU has not
+if not FSDP2:
+    CASES = {name: settings for name, settings in CASES.items() if not name.startswith("fsdp2")}
 DEEPSPEED = {
     "deepspeed 0": (functools.partial(deepspeed, stage=0), "untied", None, 1, 1e-6),
     "deepspeed 0 bias, accumulation": (functools.partial(deepspeed, stage=0, micros=2), "bias", None, 2, 1e-6),
@@ -125,7 +134,7 @@ DEEPSPEED = {
     "deepspeed 2": (functools.partial(deepspeed, stage=2), "bias", None, 1, 1e-6),
     "deepspeed 2 tied, accumulation": (functools.partial(deepspeed, stage=2, micros=2), "tied", None, 2, 1e-6),
     "deepspeed 2 frozen": (functools.partial(deepspeed, stage=2), "frozen", None, 1, 1e-6),
-    "deepspeed 2 lora": (functools.partial(deepspeed, stage=2), "untied", torch.float32, 1, 1e-5),
+    "deepspeed 2 lora": (functools.partial(deepspeed, stage=2), "untied", torch.float32, 1, 1e-6),
     "deepspeed 2 bf16": (functools.partial(deepspeed, stage=2, bf16={"enabled": True}), "untied", None, 1, 0.08),
 }
 
@@ -219,6 +228,15 @@ def _full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
+def rate(name):
+    """FSDP2 of torch up to 2.7 sums over gloo where it should average: a smaller rate makes the same steps of it.
+
+    Twice or four times as far, fp32 does not determine five steps to 1e-6: cross-entropy itself ends 2e-6 from fp64.
+    """
+    sums = name.startswith("fsdp2") and OLD
+    return 0.1 / (dist.get_world_size() if sums else 1)
+
+
 def case(name):
     """Largest differences: parameters after the steps, gradients of `accumulate` from one process, what follows it."""
     wrap, head, lora, micros, _ = (CASES | DEEPSPEED)[name]
@@ -226,7 +244,7 @@ def case(name):
     for ours in (True, False):
         models[ours] = wrap(model_of(head, lora))
         trained = [p for p in models[ours].parameters() if p.requires_grad]
-        optimizers[ours] = None if name in DEEPSPEED else torch.optim.SGD(trained, lr=0.1, momentum=0.5)
+        optimizers[ours] = None if name in DEEPSPEED else torch.optim.SGD(trained, lr=rate(name), momentum=0.5)
     start = whole(models[True])
 
     def run(steps):
@@ -282,19 +300,24 @@ def refusals():
         sharded.set_requires_gradient_sync(True)
         accumulate(sharded, plan, BGPO, of_all, denominator=5.0)
 
-    wrapped, sharded = ddp(model_of("untied")), fsdp2(model_of("untied"))
+    only_head = model_of("untied")
+    only_head.model.requires_grad_(False)
+    wrapped_head = ddp(only_head)
+    wrapped, sharded = ddp(model_of("untied")), fsdp2(model_of("untied")) if FSDP2 else None
     flat = FullyShardedDataParallel(model_of("untied"), use_orig_params=True, device_id=torch.device("cpu"))
     with torch.no_grad():
         inside(wrapped.module)
-    inside(sharded)
+    if FSDP2:
+        inside(sharded)
     tries = {
         "beside ddp": lambda: inside(wrapped.module),
+        "beside ddp, frozen body": lambda: inside(wrapped_head.module),
         "fsdp1": lambda: inside(flat),
         "inside fsdp1": lambda: inside(flat.module),
         "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),
-        "late": late,
-        "waiting": waiting,
     }
+    if FSDP2:
+        tries |= {"late": late, "waiting": waiting}
     return {name: _error(attempt) for name, attempt in tries.items()}
 
 

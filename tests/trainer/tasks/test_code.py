@@ -224,6 +224,12 @@ def test_the_toy_holds_out_values_and_its_expressions_are_right() -> None:
     some = task.train[:10]
     assert task.correct(some, [e.answer for e in some]) == [1.0] * 10
     assert task.rewards["tests"](some[:2], ["", "x("]) == [0.0, 0.0]
+    careless = make_task(CodeConfig(style="characters", careless_share=1.0, train_problems=200), seed=0).train
+    for right, wrong in zip(task.train, careless, strict=True):
+        assert right.prompt == wrong.prompt
+        values, others = ([eval(e.answer, {"x": x}) for x in range(6)] for e in (right, wrong))
+        assert right.facts["tests"] == [f"assert f({x}) == {value}" for x, value in enumerate(values)]
+        assert values != others, "parentheses matter in every problem"
     assert all(
         len(e.answer) <= task.completion_length and set(e.prompt + e.answer) <= set(task.alphabet or "") for e in task.train
     )
