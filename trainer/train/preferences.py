@@ -11,10 +11,9 @@ from dllm_kernels import accumulate, make_mask_plan, noise
 from dllm_kernels.masks import layout
 
 from ..models.codec import joined
-from ..schedules import learning_rates
 from ..tasks.pairs import split
 from .algorithms import Scores, make_batches, step_figures
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .rl import prepare_rl
 from .setup import Setup
 from .window import window_of

@@ -22,13 +22,12 @@ from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..models.self_tests import check_layouts
-from ..schedules import learning_rates
 from ..tasks import Example, Reward
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 from .window import Window, window_of
 

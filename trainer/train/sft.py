@@ -16,8 +16,7 @@ from dllm_kernels.masks.plan import MaskPlan
 from ..errors import ConfigError
 from ..models.codec import joined
 from ..models.self_tests import check_layouts
-from ..schedules import learning_rates
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 
 

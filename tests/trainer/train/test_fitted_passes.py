@@ -12,7 +12,8 @@ from dllm_trainer.train import setup as train_setup
 from tests.trainer.conftest import lines, new_run, resumed, tiny_config
 
 FEW = ["sft.steps=2", "rl.updates=4", "rl.save_every=1", "rl.gap_every=0", "evaluation.probe_every_rl=0"]
-AUTO = ["rl.samples_per_pass=auto", "rl.memory_budget=1", "rl.algorithm=gdpo", *FEW]
+PROBED = ("forwards", "backwards", "flops")  # the forward that was measured counts too
+AUTO = ["rl.samples_per_pass=auto", "rl.samples=3", "rl.memory_budget=1", "rl.algorithm=gdpo", *FEW]
 
 
 def test_an_update_is_that_of_the_cut_that_was_found_and_a_resume_does_not_look_again(
@@ -24,9 +25,12 @@ def test_an_update_is_that_of_the_cut_that_was_found_and_a_resume_does_not_look_
     new_run(tmp_path / "auto", *AUTO).execute()
     (fit,) = found
     assert (fit.samples_per_pass, fit.sequences_per_pass) != (1, 16), "this cut is none that a run would take anyhow"
-    numbers = [f"rl.samples_per_pass={fit.samples_per_pass}", f"rl.micro_batch={fit.sequences_per_pass}"]
-    new_run(tmp_path / "numbers", "rl.algorithm=gdpo", *FEW, *numbers).execute()
-    assert lines(tmp_path / "auto") == lines(tmp_path / "numbers")
+    cut = [f"rl.samples_per_pass={fit.samples_per_pass}", f"rl.micro_batch={fit.sequences_per_pass}"]
+    both = ("auto", "numbers")
+    new_run(tmp_path / "numbers", "rl.algorithm=gdpo", "rl.samples=3", *FEW, *cut).execute()
+    auto, numbers = ([{k: v for k, v in line.items() if k not in PROBED} for line in lines(tmp_path / name)] for name in both)
+    for a, b in zip(auto, numbers, strict=True):
+        assert {k: (v, b[k]) for k, v in a.items() if v != b[k]} == {}
 
     cut = new_run(tmp_path / "cut", *AUTO)
     made = cut.folder.log
