@@ -27,6 +27,7 @@ from .layers import (
     sentence,
 )
 from .rights import without_rights
+from .schedules import Schedule, check_options
 from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks.config import AnyTaskConfig
 
@@ -101,15 +102,19 @@ class CheckpointsConfig(Section):
 class OptimizerConfig(Section):
     lr: Rate  # learning rate of AdamW, after the warm-up
     warmup: Count  # steps of linear warm-up
-    # the first three decay to final_lr_share of lr, or not at all; the others are transformers' own, which end where they end
-    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
-    final_lr_share: Share  # share of lr at the end of linear and cosine
+    schedule: Schedule  # of the learning rate, by transformers' get_scheduler; constant: after the warm-up
+    schedule_options: dict[str, Any] = Field(default_factory=dict)  # its scheduler_specific_kwargs: min_lr_rate, num_cycles ...
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]  # of AdamW
     weight_decay: NotNegative  # of AdamW, on matrices alone: neither norms and biases nor embeddings
     max_grad_norm: Annotated[float, Field(gt=0.0)]  # gradients are clipped to it
     t_min: Annotated[float, Field(ge=0.0, lt=1.0)]  # lowest mask level of the bernoulli law
     save_every: Positive  # steps between checkpoints
     micro_batch: Positive | None = None  # sequences per forward and backward of a rank; None: all at once
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimizerConfig:
+        check_options(self.schedule, self.schedule_options, self.lr)
+        return self
 
 
 class SftConfig(OptimizerConfig):
@@ -333,8 +338,8 @@ def load_config(
     and these are the keys that name functions which will be called.
 
     `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
-    out, and `rl.options` where one chooses another `rl.algorithm`; whose recipe's law, samples and advantages come right after
-    the base.
+    out, `schedule_options` where one chooses another `schedule`, and `rl.options` where one chooses another `rl.algorithm`;
+    whose recipe's law, samples and advantages come right after the base.
 
     Raises ConfigError naming the key, what came and what is allowed.
     """
@@ -354,6 +359,8 @@ def load_config(
             plain: Any = OmegaConf.to_container(layers[0])
             layers[0] = OmegaConf.create(without_rights(plain, given, base_calls, base_name))
         drop_others(layers, "task.kind", "sudoku", "task")
+        for phase in ("sft", "rl"):
+            drop_others(layers, f"{phase}.schedule", "", f"{phase}.schedule_options")
         drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
         layers.insert(1, defaults_of_algorithm(layers[1:]))
         merged = OmegaConf.merge(*layers)

@@ -214,8 +214,7 @@ class Packed:
         rank_BW = keep_BW.cumsum(-1) - 1
         self.column_BL = self.start_B[:, None] + rank_BW.gather(1, canvas.column_BL.clamp(max=W - 1))
         self.width_B = width_B
-        implementation = str(getattr(getattr(unwrapped(body.model), "config", None), "_attn_implementation", ""))
-        self._flash = implementation.startswith("flash")
+        self._flash = _implementation(body.model).startswith("flash")
 
     def enter(self, block: int) -> None:
         """As for padded layouts."""
@@ -353,6 +352,11 @@ def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature((within() if callable(within) else model).forward).parameters
 
 
+def _implementation(model: nn.Module) -> str:
+    """Which kernel of attention the model's configuration names; "" where none."""
+    return str(getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", ""))
+
+
 def takes(body: Body, name: str) -> bool:
     """Whether the model's forward has an argument of this name."""
     return name in _arguments(body.model)
@@ -364,6 +368,9 @@ def takes_cache(body: Body) -> bool:
 
 # --- block diffusion ----------------------------------------------------------------------------------------
 
+# where the configuration of a block-causal model states its block length, by model_type
+BLOCK_LENGTHS = {"sdar": "block_size", "sdar_moe": "block_size", "fast_dllm_qwen": "bd_size"}
+
 
 def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
     """Hidden states `[R, T, H]` of a plan's layout; `[B, S, ...]` arguments of the model are extended to it."""
@@ -372,11 +379,19 @@ def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tenso
 
 def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
-    parameters = _arguments(model)
-    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
+    declared, parameters, name = causal_block(model), _arguments(model), type(unwrapped(model)).__name__
+    if declared not in (None, layout.block):
+        raise ValueError(f"causal_block must be the model's {declared}, got a layout of {layout.block}")
+    for argument, why in (("attention_mask", "says what each copy sees"), ("position_ids", "the copies repeat")):
+        if argument not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"model must take {argument}, which {why}, but {name} does not")
+    if _implementation(model).startswith("flash_attention"):
+        raise ValueError(
+            f"model must attend by sdpa, eager or flex_attention, under a mask of four dimensions, but {name} does by "
+            f"{_implementation(model)}, which takes none"
+        )
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
-    if getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", None) == "flex_attention":
+    if _implementation(model) == "flex_attention":
         mask = flex_mask(layout)
     else:
         mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
@@ -384,8 +399,22 @@ def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Te
 
 
 def causal_block(model: nn.Module) -> int | None:
-    """The block length of a block-causal model that says so by an attribute `causal_block`, as the trainer's do."""
-    return next((found for module in model.modules() if isinstance(found := module.__dict__.get("causal_block"), int)), None)
+    """The block length of a block-causal model: its attribute `causal_block`, as the trainer's have it (None: it is none),
+    else that of its configuration, where the kind of model is one of `BLOCK_LENGTHS`.
+    """
+    for module in model.modules():
+        if "causal_block" in module.__dict__:
+            return module.__dict__["causal_block"]
+    config = getattr(unwrapped(model), "config", None)
+    stated = getattr(config, BLOCK_LENGTHS.get(str(getattr(config, "model_type", "")), ""), None)
+    return stated if isinstance(stated, int) else None
+
+
+def check_block_length(model: nn.Module, length: int | None) -> None:
+    """Raises ValueError where plans of this block length, None of no blocks, are not for the model."""
+    declared = causal_block(model)
+    if declared is not None and length != declared:
+        raise ValueError(f"causal_block must be {declared}, the block length of the model, got {length}")
 
 
 def check_blocks(model: nn.Module, plan: MaskPlan, model_kwargs: Mapping[str, Tensor]) -> None:

@@ -231,7 +231,11 @@ RECIPE = Recipe(
     inner_iterations=1,
     options=Options,
     signal=later_signal,
-    trajectory=Trajectory(_draft_states, lambda options, length, steps: -(-length // 2)),
+    trajectory=Trajectory(
+        _draft_states,
+        lambda options, length, steps: -(-length // 2),
+        lambda options, length, steps: min(options.selected_steps, steps),
+    ),
     window="completion",
     greedy=True,
     blocks=False,

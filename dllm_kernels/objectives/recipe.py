@@ -38,6 +38,7 @@ class Trajectory:
 
     states: Callable[[Rollout, Any, int], States]  # (rollout, options, seed)
     tokens: Callable[[Any, int, int], int]  # (options, L, denoising steps) -> about how many tokens a state decides
+    number: Callable[[Any, int, int], int] | None = None  # of states, where some are chosen; None: all tokens are decided
 
 
 @dataclass(frozen=True, eq=False)

@@ -223,7 +223,11 @@ RECIPE = Recipe(
     needs_reference=True,
     inner_iterations=1,
     options=Options,
-    trajectory=Trajectory(_weighted_states, lambda options, length, steps: -(-length // 2)),
+    trajectory=Trajectory(
+        _weighted_states,
+        lambda options, length, steps: -(-length // 2),
+        lambda options, length, steps: min(options.selected_steps, steps),
+    ),
     window="eos",
     blocks=False,
     tail="hidden",

@@ -45,12 +45,9 @@ def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: in
         steps = max(1, int(commit_step_BL.max()) + 1) if commit_step_BL.numel() else 1
     checks.count("steps", steps)
     checks.in_range("commit_step_BL", commit_step_BL, -1, steps)
-    index_BL = commit_step_BL.long() + 1  # column 0: revealed by no step
-    total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1)
-    count_BT = torch.zeros_like(total_BT)
-    revealed_BL = index_BL > 0
-    total_BT.scatter_add_(1, index_BL, torch.where(revealed_BL, commit_entropy_BL, 0.0))
-    count_BT.scatter_add_(1, index_BL, revealed_BL.to(count_BT.dtype))
+    index_BL = commit_step_BL.long() + 1  # column 0: revealed by no step, and dropped
+    total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1).scatter_add_(1, index_BL, commit_entropy_BL)
+    count_BT = torch.zeros_like(total_BT).scatter_add_(1, index_BL, torch.ones_like(commit_entropy_BL))
     return (total_BT / count_BT)[:, 1:].t().float()
 
 

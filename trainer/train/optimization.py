@@ -1,4 +1,4 @@
-"""What both training phases share: optimizer, learning rate, data order, the guarded step."""
+"""What both training phases share: optimizer, data order, the guarded step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
@@ -30,19 +29,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             groups[config.weight_decay if decayed else 0.0].append(parameter)
     of_groups = [{"params": own, "weight_decay": decay} for decay, own in groups.items() if own]
     return torch.optim.AdamW(of_groups, lr=config.lr, betas=(beta1, beta2), fused=True)
-
-
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`; or transformers' schedule."""
-    if config.schedule not in ("constant", "linear", "cosine"):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
-        scheduler = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=total)
-        return config.lr * float(scheduler.lr_lambdas[0](step))
-    done = step / total
-    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
-    floor = config.final_lr_share if config.schedule != "constant" else 0.0
-    warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    return config.lr * warmup * (floor + (1.0 - floor) * decay)
 
 
 def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tuple[Tensor, int]:

@@ -11,9 +11,10 @@ from dllm_kernels import accumulate, make_mask_plan, noise
 from dllm_kernels.masks import layout
 
 from ..models.codec import joined
+from ..schedules import learning_rates
 from ..tasks.pairs import split
 from .algorithms import Scores, make_batches, step_figures
-from .optimization import batch_indices, guarded_step, learning_rate
+from .optimization import batch_indices, guarded_step
 from .rl import prepare_rl
 from .setup import Setup
 from .window import window_of
@@ -24,6 +25,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
     config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
     window = window_of(config, facts)
     algorithm, _ = prepare_rl(setup)
+    rate = learning_rates("rl", config, config.updates)
     for update in range(start, config.updates):
         started = time.perf_counter()
         index, epoch = batch_indices("rl", setup.config.seed, len(setup.task.train), config.prompts, update)
@@ -55,7 +57,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}
         (batch,) = make_batches(algorithm.objective, [plan], entries, scores.old, scores.ref)
-        lr = learning_rate(config, update, config.updates)
+        lr = rate(update)
         denominator = float(config.prompts)
         report = accumulate(setup.model, plan, algorithm.objective, batch, denominator=denominator, group=ranks.group, **options)
         loss = ranks.total(float(report.loss))

@@ -22,12 +22,13 @@ from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..models.self_tests import check_layouts
+from ..schedules import learning_rates
 from ..tasks import Example, Reward
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
-from .optimization import batch_indices, guarded_step, learning_rate
+from .optimization import batch_indices, guarded_step
 from .setup import Setup
 from .window import Window, window_of
 
@@ -43,6 +44,7 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
     if total > MOST_ROLLOUTS:
         raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
+    learning_rates("rl", config, config.updates)
     window_of(config, setup.facts)
     check_layouts(setup.loaded)
     if config.law == "block" and setup.facts.block_length is not None:
@@ -72,6 +74,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
     window = window_of(config, setup.facts)
     total = config.prompts * config.group
     climb = Climb(task, setup.curriculum)
+    rate = learning_rates("rl", config, config.updates)
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
         calls.reset()
@@ -109,7 +112,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         if len(found.kept_N):
             reward_of = partial(_rewards_of, setup, reward, examples)
             with calls:
-                figures |= _learn(setup, optimizer, algorithm, window, sampled, mine, everyone, found, reward_of, update)
+                figures |= _learn(setup, optimizer, algorithm, window, sampled, mine, everyone, found, reward_of, rate(update))
             figures["tokens"] += figures.pop("tokens_scored")
         for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
             figures[name] = ranks.total(getattr(calls, name))
@@ -131,7 +134,7 @@ def _learn(
     rewards: Rewards,
     found: Signal,
     reward_of: Callable[[Tensor, Tensor], Tensor],
-    number: int,
+    lr: float,
 ) -> dict[str, float]:
     """The optimizer steps on one set of rollouts."""
     config, ranks, objective = setup.config.rl, setup.ranks, algorithm.objective
@@ -176,7 +179,6 @@ def _learn(
     # scored before the first step, under the policy that made the rollouts
     batches = make_batches(objective, plans, entries, scores.old, scores.ref, states=states, off_policy=len(plans) > 1)
     passes = scores.passes
-    lr = learning_rate(config, number, config.updates)
     denominator = found.denominator
     if denominator is None:  # steps: what the plans of all ranks hold
         denominator = max(1.0, ranks.total(float(steps.number(plans[0]))))

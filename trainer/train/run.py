@@ -19,7 +19,7 @@ from ..distributed import Ranks
 from ..errors import ConfigError, Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
-from ..models.loading import Loaded, from_scratch, load, parameter_count
+from ..models.loading import Loaded, check_place, from_scratch, load, parameter_count
 from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
 from ..records import samples
 from ..records.checkpoints import Checkpoint, Checkpoints
@@ -154,6 +154,8 @@ class Run:
             with ranks.together():
                 if ranks.is_first:
                     announce_code(config)
+                if config.model.checkpoint is not None and self._saved is None:
+                    check_place(config.model.checkpoint)
                 if ranks.is_first and self.in_rl:
                     self._check_beginning()
             with ranks.together():
@@ -170,6 +172,8 @@ class Run:
                 f"{parameter_count(self.setup.trained):,} parameters; {len(task.train):,} training examples; "
                 f"tests: {tests or 'none'}; files: {folder.path}"
             )
+            for note in task.notes():
+                self._say(note)
             if config.guard.shift_test and config.model.checkpoint is not None and (verdict := self_test(self.setup)):
                 self._say(f"shift self-test: {verdict}")
             self.stop.nothing_to_lose = False
