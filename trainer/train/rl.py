@@ -85,14 +85,14 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         examples = [climb.examples[i] for i in index[mine].tolist()]
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
         with ranks.together():
-            prompts = setup.codec.prompts(examples)
+            prompts, how = setup.codec.asked(examples)
         with calls:
             sampled = generate(
                 setup.model,
                 [prompt.to(ranks.device) for prompt in prompts],
                 sequence_ids=sequence_ids.to(ranks.device),
                 seed=setup.config.seed,
-                **setup.generate_options(greedy=algorithm.recipe.greedy),
+                **{**setup.generate_options(greedy=algorithm.recipe.greedy), **how},
             )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
