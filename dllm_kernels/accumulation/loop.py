@@ -30,6 +30,7 @@ from dllm_kernels.accumulation.scores import refuse_dropout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
 from dllm_kernels.model.layouts import check_blocks
+from dllm_kernels.model.sharding import accumulation_hooks
 
 
 def accumulate(
@@ -100,6 +101,11 @@ def accumulate(
         raise ValueError("accumulate computes gradients: call it outside torch.no_grad()")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have a parameter that requires a gradient, got a fully frozen one")
+    if any(accumulation_hooks(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "model must not have an optimizer in backward (register_post_accumulate_grad_hook) for accumulate, which runs "
+            "several backwards for one step: step after it"
+        )
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}")
     check_blocks(model, plan, model_kwargs or {})

@@ -374,6 +374,10 @@ def test_an_error_names_the_argument():
         accumulate(model, plan, BGPO, good, samples_per_pass=0)
     with pytest.raises(ValueError, match=r"sequences_per_pass.*-1"):
         score_samples(model, plan, sequences_per_pass=-1)
+    in_backward = eurobert()
+    in_backward.model.norm.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"model.*optimizer in backward"):
+        accumulate(in_backward, plan, BGPO, good)
     with pytest.raises(ValueError, match="no_grad"), torch.no_grad():
         accumulate(model, plan, BGPO, good)
     with pytest.raises(ValueError, match="K=2, B=0"):

@@ -108,6 +108,15 @@ class CodeConfig(Section):
     processes: Annotated[int, Field(ge=1, le=256)] = 8  # that a program may start
     workers: Positive | None = None  # programs at once; None: the cores of this process
 
+    @model_validator(mode="after")
+    def _check(self) -> CodeConfig:
+        if self.style == "characters" and (self.train is not None or self.tests):
+            key = "tests" if self.train is None else "train"
+            raise ValueError(
+                f"{key} must not be given with style characters, a toy with problems of its own, got {getattr(self, key)}"
+            )
+        return self
+
 
 class GymDataset(Section):
     weight: Annotated[float, Field(gt=0.0)] = 1.0  # of its share in the mixture

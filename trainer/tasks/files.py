@@ -10,6 +10,7 @@ import csv
 import importlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -87,6 +88,8 @@ def text_of(row: Row, column: str, where: str) -> str:
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: column {column!r} must be a text, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):  # as a column of numbers with gaps has in parquet
+        raise UserError(f"{where}: column {column!r} must be a text or a finite number, got {value}")
     text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: column {column!r} holds half of a character (a lone surrogate)")
