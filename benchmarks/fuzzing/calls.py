@@ -240,8 +240,8 @@ def _joint(p: Problem, coef: Tensor | None) -> Tensor | None:
 
 
 def _alone(p: Problem, hidden: Tensor, weight: Tensor, whole: Found, options: dict[str, Any]) -> Found:
-    """Whether the last row's bits are those that it has without the others; not claimed of PyTorch's products."""
-    if p.dtype == torch.float64 or not len(p.target) or "low_rank" in options:
+    """Whether the last row's bits are those that it has without the others; not claimed of float64's products."""
+    if p.dtype == torch.float64 or not len(p.target):
         return {}
     if isinstance(options.get("temperature"), Tensor):
         options = options | {"temperature": options["temperature"][-1:]}
