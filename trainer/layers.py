@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -143,6 +144,7 @@ def sentence(detail: Any) -> str:
         if not (place == 1 and detail["loc"][0] == "task" and part in MODULES)
     )
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    message = re.sub(r" or instance of \w+", "", message)
     if detail["type"] == "value_error":  # written above: names key and value itself
         return f"{key}: {message}" if key else message
     if detail["type"] == "extra_forbidden":

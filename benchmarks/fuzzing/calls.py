@@ -240,7 +240,7 @@ def _joint(p: Problem, coef: Tensor | None) -> Tensor | None:
 
 
 def _alone(p: Problem, hidden: Tensor, weight: Tensor, whole: Found, options: dict[str, Any]) -> Found:
-    """Whether the last row's bits are those that it has without the others; not claimed of float64's products."""
+    """Whether the last row's bits are those that it has without the others; not claimed of PyTorch's products."""
     if p.dtype == torch.float64 or not len(p.target):
         return {}
     if isinstance(options.get("temperature"), Tensor):

@@ -221,11 +221,14 @@ def explain(
         space = max(workspace(False), workspace(True, 0)) if want_top else workspace(True)
         stored = vectors * N * V * item if chosen == "keep" else 8 * N * want_top
         peak = outputs + stored + compact + head_buffer + space + rest
+    why = plans.why(chosen, forced=plan is not None, several=late, best=want_top)
+    if R and backend.NAME == "triton" and (chosen != "forward" or item != 2):
+        why += "; the adapter's product is added to each chunk of logits, which is one more pass over it"
     reads = forward_gemms + backward_gemms
     traffic = reads * (N * H + V * H) * item + (outputs + gradients)
     return Cost(
         plan=chosen,
-        why=plans.why(chosen, forced=plan is not None, several=late, best=want_top),
+        why=why,
         backend=backend.NAME,
         rows=N,
         hidden_size=H,
@@ -241,5 +244,7 @@ def explain(
         gradient_bytes=gradients,
         output_bytes=outputs,
         peak_bytes=peak,
-        phases=roofline.phases(chosen, N, H, V, item, dhidden=need_hidden, dweight=need_weight, vectors=vectors),
+        phases=roofline.phases(
+            chosen, N, H, V, item, dhidden=need_rows, dweight=need_weight, vectors=vectors, rank=R, dlow=need_up
+        ),
     )

@@ -87,6 +87,7 @@ class Denoiser:
         self.everyone = torch.arange(B, device=device)
         self.completion_BL = torch.full((B, L), d.mask_id, dtype=torch.int64, device=device)
         self.masked_BL = (place_L < lengths.lengths_B[:, None]).expand(B, L).clone()
+        self._last_B1 = (lengths.lengths_B - 1)[:, None]
         self.commit_step_BL = torch.full((B, L), -1, dtype=torch.int32, device=device)
         self.commit_logp_BL = torch.zeros(B, L, dtype=torch.float32, device=device)
         self.commit_entropy_BL = torch.zeros_like(self.commit_logp_BL)
@@ -194,7 +195,9 @@ class Denoiser:
             (self.commit_entropy_BL, entropy_AR),
         ):
             into_BL[index] = torch.where(commit_AR, value_AR, into_BL[index])
-        self.canvas.write(*index, self.completion_BL[index])
+        # a place that a shorter sequence lacks has no column of its own: its last one is written twice, with the same token
+        there = index[0], torch.minimum(index[1], self._last_B1[who_A])
+        self.canvas.write(*there, self.completion_BL[there])
         self.steps_B[who_A] += 1
 
     def _sample(self, picked_NH: Tensor, ask: Ask) -> Samples:

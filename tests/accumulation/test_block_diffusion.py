@@ -106,6 +106,34 @@ def test_every_row_is_scored_given_clean_blocks_before_it_and_its_own_noisy_bloc
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tail", ["shown", "hidden", "removed"])
+def test_short_prompts_early_ends_and_what_hides_nothing_are_scored_by_definition(model, tail):
+    """No prompt, one shorter than a block, EOS in the block that the prompt begins, no mask at all, more copies than samples."""
+    generator = torch.Generator().manual_seed(3)
+    prompts, lengths, eos = [0, 1, 2, 5, 3], [3, 2, 1, 6, 9], 2
+    B, S = len(prompts), 12
+    ids = torch.randint(3, int(model.config.vocab_size) - 1, (B, S), generator=generator)
+    place, first, count = torch.arange(S), torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]
+    completion, real = (place >= first) & (place < first + count), place < first + count
+    for b in (1, 3, 4):
+        ids[b, prompts[b] + b % 2] = eos
+    options = {"seed": 0, "sequence_ids": torch.arange(B), "mask_id": int(model.config.vocab_size) - 1, "causal_block": BLOCK}
+    options |= {"eos_id": eos, "tail": tail, "attention_mask_BS": real}
+    for law in ("exact_zero", "bernoulli"):  # the first may hide nothing of a sequence
+        plan = make_mask_plan(ids, completion, law=law, samples=3, **options)
+        with torch.no_grad():
+            want = by_definition(model, plan).transpose(0, 1)
+        got = score_samples(model, plan, samples_per_pass=8, per_token=True)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        accumulate(model, plan, NEGATIVE_ELBO, Batch(), samples_per_pass=2)
+        assert all(bool(g.isfinite().all()) for g in gradients(model).values())
+        model.zero_grad()
+    given = {name: value for name, value in options.items() if name not in ("tail", "eos_id")}
+    nothing = torch.zeros(2, B, S, dtype=torch.bool)
+    plan = make_mask_plan(ids, completion, law="given", samples=None, masked_KBS=nothing, **given)
+    assert not score_samples(model, plan, samples_per_pass=2).any()
+
+
 def test_the_old_form_conditions_on_noisy_history(model):
     """A noisy sequence under a block-causal mask, as it was scored before: off by much more than rounding."""
     plan = plan_of(model, "exact")

@@ -69,6 +69,8 @@ def test_equal_logits_leave_exactly_k_the_smallest_ids():
     key = inputs(rows=2000)[2]
     drawn = sample_tokens(torch.zeros(2000, 8), torch.ones(V, 8), key, top_k=3).token
     assert drawn.unique().tolist() == [0, 1, 2]
+    half = sample_tokens(torch.zeros(2000, 8), torch.ones(4, 8), key, top_p=0.5).token
+    assert half.unique().tolist() == [0, 1], "the shortest run that reaches the mass"
 
 
 def test_suppressed_ids_and_other_rows_stay_out_and_temperature_0_takes_the_largest():

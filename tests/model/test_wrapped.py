@@ -47,17 +47,21 @@ def check_refusals(found, said):
 
 
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
-    ranks = run(tmp_path, 2, [*QUICK, "refusals"])
+    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "refusals"])
     check(ranks, QUICK)
     said = {
         "beside ddp": r"inside its DistributedDataParallel",
         "beside ddp, frozen body": r"inside its DistributedDataParallel",
         "fsdp1": r"FullyShardedDataParallel.*FSDP2",
         "inside fsdp1": r"FullyShardedDataParallel",
+        "composed": r"composable replicate",
         "data parallel": r"DataParallel.*use DistributedDataParallel",
     }
     if FSDP2:
         said |= {"late": r"backward must run inside", "waiting": r"not reduced yet"}
+        said["tied, in backward"] = r"tied head with an optimizer in backward"
+        assert ranks[0]["in backward"]["steps"] < 1e-6
+        assert ranks[0]["in backward"]["moved"] > 0.02
     check_refusals(ranks[0]["refusals"], said)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -279,6 +280,38 @@ def worst(got, want):
     return max(float((got[name] - want[name]).abs().max() / want[name].abs().max().clamp_min(1.0)) for name in got)
 
 
+class InBackward:
+    """An optimizer that steps as soon as a gradient is there."""
+
+    def __init__(self, model):
+        self.optimizers = {p: torch.optim.SGD([p], lr=0.1 / (dist.get_world_size() if OLD else 1)) for p in model.parameters()}
+        for parameter in self.optimizers:
+            parameter.register_post_accumulate_grad_hook(self.hook)
+
+    def hook(self, parameter):
+        self.optimizers[parameter].step()
+        parameter.grad = None
+
+    def zero_grad(self):
+        """Nothing is left."""
+
+    step = zero_grad
+
+
+def in_backward():
+    models = {ours: fsdp2(model_of("bias")) for ours in (True, False)}
+    start = whole(models[True])
+    optimizers = {ours: InBackward(model) for ours, model in models.items()}
+    for step in range(STEPS):
+        for ours, model in models.items():
+            one_step(model, optimizers[ours], step, 1, ours, syncing)
+    found = {ours: whole(model) for ours, model in models.items()}
+    return {
+        "steps": worst(found[True], found[False]),
+        "moved": worst({"": found[True]["lm_head.weight"]}, {"": start["lm_head.weight"]}),
+    }
+
+
 def refusals():
     """The sentence with which each of these is refused."""
     plan, of_all = rl_case()
@@ -314,10 +347,14 @@ def refusals():
         "beside ddp, frozen body": lambda: inside(wrapped_head.module),
         "fsdp1": lambda: inside(flat),
         "inside fsdp1": lambda: inside(flat.module),
+        "composed": lambda: accumulate(replicate(model_of("untied")), plan, BGPO, of_all, denominator=5.0),
         "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),
     }
     if FSDP2:
         tries |= {"late": late, "waiting": waiting}
+        tied = fsdp2(model_of("tied"))
+        InBackward(tied)
+        tries["tied, in backward"] = lambda: inside(tied)
     return {name: _error(attempt) for name, attempt in tries.items()}
 
 
@@ -352,7 +389,7 @@ def _rank(rank, size, store, names, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     found = {}
     for name in names:
-        kinds = {"refusals": refusals, "deepspeed refusals": deepspeed_refusals}
+        kinds = {"refusals": refusals, "in backward": in_backward, "deepspeed refusals": deepspeed_refusals}
         found[name] = kinds[name]() if name in kinds else case(name)
         gc.collect()
     torch.save(found, f"{out}.{rank}")

@@ -132,7 +132,7 @@ class Canvas:
         return Seen(
             place,
             token,
-            float(z.log_softmax(-1)[token]),
+            float(z.log_softmax(-1)[token].detach()),
             entropy(z),
             float(tempered.log_softmax(-1)[token]),
             entropy(tempered),
@@ -266,9 +266,9 @@ def dream(
 
 def dream_threshold(canvas: Canvas, *, steps: int, threshold: float, eos_id: int | None) -> None:
     """Fast-dLLM's: of the surest `tokens a step + put off`, those that are sure enough; the first always."""
-    a_step, put_off, i = canvas.length // steps, 0, 0
+    counts, put_off, i = share_out(canvas.length, steps), 0, 0  # published for lengths that the steps divide
     while canvas.masked(range(canvas.length)):
-        tokens, put_off = (a_step if i < steps else 0) + put_off, 0
+        tokens, put_off = (counts[i] if i < steps else 0) + put_off, 0
         chosen = best(canvas.call(range(canvas.length), i), tokens, lambda s: s.drawn_logp)
         sure = [s for s in chosen if s is chosen[0] or math.exp(s.drawn_logp) >= threshold]
         put_off = len(chosen) - len(sure)

@@ -22,7 +22,6 @@ from dllm_kernels.backends.triton.rows import flat, interpreted
 
 PARTS_BYTES = 64 << 20  # of the parts of one launch
 GATHERED_BYTES = 128 << 20  # of the rows that one launch gathers for its descriptors
-LOW_DEPTH = 16  # columns of an adapter's operands at a time
 
 
 @triton.jit
@@ -99,7 +98,7 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     """Rows [m BM, ..) x columns of one segment. With `key` the draw takes part, with `target` it stays out of the sums.
 
     An adapter's `low_hidden` and `low_weight` add their product to the logits: planes of bfloat16 that sum to its operands,
-    those of `low_hidden` in the rows' order; pairs of planes beyond fp32's digits are left out.
+    those of `low_hidden` in the rows' order, `rank` in whole BR; pairs of planes beyond fp32's digits are left out.
 
     Planes of `parts`: max, sum, sum of exp times its logarithm; with a draw best and its logit. Of `part_ids`: the id of
     the max; with a draw of the best. The target's logit goes to `target_z` at once.
@@ -138,6 +137,22 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     for v0 in range(first, min(first + TILES * BN, vocabulary), BN):
         v = v0 + tl.arange(0, BN)
         z = tl.zeros([BM, BN], tl.float32)
+        if low_hidden is not None:
+            low_hidden_at = low_hidden + tl.cast(m0, tl.int64) * rank
+            low_weight_at = low_weight + tl.cast(v0, tl.int64) * rank
+            for r0 in tl.range(0, rank, BR, num_stages=1):
+                r = r0 + tl.arange(0, BR)
+                for i in tl.static_range(LOW_PLANES):
+                    b_at = low_weight_at + i * low_weight_plane + ((tl.arange(0, BN) * rank)[None, :] + r[:, None])
+                    b = tl.load(b_at, mask=(v < vocabulary)[None, :], other=0.0)
+                    if UPCAST:
+                        b = b.to(tl.float32)
+                    for j in tl.static_range(3 - i):
+                        a_at = low_hidden_at + j * low_hidden_plane + ((tl.arange(0, BM) * rank)[:, None] + r[None, :])
+                        a = tl.load(a_at, mask=inside[:, None], other=0.0)
+                        if UPCAST:
+                            a = a.to(tl.float32)
+                        z = tl.dot(a, b, z)
         if DESCRIPTORS:
             for k0 in range(0, width, BK):
                 a = hidden.load([m0, k0])
@@ -163,21 +178,6 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                     a = a.to(tl.float32)
                     b = b.to(tl.float32)
                 z = tl.dot(a, b, z)
-        if low_hidden is not None:
-            for r0 in tl.range(0, rank, BR, num_stages=1):
-                r = r0 + tl.arange(0, BR)
-                known = r < rank
-                for i in tl.static_range(LOW_PLANES):
-                    b_at = low_weight + i * low_weight_plane + (v.to(tl.int64) * rank)[None, :] + r[:, None]
-                    b = tl.load(b_at, mask=(v < vocabulary)[None, :] & known[:, None], other=0.0)
-                    if UPCAST:
-                        b = b.to(tl.float32)
-                    for j in tl.static_range(3 - i):
-                        a_at = low_hidden + j * low_hidden_plane + (n.to(tl.int64) * rank)[:, None] + r[None, :]
-                        a = tl.load(a_at, mask=inside[:, None] & known[None, :], other=0.0)
-                        if UPCAST:
-                            a = a.to(tl.float32)
-                        z = tl.dot(a, b, z)
 
         m, s, weighted, top = _take(
             z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at,
@@ -322,7 +322,7 @@ def fused(
             step if drawn else 0, 1.0 / temperature if drawn else 0.0,
             ENTROPY="entropy" in result, TOP="top_id" in result or (sampling and not drawn), DESCRIPTORS=described,
             EVEN=width % config.BK == 0, UPCAST=interpreted() and (p.hidden_MH.dtype == torch.bfloat16 or low_PNR is not None),
-            LOW_PLANES=0 if low_PVR is None else len(low_PVR), BR=LOW_DEPTH, **config.kernel,
+            LOW_PLANES=0 if low_PVR is None else len(low_PVR), BR=low_rank.DEPTH, **config.kernel,
         )  # fmt: skip
         whole = triton.next_power_of_2(segments)
         at = {name: vector[span] for name, vector in result.items()}

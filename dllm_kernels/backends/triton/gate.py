@@ -23,8 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllm_kernels.backends.triton import fused, noise, rows
-from dllm_kernels.backends.triton.configs import CONFIGS, Config
+from dllm_kernels.backends.triton import fused, low_rank, noise, rows
+from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _fused(
     absent: tuple[str, ...] = ("target", "target_z") if draw else ("key",)
     fixed = {"hidden_step": 1, "weight_step": 1, "ENTROPY": all_statistics or draw, "TOP": all_statistics and not draw}
     fixed |= {"DESCRIPTORS": config.descriptors, "EVEN": True, "UPCAST": False}
-    fixed |= {"LOW_PLANES": low_planes, "BR": fused.LOW_DEPTH}
+    fixed |= {"LOW_PLANES": low_planes, "BR": low_rank.DEPTH}
     tiles = {name: value for name, value in config.kernel.items() if name.isupper()}
     launch = {"num_warps": config.warps, "num_stages": config.stages}
     known = {**constants, **low, **dict.fromkeys(absent), **fixed, **tiles}
@@ -152,9 +152,10 @@ def variants(architecture: str) -> Iterator[Variant]:
         yield _fused("all, every option", statistics, dtype, every, draw=False, all_statistics=True, quick=False)
         yield _fused("draw", drawing, dtype, usual, draw=True, all_statistics=False, quick=False)
         yield _fused("draw, every option", drawing, dtype, every, draw=True, all_statistics=False, quick=False)
-        for form, config, draw in (("all", statistics, False), ("draw", drawing, True)):
+        for draw in (False, True):
+            config = form(architecture, draw=draw, adapter=True)
             for count in (1, 3):  # an adapter of bfloat16, of float32
-                name, first = f"{form}, adapter of {count}", own and count == 1 and not draw
+                name, first = f"{'draw' if draw else 'all'}, adapter of {count}", own and count == 1 and not draw
                 shared: Any = {"draw": draw, "all_statistics": not draw, "low_planes": count}
                 yield _fused(name, config, dtype, every, **shared, quick=first)
     target, plain = {"target": "*i64"}, {"operand": "*bf16", "target": "*i64"}
@@ -212,6 +213,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
                 "width",
                 "hidden_stride",
                 "weight_stride",
+                "rank",
+                "low_hidden_plane",
+                "low_weight_plane",
                 "stride",
                 "operand_stride",
                 "entropy_stride",

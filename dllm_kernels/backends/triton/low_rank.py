@@ -10,6 +10,7 @@ from dllm_kernels.backends.reference import SLAB_BYTES, Adapter
 from dllm_kernels.backends.triton import products
 
 DIGITS = 3  # bfloat16 numbers that a float32 is the sum of
+DEPTH = 16  # columns of the fused kernel's planes at a time
 
 
 def planes_of(dtype: torch.dtype) -> int:
@@ -17,22 +18,27 @@ def planes_of(dtype: torch.dtype) -> int:
     return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, DIGITS)
 
 
-def planes(x: Tensor, count: int | None = None) -> Tensor:
-    """`[count, *x.shape]` in bfloat16: x rounded, what that left rounded, and so on. bfloat16 itself is not copied."""
-    count = planes_of(x.dtype) if count is None else count
-    if x.dtype == torch.bfloat16 and count == 1:
-        return x.contiguous()[None]
-    rest, found = x.float(), torch.empty(count, *x.shape, dtype=torch.bfloat16, device=x.device)
-    for plane in found:
-        plane.copy_(rest)
-        rest = rest - plane
+def planes(x_MR: Tensor, count: int | None = None) -> Tensor:
+    """`[count, M, R']` in bfloat16, R' = R in whole DEPTH: x rounded, what that left rounded, and so on; 0 beyond R.
+
+    What is bfloat16 already, and fits, is not copied.
+    """
+    M, R = x_MR.shape
+    count = planes_of(x_MR.dtype) if count is None else count
+    if count == 1 and R % DEPTH == 0:
+        return x_MR.contiguous()[None]
+    found = torch.zeros(count, M, -(-R // DEPTH) * DEPTH, dtype=torch.bfloat16, device=x_MR.device)
+    rest_MR = x_MR.float()
+    for plane_MR in found[:, :, :R]:
+        plane_MR.copy_(rest_MR)
+        rest_MR = rest_MR - plane_MR
     return found
 
 
 def fused_bytes(rows: int, vocabulary: int, low: Low) -> int:
     """Of the planes that a launch of the fused kernel reads."""
-    own = 0 if low.dtype == torch.bfloat16 else planes_of(low.dtype) * vocabulary
-    return 2 * low.rank * (DIGITS * rows + own)
+    copied = planes_of(low.dtype) if low.dtype != torch.bfloat16 or low.rank % DEPTH else 0
+    return 2 * -(-low.rank // DEPTH) * DEPTH * (DIGITS * rows + copied * vocabulary)
 
 
 class Walk(Adapter):
@@ -76,7 +82,7 @@ def _by_parts(operand: Tensor) -> bool:
 
 def _parts(x_MR: Tensor, dtype: torch.dtype) -> Tensor:
     """An operand of the adapter, of fp32, in the other operand's dtype: beside bfloat16 as two parts `[M, 2 R]`."""
-    return x_MR if dtype == torch.float32 else planes(x_MR, 2).permute(1, 0, 2).flatten(1)
+    return x_MR if dtype == torch.float32 else planes(x_MR, 2)[:, :, : x_MR.shape[1]].permute(1, 0, 2).flatten(1)
 
 
 def _spans(operand_CV: Tensor) -> list[slice]:

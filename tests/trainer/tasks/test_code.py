@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dllm_trainer.errors import UserError
+from dllm_trainer.config import load_config
+from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.tasks import make_task
 from dllm_trainer.tasks.code import SHIPPED, program, read
 from dllm_trainer.tasks.config import CodeConfig
@@ -207,6 +208,11 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path: Path, row: di
     with pytest.raises(UserError, match=r"data\.jsonl:1") as caught:
         make_task(CodeConfig(train=str(path)), seed=0)
     assert said in str(caught.value)
+
+
+def test_the_toy_takes_no_data_that_it_would_pass_over() -> None:
+    with pytest.raises(ConfigError, match=r"task: train must not be given with style characters, .* got mine\.jsonl"):
+        load_config(overrides=["task.kind=code", "task.style=characters", "task.train=mine.jsonl"])
 
 
 def test_without_a_sandbox_programs_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
