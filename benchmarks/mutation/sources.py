@@ -31,7 +31,7 @@ AREAS: Mapping[str, Area] = {
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts",)),
     "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),
-    "costs": Area(("trainer/commands/memory_plan.py",), ("tests/trainer/commands",)),
+    "costs": Area(("trainer/commands/*_plan.py", "trainer/commands/planned_calls.py"), ("tests/trainer/commands",)),
 }
 SWAPS: Mapping[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,11 @@ _SUMS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the 
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor; avoids the slow import of `torch.distributed.tensor`, loaded if any exists."""
     return "torch.distributed.tensor" in sys.modules and isinstance(tensor, sys.modules["torch.distributed.tensor"].DTensor)
+
+
+def accumulation_hooks(parameter: Tensor) -> list[Callable[[Tensor], None]]:
+    """What the user registered by `register_post_accumulate_grad_hook`: an optimizer in backward, as a rule."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 def find_shards(model: nn.Module) -> Shards | None:
@@ -279,6 +284,8 @@ class WholeHead:
             with torch.no_grad():
                 gradient = partial.redistribute(placements=parameter.placements).to(parameter.dtype)  # type: ignore[attr-defined]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            for hook in accumulation_hooks(parameter):  # as FSDP does for what it reduces
+                hook(parameter)
 
 
 def _state(module: Any) -> Any:
