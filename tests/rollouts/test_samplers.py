@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from dllm_kernels import Rollout, generate, trajectory_rows
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.rollouts import schedules
+from dllm_kernels.rollouts.samplers import SAMPLERS
 from tests.rollouts import published
 from tests.rollouts.compare import IDS, MASK, RAGGED, V, both
 from tests.tiny import eurobert
@@ -296,3 +298,14 @@ def test_the_prompt_stays_and_the_settings_are_told(model):
     assert rollout.settings["steps"] == 3
     assert rollout.settings["temperature"] == 0.0
     assert rollout.settings["remasking"] == "low_confidence"
+
+
+def test_every_sampler_and_option_is_told_and_compared():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rollouts.md").read_text()
+    compared = {recipe.get("sampler", "llada") for recipe in (*RECIPES.values(), *TAKING_BACK.values())} | {"llada2"}
+    for sampler in SAMPLERS.values():
+        assert f"| `{sampler.name}`" in page
+        assert f"        {sampler.name} " in generate.__doc__
+        assert sampler.name in compared
+        for option in sampler.options:
+            assert f"{option}=" in generate.__doc__ or option in generate.__doc__, option
