@@ -386,9 +386,10 @@ def blocks(table: str) -> dict[str, str]:
     if table == "head":
         return {"head table": head(result_of("head-cpu"))}
     if table == "estimators":
-        from benchmarks.studies import variance
+        from benchmarks.studies import many_samples, variance
 
-        return variance.blocks(result_of("estimators-cpu")["suites"]["variance"])
+        of_laws = variance.blocks(result_of("estimators-cpu")["suites"]["variance"])
+        return {**of_laws, "many samples": many_samples.table(result_of("many-samples-cpu"))}
     if table == "tasks":
         from benchmarks.studies import tasks
 
@@ -436,8 +437,10 @@ def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
 def pictures() -> None:
     """Draws every picture of the committed results again."""
     from benchmarks import plots, registry
+    from benchmarks.studies import many_samples
 
     draw(load(), FIGURE, digest())
+    many_samples.draw(result_of("many-samples-cpu"), RESULTS / "many-samples-cpu.png")
     for file in sorted(RESULTS.glob("*.json")):
         result = result_of(file.stem)
         for name, entry in result["suites"].items() if isinstance(result.get("suites"), dict) else ():
