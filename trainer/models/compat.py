@@ -205,13 +205,12 @@ def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
 
     The forward of the class is wrapped, not hooked, since peft calls the forward of the model that it wraps.
     """
+    block_length = facts.block_length if facts.topology == "block_causal" else None
+    model.causal_block = block_length  # type: ignore[assignment]  # for the library, which scores such models by blocks
     if facts.attention_mask == "int" and facts.topology == "bidirectional":
         return
     if facts.attention_mask == "int":  # two dimensions cannot express what a block sees
         raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
-    block_length = facts.block_length if facts.topology == "block_causal" else None
-    if block_length is not None:
-        model.causal_block = block_length  # type: ignore[assignment]  # for the library, which scores such models by blocks
     setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
     cls = type(model)
     if not hasattr(cls.forward, FORM):

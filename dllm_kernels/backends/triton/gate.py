@@ -23,8 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllm_kernels.backends.triton import fused, noise, rows
-from dllm_kernels.backends.triton.configs import CONFIGS, Config
+from dllm_kernels.backends.triton import fused, low_rank, noise, rows
+from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,15 @@ def _options(names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, None]]:
 
 
 def _fused(
-    label: str, config: Config, dtype: str, options: tuple[str, ...], *, draw: bool, all_statistics: bool, quick: bool
+    label: str,
+    config: Config,
+    dtype: str,
+    options: tuple[str, ...],
+    *,
+    draw: bool,
+    all_statistics: bool,
+    quick: bool,
+    low_planes: int = 0,
 ) -> Variant:
     types, constants = _options(options)
     types |= dict.fromkeys(("rows", "vocabulary", "width", "segments", "weight_stride", "plane", "step"), "i32")
@@ -95,13 +103,19 @@ def _fused(
         constants["index"] = None
     else:
         types |= {"hidden": f"*{dtype}", "weight": f"*{dtype}", "index": "*i64"}
+    low: dict[str, Any] = dict.fromkeys(("low_hidden", "low_weight"))
+    if low_planes:
+        types |= {"low_hidden": "*bf16", "low_weight": "*bf16"}
+        low = {}
+    types |= dict.fromkeys(("rank", "low_hidden_plane", "low_weight_plane"), "i32")
     types |= {"key": "*i64"} if draw else {"target": "*i64", "target_z": "*fp32"}
     absent: tuple[str, ...] = ("target", "target_z") if draw else ("key",)
     fixed = {"hidden_step": 1, "weight_step": 1, "ENTROPY": all_statistics or draw, "TOP": all_statistics and not draw}
     fixed |= {"DESCRIPTORS": config.descriptors, "EVEN": True, "UPCAST": False}
+    fixed |= {"LOW_PLANES": low_planes, "BR": low_rank.DEPTH}
     tiles = {name: value for name, value in config.kernel.items() if name.isupper()}
     launch = {"num_warps": config.warps, "num_stages": config.stages}
-    known = {**constants, **dict.fromkeys(absent), **fixed, **tiles}
+    known = {**constants, **low, **dict.fromkeys(absent), **fixed, **tiles}
     return Variant(f"fused {label} {dtype}", fused.fused_kernel, types, known, launch, matrix=True, quick=quick)
 
 
@@ -138,6 +152,12 @@ def variants(architecture: str) -> Iterator[Variant]:
         yield _fused("all, every option", statistics, dtype, every, draw=False, all_statistics=True, quick=False)
         yield _fused("draw", drawing, dtype, usual, draw=True, all_statistics=False, quick=False)
         yield _fused("draw, every option", drawing, dtype, every, draw=True, all_statistics=False, quick=False)
+        for draw in (False, True):
+            config = form(architecture, draw=draw, adapter=True)
+            for count in (1, 3):  # an adapter of bfloat16, of float32
+                name, first = f"{'draw' if draw else 'all'}, adapter of {count}", own and count == 1 and not draw
+                shared: Any = {"draw": draw, "all_statistics": not draw, "low_planes": count}
+                yield _fused(name, config, dtype, every, **shared, quick=first)
     target, plain = {"target": "*i64"}, {"operand": "*bf16", "target": "*i64"}
     top = {"entropy": "*fp32", "top_logp": "*fp32", "top_id": "*i64"}
     both = {"coef": "*fp32", "entropy_coef": "*fp32"}
@@ -193,6 +213,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
                 "width",
                 "hidden_stride",
                 "weight_stride",
+                "rank",
+                "low_hidden_plane",
+                "low_weight_plane",
                 "stride",
                 "operand_stride",
                 "entropy_stride",
