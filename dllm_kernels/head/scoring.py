@@ -26,7 +26,7 @@ from dllm_kernels.head import forward_backward, ops, plans, several, vocab_paral
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
-from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
 from dllm_kernels.rows import Rows
 
 _FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `Scores`
@@ -173,8 +173,8 @@ def score(
     more = ids is not None or want_top > 0
     late = more or ("lse" in want and wants and not known)
     targets = several.joined(target, ids, count, hidden.device) if late or target is None else target
-    coef = _coefficient("coef", coef, targets.shape if ids is not None else (count,), hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, (count,), hidden)
+    coef = coefficient("coef", coef, targets.shape if ids is not None else (count,), hidden)
+    entropy_coef = coefficient("entropy_coef", entropy_coef, (count,), hidden)
     coef = coef if coef is None else coef.view(targets.shape)
 
     wants_gradient = wants and plans.recorded(want, known, more)
@@ -267,8 +267,8 @@ def head_backward(
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     check_arguments(hidden, weight, index, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
-    known = _coefficient("coef", coef, target.shape, hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, target.shape, hidden)
+    known = coefficient("coef", coef, target.shape, hidden)
+    entropy_coef = coefficient("entropy_coef", entropy_coef, target.shape, hidden)
     assert known is not None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     down_out, up_out = dlow_rank_out
@@ -315,8 +315,8 @@ def _split_backward(
     """`head_backward` of a head that is split over a group."""
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
-    _coefficient("coef", coef, rows.target.shape, hidden)
-    _coefficient("entropy_coef", entropy_coef, rows.target.shape, hidden)
+    coefficient("coef", coef, rows.target.shape, hidden)
+    coefficient("entropy_coef", entropy_coef, rows.target.shape, hidden)
 
     def of_shard(
         hidden: Tensor, weight: Tensor, rows: Rows, coef: Tensor, own: HeadOptions, entropy_coef: Tensor | None, *outs: Any
@@ -327,12 +327,3 @@ def _split_backward(
     with torch.no_grad():
         dhidden = vocab_parallel.add_gradient(of_shard, score, hidden, weight, rows, options, coef, entropy_coef, *outs, group)
     return dhidden.to(like.dtype)
-
-
-def _coefficient(name: str, coef: Tensor | None, shape: Sequence[int], hidden: Tensor) -> Tensor | None:
-    if coef is None:
-        return None
-    checks.dtype(name, coef, checks.FLOATS)
-    checks.shape(name, coef, shape)
-    checks.same_device(name, coef, "hidden", hidden)
-    return coef.detach() if coef.requires_grad else coef

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_kernels import distillation_loss
-from dllm_kernels.backends import divergence
+from dllm_kernels.backends.divergence import problem, walk
 from tests import oracle
 
-KINDS = divergence.KINDS
+KINDS = problem.KINDS
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -83,8 +83,8 @@ def make_case(dtype=torch.float64, *, N=7, H=8, V=300, trains=True, options=Fals
 def slabs(request, monkeypatch):
     """The smallest case is one slab, kept whole; five of them, kept where the gradient has room, must give the same."""
     if request.param == "many slabs":
-        monkeypatch.setattr(divergence, "SLAB_ELEMENTS", {"cpu": 1})
-        monkeypatch.setattr(divergence, "SMALL_BYTES", 0)
+        monkeypatch.setattr(walk, "SLAB_ELEMENTS", {"cpu": 1})
+        monkeypatch.setattr(walk, "SMALL_BYTES", 0)
 
 
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "options"])
@@ -163,8 +163,8 @@ def test_frozen_rows_in_many_chunks_are_those_in_one(monkeypatch):
     case = make_case(torch.float32, trains=False, N=12)
     whole = case.loss("reverse_kl", reduction="none")
     (gradient,) = torch.autograd.grad(whole.sum(), case.hidden)
-    monkeypatch.setattr(divergence.contract, "WORKSPACE_BYTES", {"cpu": 5 * 8 * 300})
-    monkeypatch.setattr(divergence.contract, "ROW_BLOCK", 4)
+    monkeypatch.setattr(walk.contract, "WORKSPACE_BYTES", {"cpu": 5 * 8 * 300})
+    monkeypatch.setattr(walk.contract, "ROW_BLOCK", 4)
     cut = case.loss("reverse_kl", reduction="none")
     assert torch.allclose(cut, whole, rtol=1e-5, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(cut.sum(), case.hidden)[0], gradient, rtol=1e-5, atol=1e-6)
@@ -340,10 +340,10 @@ BAD = {
     "rows twice": ({"rows": torch.tensor([1, 1])}, ValueError, "rows must be unique"),
     "rows beyond": ({"rows": torch.tensor([12])}, ValueError, "rows must hold ids in 0..11"),
     "positions": ({"teacher_hidden": torch.ones(3, 5, 5)}, ValueError, r"teacher_hidden must have shape \[3, 4, any\]"),
-    "width": ({"teacher_weight": torch.ones(300, 6)}, ValueError, r"teacher_weight must have shape \[any, 5\]"),
+    "width": ({"teacher_weight": torch.ones(300, 6)}, ValueError, r"teacher_hidden must have shape \[..., 6\] to match teacher_weight"),
     "vocabulary": ({"teacher_weight": torch.ones(299, 5)}, ValueError, "teacher_weight must have weight's 300 rows, got 299"),
     "valid_vocab": ({"teacher_weight": torch.ones(9, 5), "valid_vocab": 10}, ValueError, "at least valid_vocab=10 rows"),
-    "float64": ({"teacher_hidden": torch.ones(3, 4, 5).double()}, TypeError, "teacher_weight must be of dtype torch.float64"),
+    "float64": ({"teacher_hidden": torch.ones(3, 4, 5).double()}, TypeError, "teacher_weight must have teacher_hidden's dtype torch.float64"),
     "teacher_bias": ({"teacher_bias": torch.ones(299)}, ValueError, r"teacher_bias must have shape \[300\]"),
     "teacher_softcap": ({"teacher_softcap": 0.0}, ValueError, "teacher_softcap must be finite and above 0"),
     "bias": ({"bias": torch.full((300,), float("-inf"))}, ValueError, "bias must be finite"),
