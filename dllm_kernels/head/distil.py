@@ -23,7 +23,7 @@ from dllm_kernels.backends.contract import HeadOptions, HeadProblem, flat
 from dllm_kernels.backends.divergence import walk
 from dllm_kernels.backends.divergence.problem import Buffers, DivergenceProblem, Pair, Side, Statistics
 from dllm_kernels.head.forward_backward import Gradients, Needs, _check_values, _outside_autocast, _scatter
-from dllm_kernels.head.options import check_finite
+from dllm_kernels.head.options import check_finite, check_head
 
 Stored = Sequence[Tensor | None]
 
@@ -48,6 +48,27 @@ class Result(NamedTuple):
     weighted_sum: Tensor
     divergence_N: Tensor
     stored: Stored
+
+
+def check_teacher(hidden: Tensor, weight: Tensor, teacher: Teacher, valid_vocab: int | None) -> None:
+    """Raise TypeError or ValueError, naming the argument, for what is no teacher of this student."""
+    t = teacher
+    check_head(t.hidden, t.weight, t.bias, t.softcap, of="teacher_")
+    for name, tensor in (("teacher_hidden", t.hidden), ("teacher_weight", t.weight), ("teacher_bias", t.bias)):
+        if tensor is not None:
+            checks.same_device(name, tensor, "hidden", hidden)
+    if t.hidden.dtype == torch.float64 != hidden.dtype:
+        raise TypeError(f"teacher_hidden may be float64 only where hidden is, got {hidden.dtype} there")
+    if t.hidden.shape[:-1] != hidden.shape[:-1]:
+        leading = "".join(f"{size}, " for size in hidden.shape[:-1])
+        raise ValueError(f"teacher_hidden must have shape [{leading}any], like hidden, got {list(t.hidden.shape)}")
+    if valid_vocab is None and len(t.weight) != len(weight):
+        raise ValueError(
+            f"teacher_weight must have weight's {len(weight)} rows, got {len(t.weight)}: "
+            "where the two are padded differently, valid_vocab says how many ids they share"
+        )
+    if valid_vocab is not None and len(t.weight) < valid_vocab:
+        raise ValueError(f"teacher_weight must have at least valid_vocab={valid_vocab} rows, got {len(t.weight)}")
 
 
 def choose(wants_gradient: bool, head_trains: bool, coef_known: bool) -> str:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends.contract import HeadOptions, HeadProblem
-from dllm_kernels.backends.divergence import walk
 from dllm_kernels.head import distil, ops
 from dllm_kernels.head.distil import Teacher
+from dllm_kernels.head.distil_cost import Sizes
 from dllm_kernels.head.forward_backward import Gradients, Needs
 from dllm_kernels.head.low_rank import Pair
 
@@ -190,37 +190,34 @@ distil_op.register_autograd(_backward, setup_context=_setup)
 # --- FLOP formulas: the matrix products that really run ---------------------------------------------------------------
 
 
-def _of_gradients(arguments: Sequence[Any], vocabulary: int, needs: Needs) -> int:
-    width, rank = arguments[0].shape[-1], 0 if arguments[5] is None else arguments[5].shape[-1]
-    whole = width * (needs.hidden + needs.weight) + rank * (needs.low_hidden + needs.low_weight)
-    return 2 * arguments[2].numel() * vocabulary * whole
-
-
-def _widths(arguments: Sequence[Any]) -> int:
-    """Of both heads, the adapter's rank included."""
-    places = (0, 5, ops._SIZE)
-    return sum(arguments[place].shape[-1] for place in places if arguments[place] is not None)
+def _sizes(arguments: Sequence[Any], needs: Sequence[bool]) -> Sizes:
+    hidden, weight, coef, _, _, low_hidden, low_weight = arguments[:7]
+    teacher_hidden = arguments[ops._SIZE]
+    return Sizes(
+        rows=coef.numel(),
+        positions=hidden.numel() // max(1, hidden.shape[-1]),
+        width=weight.shape[-1],
+        teacher_width=teacher_hidden.shape[-1],
+        rank=0 if low_hidden is None else low_hidden.shape[-1],
+        vocabulary=weight.shape[0],
+        walked=arguments[ops._SIZE - 1] or weight.shape[0],
+        dtype=hidden.dtype,
+        teacher_dtype=teacher_hidden.dtype,
+        low_dtype=None if low_weight is None else low_weight.dtype,
+        needs=Needs(*needs),
+        indexed=arguments[3] is not None,
+        device=hidden.device,
+        kind=arguments[_SIZE - 4],
+        plan=arguments[_SIZE - 1],
+    )
 
 
 def _distil_flops(*arguments: Any, out_val: Any) -> int:
-    hidden, weight, coef, _, _, _, low_weight = arguments[:7]
-    vocabulary = arguments[ops._SIZE - 1] or weight.shape[0]
-    kind, plan, needs = arguments[_SIZE - 4], arguments[_SIZE - 1], Needs(*arguments[_SIZE:])
-    gradient = plan in ("coef", "unit")
-    of_weights = [x.shape[1] * x.itemsize for x, wanted in ((weight, needs.weight), (low_weight, needs.low_weight)) if wanted]
-    trains = gradient and (needs.bias or bool(of_weights))
-    rows, dtype = coef.numel(), ops._statistics_dtype(hidden)
-    way = walk.course(rows, vocabulary, dtype, hidden.device, kind, gradient, of_weights if trains else None)
-    total = 2 * way.logit_rows(rows) * vocabulary * _widths(arguments)
-    return total + (_of_gradients(arguments, vocabulary, needs) if gradient else 0)
+    return _sizes(arguments, arguments[_SIZE:]).flops(backward=False)
 
 
 def _distil_backward_flops(*arguments: Any, out_val: Any) -> int:
-    if arguments[_SIZE - 1] != "recompute":
-        return 0
-    vocabulary = arguments[ops._SIZE - 1] or arguments[1].shape[0]
-    logits = 2 * arguments[2].numel() * vocabulary * _widths(arguments)
-    return logits + _of_gradients(arguments, vocabulary, Needs(*arguments[_SIZE + 3 :]))
+    return _sizes(arguments, arguments[_SIZE + 3 :]).flops(backward=True)
 
 
 ops._FLOPS |= {"distil": _distil_flops, "distil_backward": _distil_backward_flops}

@@ -19,7 +19,7 @@ from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.distil import Teacher
 from dllm_kernels.head.distil_autograd import Distil
 from dllm_kernels.head.forward_backward import Needs
-from dllm_kernels.head.options import autocast_operands, check_arguments, check_head, coefficient, make_problem
+from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
 from dllm_kernels.head.scoring import score
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -116,7 +116,7 @@ def distillation_loss(
     checks.require_tensor("teacher_hidden", teacher_hidden)
     teacher_hidden, teacher_weight = autocast_operands(teacher_hidden, teacher_weight)
     teacher = Teacher(teacher_hidden.detach(), teacher_weight.detach(), teacher_bias, teacher_softcap, kind, beta)
-    _check_teacher(hidden, weight, teacher, valid_vocab)
+    distil.check_teacher(hidden, weight, teacher, valid_vocab)
     coef = coefficient("coef", coef, (count,), hidden)
     if options.low_rank is not None:
         ops.observed(hidden)  # a counter at work learns the formula of the adapter's product before it runs
@@ -216,24 +216,3 @@ def _reduced(found_N: Tensor, coef_N: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return found_N
     return found_N.sum() / max(1, len(found_N)) if reduction == "mean" else found_N.sum()
-
-
-def _check_teacher(hidden: Tensor, weight: Tensor, teacher: Teacher, valid_vocab: int | None) -> None:
-    """Raise TypeError or ValueError, naming the argument, for what is no teacher of this student."""
-    t = teacher
-    check_head(t.hidden, t.weight, t.bias, t.softcap, of="teacher_")
-    for name, tensor in (("teacher_hidden", t.hidden), ("teacher_weight", t.weight), ("teacher_bias", t.bias)):
-        if tensor is not None:
-            checks.same_device(name, tensor, "hidden", hidden)
-    if t.hidden.dtype == torch.float64 != hidden.dtype:
-        raise TypeError(f"teacher_hidden may be float64 only where hidden is, got {hidden.dtype} there")
-    if t.hidden.shape[:-1] != hidden.shape[:-1]:
-        leading = "".join(f"{size}, " for size in hidden.shape[:-1])
-        raise ValueError(f"teacher_hidden must have shape [{leading}any], like hidden, got {list(t.hidden.shape)}")
-    if valid_vocab is None and len(t.weight) != len(weight):
-        raise ValueError(
-            f"teacher_weight must have weight's {len(weight)} rows, got {len(t.weight)}: "
-            "where the two are padded differently, valid_vocab says how many ids they share"
-        )
-    if valid_vocab is not None and len(t.weight) < valid_vocab:
-        raise ValueError(f"teacher_weight must have at least valid_vocab={valid_vocab} rows, got {len(t.weight)}")
