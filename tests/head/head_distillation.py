@@ -114,7 +114,9 @@ def test_divergences_and_their_gradients_are_those_of_full_logits(backend, kind,
             exact = case.exact()
             true_N = exact.true(kind) * case.coef
             true = {"mean": true_N.mean(), "sum": true_N.sum(), "none": true_N}[reduction]
-            assert float((got.detach().double() - true.detach()).abs().max()) < 5e-6 * float(true_N.detach().abs().max().clamp(min=1.0))
+            assert float((got.detach().double() - true.detach()).abs().max()) < 5e-6 * float(
+                true_N.detach().abs().max().clamp(min=1.0)
+            )
             upstream = torch.linspace(0.5, 2, got.numel(), device=backend.device).view(got.shape)
             gradients = torch.autograd.grad((got * upstream).sum(), case.leaves)
             for mine, truth in zip(gradients, torch.autograd.grad((true * upstream).sum(), exact.leaves), strict=True):
