@@ -25,9 +25,9 @@ RawLogits raw_logits(uintptr_t z, int64_t columns, int64_t rows, int64_t pitch, 
   return {address<float>(z), columns, rows, pitch, first, options};
 }
 
-DivergenceSlab slab(uintptr_t student, uintptr_t teacher, int64_t columns, int64_t rows, int kind, float beta, uintptr_t student_lse,
+DivergenceSlab slab(uintptr_t student, uintptr_t teacher, int64_t columns, int64_t rows, int kind, double beta, uintptr_t student_lse,
                     uintptr_t teacher_lse) {
-  return {address<const float>(student), address<const float>(teacher), columns, rows, static_cast<dllm::Kind>(kind), beta,
+  return {address<const float>(student), address<const float>(teacher), columns, rows, static_cast<dllm::Kind>(kind), (float)beta, (float)(1 - beta),
           address<const float>(student_lse), address<const float>(teacher_lse)};
 }
 

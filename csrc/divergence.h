@@ -21,7 +21,7 @@ struct DivergenceSlab {
   const float *student, *teacher;  // final logits [columns][rows]
   int64_t columns, rows;
   Kind kind;
-  float beta;
+  float beta, rest;  // the teacher's share of the mixture, and the student's
   const float *student_lse, *teacher_lse;  // [rows]; null for `look`
 };
 

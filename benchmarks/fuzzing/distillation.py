@@ -1,6 +1,7 @@
 """`distillation_loss` fuzzed: a drawn problem, its value and gradients in float64 with bounds of rounding, and the judge.
 
-Bounds are first-order, of which a tenth is allowed: e is by how much a row's logits may be off, 2 e what that does to a log-probability.
+Bounds are first-order, of which a tenth is allowed: e is by how much a row's logits may be off, 2 e what that does to a
+log-probability.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ class Truth:
 
     def __init__(self, p: Problem) -> None:
         self.p, t, o = p, p.tensors, p.options
+        self.margin = MARGIN if p.wide == torch.float32 else 4.0  # the truth itself is rounded to float64
         self.eps = eps = torch.finfo(p.wide).eps
         V, limit = len(t["weight"]), o.get("valid_vocab", len(t["weight"]))
         dead_V = torch.zeros(V, dtype=torch.bool)
@@ -224,7 +226,7 @@ class Truth:
         value, error = (value_N, error_N) if p.reduction == "none" else (value_N.sum(), error_N.sum())
         if p.reduction != "none":
             error = error + 8 * eps * (1 + len(value_N) ** 0.5) * value_N.abs().sum()
-        found = {"value": Bounded(value, MARGIN * error + TINY)}
+        found = {"value": Bounded(value, self.margin * error + TINY)}
         by_N1 = (self.factor_N * p.upstream.double())[:, None]
         op = by_N1 * self.op * self.slope
         op_error = by_N1.abs() * (self.op_error * self.slope.abs() + self.op.abs() * (self.flat + 8 * eps * self.slope.abs()))
@@ -233,7 +235,9 @@ class Truth:
             exact, whole = left @ right, left.abs() @ right.abs()
             error = left_error @ right.abs() + eps * (8 + deep**0.5) * whole
             unit = torch.finfo(narrow)
-            return Bounded(exact, MARGIN * error + 2 * unit.eps * exact.abs() + 2 * float(unit.smallest_normal) * unit.eps + TINY)
+            return Bounded(
+                exact, self.margin * error + 2 * unit.eps * exact.abs() + 2 * float(unit.smallest_normal) * unit.eps + TINY
+            )
 
         N, V = op.shape
         many = len(t["weight"])
@@ -246,14 +250,14 @@ class Truth:
             down, up, scale = t["low_rank_A"].double(), t["low_rank_B"].double()[self.alive_V], p.options["scale"]
             low, low_up = t["low_rank_A"].dtype, up.abs() * abs(scale)
             through = product(op @ up * scale, (op_error + 16 * eps * op.abs()) @ low_up, down, up.shape[1] + V, p.dtype)
-            more = eps * (8 + V**0.5) * MARGIN * (op.abs() @ low_up @ down.abs())
+            more = eps * (8 + V**0.5) * self.margin * (op.abs() @ low_up @ down.abs())
             dhidden = Bounded(dhidden.exact + through.exact, 2 * (dhidden.bound + through.bound) + more)
-            rest = eps * (8 + V**0.5) * MARGIN * ((op.abs() @ low_up).t() @ self.h_NH.abs())
+            rest = eps * (8 + V**0.5) * self.margin * ((op.abs() @ low_up).t() @ self.h_NH.abs())
             ddown = product((op @ up * scale).t(), (op_error @ low_up).t(), self.h_NH, N, low)
             found["dlow_rank_A"] = Bounded(ddown.exact, ddown.bound + rest)
             through_N = scale * self.h_NH @ down.t()
             dup = product(op.t(), op_error.t(), through_N, N, low)
-            lost = eps * (8 + self.h_NH.shape[1] ** 0.5) * MARGIN * (op.abs().t() @ (self.h_NH.abs() @ down.abs().t()))
+            lost = eps * (8 + self.h_NH.shape[1] ** 0.5) * self.margin * (op.abs().t() @ (self.h_NH.abs() @ down.abs().t()))
             found["dlow_rank_B"] = of_ids(Bounded(dup.exact, dup.bound + lost * abs(scale)))
         positions = t["hidden"].numel() // t["hidden"].shape[-1]
         zero = torch.zeros(positions, t["hidden"].shape[-1]).double()

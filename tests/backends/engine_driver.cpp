@@ -182,7 +182,7 @@ int divergences(const dllm::Divergence& divergence, int64_t N, int64_t V, bool o
     ++made;
   }
   for (dllm::Kind kind : {dllm::Kind::forward_kl, dllm::Kind::reverse_kl, dllm::Kind::jsd}) {
-    const dllm::DivergenceSlab slab{student.data, teacher.data, V, N, kind, 0.3f, one, two};
+    const dllm::DivergenceSlab slab{student.data, teacher.data, V, N, kind, 0.3f, 0.7f, one, two};
     together([&](dllm::Team& team) { divergence.look(slab, look.data, 2, team); });
     together([&](dllm::Team& team) { divergence.mix(slab, mix.data, 2, team); });
     together([&](dllm::Team& team) { divergence.operand(slab, three, four, options ? squeeze.data : nullptr, out.data, team); });

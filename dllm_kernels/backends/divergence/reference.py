@@ -77,4 +77,7 @@ def _times(weight_VN: Tensor, x_VN: Tensor) -> Tensor:
 def _to_mixture(slab: Slab, s_lse_N: Tensor, t_lse_N: Tensor) -> tuple[Tensor, Tensor]:
     """`log p - log q`, far ratios bounded, and `log q - log m` where m = b p + (1 - b) q."""
     ratio_VN = (slab.teacher_VN - slab.student_VN).add_(s_lse_N - t_lse_N).clamp_(-FAR, FAR)
-    return ratio_VN, torch.expm1(ratio_VN).mul_(slab.problem.beta).log1p_().neg_()
+    beta = slab.problem.beta
+    y_VN = torch.expm1(ratio_VN).mul_(beta)  # m / q - 1
+    whole_VN = ratio_VN.exp().mul_(beta).add_(1.0 - beta)  # keeps its digits where beta is near 1 and p far below q
+    return ratio_VN, torch.where(y_VN.abs() < 0.3, torch.log1p(y_VN), whole_VN.log()).neg_()

@@ -22,8 +22,8 @@ PART = 256  # ids of a program that sums; from the slab's size alone, so that no
 
 
 @triton.jit
-def expm1(x):  # type: ignore[no-untyped-def]
-    """exp(x) - 1 for |x| <= 80 (or NaN)."""
+def log_mixture(x, beta, rest):  # type: ignore[no-untyped-def]
+    """log(rest + beta exp(x)) for |x| <= 80 (or NaN) and rest = 1 - beta; near 0 log(1 + y) of y = beta (exp(x) - 1)."""
     k = tl.floor(x * 1.44269504 + 0.5)
     r = x - k * 0.693145751953125 - k * 1.42860677e-6
     q = 0.001382144634
@@ -31,26 +31,20 @@ def expm1(x):  # type: ignore[no-untyped-def]
     q = q * r + 0.04166825488
     q = q * r + 0.1666652113
     q = q * r + 0.4999999404
+    more = q * (r * r) + r
     scale = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return scale * (q * (r * r) + r) + (scale - 1.0)
-
-
-@triton.jit
-def log1p(y):  # type: ignore[no-untyped-def]
-    """log(1 + y) for y > -1 (or NaN). Near 0 f is y itself, elsewhere what 1 + y lost is added."""
-    u = 1.0 + y
+    u = beta * (scale * more + scale) + rest
     offset = u.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2), so that f lies around 0
     exponent = offset >> 23
     e = exponent.to(tl.float32)
-    near = exponent == 0
-    f = tl.where(near, y, ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0)
-    lost = tl.where(near, 0.0, (y - (u - 1.0)) / u)
-    s = f / (2.0 + f)
-    w = s * s
+    y = beta * (scale * more + (scale - 1.0))
+    f = tl.where(exponent == 0, y, ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0)
+    t = f / (2.0 + f)
+    w = t * t
     half = 0.5 * f * f
-    rest = w * (0.6666677594 + w * (0.3997758329 + w * 0.298707962))
-    r = e * 0.693145751953125 + (f - (half - (s * (half + rest) + (e * 1.42860677e-6 + lost))))
-    return tl.where(y == y, r, y)
+    tail = w * (0.6666677594 + w * (0.3997758329 + w * 0.298707962))
+    log = e * 0.693145751953125 + (f - (half - (t * (half + tail) + e * 1.42860677e-6)))
+    return tl.where(u == u, log, u)
 
 
 @triton.jit
@@ -65,11 +59,11 @@ def probability(z, lse):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_mixture(s, t, s_lse, t_lse, beta):  # type: ignore[no-untyped-def]
+def to_mixture(s, t, s_lse, t_lse, beta, rest):  # type: ignore[no-untyped-def]
     """`log p - log q`, far ratios bounded, and `log q - log m` where m = beta p + (1 - beta) q."""
     r = (t - s) + (s_lse - t_lse)[None, :]
     r = tl.where(r > 80.0, 80.0, tl.where(r < -80.0, -80.0, r))
-    return r, -log1p(beta * expm1(r))
+    return r, -log_mixture(r, beta, rest)
 
 
 @triton.jit
@@ -126,8 +120,8 @@ def look_kernel(student, teacher, sums, rows, ids, part, KIND: tl.constexpr, R: 
     tl.store(to + 4 * rows, tl.sum(weighted, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "ids", "part", "beta"])
-def mix_kernel(student, teacher, student_lse, teacher_lse, sums, rows, ids, part, beta, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["rows", "ids", "part", "beta", "rest"])
+def mix_kernel(student, teacher, student_lse, teacher_lse, sums, rows, ids, part, beta, rest, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
     """`mix` of `part` ids."""
     n = tl.program_id(0) * C + tl.arange(0, C)
     inside = n < rows
@@ -142,7 +136,7 @@ def mix_kernel(student, teacher, student_lse, teacher_lse, sums, rows, ids, part
         at = v.to(tl.int64)[:, None] * rows + n[None, :]
         s = tl.load(student + at, mask=here, other=float("-inf"))
         t = tl.load(teacher + at, mask=here, other=float("-inf"))
-        ratio, excess = to_mixture(s, t, s_lse, t_lse, beta)
+        ratio, excess = to_mixture(s, t, s_lse, t_lse, beta, rest)
         of_teacher += times(probability(t, t_lse), ratio + excess)
         of_student += times(probability(s, s_lse), excess)
     to = sums + tl.program_id(1).to(tl.int64) * 2 * rows + n
@@ -150,9 +144,9 @@ def mix_kernel(student, teacher, student_lse, teacher_lse, sums, rows, ids, part
     tl.store(to + rows, tl.sum(of_student, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "ids", "beta"])
+@triton.jit(do_not_specialize=["rows", "ids", "beta", "rest"])
 def operand_kernel(  # type: ignore[no-untyped-def]
-    student, teacher, student_lse, teacher_lse, mean, factor, squeeze, out, rows, ids, beta,
+    student, teacher, student_lse, teacher_lse, mean, factor, squeeze, out, rows, ids, beta, rest,
     KIND: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`operand` of R ids."""
@@ -173,8 +167,8 @@ def operand_kernel(  # type: ignore[no-untyped-def]
         if KIND == 1:
             x = times(q, (s - t) - expected)
         else:
-            _, excess = to_mixture(s, t, s_lse, t_lse, beta)
-            x = times(q, excess - expected) * (1.0 - beta)
+            _, excess = to_mixture(s, t, s_lse, t_lse, beta, rest)
+            x = times(q, excess - expected) * rest
     x = x * tl.load(factor + n, mask=inside, other=0.0)[None, :]
     if squeeze is not None:
         inner = s * tl.load(squeeze + n, mask=inside, other=0.0)[None, :]
@@ -244,7 +238,7 @@ def mix(slab: Slab, student_lse_N: Tensor, teacher_lse_N: Tensor) -> Tensor:
     sums, both = _sums(slab, 2), (slab.student_VN, slab.teacher_VN)
     columns, rows = slab.student_VN.shape
     beta = slab.problem.beta
-    _launch(mix_kernel, slab.student_VN, PART, *both, student_lse_N, teacher_lse_N, sums, rows, columns, PART, beta)
+    _launch(mix_kernel, slab.student_VN, PART, *both, student_lse_N, teacher_lse_N, sums, rows, columns, PART, beta, 1.0 - beta)
     return sums.double()
 
 
@@ -253,7 +247,7 @@ def operand(slab: Slab, found: Statistics, factor_N: Tensor, squeeze_N: Tensor |
     columns, rows = slab.student_VN.shape
     of_rows = found.student_lse, found.teacher_lse, found.mean, factor_N, squeeze_N
     both, kind = (slab.student_VN, slab.teacher_VN), KINDS.index(slab.problem.kind)
-    numbers = rows, columns, slab.problem.beta
+    numbers = rows, columns, slab.problem.beta, 1.0 - slab.problem.beta
     _launch(operand_kernel, slab.student_VN, 0, *both, *of_rows, out_VN, *numbers, KIND=kind, ROUND=interpreted())
 
 

@@ -194,13 +194,15 @@ def _divergences() -> Iterator[Variant]:
     for number, kind in enumerate(KINDS):
         known = {**sizes, "KIND": number}
         yield Variant(f"look {kind}", divergence.look_kernel, {**both, **part}, known, launch, quick=number == 0)
-        given = {**both, **levels, "mean": "*fp32", "factor": "*fp32", "beta": "fp32"}
+        given = {**both, **levels, "mean": "*fp32", "factor": "*fp32", "beta": "fp32", "rest": "fp32"}
         for label, more, absent in (("bf16", {"out": "*bf16"}, {"squeeze": None}), ("fp32, softcap", {"squeeze": "*fp32"}, {})):
             types = {**given, "out": "*fp32", **more}
             known = {**sizes, **absent, "KIND": number, "ROUND": False}
             quick = number == 2 and bool(absent)
             yield Variant(f"operand {kind} {label}", divergence.operand_kernel, types, known, launch, quick=quick)
-    yield Variant("mix", divergence.mix_kernel, {**both, **levels, **part, "beta": "fp32"}, sizes, launch, quick=True)
+    yield Variant(
+        "mix", divergence.mix_kernel, {**both, **levels, **part, "beta": "fp32", "rest": "fp32"}, sizes, launch, quick=True
+    )
     raw = dict.fromkeys(("rows", "ids", "first", "stride"), "i32") | {"logits": "*fp32"}
     for label, names in (
         ("every option", ("bias", "excluded", "temperature_N", "softcap")),
