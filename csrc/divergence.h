@@ -25,7 +25,8 @@ struct DivergenceSlab {
   const float *student_lse, *teacher_lse;  // [rows]; null for `look`
 };
 
-// Each column part has a place of its own, so that no sum depends on the number of threads.
+// What a slab adds to the sums of those before; each column part has a place of its own, so that no sum depends on the number of
+// threads. In the beginning maxima are -inf and sums 0.
 constexpr int64_t kLookSums = 5, kMixSums = 2;
 
 struct Divergence {

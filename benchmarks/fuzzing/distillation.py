@@ -280,7 +280,7 @@ def surroundings(p: Problem, engine: str, poison: float | None, guarded: Guarded
     if p.budget is not None:
         contract.WORKSPACE_BYTES["cpu"] = p.budget
     walk._Walker.slab_like = lambda walker: guarded.empty_like(like(walker), float("nan"))  # type: ignore[method-assign]
-    passes._sums = lambda slab, count: guarded.empty_like(sums(slab, count), float("nan"))
+    passes._sums = lambda slab, count: guarded.copy(sums(slab, count))
     torch.set_num_threads(p.threads)
     if engine != REFERENCE:
         cpu._C.set_isa(engine)

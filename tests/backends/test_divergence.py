@@ -9,7 +9,7 @@ import torch
 
 from dllm_kernels.backends import cpu
 from dllm_kernels.backends.contract import HeadOptions
-from dllm_kernels.backends.divergence import engine, reference, walk
+from dllm_kernels.backends.divergence import engine, reference
 from dllm_kernels.backends.divergence.problem import KINDS, Slab, Statistics
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension was not built")
@@ -41,7 +41,10 @@ def test_passes_have_the_errors_of_fp32_on_every_instruction_set(isa):
     for rows, ids in SIZES:
         for kind in KINDS:
             mine, exact, g = slabs(rows, ids, kind)
-            got, want = (walk._joined(None, passes.look(slab), kind) for passes, slab in ((engine, mine), (reference, exact)))
+            got, want = (reference.joined(passes.look(slab), kind) for passes, slab in ((engine, mine), (reference, exact)))
+            both = [reference.joined(passes.look(x, passes.look(x)), kind) for passes, x in ((engine, mine), (reference, exact))]
+            torch.testing.assert_close(both[0][(1, 3), :], 2 * want[(1, 3), :], rtol=5e-7, atol=0)  # of two equal slabs
+            torch.testing.assert_close(both[1], want * torch.tensor([1, 2, 1, 2, 2])[:, None])
             assert torch.equal(got[(0, 2), :], want[(0, 2), :])
             torch.testing.assert_close(got[(1, 3), :], want[(1, 3), :], rtol=5e-7, atol=0)
             torch.testing.assert_close(got[4], want[4], rtol=1e-6, atol=5e-7 * float(want[3].max()))

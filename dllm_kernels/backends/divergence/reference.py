@@ -1,6 +1,6 @@
 """The passes over two slabs of logits in plain PyTorch, float64 too: the specification of the other implementations.
 
-Each has these four functions. Sums come in parts, `[P, sums, N]` in float64, which `walk` adds up.
+Each has these four functions. Sums are those of all slabs so far, in parts `[P, sums, N]` in float64 that `joined` adds up.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def finish_(z_VN: Tensor, options: HeadOptions, span: slice, vocabulary: int) ->
         z_VN.masked_fill_(excluded_V[span, None], float("-inf"))
 
 
-def look(slab: Slab) -> Tensor:
-    """Five sums: max and `sum e^(z - max)` of the student, the same of the teacher, and below the same maximum, of forward_kl
-    `sum e^t (t - s)`, of reverse_kl `sum e^s (s - t)`, of jsd 0."""
+def look(slab: Slab, before: Tensor | None = None) -> Tensor:
+    """Five sums, those `before` included: max and `sum e^(z - max)` of the student, the same of the teacher, and below the same
+    maximum, of forward_kl `sum e^t (t - s)`, of reverse_kl `sum e^s (s - t)`, of jsd 0."""
     (s_max_N, s_VN), (t_max_N, t_VN) = _exponentials(slab.student_VN), _exponentials(slab.teacher_VN)
     weighted_N = torch.zeros_like(s_max_N)
     if slab.problem.kind == "forward_kl":
@@ -35,15 +35,27 @@ def look(slab: Slab) -> Tensor:
     elif slab.problem.kind == "reverse_kl":
         weighted_N = _times(s_VN, slab.student_VN - slab.teacher_VN).sum(0, dtype=torch.float64)
     s_sum_N, t_sum_N = (x.sum(0, dtype=torch.float64) for x in (s_VN, t_VN))
-    return torch.stack([x.double() for x in (s_max_N, s_sum_N, t_max_N, t_sum_N, weighted_N)])[None]
+    sums_15N = torch.stack([x.double() for x in (s_max_N, s_sum_N, t_max_N, t_sum_N, weighted_N)])[None]
+    return sums_15N if before is None else joined(torch.cat((before, sums_15N)), slab.problem.kind)[None]
 
 
-def mix(slab: Slab, student_lse_N: Tensor, teacher_lse_N: Tensor) -> Tensor:
-    """Two sums of jsd: `sum p (log p - log m)` and `sum q (log q - log m)`."""
+def joined(parts_P5N: Tensor, kind: str) -> Tensor:
+    """The five sums of `look` below one maximum of each row."""
+    max_P2N, sum_P2N = parts_P5N[:, (0, 2)], parts_P5N[:, (1, 3)]
+    max_2N = max_P2N.amax(0)
+    scale_P2N = (max_P2N - torch.where(max_2N == float("-inf"), 0.0, max_2N)).exp()
+    sum_2N = (sum_P2N * scale_P2N).sum(0)
+    weighted_N = (parts_P5N[:, 4] * scale_P2N[:, int(kind == "forward_kl")]).sum(0)
+    return torch.stack((max_2N[0], sum_2N[0], max_2N[1], sum_2N[1], weighted_N))
+
+
+def mix(slab: Slab, student_lse_N: Tensor, teacher_lse_N: Tensor, before: Tensor | None = None) -> Tensor:
+    """Two sums of jsd, those `before` included: `sum p (log p - log m)` and `sum q (log q - log m)`."""
     ratio_VN, excess_VN = _to_mixture(slab, student_lse_N, teacher_lse_N)
     of_teacher_VN = _times((slab.teacher_VN - teacher_lse_N).exp(), ratio_VN + excess_VN)
     of_student_VN = _times((slab.student_VN - student_lse_N).exp(), excess_VN)
-    return torch.stack([x.sum(0, dtype=torch.float64) for x in (of_teacher_VN, of_student_VN)])[None]
+    sums_12N = torch.stack([x.sum(0, dtype=torch.float64) for x in (of_teacher_VN, of_student_VN)])[None]
+    return sums_12N if before is None else before + sums_12N
 
 
 def operand(slab: Slab, found: Statistics, factor_N: Tensor, squeeze_N: Tensor | None, out_VN: Tensor) -> None:

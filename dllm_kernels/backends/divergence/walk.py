@@ -99,6 +99,8 @@ def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tens
         room = torch.empty(p.vocabulary, 2 * way.kept, dtype=p.dtype, device=p.device)
     elif way.kept and buffers is not None:
         room = max((w_VK for w_VK in buffers.weights if w_VK is not None), key=lambda w_VK: w_VK.shape[1] * w_VK.itemsize)
+    for fresh in (room, *(() if buffers is None else buffers.weights)):
+        engine.expect(fresh)
     parts = []
     for start in range(0, max(p.rows, 1), way.chunk):
         span = slice(start, start + way.chunk)
@@ -200,15 +202,18 @@ def product_dtype(weight: Tensor, statistics: torch.dtype) -> torch.dtype:
 
 def _statistics(walker: _Walker) -> Statistics:
     p = walker.problem
-    sums_5N = None
+    sums_P5N = None
     for _, slab in walker.walk():
-        sums_5N = _joined(sums_5N, walker.passes.look(slab), p.kind)
-    assert sums_5N is not None
-    s_max_N, s_sum_N, t_max_N, t_sum_N, weighted_N = sums_5N
+        sums_P5N = walker.passes.look(slab, sums_P5N)
+    assert sums_P5N is not None
+    s_max_N, s_sum_N, t_max_N, t_sum_N, weighted_N = reference.joined(sums_P5N, p.kind)
     s_lse_N, t_lse_N = s_max_N + s_sum_N.log(), t_max_N + t_sum_N.log()
     if p.kind == "jsd":
-        narrow = s_lse_N.to(p.dtype), t_lse_N.to(p.dtype)
-        of_teacher_N, mean_N = sum(walker.passes.mix(slab, *narrow).sum(0) for _, slab in walker.walk())
+        narrow, sums_P2N = (s_lse_N.to(p.dtype), t_lse_N.to(p.dtype)), None
+        for _, slab in walker.walk():
+            sums_P2N = walker.passes.mix(slab, *narrow, sums_P2N)
+        assert sums_P2N is not None
+        of_teacher_N, mean_N = sums_P2N.sum(0)
         divergence_N = p.beta * of_teacher_N + (1.0 - p.beta) * mean_N
     elif p.kind == "forward_kl":
         mean_N = weighted_N / t_sum_N
@@ -217,20 +222,6 @@ def _statistics(walker: _Walker) -> Statistics:
         mean_N = weighted_N / s_sum_N
         divergence_N = mean_N - s_lse_N + t_lse_N
     return Statistics(*(vector_N.to(p.dtype) for vector_N in (divergence_N, s_lse_N, t_lse_N, mean_N)))
-
-
-def _joined(sums_5N: Tensor | None, parts_P5N: Tensor, kind: str) -> Tensor:
-    """The five sums of `reference.look` below one maximum of each row."""
-    if sums_5N is not None:
-        parts_P5N = torch.cat((sums_5N[None], parts_P5N))
-    if len(parts_P5N) == 1:
-        return parts_P5N[0]
-    max_P2N, sum_P2N = parts_P5N[:, (0, 2)], parts_P5N[:, (1, 3)]
-    max_2N = max_P2N.amax(0)
-    scale_P2N = (max_P2N - torch.where(max_2N == float("-inf"), 0.0, max_2N)).exp()
-    sum_2N = (sum_P2N * scale_P2N).sum(0)
-    weighted_N = (parts_P5N[:, 4] * scale_P2N[:, int(kind == "forward_kl")]).sum(0)
-    return torch.stack((max_2N[0], sum_2N[0], max_2N[1], sum_2N[1], weighted_N))
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------------

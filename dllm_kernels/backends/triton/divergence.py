@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.backends.divergence.problem import KINDS, Slab, Statistics
+from dllm_kernels.backends.divergence.reference import joined
 from dllm_kernels.backends.triton.arithmetic import exp_far, far, finite_or_zero, tanh
 from dllm_kernels.backends.triton.rows import _narrow, flat, interpreted
 
@@ -202,8 +203,8 @@ def finish_kernel(  # type: ignore[no-untyped-def]
 
 
 def tile(interpreter: bool) -> dict[str, int]:
-    """Eight logits a thread and slab. The interpreter pays by the operation."""
-    return {"R": 64, "C": 64, "num_warps": 4} if interpreter else {"R": 16, "C": 64, "num_warps": 4}
+    """Four logits a thread and slab: with eight, registers spill on one device. The interpreter pays by the operation."""
+    return {"R": 64, "C": 64, "num_warps": 4} if interpreter else {"R": 8, "C": 64, "num_warps": 4}
 
 
 def _launch(kernel: Any, like: Tensor, ids: int, *arguments: Any, **constants: Any) -> None:
@@ -224,22 +225,24 @@ def finish_(z_VN: Tensor, options: HeadOptions, span: slice, vocabulary: int) ->
         _launch(finish_kernel, z_VN, 0, z_VN, *given, rows, columns, span.start, z_VN.stride(0))
 
 
-def look(slab: Slab) -> Tensor:
+def look(slab: Slab, before: Tensor | None = None) -> Tensor:
     """See `reference.look`."""
     sums = _sums(slab, 5)
     columns, rows = slab.student_VN.shape
     kind = KINDS.index(slab.problem.kind)
     _launch(look_kernel, slab.student_VN, PART, slab.student_VN, slab.teacher_VN, sums, rows, columns, PART, KIND=kind)
-    return sums.double()
+    parts = sums.double() if before is None else torch.cat((before, sums.double()))
+    return joined(parts, slab.problem.kind)[None]
 
 
-def mix(slab: Slab, student_lse_N: Tensor, teacher_lse_N: Tensor) -> Tensor:
+def mix(slab: Slab, student_lse_N: Tensor, teacher_lse_N: Tensor, before: Tensor | None = None) -> Tensor:
     """See `reference.mix`."""
     sums, both = _sums(slab, 2), (slab.student_VN, slab.teacher_VN)
     columns, rows = slab.student_VN.shape
     beta = slab.problem.beta
     _launch(mix_kernel, slab.student_VN, PART, *both, student_lse_N, teacher_lse_N, sums, rows, columns, PART, beta, 1.0 - beta)
-    return sums.double()
+    found = sums.sum(0, dtype=torch.float64)[None]
+    return found if before is None else before + found
 
 
 def operand(slab: Slab, found: Statistics, factor_N: Tensor, squeeze_N: Tensor | None, out_VN: Tensor) -> None:
