@@ -343,8 +343,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &sample);
   m.def("values_fit", &values_fit);
   m.def("workspace_bytes", &workspace_bytes);
-  m.def("advise", [](uintptr_t data, int64_t bytes) { advise(address<void>(data), (size_t)bytes); },
-        "Asks for huge pages for memory that is about to be written.");
   m.def("release_workspace", &Workspace::release, "Gives the kept workspace back to the system.");
   m.def("poison_workspace", [](std::optional<float> value) {
     if (value) poison = *value;

@@ -53,7 +53,8 @@ class Sizes:
             of_weights.append(self.rank * self.low_dtype.itemsize)
         trains = self.plan == "coef" and (self.needs.bias or bool(of_weights))
         gradient = self.plan in ("coef", "unit")
-        sizes = self.rows, self.walked, self.statistics_dtype, self.device
+        widest = max(width for width, _ in self.products)
+        sizes = self.rows, self.walked, widest, self.statistics_dtype, self.device
         return walk.course(*sizes, self.kind, gradient, of_weights if trains else None)
 
     def flops(self, *, backward: bool) -> int:

@@ -13,12 +13,6 @@ _PARTS = 8  # of a slab's ids, for the threads
 _LEAST = 64  # ids of a part
 
 
-def expect(tensor: Tensor | None) -> None:
-    """Asks for huge pages for memory that is about to be written: first touches cost a third then. Without the engine nothing."""
-    if tensor is not None and tensor.is_cpu and cpu.available():
-        cpu._C.advise(tensor.data_ptr(), tensor.nbytes)
-
-
 def finish_(z_VN: Tensor, options: HeadOptions, span: slice, vocabulary: int) -> None:
     """See `reference.finish_`."""
     temperature, excluded_V = options.temperature, options.excluded(vocabulary, z_VN.device)

@@ -52,6 +52,11 @@ class DivergenceProblem:
         return len(self.student.pairs[0].rows_NK)
 
     @property
+    def widest(self) -> int:
+        """Columns of the widest weight."""
+        return max(weight_VK.shape[1] for side in (self.student, self.teacher) for _, weight_VK in side.pairs)
+
+    @property
     def device(self) -> torch.device:
         return self.student.pairs[0].rows_NK.device
 

@@ -26,7 +26,8 @@ from dllm_kernels.backends.divergence import engine, reference
 from dllm_kernels.backends.divergence.problem import Buffers, DivergenceProblem, Pair, Side, Slab, Statistics
 from dllm_kernels.backends.triton import products
 
-SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of one buffer of logits
+SLAB_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of one buffer of logits
+WEIGHT_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a weight's slab in the statistics' dtype
 LEAST_SLAB, MOST_SLAB = 64, 16384
 SMALL_BYTES = 8 << 20  # of logits of both heads
 
@@ -57,13 +58,15 @@ class Course:
 def course(
     rows: int,
     vocabulary: int,
+    widest: int,
     dtype: torch.dtype,
     device: torch.device,
     kind: str,
     gradient: bool,
     of_weights: Sequence[int] | None,
 ) -> Course:
-    """`of_weights`: bytes of an id in each weight's gradient, None where no gradient of the head is wanted."""
+    """`widest`: columns of the widest weight. `of_weights`: bytes of an id in each weight's gradient, None where no gradient of
+    the head is wanted."""
     per_row, count = 2 * dtype.itemsize, max(1, rows)  # bytes of an id and row, of both heads
     chunk, own_room, kept = count, False, 0
     walks = 1 + (kind == "jsd") + gradient
@@ -75,8 +78,9 @@ def course(
         budget = contract.WORKSPACE_BYTES.get(device.type, contract.GPU_WORKSPACE_BYTES)
         chunk = kept = min(count, max(contract.ROW_BLOCK // 4, budget // (per_row * vocabulary)))
         own_room = True
-    elements = SLAB_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
-    size = max(LEAST_SLAB, min(MOST_SLAB, elements // chunk // 64 * 64))
+    where = "cpu" if device.type == "cpu" else "cuda"
+    fits = min(SLAB_ELEMENTS[where] // chunk, WEIGHT_ELEMENTS[where] // widest, MOST_SLAB)
+    size = max(LEAST_SLAB, fits // 64 * 64)
     return Course(chunk, min(size, vocabulary), kept, own_room, walks)
 
 
@@ -85,7 +89,7 @@ def course_of(problem: DivergenceProblem, buffers: Buffers | None) -> Course:
     p, of_weights = problem, None
     if buffers is not None and (buffers.bias is not None or any(weight_VK is not None for weight_VK in buffers.weights)):
         of_weights = [w_VK.shape[1] * w_VK.itemsize for w_VK in buffers.weights if w_VK is not None]
-    return course(p.rows, p.vocabulary, p.dtype, p.device, p.kind, buffers is not None, of_weights)
+    return course(p.rows, p.vocabulary, p.widest, p.dtype, p.device, p.kind, buffers is not None, of_weights)
 
 
 def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tensor | None = None) -> Statistics:
@@ -99,8 +103,6 @@ def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tens
         room = torch.empty(p.vocabulary, 2 * way.kept, dtype=p.dtype, device=p.device)
     elif way.kept and buffers is not None:
         room = max((w_VK for w_VK in buffers.weights if w_VK is not None), key=lambda w_VK: w_VK.shape[1] * w_VK.itemsize)
-    for fresh in (room, *(() if buffers is None else buffers.weights)):
-        engine.expect(fresh)
     parts = []
     for start in range(0, max(p.rows, 1), way.chunk):
         span = slice(start, start + way.chunk)
@@ -115,7 +117,7 @@ def run(problem: DivergenceProblem, buffers: Buffers | None = None, coef_N: Tens
 def gradient(problem: DivergenceProblem, found: Statistics, buffers: Buffers, coef_N: Tensor) -> None:
     """What `run` writes to buffers, from the statistics that it returned: the logits are made again."""
     p = problem
-    again = course(p.rows, p.vocabulary, p.dtype, p.device, "forward_kl", False, [])
+    again = course(p.rows, p.vocabulary, p.widest, p.dtype, p.device, "forward_kl", False, [])
     _gradient(_Walker(p, again, None), found, buffers, coef_N)
 
 
@@ -141,8 +143,7 @@ class _Walker:
         """Memory for ids of any weight in the statistics' dtype."""
         if self._wide is None:
             p = self.problem
-            widest = max(weight_VK.shape[1] for side in (p.student, p.teacher) for _, weight_VK in side.pairs)
-            self._wide = torch.empty(self.size * widest, dtype=p.dtype, device=p.device)
+            self._wide = torch.empty(self.size * p.widest, dtype=p.dtype, device=p.device)
         return self._wide[: ids * width].view(ids, width)
 
     def weight(self, pair: Pair, span: slice) -> Tensor:
