@@ -74,6 +74,16 @@ def test_and_those_that_take_tokens_back(model, recipe, temperature):
     assert rollout.edited or recipe.get("alg")
 
 
+@pytest.mark.parametrize("recipe", TAKING_BACK.values(), ids=TAKING_BACK)
+def test_whose_padding_and_company_change_nothing_either(model, recipe):
+    options = {"temperature": 0.7, "length": 8, **recipe}
+    left, _ = both(model, layout="left", **options)
+    for micro_batch in (1, 2):
+        ragged = generate(model, RAGGED, mask_id=MASK, sequence_ids=IDS, micro_batch=micro_batch, **options)
+        assert torch.equal(ragged.completion_BL, left.completion_BL)
+        assert torch.equal(ragged.commit_step_BL, left.commit_step_BL)
+
+
 @each_recipe
 def test_and_on_left_padded_prompts_as_if_there_were_no_padding(model, recipe):
     both(model, layout="left", temperature=0.7, **recipe)
