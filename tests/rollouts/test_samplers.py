@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dllm_kernels import Rollout, generate, trajectory_rows
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.rollouts import schedules
+from dllm_kernels.rollouts.samplers import SAMPLERS
 from tests.rollouts import published
 from tests.rollouts.compare import IDS, MASK, RAGGED, V, both
 from tests.tiny import eurobert
@@ -296,3 +297,23 @@ def test_the_prompt_stays_and_the_settings_are_told(model):
     assert rollout.settings["steps"] == 3
     assert rollout.settings["temperature"] == 0.0
     assert rollout.settings["remasking"] == "low_confidence"
+
+
+def test_default_numbers_are_those_of_the_sources_that_the_table_names():
+    numbers = {
+        name: {option: value for option, value in sampler.options.items() if type(value) in (int, float)}
+        for name, sampler in SAMPLERS.items()
+    }
+    assert numbers == {
+        "llada": {},
+        "dream": {"eps": 1e-3, "threshold": 0.9},
+        "roar": {},
+        "fast_dllm": {"threshold": 0.9},
+        "fast_dream": {"eps": 1e-3, "threshold": 0.9},
+        "rcr": {},
+        "wino": {"threshold": 0.6, "threshold_back": 0.9},
+        "remdm": {"eta": 0.02, "eps": 1e-5, "t_on": 0.55, "t_off": 0.05, "alpha_on": 0.9},
+        "sdar": {"threshold": 0.85, "bound": 0.1},
+        "llada2": {"threshold": 0.95, "max_post_steps": 16},
+        "entropy_bound": {"bound": 0.1},
+    }
