@@ -319,3 +319,23 @@ def test_every_sampler_and_option_is_told_and_compared():
         assert sampler.name in compared
         for option in sampler.options:
             assert f"{option}=" in generate.__doc__ or option in generate.__doc__, option
+
+
+def test_default_numbers_are_those_of_the_sources_that_the_table_names():
+    numbers = {
+        name: {option: value for option, value in sampler.options.items() if type(value) in (int, float)}
+        for name, sampler in SAMPLERS.items()
+    }
+    assert numbers == {
+        "llada": {},
+        "dream": {"eps": 1e-3, "threshold": 0.9},
+        "roar": {},
+        "fast_dllm": {"threshold": 0.9},
+        "fast_dream": {"eps": 1e-3, "threshold": 0.9},
+        "rcr": {},
+        "wino": {"threshold": 0.6, "threshold_back": 0.9},
+        "remdm": {"eta": 0.02, "eps": 1e-5, "t_on": 0.55, "t_off": 0.05, "alpha_on": 0.9},
+        "sdar": {"threshold": 0.85, "bound": 0.1},
+        "llada2": {"threshold": 0.95, "max_post_steps": 16},
+        "entropy_bound": {"bound": 0.1},
+    }
