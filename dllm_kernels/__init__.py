@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dllm_kernels.accumulation.estimation import estimate_elbo
+from dllm_kernels.accumulation.fitting import Fit, fit_passes
 from dllm_kernels.accumulation.loop import accumulate
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head.distillation import distillation_loss
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dllm_kernels import objectives
 
 __all__ = [
+    "Fit",
     "MaskPlan",
     "Rollout",
     "Rows",
@@ -37,6 +39,7 @@ __all__ = [
     "elbo_loss",
     "estimate_elbo",
     "explain",
+    "fit_passes",
     "generate",
     "head_backward",
     "headless",

@@ -1,22 +1,19 @@
-"""The learning rate over a phase: transformers' schedules by name, each with the options that it takes.
+"""Transformers' schedules of a learning rate by name, each with the options that it takes.
 
-A rate is a function of (config, step, total) alone, so that a resumed run goes on with the same bits and nothing of a schedule
-is in a checkpoint. Schedules that follow a measured figure (reduce_lr_on_plateau, greedy) are not such functions.
+A rate is a function of (config, step, total) alone, see `train.optimization.learning_rates`, so that a resumed run goes on with
+the same bits and nothing of a schedule is in a checkpoint. Schedules that follow a measured figure (reduce_lr_on_plateau,
+greedy) are not such functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from .errors import ConfigError
 from .layers import sentence
 from .sections import Count, NotNegative, Positive, Section, Share
-
-if TYPE_CHECKING:
-    from .config import OptimizerConfig
 
 Schedule = Literal[
     "constant",
@@ -101,34 +98,3 @@ def check_options(name: str, options: Mapping[str, Any], lr: float) -> None:
         end = getattr(found, key, None)
         if end is not None and not (end < lr or (key == "min_lr" and end == lr)):
             raise ValueError(f"schedule_options.{key} must be below lr={lr}, got {end}")
-
-
-def learning_rates(phase: Literal["sft", "rl"], config: OptimizerConfig, total: int) -> Callable[[int], float]:
-    """step (0 to total - 1) -> learning rate, by `transformers.get_scheduler`.
-
-    Raises ConfigError where the phases of a schedule do not fit into `total`, and where no step has a rate above 0.
-
-    Example:
-        >>> from dllm_trainer.config import load_config
-        >>> keys = ["sft.lr=0.1", "sft.warmup=2", "sft.schedule=linear"]
-        >>> rate = learning_rates("sft", load_config(overrides=keys).sft, 6)
-        >>> [round(rate(step), 4) for step in range(6)]
-        [0.0, 0.05, 0.1, 0.075, 0.05, 0.025]
-    """
-    import torch
-    from transformers import get_scheduler
-
-    name, options = config.schedule, dict(config.schedule_options)
-    steps = f"{phase}.{'steps' if phase == 'sft' else 'updates'}"
-    parts = config.warmup + options.get("num_decay_steps", 0) + (options.get("num_stable_steps") or 0)
-    if name == "warmup_stable_decay" and parts > total:
-        raise ConfigError(
-            f"{phase}.warmup, num_stable_steps and num_decay_steps must be at most {steps}={total} together, got {parts}"
-        )
-    known_as = "constant_with_warmup" if name == "constant" else name  # transformers' own `constant` passes over a warm-up
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
-    scheduler = get_scheduler(known_as, optimizer, config.warmup, total, options)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    if total and all(factor(step) == 0 for step in range(total)):
-        raise ConfigError(f"{phase}.warmup must be 0 for {steps}={total}, as {name} begins at a rate of 0, got {config.warmup}")
-    return lambda step: config.lr * float(factor(step))

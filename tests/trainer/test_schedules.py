@@ -9,7 +9,8 @@ import pytest
 import torch
 from dllm_trainer.config import load_config
 from dllm_trainer.errors import ConfigError
-from dllm_trainer.schedules import OPTIONS, learning_rates
+from dllm_trainer.schedules import OPTIONS
+from dllm_trainer.train.optimization import learning_rates
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 

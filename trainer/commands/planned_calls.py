@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from dllm_kernels import explain, make_mask_plan
 from dllm_kernels.objectives import RECIPES
 
-from ..config import RunConfig
+from ..config import RlConfig, RunConfig
 from ..distributed import Ranks
 from ..models import compat, lora
 from ..models.codec import Codec
@@ -233,7 +233,7 @@ def rows_of(setup: Setup, sequences: int) -> Rows:
             decided *= -(-L // block)
         decided = min(decided, L)
         samples = -(-L // decided) if recipe.trajectory.number is None else recipe.trajectory.number(options, L, setup.steps)
-        together = min(config.samples_per_pass, samples)
+        together = min(_together(config), samples)
         return Rows(sequences * min(L, together * decided), sequences * min(samples * decided, samples * L), together, samples)
     ids = torch.zeros(sequences, L, dtype=torch.int64)
     plan = make_mask_plan(
@@ -247,9 +247,14 @@ def rows_of(setup: Setup, sequences: int) -> Rows:
         causal_block=block,
         **config.law_options(),
     )
-    together = min(config.samples_per_pass, config.samples)
+    together = min(_together(config), config.samples)
     counts_K = plan.counts.sum(1)
     return Rows(max(int(part.sum()) for part in counts_K.split(together)), int(counts_K.sum()), together, config.samples)
+
+
+def _together(config: RlConfig) -> int:
+    """Samples of a pass. With auto that depends on bytes which a plan does not measure, and it is planned as the least."""
+    return 1 if config.samples_per_pass == "auto" else config.samples_per_pass
 
 
 # --- one call -----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class FileConfig(Section):
     tests: dict[str, Text] = Field({})  # name of the test set -> path
     prompt_column: Text = "prompt"  # column of the prompts
     answer_column: Text | None = "answer"  # None: no demonstrations, RL only
+    suffix_column: Text | None = None  # of what follows each completion, which then fills the middle; None: nothing does
     id_column: Text | None = None  # None: the row's number
     train_rows: Rows = None  # the first rows of the training data; null: all
     test_rows: Rows = None  # the same, of each test set

@@ -32,7 +32,8 @@ def make(config: FileConfig, *, seed: int) -> Task:
             answer = "" if config.answer_column is None else text_of(row, config.answer_column, where)
             name = id_of(row, config.id_column, where, len(found))
             facts = {"answer": answer, **{key: value for key, value in row.items() if key != "answer"}}
-            found.append(Example(name, text_of(row, config.prompt_column, where), answer, facts))
+            suffix = "" if config.suffix_column is None else text_of(row, config.suffix_column, where)
+            found.append(Example(name, text_of(row, config.prompt_column, where), answer, facts, suffix))
         return distinct(found, source)
 
     rewards = {"exact_match": exact_match} if config.answer_column is not None else {}

@@ -13,6 +13,7 @@ class Example:
     prompt: str  # the user's turn, without chat template
     answer: str = ""  # the demonstration for SFT; "" if there is none
     facts: Mapping[str, Any] = field(default_factory=dict)  # for rewards; plain, picklable values
+    suffix: str = ""  # what follows the completion, which then fills the gap between the two
 
 
 # one finite number per completion; completions are texts without special tokens

@@ -11,10 +11,9 @@ from dllm_kernels import accumulate, make_mask_plan, noise
 from dllm_kernels.masks import layout
 
 from ..models.codec import joined
-from ..schedules import learning_rates
 from ..tasks.pairs import split
 from .algorithms import Scores, make_batches, step_figures
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .rl import prepare_rl
 from .setup import Setup
 from .window import window_of
@@ -52,6 +51,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         ).to(ranks.device)
         attention = window.attention(ids, completion, real)
         attention = None if attention is None else attention.to(ranks.device)
+        setup.fit(plan, algorithm.objective, attention, off_policy=False)
         options = setup.scoring_options(attention, config, as_rolled_out=False)
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
@@ -63,7 +63,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         seconds = time.perf_counter() - started
-        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, config.samples_per_pass)
+        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, options["samples_per_pass"])
         tokens = ranks.total(float(seen * (report.passes + scores.passes)))
         yield {
             **step_figures(algorithm, report, plan, batch, ranks),

@@ -22,13 +22,12 @@ from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
 
 from ..errors import ConfigError
 from ..models.self_tests import check_layouts
-from ..schedules import learning_rates
 from ..tasks import Example, Reward
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 from .window import Window, window_of
 
@@ -86,14 +85,14 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         examples = [climb.examples[i] for i in index[mine].tolist()]
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
         with ranks.together():
-            prompts = setup.codec.prompts(examples)
+            prompts, how = setup.codec.asked(examples)
         with calls:
             sampled = generate(
                 setup.model,
                 [prompt.to(ranks.device) for prompt in prompts],
                 sequence_ids=sequence_ids.to(ranks.device),
                 seed=setup.config.seed,
-                **setup.generate_options(greedy=algorithm.recipe.greedy),
+                **{**setup.generate_options(greedy=algorithm.recipe.greedy), **how},
             )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
@@ -163,6 +162,7 @@ def _learn(
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
     seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
     attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
+    setup.fit(plans[0], objective, attention_BS, off_policy=len(plans) > 1)
     options = setup.scoring_options(attention_BS, config, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
@@ -190,7 +190,7 @@ def _learn(
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
     known = plans[0].shape, plans[0].completion_mask_BS, plans[0].block_BS
-    scored = layout.input_tokens(*known, config.samples_per_pass) * passes
+    scored = layout.input_tokens(*known, options["samples_per_pass"]) * passes
     return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
 
 

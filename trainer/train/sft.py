@@ -16,8 +16,7 @@ from dllm_kernels.masks.plan import MaskPlan
 from ..errors import ConfigError
 from ..models.codec import joined
 from ..models.self_tests import check_layouts
-from ..schedules import learning_rates
-from .optimization import batch_indices, guarded_step
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 
 
@@ -35,7 +34,9 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
         chosen, epoch = batch_indices("sft", setup.config.seed, len(shown), config.batch, step)
         examples = [shown[i] for i in chosen[ranks.share(config.batch)].tolist()]
         with ranks.together():
-            ids, completion, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), pad_id)
+            ids, completion, real = joined(
+                setup.codec.prompts(examples), setup.codec.answers(examples), pad_id, setup.codec.suffixes(examples)
+            )
         plan = make_mask_plan(
             ids,
             completion,

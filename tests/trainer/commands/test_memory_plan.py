@@ -88,15 +88,15 @@ def test_terms_are_those_of_the_parameters(tmp_path: Path) -> None:
 def test_the_peak_is_that_of_the_call_that_holds_most_and_calls_are_those_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works: list[memory_plan.Work] = []
+    works: list[planned_calls.Work] = []
     setups: list[Setup] = []
-    of_run = memory_plan._works
+    of_run = memory_plan.works_of
 
-    def watched(setup: Setup, *more: int) -> list[memory_plan.Work]:
+    def watched(setup: Setup, *more: int) -> list[planned_calls.Work]:
         works[:], setups[:] = of_run(setup, *more), [setup]
         return works
 
-    monkeypatch.setattr(memory_plan, "_works", watched)
+    monkeypatch.setattr(memory_plan, "works_of", watched)
     monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 100 << 20)
     keys = ["model.hidden_size=256", "model.intermediate_size=512", "sft.batch=17", "sft.micro_batch=4", "rollout.block_length=8"]
     keys += ["rl.prompts=3", "rl.group=5", "rl.micro_batch=4", "rl.samples_per_pass=2", "rl.samples=4", "rl.algorithm=rspo"]
@@ -122,7 +122,7 @@ def test_the_peak_is_that_of_the_call_that_holds_most_and_calls_are_those_of_the
     assert [work.head for work in works if not work.trains] == [forward.peak_bytes] * 2
     vast = dataclasses.replace(works[0], head=0, logits=works[0].activations)
     assert vast.peak_with_logits == vast.kept + vast.activations > vast.peak
-    first, later = (memory_plan._measure(setups[0], "", 4, 33, 68, trains=True, again=again) for again in (False, True))
+    first, later = (planned_calls.measure_call(setups[0], "", 4, 33, 68, trains=True, again=again) for again in (False, True))
     assert first.activations <= later.activations, "gradients that a first backward makes are a term of their own"
     assert later.head - first.head == row_bytes * 256, "and so is the head's, which a later one adds to"
     terms = ("weights", "gradients", "optimiser", "reference policy", "heap fragmentation", "gathered layers")
