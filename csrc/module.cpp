@@ -234,8 +234,10 @@ dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
 
 using Addresses = std::pair<uintptr_t, uintptr_t>;
 
-dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
-  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<float>(low_vectors.first), address<float>(low_vectors.second)},
+dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight,
+                          int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
+  return {{address<void>(vectors.first), address<void>(vectors.second)},
+          {address<float>(low_vectors.first), address<float>(low_vectors.second)},
           {address<void>(operands.first), address<void>(operands.second)},
           address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
 }
@@ -267,7 +269,7 @@ void head(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::
   run(p, threads, budget);
 }
 
-void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uintptr_t target, const dllm::Several& several, std::pair<uintptr_t, uintptr_t> stored,
+void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uintptr_t target, const dllm::Several& several, const Addresses& stored,
                    const Coefficients& coef, const dllm::Gradients& out, int64_t threads) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, low, coef, out);
@@ -279,8 +281,8 @@ void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uin
   run(p, threads, 0);
 }
 
-void sample(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, const dllm::Statistics& statistics, const dllm::Draw& draw,
-            int64_t threads) {
+void sample(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, const dllm::Statistics& statistics,
+            const dllm::Draw& draw, int64_t threads) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, low, {}, {});
   static_cast<dllm::Statistics&>(p) = statistics;
@@ -332,7 +334,7 @@ PYBIND11_MODULE(_C, m) {
   bind_divergence(m, []() -> const dllm::Divergence& { return *current.load()->divergence; });
   namespace py = pybind11;
   py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
-  py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank));
+  py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank)).def(py::init([] { return dllm::LowRank{}; }));
   py::class_<dllm::Options>(m, "Options").def(py::init(&options));
   py::class_<dllm::Statistics>(m, "Statistics").def(py::init(&statistics));
   py::class_<dllm::Draw>(m, "Draw").def(py::init(&draw));
