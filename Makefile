@@ -5,6 +5,9 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 comma := ,
+# reasoning-gym depends on pycosat, which has no wheels: without a C compiler its tests are skipped, as those of the C++ engine are
+HAS_CC := $(shell command -v cc || command -v gcc || command -v clang)
+EXTRAS_OF_TESTS := train,test$(if $(HAS_CC),$(comma)gym)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-full lint bench mutants clean
@@ -18,7 +21,8 @@ $(VENV)/trainer $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wild
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
 	@echo "installing into $(VENV): torch is most of it, so minutes on a slow line; the C++ engine is compiled"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/pip install --progress-bar on --editable '.[$(if $(filter %/trainer,$@),train,train$(comma)test)]'
+	@test -n '$(HAS_CC)' || echo "there is no C compiler: the C++ engine$(if $(filter %/installed,$@), and reasoning-gym are, is) left out"
+	$(BIN)/pip install --progress-bar on --editable '.[$(if $(filter %/trainer,$@),train,$(EXTRAS_OF_TESTS))]'
 	@touch $@
 
 demo: ## supervised fine-tuning, then RL, on Sudoku; config keys in ARGS

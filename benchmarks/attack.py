@@ -1,6 +1,6 @@
 """The trainer under attack: tried and survived, by kind of fault.
 
-python benchmarks/attack.py [--seconds 600] [--seed 0] [--kinds kills,damage] [--out benchmarks/results/attack-cpu.json]
+python benchmarks/attack.py [--seconds 600] [--seed 0] [--kinds kills,damage] [--long 12000] [--out FILE]
 
 Survived means: a sentence and the right status, nothing lost that was logged, and a run that goes on to the weights and metrics
 of one in peace, bit for bit. Cases are drawn by (kind, seed, number); those that `--out` holds already are not tried again, so a
@@ -17,6 +17,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -28,13 +30,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from dllm_trainer.cli import app  # noqa: E402
-from dllm_trainer.records.checkpoints import latest  # noqa: E402
+from dllm_trainer.records.checkpoints import Checkpoints, latest  # noqa: E402
 from dllm_trainer.records.environment import environment  # noqa: E402
 from dllm_trainer.records.lock import Lock  # noqa: E402
 from dllm_trainer.tasks import make_task  # noqa: E402
 from dllm_trainer.tasks.config import CountdownConfig, SudokuConfig  # noqa: E402
 from dllm_trainer.train.run import Run  # noqa: E402, F401 - what the command imports when it is called
+from transformers import EuroBertConfig, EuroBertForMaskedLM  # noqa: E402
 
 TINY = [
     *("threads=1", "tensorboard=false", "task.train_puzzles=100", "task.test_puzzles=2", "model.hidden_size=16"),
@@ -55,15 +59,23 @@ class Fault(Exception):  # noqa: N818 - what a case found
 
 
 class Child:
-    """`dllm-kernels` with these arguments in a forked process; what it prints goes to `log`."""
+    """`dllm-kernels` with these arguments in a forked process, or in one for each of `world` ranks; what it prints goes to
+    `log`."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self.log, self.code = log, None
+    def __init__(self, arguments: list[str], log: Path, world: int = 1) -> None:
+        self.log, self.codes = log, dict[int, int | None]()
         self.started = time.monotonic()
         sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(arguments)
+        port = _free_port() if world > 1 else 0
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                if world > 1:
+                    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                    os.environ.update({name: str(value) for name, value in launched.items()})
+                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                self._run(arguments)
+            self.codes[pid] = None
 
     def _run(self, arguments: list[str]) -> None:
         code = 1
@@ -84,12 +96,19 @@ class Child:
             sys.stderr.flush()
             os._exit(code)
 
+    @property
+    def code(self) -> int | None:
+        """Of the rank that failed, else 0; None while one of them runs."""
+        if None in self.codes.values():
+            return None
+        return next((code for code in self.codes.values() if code), 0)
+
     def poll(self) -> bool:
-        """Whether it has ended."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
+        for pid, code in self.codes.items():
+            if code is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
         return self.code is not None
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> int | None:
@@ -101,8 +120,10 @@ class Child:
         return self.code
 
     def send(self, number: int) -> None:
-        if not self.poll():
-            os.kill(self.pid, number)
+        self.poll()
+        for pid, code in self.codes.items():
+            if code is None:
+                os.kill(pid, number)
 
     def told(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -349,7 +370,8 @@ def answers(peace: Peace, folder: Path, draw: random.Random) -> None:
 
 
 def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
-    """An algorithm in a dtype, with adapters or without, in peace and stopped once: the same metrics and weights."""
+    """An algorithm in a dtype, with adapters or without, on one or two ranks, in peace and stopped once: the same metrics and
+    weights."""
     algorithm = draw.choice(["bgpo", "espo", "diffu_grpo", "wd1", "gdpo", "dmpo", "vrpo", "spg"])
     keys = [
         f"rl.algorithm={algorithm}",
@@ -361,16 +383,17 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         keys += ["rl.inner_iterations=2"] if draw.random() < 0.5 else ["sft.micro_batch=3"]
     if draw.random() < 0.5:
         keys += ["model.lora.rank=2"]
+    world = draw.choice([1, 2])
     ends = []
     for name in ("whole", "cut"):
         run = folder / name
-        child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / f"{name}.log")
+        child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / f"{name}.log", world)
         if name == "cut":
             wanted = draw.randint(1, 5)
             child.wait(lambda wanted=wanted, run=run: len(metrics(run)) >= wanted)  # type: ignore[misc]
             child.send(draw.choice([signal.SIGTERM, signal.SIGKILL]))
             child.wait()
-            child = Child(["demo", "--resume", str(run)], folder / "again.log")
+            child = Child(["demo", "--resume", str(run)], folder / "again.log", world)
         child.wait(lambda run=run: (run / "checkpoint" / "manifest.json").exists())  # type: ignore[misc]
         if child.poll():
             checked(child, (0,))
@@ -379,7 +402,63 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         weights = {file.name: file.read_bytes() for file in sorted((run / "checkpoint").glob("*.safetensors"))}
         ends.append((metrics(run), weights))
     if ends[0] != ends[1] or not weights:
-        raise Fault(f"{' '.join(keys)}: not bit-equal")
+        raise Fault(f"{' '.join(keys)} on {world} ranks: not bit-equal")
+
+
+def long_run(folder: Path, updates: int) -> dict[str, Any]:
+    """Memory and open files of a run of so many updates, at every tenth of it, as the kernel counts them."""
+    run = folder / "long"
+    keys = [f"rl.updates={updates}", "rl.save_every=500"]
+    child = Child(["demo", *TINY, *keys, "--out", str(run)], folder / "long.log")
+    process, marks = Path("/proc") / str(next(iter(child.codes))), list[dict[str, float]]()
+    while not child.poll() and len(marks) < 11:
+        seen = _last_update(run / "metrics.jsonl")
+        if seen >= len(marks) * updates / 10 and seen >= min(100, updates / 20):
+            resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            marks.append({"update": seen, "resident_mib": resident, "handles": len(list((process / "fd").iterdir()))})
+            print(marks[-1], flush=True)
+        time.sleep(0.05)
+    child.send(signal.SIGKILL)
+    child.started = time.monotonic()
+    child.wait()
+    if len(marks) < 11:
+        raise Fault(f"the long run ended after update {_last_update(run / 'metrics.jsonl')}: {child.told()[-300:]}")
+    return {"updates": updates, "marks": marks}
+
+
+def _last_update(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open("rb") as lines:
+        lines.seek(max(0, file.stat().st_size - 65536))
+        whole = lines.read().split(b"\n")[:-1]
+    last = json.loads(whole[-1]) if whole else {}
+    return int(last["step"]) if last.get("phase") == "rl" else 0
+
+
+def stall(folder: Path, saves: int = 5) -> dict[str, Any]:
+    """Seconds that a run waits for a save of 29 million fp32 parameters and AdamW's two moments, and until it is on the disk."""
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1024}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"), 0)
+    model = EuroBertForMaskedLM(EuroBertConfig(**sizes, **ids))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    found: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    for background in (False, True):
+        keeper = Checkpoints(folder / f"{background}", keep_last=2, background=background)
+        waited, until_written = [], []
+        for step in range(saves):
+            started = time.monotonic()
+            keeper.save(step, model, None, optimizer)
+            waited.append(time.monotonic() - started)
+            keeper.finish()
+            until_written.append(time.monotonic() - started)
+        name = "background" if background else "foreground"
+        found[name] = {"stall_seconds": sorted(waited), "written_seconds": sorted(until_written)}
+        print(f"{name}: waits {statistics.median(waited):.2f} s of {statistics.median(until_written):.2f} s", flush=True)
+    return found
 
 
 KINDS = {case.__name__: case for case in (kills, signals, damage, two, inputs, answers, resumes)}
@@ -387,6 +466,13 @@ EACH = {"answers": 100}  # of what is counted, in one case
 
 
 # --- the campaign -----------------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 @contextmanager
@@ -404,6 +490,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attack-cpu.json")
+    parser.add_argument("--long", type=int, metavar="UPDATES", help="first one run of so many updates, and the stall of saving")
     options = parser.parse_args()
     chosen = options.kinds.split(",")
     if unknown := sorted(set(chosen) - set(KINDS)):
@@ -416,6 +503,9 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     with scratch() as folder:
         peace = Peace(folder)
+        if options.long:
+            result["stall"] = stall(folder)
+            result["long"] = long_run(folder, options.long)
         for kind in itertools.cycle(chosen):
             if time.monotonic() > end:
                 break

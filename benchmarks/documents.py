@@ -56,6 +56,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "claims": ("docs/claims.md",),
     "tasks": ("docs/tasks.md",),
     "blocks": ("docs/block_diffusion.md",),
+    "fuzz": ("docs/loop.md",),
 }
 
 
@@ -399,6 +400,10 @@ def blocks(table: str) -> dict[str, str]:
             "block cost": block_cost.table(result_of("block-cost-cpu")),
             "block learning": block_learning.table(result_of("block-learning-cpu")),
         }
+    if table == "fuzz":
+        from benchmarks import fuzz
+
+        return {"fuzzed calls": fuzz.counts(result_of("fuzz")), "fuzzed gradients": fuzz.table(result_of("fuzz"))}
     from benchmarks.studies import claims
 
     return claims.blocks(result_of("claims-cpu"))

@@ -94,7 +94,10 @@ def _groups(axis: Any, values: Mapping[str, Mapping[str, float]], names: Sequenc
             axis.plot(*zip(*points, strict=True), "o", markersize=5, color=COLOURS.get(name, f"C{i}"), label=name)
             for x, y in points:
                 told = fmt(y) if callable(fmt) else fmt % y
-                axis.annotate(told, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+                above = (
+                    {"xytext": (0, 5), "va": "bottom"} if i % 2 == 0 else {"xytext": (0, -5), "va": "top"}
+                )  # neighbours do not meet
+                axis.annotate(told, (x, y), textcoords="offset points", ha="center", fontsize=7, **above)
     axis.set_xticks(range(len(values)), list(values), fontsize=8)
     axis.grid(axis="x", visible=False)
 

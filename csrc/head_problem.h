@@ -23,6 +23,11 @@ struct Operands {
   int64_t rows, vocabulary, width;  // N, V, H
 };
 
+struct LowRank {  // an adapter: `hidden weight^T` is added to the raw logits
+  Matrix hidden, weight;  // u [M, R], by the same rows as the hidden states, and B [V, R]
+  int64_t rank;           // R, 0 without one
+};
+
 // What turns raw logits into final ones: dllm_kernels' HeadOptions, with the excluded ids as a mask.
 struct Options {
   const float* bias;              // [V] or null
@@ -60,15 +65,19 @@ struct Draw {
 // Where gradients go: null where one is not wanted.
 struct Gradients {
   void* vectors[2];     // [N, H] in `type`: sums over v of operand 0 and of operand 1 times W
+  float* low_vectors[2];  // [N, R]: times B, where the vectors are wanted
   void* operands[2];    // [V, N] in `type`: the operands themselves, for the `keep` plan
   float* dweight;       // [V, H] fp32, of operand 0
   float* dbias;         // [V] fp32
   int64_t dweight_row;
   Type type;
-  bool overwrite;       // dweight and dbias are written, not added to
+  bool overwrite;       // the buffers are written, not added to
+  float* dlow;          // [V, R] fp32, of B
+  int64_t dlow_row;
 };
 
 struct HeadProblem : Operands, Statistics, Draw, Several {
+  LowRank low;
   Options options;
   const int64_t* target;  // [N] or [N, each], checked; null for sampling
 

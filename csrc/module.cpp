@@ -210,6 +210,8 @@ dllm::Operands operands(const Strided& hidden, const Strided& weight, uintptr_t 
   return {matrix(hidden), matrix(weight), address<const int64_t>(index), rows, vocabulary, width};
 }
 
+dllm::LowRank low_rank(const Strided& hidden, const Strided& weight, int64_t rank) { return {matrix(hidden), matrix(weight), rank}; }
+
 dllm::Options options(uintptr_t bias, float softcap, float temperature, uintptr_t temperature_rows, uintptr_t excluded) {
   return {address<const float>(bias), softcap, temperature, address<const float>(temperature_rows), address<const uint8_t>(excluded)};
 }
@@ -230,17 +232,20 @@ dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
   return {each >= 0, each < 0 ? 1 : each, address<const float>(own), address<const float>(given)};
 }
 
-dllm::Gradients gradients(std::pair<uintptr_t, uintptr_t> vectors, std::pair<uintptr_t, uintptr_t> operands, uintptr_t dweight,
-                          int64_t dweight_row, uintptr_t dbias, bool overwrite) {
-  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<void>(operands.first), address<void>(operands.second)},
-          address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite};
+using Addresses = std::pair<uintptr_t, uintptr_t>;
+
+dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
+  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<float>(low_vectors.first), address<float>(low_vectors.second)},
+          {address<void>(operands.first), address<void>(operands.second)},
+          address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
 }
 
 using Coefficients = std::pair<uintptr_t, uintptr_t>;  // of logp and of entropy, or of two stored operands
 
-HeadProblem problem(const dllm::Operands& operands, const Coefficients& coef, const dllm::Gradients& out) {
+HeadProblem problem(const dllm::Operands& operands, const dllm::LowRank& low, const Coefficients& coef, const dllm::Gradients& out) {
   HeadProblem p{};
   static_cast<dllm::Operands&>(p) = operands;
+  p.low = low;
   p.options.temperature = 1;
   p.coef = address<const float>(coef.first);
   p.entropy_coef = address<const float>(coef.second);
@@ -249,11 +254,11 @@ HeadProblem problem(const dllm::Operands& operands, const Coefficients& coef, co
   return p;
 }
 
-void head(const dllm::Operands& operands, const dllm::Options& options, uintptr_t target, const dllm::Several& several,
+void head(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, uintptr_t target, const dllm::Several& several,
           const dllm::Statistics& statistics, bool gradient, const Coefficients& coef, const dllm::Gradients& out, int64_t threads,
           int64_t budget) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(operands, coef, out);
+  HeadProblem p = problem(operands, low, coef, out);
   static_cast<dllm::Statistics&>(p) = statistics;
   static_cast<dllm::Several&>(p) = several;
   p.options = options;
@@ -262,10 +267,10 @@ void head(const dllm::Operands& operands, const dllm::Options& options, uintptr_
   run(p, threads, budget);
 }
 
-void from_operands(const dllm::Operands& operands, uintptr_t target, const dllm::Several& several, std::pair<uintptr_t, uintptr_t> stored,
+void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uintptr_t target, const dllm::Several& several, std::pair<uintptr_t, uintptr_t> stored,
                    const Coefficients& coef, const dllm::Gradients& out, int64_t threads) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(operands, coef, out);
+  HeadProblem p = problem(operands, low, coef, out);
   static_cast<dllm::Several&>(p) = several;
   p.target = address<const int64_t>(target);
   p.gradient = true;
@@ -274,10 +279,10 @@ void from_operands(const dllm::Operands& operands, uintptr_t target, const dllm:
   run(p, threads, 0);
 }
 
-void sample(const dllm::Operands& operands, const dllm::Options& options, const dllm::Statistics& statistics, const dllm::Draw& draw,
+void sample(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, const dllm::Statistics& statistics, const dllm::Draw& draw,
             int64_t threads) {
   pybind11::gil_scoped_release release;
-  HeadProblem p = problem(operands, {}, {});
+  HeadProblem p = problem(operands, low, {}, {});
   static_cast<dllm::Statistics&>(p) = statistics;
   static_cast<dllm::Draw&>(p) = draw;
   p.options = options;
@@ -303,14 +308,16 @@ bool values_fit(uintptr_t target, int64_t targets, uintptr_t index, int64_t rows
 }
 
 // The bytes that a call of `head` works in, beyond its arguments.
-int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool gradient, bool dweight, bool dhidden, int64_t each,
-                        int64_t best, int64_t threads, int64_t budget) {
-  HeadProblem p = problem(operands({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width), {}, {});
+int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, int64_t rank, int low_type, bool gradient, bool dweight,
+                        bool dhidden, bool dlow, int64_t each, int64_t best, int64_t threads, int64_t budget) {
+  const dllm::LowRank low = low_rank({1, 0, 1, 1}, {1, low_type, 1, 1}, rank);
+  HeadProblem p = problem(operands({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width), low, {}, {});
   const dllm::Engine& engine = current.load()->of(p);
   static_cast<dllm::Several&>(p) = several(each, 0, 0);
   p.best = best;
   p.gradient = gradient;
   p.out.dweight = address<float>(dweight ? 1 : 0);
+  p.out.dlow = address<float>(dlow ? 1 : 0);
   p.out.vectors[0] = address<void>(dhidden ? 1 : 0);
   p.chunk = chunk_rows(rows, vocabulary, gradient, best, engine.panel, budget);
   return engine.workspace(p, team_size(p, threads)) * (int64_t)sizeof(float);
@@ -325,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
   bind_divergence(m, []() -> const dllm::Divergence& { return *current.load()->divergence; });
   namespace py = pybind11;
   py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
+  py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank));
   py::class_<dllm::Options>(m, "Options").def(py::init(&options));
   py::class_<dllm::Statistics>(m, "Statistics").def(py::init(&statistics));
   py::class_<dllm::Draw>(m, "Draw").def(py::init(&draw));

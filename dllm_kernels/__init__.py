@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dllm_kernels.accumulation.estimation import estimate_elbo
+from dllm_kernels.accumulation.fitting import Fit, fit_passes
 from dllm_kernels.accumulation.loop import accumulate
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head.distillation import distillation_loss
@@ -18,7 +19,8 @@ from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
 from dllm_kernels.noise import sequence_ids
 from dllm_kernels.rollouts.generation import generate
-from dllm_kernels.rollouts.trajectories import Rollout, select_steps, step_entropy, trajectory_logp, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import select_steps, step_entropy, trajectory_logp, trajectory_rows
 from dllm_kernels.rows import Rows
 from dllm_kernels.version import __version__
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from dllm_kernels import objectives
 
 __all__ = [
+    "Fit",
     "MaskPlan",
     "Rollout",
     "Rows",
@@ -36,6 +39,7 @@ __all__ = [
     "elbo_loss",
     "estimate_elbo",
     "explain",
+    "fit_passes",
     "generate",
     "head_backward",
     "headless",

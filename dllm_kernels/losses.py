@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
-from dllm_kernels.head import single_logits
+from dllm_kernels.head import single_logits, vocab_parallel
 from dllm_kernels.head.options import autocast_operands, check_arguments
 from dllm_kernels.head.scoring import score
 
@@ -60,7 +60,7 @@ def elbo_loss(
             "sum": the plain sum of all. "none": `-logp / p_mask` of each token, `[..., L]`, 0 where it is not masked.
         ignore_index: tokens with this target count as not masked; the divisors of "mean" stay as they are.
         label_smoothing: e in [0, 1): in place of -logp stands `-(1 - e) logp - e mean_v logp_v`, the mean over the ids that
-            are not excluded (as `F.cross_entropy` has it over all); not with a softcap, nor with vocab_group.
+            are not excluded (as `F.cross_entropy` has it over all); not with a softcap.
 
     Returns float32 (float64 for float64 inputs, and of "sequence"), differentiable in hidden, weight and bias. No masked token
     is legal: loss 0, zero gradients. Raises ValueError or TypeError naming the argument.
@@ -74,8 +74,6 @@ def elbo_loss(
     smoothing = checks.number("label_smoothing", label_smoothing, least=0)
     if smoothing >= 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if smoothing and vocab_group is not None:
-        raise ValueError(f"label_smoothing must be 0 with vocab_group, got {label_smoothing}")
     if ignore_index is not None:
         masked = _without(masked, target, ignore_index)
     sequences, L, rows, target_N, position_N = _masked_rows(hidden, target, masked, shift)
@@ -85,7 +83,7 @@ def elbo_loss(
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     if reduction != "mean" and lengths is not None:
         raise ValueError(f"lengths divides only under reduction='mean', got reduction={reduction!r}")
-    added_N = _smoothing(hidden, weight, target_N, rows, options, smoothing) if smoothing else None
+    added_N = smoothing * _above_mean(hidden, weight, target_N, rows, options, vocab_group) if smoothing else None
     if reduction in ("sequence", "none"):
         logp_N = score(hidden, weight, target_N, rows, options, take_dweight=take_dweight, vocab_group=vocab_group).logp
         assert logp_N is not None
@@ -120,12 +118,16 @@ def _without(masked: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return masked & counts
 
 
-def _smoothing(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor, options: HeadOptions, smoothing: float) -> Tensor:
-    """What label smoothing adds to -logp: `e (z_y - mean_v z_v)`, for `logp_y - mean_v logp_v` is a difference of logits."""
+def _above_mean(
+    hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor, options: HeadOptions, vocab_group: dist.ProcessGroup | None
+) -> Tensor:
+    """`logp_y - mean_v logp_v`, a difference of logits, of which label smoothing adds e times to -logp."""
+    if vocab_group is not None:
+        return vocab_parallel.above_mean(hidden, weight, target_N, rows, options, vocab_group)
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, len(target_N), options)
     of_target_N = single_logits.target_logits(hidden, weight, target_N, rows, options)
-    return smoothing * (of_target_N - single_logits.mean_logits(hidden, weight, rows, options))
+    return of_target_N - single_logits.mean_logits(hidden, weight, rows, options)
 
 
 def bgpo_terms(elbo: Tensor, old_elbo: Tensor, advantages: Tensor) -> Tensor:

@@ -304,6 +304,28 @@ def test_pitfall_16_bit_never_enters_the_statistics(backend, dtype):
     assert abs(float(in_16_bit.double().sum() - want.sum())) > 1e-2  # what the claim is about does happen here
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pitfall_an_adapter_in_float32_beside_a_16_bit_head_keeps_its_digits(backend, dtype):
+    """peft keeps LoRA's weights in float32: neither they, nor `s h A^T`, nor what their gradients come from has 16 bits."""
+    case = make_case(dtype, backend.device, shape=(40,), H=32, V=131, rows=33, low_rank=19)
+    down, up, scale = case.options["low_rank"]
+    case.options["low_rank"] = down.float() / 3, up.float() / 3, scale  # thirds: no 16-bit numbers
+    case.weight.mul_(0.5)
+    with torch.no_grad():
+        got, want = case.score().logp.double(), case.fresh(F64).oracle()["logp"]
+        case.options["low_rank"] = (down / 3).to(dtype), (up / 3).to(dtype), scale
+        rounded = case.fresh(F64).oracle()["logp"]
+        case.options["low_rank"] = down.float() / 3, up.float() / 3, scale
+    assert float((got - want).abs().max()) < 2e-5
+    assert float((rounded - want).abs().max()) > 1e-3  # what the claim is about does happen here
+    for plan in ("coef", "recompute"):
+        _, grads = case.run(plan)
+        _, exact = case.run_oracle()
+        for name in ("low_rank_A", "low_rank_B"):
+            assert grads[name].dtype == torch.float32
+            assert relative_error(grads[name], exact[name]) < 5e-6 + backend.operand_error(dtype) / 2, name
+
+
 # --- head_backward and coefficients known beforehand ------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import dllm_kernels
-from benchmarks import documents, fuzz, report
+from benchmarks import documents, report
 from benchmarks.studies import tasks, variance
 from dllm_kernels.objectives import RECIPES
 from tests.accumulation.test_all_algorithms import gradient_moments
@@ -189,14 +189,16 @@ def test_the_table_of_the_cpu_engine_is_that_of_the_committed_run():
     assert all(row["status"] in ("ok", "absent") for run in result["runs"] for row in run["suites"]["head"]["rows"])
 
 
-def test_the_worst_gradients_of_the_page_are_those_of_the_fuzzed_calls():
-    state = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text())
+def test_what_the_page_says_of_the_fuzzed_calls_is_what_was_committed():
+    state = documents.result_of("fuzz")
     loop = (ROOT / "docs" / "loop.md").read_text()
-    assert fuzz.table(state) in loop
-    assert f"judged {state['cases']:,} calls" in " ".join(loop.split())
-    assert f"{state['wrong_cases']} were wrong" in loop
-    assert set(state["isas"]) <= set(state["by_engine"])
-    assert state["environment"]["cpu"]
+    for name, block in documents.blocks("fuzz").items():
+        assert documents.in_document(loop, name) == block
+    newest = state["sources"][state["source"]]
+    assert "changed" not in state["source"]
+    assert set(state["isas"]) <= set(newest["by_engine"])
+    assert state["cases"] == sum(x["cases"] for x in state["sources"].values())
+    assert sum(newest["by_engine"].values()) == newest["cases"]
 
 
 # --- algorithms.md ------------------------------------------------------------------------------------------
@@ -284,6 +286,12 @@ def test_a_table_that_is_not_there_is_told(capsys):
     assert "a table must be one of measured, every row" in capsys.readouterr().err
 
 
+def test_every_committed_picture_is_there_as_png_and_as_svg():
+    pictures = {file.with_suffix("") for kind in ("png", "svg") for file in documents.RESULTS.glob(f"*.{kind}")}
+    assert pictures
+    assert [str(p) for p in pictures if not (p.with_suffix(".png").is_file() and p.with_suffix(".svg").is_file())] == []
+
+
 # --- tasks.md -----------------------------------------------------------------------------------------------
 
 
@@ -292,3 +300,4 @@ def test_the_table_of_tasks_is_that_of_the_committed_runs():
     assert documents.in_document((ROOT / "docs" / "tasks.md").read_text(), "tasks table") == tasks.table(result)
     seeds = {(run["task"], run["seed"]) for run in result["runs"] if run["updates"]}
     assert len(seeds) == 12, "four tasks, three seeds"
+    assert seeds == {(run["task"], run["seed"]) for run in result["runs"] if not run["updates"]}, "each with its control"

@@ -502,9 +502,11 @@ def use_everything(model, tmp_path):
         steps.number(plan_of_blocks), steps.sizes(plan_of_blocks)
     advantages = dk.objectives.group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     report = dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}))
+    dk.fit_passes(model, plan, BGPO, memory_budget=1 << 30)
     model.disable_adapter = contextlib.nullcontext  # as peft's models have it
     with adapters_off(model):
         old = score_samples(model, plan)
+        score_samples(model, plan, per_token=True)
     dk.accumulate(model, plan, BGPO, Batch({"advantages": advantages}, {"old_sample_elbo": old}))
     dk.objectives.bgpo(report.sample_elbo_BK, old, advantages, lengths=torch.ones(2))
     dk.estimate_elbo(model, ids, completion, samples=4, mask_id=10)

@@ -179,12 +179,27 @@ def generate(
 
 
 @app.command()
-def plan(overrides: Overrides = None, config: ConfigFile = None, ranks: Annotated[int, typer.Option(min=1)] = 1) -> None:
-    """Parameters and predicted peak memory, term by term, with and without our kernels; refuses what will not fit."""
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    ranks: Annotated[int, typer.Option(min=1)] = 1,
+    on: Annotated[
+        str | None, typer.Option(help="Time too: of this machine (here), or by a datasheet (A100, H100, H200).")
+    ] = None,
+) -> None:
+    """Parameters and predicted peak memory, term by term, with and without our kernels; refuses what will not fit.
+
+    With --on, the time of each phase as well.
+    """
     with _sentences():
         from .commands.memory_plan import describe_plan
+        from .commands.time_plan import describe_time
 
-        print(describe_plan(_configure(overrides, config, None), ranks=ranks))
+        resolved = _configure(overrides, config, None)
+        if on in (None, "here"):
+            print(describe_plan(resolved, ranks=ranks))
+        if on is not None:
+            print(describe_time(resolved, on=on, ranks=ranks))
 
 
 @app.command()
@@ -305,10 +320,12 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ranks: Ranks) -> Setup:
+    from .models.loading import check_place
     from .tasks import make_task
     from .train.foreign_code import announce_code
     from .train.run import prepare
 
+    check_place(checkpoint)
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint, calls=["task.correct"])
     resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"updates": 0})})

@@ -27,6 +27,7 @@ from .layers import (
     sentence,
 )
 from .rights import without_rights
+from .schedules import Schedule, check_options
 from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks.config import AnyTaskConfig
 
@@ -101,15 +102,19 @@ class CheckpointsConfig(Section):
 class OptimizerConfig(Section):
     lr: Rate  # learning rate of AdamW, after the warm-up
     warmup: Count  # steps of linear warm-up
-    # the first three decay to final_lr_share of lr, or not at all; the others are transformers' own, which end where they end
-    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
-    final_lr_share: Share  # share of lr at the end of linear and cosine
+    schedule: Schedule  # of the learning rate, by transformers' get_scheduler; constant: after the warm-up
+    schedule_options: dict[str, Any] = Field(default_factory=dict)  # its scheduler_specific_kwargs: min_lr_rate, num_cycles ...
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)]  # of AdamW
     weight_decay: NotNegative  # of AdamW, on matrices alone: neither norms and biases nor embeddings
     max_grad_norm: Annotated[float, Field(gt=0.0)]  # gradients are clipped to it
     t_min: Annotated[float, Field(ge=0.0, lt=1.0)]  # lowest mask level of the bernoulli law
     save_every: Positive  # steps between checkpoints
     micro_batch: Positive | None = None  # sequences per forward and backward of a rank; None: all at once
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimizerConfig:
+        check_options(self.schedule, self.schedule_options, self.lr)
+        return self
 
 
 class SftConfig(OptimizerConfig):
@@ -133,7 +138,9 @@ class RlConfig(OptimizerConfig):
     prompts: Positive  # of an update, of all ranks
     group: Annotated[int, Field(ge=2)]  # rollouts of a prompt
     samples: Positive  # Monte-Carlo samples K; the laws of trajectories have as many as there are states
-    samples_per_pass: Positive = 1  # of them at once; in a block-causal model they share one clean copy of the sequence
+    # of them at once; in a block-causal model they share one clean copy. auto: as many, and sequences, as the budget holds
+    samples_per_pass: Positive | Literal["auto"] = 1
+    memory_budget: Positive | None = None  # MiB of activations and head, for samples_per_pass=auto
     inner_iterations: Positive  # optimizer steps on one set of rollouts
     # reward minus the group's mean, also divided by its spread, or leave-one-out
     advantage: Literal["mean", "loo", "std", "population_std"]
@@ -167,6 +174,10 @@ class RlConfig(OptimizerConfig):
             raise ValueError(
                 f"teacher must be null for algorithm {self.algorithm}, which has no reference policy, got {self.teacher}"
             )
+        if (self.samples_per_pass == "auto") != (self.memory_budget is not None):
+            raise ValueError("memory_budget must be given with samples_per_pass=auto, and only then")
+        if self.samples_per_pass == "auto" and self.micro_batch is not None:
+            raise ValueError(f"micro_batch must be null with samples_per_pass=auto, which chooses it, got {self.micro_batch}")
         window, _ = self.scored()
         if self.tail is not None and window != "eos":
             raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")
@@ -190,20 +201,28 @@ class RlConfig(OptimizerConfig):
 
 class RolloutConfig(Section):
     length: Positive | None = None  # tokens to generate; None: the task's
-    sampler: str = "llada"  # llada, dream, fast_dllm, sdar, entropy_bound
+    sampler: str = "llada"  # llada, roar, dream, fast_dllm, fast_dream, sdar, llada2, entropy_bound, rcr, wino, remdm
     temperature: NotNegative  # of sampling; 0 is greedy
     top_k: Positive | None = None  # only the k likeliest tokens are drawn
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # only the likeliest tokens of this probability together
     steps: Positive | None  # denoising steps; null: as many as the sampler takes
     block_length: Positive | None  # tokens that are finished before the next ones begin
     remasking: str | None = None  # options of samplers: None is the sampler's own default
-    threshold: Share | None = None  # of fast_dllm and sdar: tokens of at least this confidence are written
+    renormalise: bool | None = None  # of llada: confidences are those among the ids not committed last
+    threshold: Share | None = None  # of fast_dllm, sdar and others: tokens of at least this confidence are written
+    factor: Annotated[float, Field(gt=0.0)] | None = None  # of fast_dllm: n tokens at once need 1 - factor / (n + 1) each
+    threshold_back: Share | None = None  # of wino: a token whose copy is less likely is taken back
     bound: NotNegative | None = None  # of entropy_bound: nats that may be lost in a step
     editing_threshold: Share | None = None  # of llada2: a decided token gives way to one of at least this confidence
     max_post_steps: Count | None = None  # of llada2: steps that may only edit
-    alg: str | None = None  # of dream: by which confidence tokens are chosen
+    alg: str | None = None  # of dream, fast_dream and rcr: by which confidence tokens are chosen
     alg_temp: NotNegative | None = None  # of dream: temperature of that choice
-    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream: last noise level
+    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream, fast_dream and remdm: last noise level
+    strategy: str | None = None  # of remdm: cap, rescale, conf or loop
+    eta: Share | None = None  # of remdm: the probability with which a token is taken back, or its share of the largest
+    t_on: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of remdm's loop: between t_on and t_off tokens are taken back
+    t_off: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # see t_on
+    alpha_on: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of remdm's loop: share of decided tokens meanwhile
     stop_at_eos: bool = False  # finish a completion with the block that holds its first EOS
     deterministic: bool = False  # bits that do not depend on the batch, at some cost
     cache: bool | Literal["prefix", "dual"] = False  # keep keys and values: of finished blocks (sdar), or around the active block
@@ -225,7 +244,8 @@ class RolloutConfig(Section):
         return resolve(self.sampler, self.sampler_options())
 
     def sampler_options(self) -> dict[str, Any]:
-        keys = ("remasking", "threshold", "bound", "editing_threshold", "max_post_steps", "alg", "alg_temp", "eps")
+        confidence = ("remasking", "renormalise", "threshold", "factor", "threshold_back", "bound", "editing_threshold")
+        keys = (*confidence, "max_post_steps", "alg", "alg_temp", "eps", "strategy", "eta", "t_on", "t_off", "alpha_on")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
     def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:
@@ -324,8 +344,8 @@ def load_config(
     and these are the keys that name functions which will be called.
 
     `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
-    out, and `rl.options` where one chooses another `rl.algorithm`; whose recipe's law, samples and advantages come right after
-    the base.
+    out, `schedule_options` where one chooses another `schedule`, and `rl.options` where one chooses another `rl.algorithm`;
+    whose recipe's law, samples and advantages come right after the base.
 
     Raises ConfigError naming the key, what came and what is allowed.
     """
@@ -345,6 +365,8 @@ def load_config(
             plain: Any = OmegaConf.to_container(layers[0])
             layers[0] = OmegaConf.create(without_rights(plain, given, base_calls, base_name))
         drop_others(layers, "task.kind", "sudoku", "task")
+        for phase in ("sft", "rl"):
+            drop_others(layers, f"{phase}.schedule", "", f"{phase}.schedule_options")
         drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
         layers.insert(1, defaults_of_algorithm(layers[1:]))
         merged = OmegaConf.merge(*layers)

@@ -109,19 +109,27 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the ranks that torchrun started (NCCL on GPUs, gloo on CPUs); without torchrun, a single rank."""
+    """Join the ranks that torchrun started (NCCL on GPUs, gloo on CPUs); without torchrun, a single rank.
+
+    Raises UserError where the ranks cannot meet.
+    """
     gpu = torch.cuda.is_available()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks(device=torch.device("cuda" if gpu else "cpu"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    backend, store = "cpu:gloo,cuda:nccl" if gpu else "gloo", _store_of_restart()
-    if store is None:
-        dist.init_process_group(backend)
-    else:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    try:
+        store = _store_of_restart()
+        if store is None:
+            dist.init_process_group(backend)
+        else:
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError, KeyError) as error:  # no such address, or a rank that ended before all had met
+        where = ":".join(os.environ.get(name, f"${name}") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"rank {os.environ['RANK']} cannot meet the others at {where}: {first_line(error)}") from error
     return Ranks(dist.get_rank(), dist.get_world_size(), device, launched=True)
 
 

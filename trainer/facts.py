@@ -214,6 +214,11 @@ def facts_of(config: Any, tokenizer: Any, name: str, overrides: Mapping[str, Any
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     sources = {"config": text_config, "tokenizer": tokenizer}
     stated = {key: value for key, places in row.stated.items() if (value := _first(places, sources)) is not None}
+    if (known_length := stated.get("block_length")) is not None and overrides.get("block_length") not in (None, known_length):
+        raise UserError(
+            f"model.facts.block_length must be the {known_length} that the configuration of {name} states, "
+            f"got {overrides['block_length']!r}"
+        )
     values = {"family": row.name, **row.facts, **stated, **overrides}
     if values.get("topology") != "block_causal" and "block_length" not in overrides:
         values["block_length"] = None

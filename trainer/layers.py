@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -107,8 +108,20 @@ def reject_unknown(layers: Sequence[DictConfig], allowed: list[str]) -> None:
         visit(layer, "")
 
 
+# what transformers and earlier versions call it: what it is here
+_RENAMED = {
+    "final_lr_share": "schedule_options.min_lr_rate, of the schedules cosine_with_min_lr and cosine_warmup_with_min_lr",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler_kwargs": "schedule_options",
+    "warmup_steps": "warmup",
+}
+
+
 def _unknown(key: str, allowed: list[str]) -> str:
     section, _, name = key.rpartition(".")
+    if section in ("sft", "rl") and name in _RENAMED:
+        return f"unknown config key {key}: it is {section}.{_RENAMED[name]}"
     if section == "rl" and (those := [recipe.name for recipe in recipes_by_name().values() if name in recipe.option_names]):
         return f"unknown config key {key}: it is rl.options.{name}, of {', '.join(those)}"
     same_name = [other for other in allowed if other.rpartition(".")[2] == name]  # the right name, the wrong section
@@ -131,6 +144,7 @@ def sentence(detail: Any) -> str:
         if not (place == 1 and detail["loc"][0] == "task" and part in MODULES)
     )
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    message = re.sub(r" or instance of \w+", "", message)
     if detail["type"] == "value_error":  # written above: names key and value itself
         return f"{key}: {message}" if key else message
     if detail["type"] == "extra_forbidden":

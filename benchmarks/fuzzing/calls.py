@@ -1,4 +1,7 @@
-"""One call of the head on a drawn problem, judged: a sentence for what is wrong, nothing where all is well."""
+"""One call of the head on a drawn problem, judged: a sentence for what is wrong, nothing where all is well.
+
+The instruction sets get the same inputs, copied between forbidden pages once, which no call may change.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch.autograd import forward_ad
 
 from benchmarks.fuzzing.guards import Guarded
 from benchmarks.fuzzing.problems import Problem
-from benchmarks.fuzzing.truth import Bounded, Truth
+from benchmarks.fuzzing.truth import Bounded, Terms, Truth
 from dllm_kernels import Rows, bgpo_loss, elbo_loss, head_backward, sample_tokens, score_tokens
 from dllm_kernels.backends import contract, cpu
 from dllm_kernels.head.scoring import Scores
@@ -23,6 +26,35 @@ STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
 RESULTS = (*STATISTICS, "ids_logp", "best_logp", "best_id")
 REFERENCE = "reference"
 Found = dict[str, Tensor]
+
+
+class Inputs:
+    """What the calls of one problem are given, each tensor between forbidden pages."""
+
+    def __init__(self, problem: Problem, guarded: Guarded) -> None:
+        self._guarded = guarded
+        self._changes = "changed" in problem.bad  # each call then gets copies of its own
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        guarded.at_end = problem.at_end
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A leaf with the values of one of the problem's tensors."""
+        if self._changes:
+            return self._guarded.copy(tensor)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor, self._guarded.copy(tensor)
+        return self._copies[id(tensor)][1].detach()
+
+    def release(self) -> list[str]:
+        """Take the memory back; a sentence where a call wrote into it."""
+        changed = [like for like, copy in self._copies.values() if not torch.equal(like, copy) and not _same(like, copy)]
+        self._copies.clear()
+        self._guarded.release()
+        return [f"an input of shape {list(like.shape)} was changed" for like in changed]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @contextlib.contextmanager
@@ -48,40 +80,52 @@ def surroundings(problem: Problem, engine: str, poison: float | None, guarded: G
         guarded.release()
 
 
-def gradient_errors(problem: Problem, truth: Truth, engine: str, guarded: Guarded) -> dict[str, tuple[float, float]]:
-    """Relative errors (root of summed squares) of each gradient: ours, and that of plain PyTorch in the same dtype."""
+def gradient_errors(
+    problem: Problem, truth: Truth, engine: str, inputs: Inputs, guarded: Guarded
+) -> dict[str, tuple[float, float]]:
+    """Errors of each gradient, ours and that of plain PyTorch in the same dtype, as root of summed squares over that of the
+    sums of the absolute values of the terms: what a rounding of each term may do, however far the terms cancel.
+    """
     with surroundings(problem, engine, None, guarded):
-        found = _run(problem, guarded)
-        baseline, exact = eager(problem, truth), truth.gradients(problem.coef, problem.entropy_coef)
+        found = _run(problem, inputs, guarded)
+        late = _late(problem, found)
+        baseline, exact = eager(problem, truth, *late), truth.gradients(problem.coef, problem.entropy_coef, *late)
         errors = {}
         for name in ("dhidden", "dweight"):
-            want = exact[name[1:]].exact
-            if name not in found or not truth.N or float(want.norm()) == 0:
+            want = exact[name[1:]]
+            size = 0.0 if want.size is None else float(want.size.norm())
+            if name not in found or not truth.N or size < 1e-30:
                 continue
             if name == "dhidden":
                 rows = [x[name].reshape(-1, truth.H)[problem.index] for x in (found, baseline)]
             else:
                 rows = [x[name] for x in (found, baseline)]
-            ours, other = (float((x.detach().double() - want).norm() / want.norm()) for x in rows)
+            ours, other = (float((x.detach().double() - want.exact).norm()) / size for x in rows)
             errors[name] = ours, other
         return errors
 
 
-def judge(problem: Problem, truth: Truth | None, engine: str, poison: float | None, guarded: Guarded) -> list[str]:
+def judge(
+    problem: Problem, truth: Truth | None, engine: str, poison: float | None, inputs: Inputs, guarded: Guarded
+) -> list[str]:
     """What is wrong with the call on one instruction set. `truth` is None for a problem that must be refused."""
     with surroundings(problem, engine, poison, guarded):
         if truth is None:
             try:
-                _run(problem, guarded)
+                _run(problem, inputs, guarded)
             except (ValueError, TypeError, RuntimeError) as error:
                 refused = {"tangent": TypeError}.get(problem.bad, RuntimeError if "changed" in problem.bad else ValueError)
                 return [] if type(error) is refused else [f"a bad {problem.bad} raised {error!r}"]
             return [f"a bad {problem.bad} was not refused"]
-        found, wanted, complaints = _run_and_want(problem, truth, guarded, engine)
+        if problem.call == "bgpo_loss":  # its old ELBOs are told from the exact ones
+            truth.once("bgpo", lambda: _bgpo(problem, truth))
+        found = _run(problem, inputs, guarded)
+        late = _late(problem, found)
+        wanted, complaints = _wanted(problem, truth, found, late, engine)
         if poor := [name for name, value in found.items() if not _within(value, wanted[name])]:
-            baseline = eager(problem, truth)
+            baseline = eager(problem, truth, *late)
             for name in poor:
-                exact, bound = wanted[name]
+                exact, bound, _ = wanted[name]
                 other = baseline.get(name)
                 slack = 0.0 if other is None else 2 * float((other.double() - exact).abs().nan_to_num(0.0).max())
                 if not _within(found[name], Bounded(exact, bound + slack)):
@@ -90,7 +134,7 @@ def judge(problem: Problem, truth: Truth | None, engine: str, poison: float | No
 
 
 def _within(value: Tensor, wanted: Bounded) -> bool:
-    exact, bound = wanted
+    exact, bound, _ = wanted
     value = value.detach().double()
     if value.shape != exact.shape:
         return False
@@ -105,23 +149,23 @@ def _complaint(name: str, value: Tensor, wanted: Bounded) -> str:
     error = (value.detach().double() - wanted.exact).abs()
     excess = torch.where(error == 0, 0.0, error / wanted.bound).nan_to_num(torch.inf)
     place = int(excess.argmax())
-    flat = [float(x.detach().double().expand(wanted.exact.shape).reshape(-1)[place]) for x in (value, *wanted)]
+    flat = [float(x.detach().double().expand(wanted.exact.shape).reshape(-1)[place]) for x in (value, wanted.exact, wanted.bound)]
     return f"{name}[{place}] is {flat[0]:.9g}, exactly {flat[1]:.9g}, allowed +- {flat[2]:.2g}"
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
 
 
-def _options(problem: Problem, guarded: Guarded, leaves: dict[str, Tensor]) -> dict[str, Any]:
+def _options(problem: Problem, inputs: Inputs, leaves: dict[str, Tensor]) -> dict[str, Any]:
     options = dict(problem.options)
     for name in ("bias", "temperature"):
         if isinstance(options.get(name), Tensor):
-            options[name] = guarded.copy(options[name])
+            options[name] = inputs.copy(options[name])
     if "bias" in options and problem.call not in ("forward", "unit", "head_backward", "sample"):
         leaves["bias"] = options["bias"] = options["bias"].requires_grad_()
     if "low_rank" in options:
         down, up, scale = options["low_rank"]
-        down, up = guarded.copy(down), guarded.copy(up)
+        down, up = inputs.copy(down), inputs.copy(up)
         if problem.call not in ("forward", "head_backward", "sample"):
             leaves["low_rank_A"] = down.requires_grad_()
             if problem.call != "unit":
@@ -130,10 +174,10 @@ def _options(problem: Problem, guarded: Guarded, leaves: dict[str, Tensor]) -> d
     return options
 
 
-def _run(problem: Problem, guarded: Guarded) -> Found:
+def _run(problem: Problem, inputs: Inputs, guarded: Guarded) -> Found:
     """Results by name; gradients as "d" + the input's name."""
     p, leaves = problem, {}
-    hidden, weight = guarded.copy(p.hidden), guarded.copy(p.weight)
+    hidden, weight = inputs.copy(p.hidden), inputs.copy(p.weight)
     if p.bad == "tangent":
         with forward_ad.dual_level():
             return {"logp": score_tokens(forward_ad.make_dual(hidden, hidden), weight, p.target, rows=p.rows).logp}
@@ -142,11 +186,11 @@ def _run(problem: Problem, guarded: Guarded) -> Found:
         leaves["hidden"] = hidden.requires_grad_()
         if p.call != "unit":
             leaves["weight"] = weight.requires_grad_()
-    options = _options(p, guarded, leaves)
-    target, rows = guarded.copy(p.target), None if p.rows is None else guarded.copy(p.rows)
-    coef, entropy_coef = (None if c is None else guarded.copy(c) for c in (p.coef, p.entropy_coef))
+    options = _options(p, inputs, leaves)
+    target, rows = inputs.copy(p.target), None if p.rows is None else inputs.copy(p.rows)
+    coef, entropy_coef = (None if c is None else inputs.copy(c) for c in (p.coef, p.entropy_coef))
     found: Found = {}
-    ids = guarded.copy(p.more["ids"]) if "ids" in p.more else None
+    ids = inputs.copy(p.more["ids"]) if "ids" in p.more else None
     several: dict[str, Any] = {"ids": ids, "want_top": p.more.get("want_top", 0)}
     if p.call == "forward":
         scores = score_tokens(hidden, weight, target, rows=rows, want=STATISTICS, **several, **options)
@@ -176,10 +220,10 @@ def _run(problem: Problem, guarded: Guarded) -> Found:
     elif p.call == "sample":
         more = {name: p.more[name] for name in ("temperature", "step", "top_k", "min_p")}
         options["logit_temperature"] = options.pop("temperature", 1.0)
-        drawn = sample_tokens(hidden, weight, guarded.copy(p.more["key"]), rows=rows, **more, **options)
+        drawn = sample_tokens(hidden, weight, inputs.copy(p.more["key"]), rows=rows, **more, **options)
         return {"token": drawn.token, "drawn": drawn.logp, "entropy": drawn.entropy}
     else:
-        loss = _loss(p, hidden, weight, options, guarded)
+        loss = _loss(p, hidden, weight, options, inputs)
         found = {"loss": loss}
         loss = (loss * p.more.get("upstream", torch.ones(()))).sum()
     if loss is not None:
@@ -198,7 +242,7 @@ def _joint(p: Problem, coef: Tensor | None) -> Tensor | None:
 
 def _alone(p: Problem, hidden: Tensor, weight: Tensor, whole: Found, options: dict[str, Any]) -> Found:
     """Whether the last row's bits are those that it has without the others; not claimed of PyTorch's products."""
-    if p.dtype == torch.float64 or not len(p.target) or "low_rank" in options:
+    if p.dtype == torch.float64 or not len(p.target):
         return {}
     if isinstance(options.get("temperature"), Tensor):
         options = options | {"temperature": options["temperature"][-1:]}
@@ -254,9 +298,9 @@ def _head_backward(
     return found
 
 
-def _loss(p: Problem, hidden: Tensor, weight: Tensor, options: dict[str, Any], guarded: Guarded) -> Tensor:
+def _loss(p: Problem, hidden: Tensor, weight: Tensor, options: dict[str, Any], inputs: Inputs) -> Tensor:
     m = p.more
-    labels, masked, p_mask = (guarded.copy(m[name]) for name in ("labels", "masked", "p_mask"))
+    labels, masked, p_mask = (inputs.copy(m[name]) for name in ("labels", "masked", "p_mask"))
     if p.call == "elbo_loss":
         reduction = "sequence" if m["kind"] == "sequence" else "mean"
         return elbo_loss(
@@ -272,27 +316,30 @@ def _loss(p: Problem, hidden: Tensor, weight: Tensor, options: dict[str, Any], g
 # --- what must come out -------------------------------------------------------------------------------------------------
 
 
-def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tuple[Found, dict[str, Bounded], list[str]]:
-    extra, coef = 0.0, p.coef
+def _late(p: Problem, found: Found) -> tuple[Terms, Tensor | None]:
+    """What has coefficients beside target and entropy: several ids of a row, and lse."""
+    if p.call == "coef":  # without coefficients of the target the ids have none
+        return ((p.more["ids"], p.more["ids_coef"]),) if p.coef is not None and "ids" in p.more else (), None
+    terms: Terms = ((p.more["ids"], p.more["ids_coef"]),) if "ids_logp" in found else ()
+    if "best_id" in found:
+        terms += ((found["best_id"].clamp(0, len(p.weight) - 1), p.more["best_coef"]),)
+    return terms, p.more.get("lse_coef") if "lse" in found else None
+
+
+def _wanted(
+    p: Problem, truth: Truth, found: Found, late: tuple[Terms, Tensor | None], engine: str
+) -> tuple[dict[str, Bounded], list[str]]:
+    """What is found has bounds for, and what is wrong with the rest, which leaves `found`."""
+    extra, coef, complaints = 0.0, p.coef, []
     if p.call == "bgpo_loss":
-        extra, coef = _bgpo(p, truth)
-    found, complaints = _run(p, guarded), []
-    statistics = truth.statistics
-    wanted: dict[str, Bounded] = dict(statistics)
-    truth.terms, truth.lse_coef = (), None
+        extra, coef = truth.once("bgpo", lambda: _bgpo(p, truth))
+    wanted: dict[str, Bounded] = dict(truth.statistics)
     if "ids_logp" in found:
         wanted["ids_logp"] = truth.logp_of(p.more["ids"])
-        truth.terms = tuple(zip(p.more["ids"].unbind(1), p.more["ids_coef"].unbind(1), strict=True))
     if "best_id" in found:
-        best_id = found.pop("best_id").clone()  # the next call gets its memory
+        best_id = found.pop("best_id")
         complaints += _likeliest(truth, best_id, found["best_logp"])
         wanted["best_logp"] = truth.logp_of(best_id.clamp(0, truth.V - 1))
-        if p.call != "coef":
-            truth.terms += tuple(zip(best_id.unbind(1), p.more["best_coef"].unbind(1), strict=True))
-    if p.call != "coef" and "lse" in found:
-        truth.lse_coef = p.more.get("lse_coef")
-    if p.call == "coef" and coef is None:  # without coefficients of the target the ids have none
-        truth.terms = ()
     if "top_id" in found:
         ids, logits = found.pop("top_id"), truth.z_NV
         if truth.N and bool((logits.gather(1, ids[:, None])[:, 0] < logits.amax(-1) - 2 * truth.logit_error_N).any()):
@@ -300,28 +347,27 @@ def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tu
     if "token" in found:
         complaints += _drawn(p, truth, found, wanted)
     if "sum" in found:
-        wanted["sum"] = truth.weighted_sum(_joint(p, coef), p.entropy_coef, p.more.get("ids"))
+        joint = p.entropy_coef, p.more.get("ids")
+        wanted["sum"] = truth.once("sum", lambda: truth.weighted_sum(_joint(p, coef), *joint))
     if "loss" in found:
         found["loss"], wanted["loss"] = _loss_value(p, truth, coef, found["loss"])
     if any(name in found for name in ("dhidden", "dweight", "dbias")):
         stores = p.call == "keep" or ("old_elbo" in p.more or p.more.get("kind") == "sequence")
         narrow = p.dtype.itemsize == 2
         pairs = "bf16" in engine and p.dtype == torch.bfloat16
-        eps = torch.finfo(p.dtype).eps
         exact = truth.gradients(
             coef,
             p.entropy_coef,
-            rounded=eps * (pairs + (narrow and stores)),
+            *late,
+            rounded=torch.finfo(p.dtype).eps / 2 * (pairs + (narrow and stores)),
             flushed=2.0**-24 if p.dtype == torch.float16 and (stores or p.call == "unit") else 0.0,
             extra=extra,
         )
-        zero = torch.zeros(p.hidden.numel() // p.hidden.shape[-1], p.hidden.shape[-1]).double()
-        dhidden = [zero.index_copy(0, p.index, part).view(p.hidden.shape) for part in exact["hidden"]]
-        wanted["dhidden"] = Bounded(*dhidden)
+        wanted["dhidden"] = truth.once(("whole", id(exact["hidden"])), lambda: _scattered(p, exact["hidden"]))
         wanted |= {"d" + name: bounded for name, bounded in exact.items() if name != "hidden"}
         if p.call == "head_backward":  # the buffers held 1
             for name in exact.keys() - {"hidden"}:
-                value, bound = exact[name]
+                value, bound, _ = exact[name]
                 wanted["d" + name] = Bounded(value, bound + 4 * truth.eps * (1 + value.abs()))
     if "alone" in found:
         wanted["alone"] = Bounded(torch.ones(len(found["alone"])).double(), torch.zeros(len(found["alone"])).double())
@@ -331,7 +377,13 @@ def _run_and_want(p: Problem, truth: Truth, guarded: Guarded, engine: str) -> tu
     for name in [name for name, value in found.items() if value is None]:
         complaints.append(f"no {name}")
         del found[name]
-    return found, wanted, complaints
+    return wanted, complaints
+
+
+def _scattered(p: Problem, of_rows: Bounded) -> Bounded:
+    zero = torch.zeros(p.hidden.numel() // p.hidden.shape[-1], p.hidden.shape[-1]).double()
+    exact, bound = (zero.index_copy(0, p.index, part).view(p.hidden.shape) for part in of_rows[:2])
+    return Bounded(exact, bound)
 
 
 def _bgpo(p: Problem, truth: Truth) -> tuple[float, Tensor]:
@@ -356,7 +408,7 @@ def _loss_value(p: Problem, truth: Truth, coef: Tensor, value: Tensor) -> tuple[
     if p.call == "elbo_loss":
         if "upstream" in m:
             value = (value.detach().double() * m["upstream"].double()).sum()
-        exact, bound = truth.weighted_sum(coef, None)
+        exact, bound, _ = truth.weighted_sum(coef, None)
         return value, Bounded(exact, bound + 16 * eps * (coef * truth.at(p.target)).abs().sum())
     advantages = m["advantages"].double()
     scale = m["samples"] * len(advantages)
@@ -415,7 +467,7 @@ def _likeliest(truth: Truth, best_id: Tensor, best_logp: Tensor) -> list[str]:
 # --- PyTorch in the same dtype ------------------------------------------------------------------------------------------
 
 
-def eager(problem: Problem, truth: Truth) -> Found:
+def eager(problem: Problem, truth: Truth, terms: Terms, lse_coef: Tensor | None) -> Found:
     """Plain PyTorch on the same inputs: 16-bit operands, float32 logits; statistics, and gradients of the weighted sum."""
     p = problem
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -441,10 +493,10 @@ def eager(problem: Problem, truth: Truth) -> Found:
     total = sum(
         (torch.where(c == 0, 0.0, c * v)).sum() for c, v in ((p.coef, logp_N), (p.entropy_coef, entropy_N)) if c is not None
     )
-    for ids_N, c_N in truth.terms:
-        total = total + torch.where(c_N == 0, 0.0, c_N * logp_NV.gather(1, ids_N[:, None])[:, 0]).sum()
-    if truth.lse_coef is not None:
-        total = total + (truth.lse_coef * z_NV.logsumexp(-1)).sum()
+    for ids_NM, c_NM in terms:
+        total = total + torch.where(c_NM == 0, 0.0, c_NM * logp_NV.gather(1, ids_NM)).sum()
+    if lse_coef is not None:
+        total = total + (lse_coef * z_NV.logsumexp(-1)).sum()
     leaves = {"dhidden": hidden, "dweight": weight} | ({"dbias": bias} if bias is not None else {})
     leaves |= dict(zip(("dlow_rank_A", "dlow_rank_B"), low))
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fuzzing.calls import REFERENCE, Found, _complaint, _within
+from benchmarks.fuzzing.calls import REFERENCE, Found, Inputs, _complaint, _within
 from benchmarks.fuzzing.guards import Guarded
 from benchmarks.fuzzing.problems import _LAYOUTS, DTYPES
 from benchmarks.fuzzing.truth import TINY, Bounded
@@ -243,7 +243,7 @@ class Truth:
         many = len(t["weight"])
 
         def of_ids(part: Bounded) -> Bounded:
-            return Bounded(*(torch.zeros(many, *x.shape[1:]).double().index_copy(0, self.alive_V, x) for x in part))
+            return Bounded(*(torch.zeros(many, *x.shape[1:]).double().index_copy(0, self.alive_V, x) for x in part[:2]))
 
         dhidden = product(op, op_error, self.W_VH, V, p.dtype)
         if "low_rank_A" in t:
@@ -261,11 +261,11 @@ class Truth:
             found["dlow_rank_B"] = of_ids(Bounded(dup.exact, dup.bound + lost * abs(scale)))
         positions = t["hidden"].numel() // t["hidden"].shape[-1]
         zero = torch.zeros(positions, t["hidden"].shape[-1]).double()
-        spread = [zero.index_copy(0, p.index, part).view(t["hidden"].shape) for part in dhidden]
+        spread = [zero.index_copy(0, p.index, part).view(t["hidden"].shape) for part in dhidden[:2]]
         found["dhidden"] = Bounded(*spread)
         found["dweight"] = of_ids(product(op.t(), op_error.t(), self.h_NH, N, p.dtype))
         single = product(op.t(), op_error.t(), torch.ones(N, 1).double(), N, torch.float32)
-        found["dbias"] = of_ids(Bounded(*(x[:, 0] for x in single)))
+        found["dbias"] = of_ids(Bounded(*(x[:, 0] for x in single[:2])))
         return found
 
 
@@ -295,31 +295,35 @@ def surroundings(p: Problem, engine: str, poison: float | None, guarded: Guarded
         guarded.release()
 
 
-def judge(problem: Problem, truth: Truth | None, engine: str, poison: float | None, guarded: Guarded) -> list[str]:
+def judge(
+    problem: Problem, truth: Truth | None, engine: str, poison: float | None, inputs: Inputs, guarded: Guarded
+) -> list[str]:
     """What is wrong with the call on one instruction set. `truth` is None for a problem that must be refused."""
     with surroundings(problem, engine, poison, guarded):
         if truth is None:
             try:
-                run(problem, guarded)
+                run(problem, inputs)
             except ValueError as error:
                 return [] if problem.bad in str(error) else [f"a bad {problem.bad} raised {error!r}"]
             return [f"a bad {problem.bad} was not refused"]
-        found, wanted, complaints = run(problem, guarded), truth.wanted(), []
+        found, wanted, complaints = run(problem, inputs), truth.wanted(), []
         poor = [name for name, value in found.items() if not _within(value, wanted[name])]
         baseline = eager(problem) if poor else {}
         for name in poor:
-            exact, bound = wanted[name]
+            exact, bound, _ = wanted[name]
             slack = 2 * float((baseline[name].double() - exact).abs().nan_to_num(0.0).max())
             if not _within(found[name], Bounded(exact, bound + slack)):
                 complaints.append(_complaint(name, found[name], wanted[name]))
         return complaints
 
 
-def gradient_errors(problem: Problem, truth: Truth, engine: str, guarded: Guarded) -> dict[str, tuple[float, float]]:
+def gradient_errors(
+    problem: Problem, truth: Truth, engine: str, inputs: Inputs, guarded: Guarded
+) -> dict[str, tuple[float, float]]:
     """Errors of value and gradients, relative to the root of summed squares: ours, and plain PyTorch's in the same dtype."""
     with surroundings(problem, engine, None, guarded):
-        found, baseline, errors = run(problem, guarded), eager(problem), {}
-        for name, (exact, _) in truth.wanted().items():
+        found, baseline, errors = run(problem, inputs), eager(problem), {}
+        for name, (exact, _, _) in truth.wanted().items():
             if name in ("value", "dhidden", "dweight") and name in found and float(exact.norm()) > 0:
                 ours, other = (float((x[name].detach().double() - exact).norm() / exact.norm()) for x in (found, baseline))
                 errors[name] = ours, other
@@ -333,10 +337,10 @@ def _call(p: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return arguments
 
 
-def run(p: Problem, guarded: Guarded) -> Found:
+def run(p: Problem, inputs: Inputs) -> Found:
     """The value, and gradients as "d" + the input's name."""
-    tensors = {name: guarded.copy(x).requires_grad_(name in p.trains) for name, x in p.tensors.items() if x.is_floating_point()}
-    tensors |= {name: guarded.copy(x) for name, x in p.tensors.items() if not x.is_floating_point()}
+    tensors = {name: inputs.copy(x).requires_grad_(name in p.trains) for name, x in p.tensors.items() if x.is_floating_point()}
+    tensors |= {name: inputs.copy(x) for name, x in p.tensors.items() if not x.is_floating_point()}
     value = distillation_loss(kind=p.kind, reduction=p.reduction, **_call(p, tensors))
     found: Found = {"value": value}
     if p.trains:

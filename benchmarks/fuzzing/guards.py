@@ -32,33 +32,43 @@ class Guarded:
     """Regions, used again from case to case: `release` takes back what was handed out."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[int]] = defaultdict(list)
-        self._used: list[tuple[int, int]] = []
+        self._free: defaultdict[int, list[torch.UntypedStorage]] = defaultdict(list)
+        self._used: list[torch.UntypedStorage] = []
         self.at_end = True  # where in its region a tensor lies: its last element before a forbidden page, or its first after
 
     def release(self) -> None:
-        for size, address in self._used:
-            self._free[size].append(address)
+        for storage in self._used:
+            self._free[storage.nbytes()].append(storage)
         self._used.clear()
 
     def empty_like(self, like: Tensor, fill: float | None = None) -> Tensor:
         """Shape, strides and dtype of `like`; what lies between its elements holds `fill`, where given."""
-        count = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
-        if count == 0:
+        if not like.numel():
             return torch.empty_like(like)
+        shape, strides = like.shape, like.stride()
+        count = 1
+        for length, stride in zip(shape, strides):
+            count += (length - 1) * stride
         bytes_ = count * like.itemsize
         size = PAGE
         while size < bytes_:
             size *= 2
-        address = self._free[size].pop() if self._free[size] else _region(size)
-        self._used.append((size, address))
-        start = address + size - bytes_ if self.at_end else address
-        flat = torch.frombuffer((ctypes.c_char * bytes_).from_address(start), dtype=like.dtype)
+        storage = self._free[size].pop() if self._free[size] else _storage(size)
+        self._used.append(storage)
+        start = (size - bytes_) // like.itemsize if self.at_end else 0
+        # not a view of anything, so changes in place are counted for it alone
+        found = torch.empty(0, dtype=like.dtype).set_(storage, start, shape, strides)
         if fill is not None:
-            flat.fill_(fill)
-        return flat.as_strided(like.shape, like.stride())
+            whole = found if found.is_contiguous() else torch.empty(0, dtype=like.dtype).set_(storage, start, (count,), (1,))
+            whole.fill_(fill)
+        return found
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The same values between forbidden pages; NaN between the elements of a strided tensor."""
         strided = tensor.is_floating_point() and not tensor.is_contiguous()
         return self.empty_like(tensor, float("nan") if strided else None).copy_(tensor.detach())
+
+
+def _storage(bytes_: int) -> torch.UntypedStorage:
+    whole = torch.frombuffer((ctypes.c_char * bytes_).from_address(_region(bytes_)), dtype=torch.uint8)
+    return whole.untyped_storage()

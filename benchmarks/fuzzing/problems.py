@@ -130,8 +130,8 @@ def _enrich(problem: Problem, allowed: Tensor, rng: random.Random) -> None:
     p, g = problem, torch.Generator().manual_seed(rng.getrandbits(62))
     N, (V, H) = len(p.target), p.weight.shape
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    if rng.random() < 0.12:
-        R, dtype = rng.randint(1, 5), rng.choice((p.dtype, wide))
+    if rng.random() < 0.25:
+        R, dtype = rng.choice((1, 2, 3, 5, 8, 14, 17, 33)), rng.choice((p.dtype, p.dtype, wide, torch.float16))
         down, up = torch.randn(R, H, generator=g) / H**0.5, torch.randn(V, R, generator=g)
         p.options["low_rank"] = down.to(dtype), up.to(dtype), rng.choice((0.5, -1.0, 2.0))
     if p.call in ("forward", "coef", "keep", "recompute") and rng.random() < 0.5:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,16 @@ from torch import Tensor
 from benchmarks.fuzzing.problems import Problem
 
 TINY = 1e-36  # exponentials below 1e-38 are 0 by design
+_T = TypeVar("_T")
 
 
 class Bounded(NamedTuple):
     exact: Tensor
     bound: Tensor
+    size: Tensor | None = None  # of gradients: the sum of the absolute values of the terms
+
+
+Terms = tuple[tuple[Tensor, Tensor], ...]  # ids and their coefficients, [N, M] each
 
 
 class Truth:
@@ -28,7 +34,7 @@ class Truth:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = p = problem
-        self._gradients: dict[tuple[float, ...], dict[str, Bounded]] = {}
+        self._known: dict[Any, Any] = {}
         self.eps = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32).eps
         self.h_NH = p.hidden.double().reshape(-1, p.hidden.shape[-1])[p.index]
         self.W_VH = p.weight.double()
@@ -69,14 +75,26 @@ class Truth:
         largest_N = (size_NV / T_N1).masked_fill(excluded_V, 0.0).amax(-1) if self.N else size_NV.sum(-1)
         self.logit_error_N = self.eps * (4 + math.sqrt(self.H)) * (largest_N + self.z_NV.amax(-1).abs() if self.N else largest_N)
 
-    # what several ids of a row and lse add to the gradients: ids [N] and their coefficients; lse's
-    terms: tuple[tuple[Tensor, Tensor], ...] = ()
-    lse_coef: Tensor | None = None
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What `make` returns, made at the first call with this key: every instruction set is held to the same numbers."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: _T = self._known[key]
+        return found
 
     # --- statistics -----------------------------------------------------------------------------------------------
 
     def at(self, ids_N: Tensor) -> Tensor:
         return self.logp_NV.gather(1, ids_N[:, None])[:, 0]
+
+    @functools.cached_property
+    def others_NV(self) -> Tensor:
+        """1 - p, of the likeliest id as the sum of the others: it may be less than float64 resolves beside 1."""
+        others_NV = 1 - self.p_NV
+        if self.N:
+            best_N1 = self.p_NV.argmax(1, keepdim=True)
+            others_NV.scatter_(1, best_N1, self.p_NV.scatter(1, best_N1, 0.0).sum(1, keepdim=True))
+        return others_NV
 
     @functools.cached_property
     def statistics(self) -> dict[str, Bounded]:
@@ -92,6 +110,9 @@ class Truth:
 
     def logp_of(self, ids: Tensor) -> Bounded:
         """Of ids `[N, M]`."""
+        return self.once(("logp", _bytes(ids)), lambda: self._logp_of(ids))
+
+    def _logp_of(self, ids: Tensor) -> Bounded:
         logp_NM, e_N = self.logp_NV.gather(1, ids), 2 * self.logit_error_N + 8 * self.eps
         return Bounded(logp_NM, e_N[:, None] + 4 * self.eps * logp_NM.abs().clamp(max=1e30))
 
@@ -100,7 +121,7 @@ class Truth:
         statistics, exact, bound = self.statistics, torch.zeros(()).double(), torch.zeros(()).double()
         targets = self.problem.target[:, None] if ids is None else torch.cat((self.problem.target[:, None], ids), 1)
         logp = self.logp_of(targets) if coef is not None and coef.dim() == 2 else statistics["logp"]
-        for (value_N, error_N), c in ((logp, coef), (statistics["entropy"], entropy_coef)):
+        for (value_N, error_N, _), c in ((logp, coef), (statistics["entropy"], entropy_coef)):
             if c is None:
                 continue
             terms_N = torch.where(c == 0, 0.0, c.double() * value_N)
@@ -110,40 +131,51 @@ class Truth:
 
     # --- gradients ------------------------------------------------------------------------------------------------
 
-    def _of_logp(self, y_N: Tensor) -> Tensor:
-        """d logp / d logit of one id per row."""
-        rows_N = torch.arange(self.N)
-        others_NV = self.p_NV.clone()
-        others_NV[rows_N, y_N] = 0.0
-        logp_NV = -others_NV
-        logp_NV[rows_N, y_N] = others_NV.sum(-1)
-        return logp_NV
-
     def gradients(
-        self, coef: Tensor | None, entropy_coef: Tensor | None, *, rounded: float = 0.0, flushed: float = 0.0, extra: float = 0.0
+        self,
+        coef: Tensor | None,
+        entropy_coef: Tensor | None,
+        terms: Terms = (),
+        lse_coef: Tensor | None = None,
+        *,
+        rounded: float = 0.0,
+        flushed: float = 0.0,
+        extra: float = 0.0,
     ) -> dict[str, Bounded]:
-        """Of hidden, weight and bias, computed once for a problem's coefficients. `rounded`, `flushed`: relative and absolute
-        rounding of stored operands; `extra`: relative error of the coefficients.
+        """Of hidden, weight, bias and an adapter, of a problem's own coefficients and those of `terms`: ids and coefficients
+        `[N, M]`. `rounded`, `flushed`: relative and absolute rounding of stored operands; `extra`: relative error of the
+        coefficients.
         """
-        key = rounded, flushed, extra, *(float(x.double().sum()) for pair in self.terms for x in pair)
-        if key not in self._gradients:
-            self._gradients[key] = self._bounded_gradients(coef, entropy_coef, rounded, flushed, extra)
-        return self._gradients[key]
+        of_terms = tuple(_bytes(ids) for ids, _ in terms)
+        key = "gradients", rounded, flushed, extra, of_terms, coef is None, lse_coef is None
+        return self.once(key, lambda: self._gradients(coef, entropy_coef, terms, lse_coef, rounded, flushed, extra))
 
-    def _bounded_gradients(
-        self, coef: Tensor | None, entropy_coef: Tensor | None, rounded: float, flushed: float, extra: float
+    def _gradients(
+        self,
+        coef: Tensor | None,
+        entropy_coef: Tensor | None,
+        terms: Terms,
+        lse_coef: Tensor | None,
+        rounded: float,
+        flushed: float,
+        extra: float,
     ) -> dict[str, Bounded]:
-        zero_N = torch.zeros(self.N).double()
+        zero_N, p_NV = torch.zeros(self.N).double(), self.p_NV
         c_N1, e_N1 = ((zero_N if c is None else c.double())[:, None] for c in (coef, entropy_coef))
-        raw_NV = -e_N1 * self.p_NV * (self.finite_NV + self.entropy_N[:, None])
-        size_NV = e_N1.abs() * self.p_NV * (self.finite_NV.abs() + self.entropy_N[:, None] + 1)
-        all_N1 = e_N1.abs()
-        for ids_N, given_N1 in ((self.problem.target, c_N1), *((ids_N, c_N.double()[:, None]) for ids_N, c_N in self.terms)):
-            logp_NV, all_N1 = self._of_logp(ids_N), all_N1 + given_N1.abs()
-            raw_NV, size_NV = raw_NV + given_N1 * logp_NV, size_NV + given_N1.abs() * logp_NV.abs()
-        if self.lse_coef is not None:
-            given_N1 = self.lse_coef.double()[:, None]
-            raw_NV, size_NV, all_N1 = raw_NV + given_N1 * self.p_NV, size_NV + given_N1.abs() * self.p_NV, all_N1 + given_N1.abs()
+        raw_NV = -e_N1 * p_NV * (self.finite_NV + self.entropy_N[:, None])
+        size_NV = e_N1.abs() * p_NV * (self.finite_NV.abs() + self.entropy_N[:, None] + 1)
+        # of each id its coefficients together, and those of all
+        pairs = [(self.problem.target[:, None], c_N1), *((ids, c.double()) for ids, c in terms)]
+        ids_NM, c_NM = (torch.cat(parts, 1) for parts in zip(*pairs))
+        own_NV, own_size_NV = (torch.zeros_like(p_NV).scatter_add_(1, ids_NM, c) for c in (c_NM, c_NM.abs()))
+        c_N1, size_N1 = c_NM.sum(1, keepdim=True), c_NM.abs().sum(1, keepdim=True)
+        others_NV = self.others_NV
+        raw_NV += own_NV * others_NV - (c_N1 - own_NV) * p_NV
+        size_NV += own_size_NV * others_NV + (size_N1 - own_size_NV) * p_NV
+        all_N1 = e_N1.abs() + size_N1
+        if lse_coef is not None:
+            given_N1 = lse_coef.double()[:, None]
+            raw_NV, size_NV, all_N1 = raw_NV + given_N1 * p_NV, size_NV + given_N1.abs() * p_NV, all_N1 + given_N1.abs()
         relative_N1 = (3 * self.logit_error_N + 16 * self.eps)[:, None] + rounded + extra
         operand_NV, whole_NV = raw_NV * self.slope_NV, size_NV * self.slope_NV
         lost = (TINY + flushed) * all_N1
@@ -154,7 +186,8 @@ class Truth:
         biggest = float(all_N1.max()) if self.N else 0.0
         absolute_W, absolute_h = self.W_VH.abs(), self.h_NH.abs()
         grow_H, grow_W = out + self.eps * (8 + self.V**0.5), out + self.eps * (8 + self.N**0.5)
-        exact_NH, bound_NH = operand_NV @ self.W_VH, error_NV @ absolute_W + grow_H * (whole_NV @ absolute_W)
+        size_NH, size_VH = whole_NV @ absolute_W, whole_NV.t() @ absolute_h
+        exact_NH, bound_NH = operand_NV @ self.W_VH, error_NV @ absolute_W + grow_H * size_NH
         found = {}
         if self.low is not None:
             down_RH, up_VR, scale = self.low
@@ -168,12 +201,20 @@ class Truth:
             error_A = abs(scale) * error_NR.t() @ absolute_h + (narrow + grow_W) * size_A
             dB, size_B = operand_NV.t() @ projected_NR, whole_NV.t() @ absolute_NR
             error_B = error_NV.t() @ absolute_NR + (narrow + grow_W + self.eps * self.H**0.5) * size_B
-            types = [torch.finfo(x.dtype) for x in self.problem.options["low_rank"][:2]]
-            flushed_A, flushed_B = (1e-30 + kind.smallest_normal * kind.eps for kind in types)
-            found = {"low_rank_A": Bounded(dA, error_A + flushed_A), "low_rank_B": Bounded(dB, error_B + flushed_B)}
-        dhidden = Bounded(exact_NH, bound_NH + least * (1 + biggest))
-        dweight = Bounded(operand_NV.t() @ self.h_NH, error_NV.t() @ absolute_h + grow_W * (whole_NV.t() @ absolute_h) + least)
+            for name, exact, error, x in zip(
+                "AB", (dA, dB), (error_A, error_B), self.problem.options["low_rank"][:2], strict=False
+            ):
+                kind = torch.finfo(x.dtype)
+                bound = error + 1e-30 + kind.smallest_normal * kind.eps
+                # what a float16 leaf cannot hold may be infinite
+                found["low_rank_" + name] = Bounded(exact, bound.masked_fill(exact.abs() + bound > kind.max, torch.inf))
+        dhidden = Bounded(exact_NH, bound_NH + least * (1 + biggest), size_NH)
+        dweight = Bounded(operand_NV.t() @ self.h_NH, error_NV.t() @ absolute_h + grow_W * size_VH + least, size_VH)
         # the bias is in float32 whatever the dtype of hidden
         single = torch.finfo(torch.float32).eps
         dbias = Bounded(operand_NV.sum(0), error_NV.sum(0) + single * (8 + self.N**0.5) * whole_NV.sum(0) + TINY)
         return found | {"hidden": dhidden, "weight": dweight, "bias": dbias}
+
+
+def _bytes(ids: Tensor) -> tuple[int, bytes]:
+    return ids.shape[1], ids.contiguous().numpy().tobytes()

@@ -43,7 +43,7 @@ from benchmarks.registry import (
     Suite,
     Work,
 )
-from benchmarks.suites import head_ids
+from benchmarks.suites import head_adapter, head_ids
 from benchmarks.suites.head_inputs import HeadOracle, Inputs, floor, make_inputs
 from benchmarks.suites.head_peers import GPU_PEERS, PEERS
 from dllm_kernels import backends, sample_tokens, score_tokens
@@ -113,27 +113,33 @@ def cases(settings: Settings) -> list[Case]:
                     dtype="" if dtype == settings.dtype else dtype,
                 )
             )
-    return found + _of_several_ids(settings)
+    return found + _of_other_kinds(settings)
 
 
-def _of_several_ids(settings: Settings) -> list[Case]:
-    """In the run's dtype at one size: the others are measured with one target."""
+def _of_other_kinds(settings: Settings) -> list[Case]:
+    """In the run's dtype at one size: the others are measured with one target and the head's own weight."""
     nats, relative = (1e-4, 1e-5) if settings.dtype == "float32" else (1e-3, 2e-2)
     shape = {key: value for key, value in (settings.shape or USUAL).items() if key in TINY}
     if "cap" in settings.shape:
         return []
+    common: dict[str, Any] = {"dtype": settings.torch_dtype, "device": settings.device}
+    kinds: dict[str, tuple[Any, Any, Any]] = {
+        kind: (functools.partial(head_ids.inputs, kind=kind, **common), head_ids.CONTESTANTS, head_ids.IdsOracle)
+        for kind in head_ids.KINDS
+    }
+    kinds["adapter"] = functools.partial(head_adapter.inputs, **common), head_adapter.CONTESTANTS, head_adapter.AdapterOracle
     return [
         Case(
             name=kind,
             sizes=TINY if settings.tiny else shape,
             tiny=TINY,
-            inputs=functools.partial(head_ids.inputs, kind=kind, dtype=settings.torch_dtype, device=settings.device),
-            contestants=head_ids.CONTESTANTS,
-            oracle=head_ids.IdsOracle,
+            inputs=inputs,
+            contestants=contestants,
+            oracle=oracle,
             tolerance={"logp": nats, "gradient": relative},
             output_bytes=lambda x: x.output_bytes,
         )
-        for kind in head_ids.KINDS
+        for kind, (inputs, contestants, oracle) in kinds.items()
     ]
 
 
@@ -275,7 +281,7 @@ def _accuracy_cases(settings: Settings) -> list[tuple[str, Case]]:
         (name, replace(case, oracle=_ElboOracle) if case.name in PLANS_OF_BOUNDS else case)
         for name in names
         for case in cases(replace(settings, dtype=name, shape=shape))
-        if case.name in (*PLANS_OF_BOUNDS, *head_ids.KINDS) and settings.cases in ((), (case.name,))
+        if case.name in (*PLANS_OF_BOUNDS, *head_ids.KINDS, "adapter") and settings.cases in ((), (case.name,))
     ]
 
 

@@ -3,6 +3,8 @@
 ids         8 given ids of each row, with coefficients that arrive late
 want_top    the 8 likeliest ids of each row, likewise
 z_loss      logp and the mean square of lse
+
+The libraries' chunked log-probabilities take one target a row: for `ids` they get each row once for every id.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.registry import Contestant, Result, Work, relative_error
 from benchmarks.suites.head_inputs import SLAB, Inputs, floor, make_inputs
+from benchmarks.suites.head_peers import CHUNKED, Loader, absent
 from dllm_kernels import backends, score_tokens
 from dllm_kernels.head import plans
 
@@ -122,4 +125,32 @@ class IdsOracle:
         return {"logp": float((result["logp"].double() - self.truth["logp"]).abs().max()), "gradient": max(gradients)}
 
 
-CONTESTANTS = (Contestant("ours", "ours", ours), Contestant("eager", "peer", eager), Contestant("floor", "floor", floor))
+def _peer(x: IdsInputs, load: Loader) -> Work:
+    N, M = x.ids_NM.shape
+    logp, note = load(N * M, None)
+    hidden, weight = x.leaves()
+
+    def run() -> Result:
+        hidden.grad = weight.grad = None
+        logp_NM = logp(hidden.repeat_interleave(M, 0), weight, x.ids_NM.flatten()).view(N, M)
+        _loss(x, logp_NM, None).backward()
+        return x.result(logp_NM, hidden, weight)
+
+    return Work(run, note=f"{note}, {M} times the rows")
+
+
+def _applies(x: IdsInputs, load: Loader) -> str:
+    if x.plan != "ids":
+        return "its lse has no gradient" if x.plan == "z_loss" else "it does not tell the likeliest ids"
+    return absent(x, load)
+
+
+CONTESTANTS = (
+    Contestant("ours", "ours", ours),
+    Contestant("eager", "peer", eager),
+    *(
+        Contestant(name, "peer", functools.partial(_peer, load=load), functools.partial(_applies, load=load))
+        for name, load in CHUNKED.items()
+    ),
+    Contestant("floor", "floor", floor),
+)

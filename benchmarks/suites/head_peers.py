@@ -114,6 +114,11 @@ def _applies(x: Inputs, load: Loader, softcap: bool) -> str:
         return "it does not sample"
     if x.softcap is not None and not softcap:
         return "it has no softcap"
+    return absent(x, load)
+
+
+def absent(x: Inputs, load: Loader) -> str:
+    """Why a peer cannot run; nothing where it can."""
     try:
         load(len(x.target_N), x.softcap)
     except AbsentError as reason:
@@ -128,5 +133,6 @@ def _peer(name: str, load: Loader, softcap: bool = False) -> Contestant:
     return Contestant(name, "peer", functools.partial(_setup, load=load), applies)
 
 
-PEERS = (_peer("torch linear_ce", _torch), _peer("Liger chunked", _liger), _peer("TRL chunked", _trl))
+CHUNKED: dict[str, Loader] = {"torch linear_ce": _torch, "Liger chunked": _liger, "TRL chunked": _trl}
+PEERS = tuple(_peer(name, load) for name, load in CHUNKED.items())
 GPU_PEERS = (_peer("Liger FLCE", _liger_flce, softcap=True), _peer("CCE", _cce, softcap=True), _peer("QuACK", _quack))

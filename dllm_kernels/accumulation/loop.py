@@ -5,7 +5,7 @@ The number of passes over the model follows from what the coefficients `d loss /
     none                    data only: one pass, coefficients known before the head runs
     token, sample           rows of one sample of one sequence: one pass, coefficients arrive in backward
     sequence                its K samples: one pass if a micro-batch holds them all, else two, block by block
-    batch                   everything, on all ranks: two passes
+    batch                   everything, on all ranks: two passes, one where a single micro-batch holds it
 
 With two passes, the first scores all rows without a gradient, autograd on these small vectors gives the
 coefficients, and the second runs forward and backward sample by sample. Both must agree, so active dropout is
@@ -30,6 +30,7 @@ from dllm_kernels.accumulation.scores import refuse_dropout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import headless
 from dllm_kernels.model.layouts import check_blocks
+from dllm_kernels.model.sharding import accumulation_hooks
 
 
 def accumulate(
@@ -100,6 +101,11 @@ def accumulate(
         raise ValueError("accumulate computes gradients: call it outside torch.no_grad()")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have a parameter that requires a gradient, got a fully frozen one")
+    if any(accumulation_hooks(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "model must not have an optimizer in backward (register_post_accumulate_grad_hook) for accumulate, which runs "
+            "several backwards for one step: step after it"
+        )
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}")
     check_blocks(model, plan, model_kwargs or {})
@@ -112,7 +118,8 @@ def accumulate(
             K = shards.most(K)  # ranks may hold different numbers of trace states
         if K == 0 or (B == 0 and group is None):
             raise ValueError(f"plan must hold at least one sample and one sequence, got K={K}, B={B}")
-        two_passes = coupling == "batch" or (coupling == "sequence" and samples_per_pass < K)
+        whole = samples_per_pass >= K and cuts.sequences_per_pass >= B and group is None  # one cut holds everything
+        two_passes = (coupling == "batch" and not whole) or (coupling == "sequence" and samples_per_pass < K)
         if two_passes or (objective.old_scores is not None and not objective.is_on_policy(batch)):
             refuse_dropout(model)
         if coupling == "batch" and group is not None and objective.couple is None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels.accumulation.micro_batches import in_step, make_cuts
+from dllm_kernels.accumulation.micro_batches import Cut, in_step, make_cuts
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.accumulation.passes import statistics_dtype
 from dllm_kernels.head.scoring import score
@@ -50,29 +51,67 @@ def score_samples(
         >>> score_samples(model, plan).shape
         torch.Size([2, 4])
     """
+    options: dict[str, Any] = {"suppress": suppress, "model_kwargs": model_kwargs, "after_cut": after_cut}
+    options |= {"samples_per_pass": samples_per_pass, "sequences_per_pass": sequences_per_pass}
+    if per_token:
+        return token_scores(model, plan, **options)["logp"]
+    K, B, _ = plan.shape
+    found_BK = torch.zeros(B, K, dtype=torch.float64, device=plan.input_ids_BS.device)
+
+    def take(cut: Cut, scores: dict[str, Tensor]) -> None:
+        found_BK[cut.sequences, cut.samples] = cut.plan.elbo(scores["logp"])
+
+    _each_cut(model, plan, take, **options)
+    return found_BK
+
+
+def token_scores(
+    model: nn.Module, plan: MaskPlan, *, want: Sequence[str] = ("logp",), temperature: float = 1.0, **options: Any
+) -> dict[str, Tensor]:
+    """Statistics of a plan's scored tokens, `[B, K, S]` each, 0 elsewhere, of logits over a temperature.
+
+    `want` of "logp" and "entropy"; options as in `score_samples`.
+    """
     K, B, S = plan.shape
+    found: dict[str, Tensor] = {}
+
+    def take(cut: Cut, scores: dict[str, Tensor]) -> None:
+        for name, value_N in scores.items():
+            into_BKS = found.setdefault(name, value_N.new_zeros(B, K, S))
+            dense_KBS = value_N.new_zeros(cut.plan.shape).masked_scatter_(cut.plan.scored, value_N)
+            into_BKS[cut.sequences, cut.samples] = dense_KBS.transpose(0, 1)
+
+    dtype = _each_cut(model, plan, take, want=want, temperature=temperature, **options)
+    return {name: found.get(name, torch.zeros(B, K, S, dtype=dtype, device=plan.input_ids_BS.device)) for name in want}
+
+
+def _each_cut(
+    model: nn.Module,
+    plan: MaskPlan,
+    take: Callable[[Cut, dict[str, Tensor]], None],
+    *,
+    want: Sequence[str] = ("logp",),
+    temperature: float = 1.0,
+    samples_per_pass: int = 1,
+    sequences_per_pass: int | None = None,
+    suppress: tuple[int, ...] = (),
+    model_kwargs: dict[str, Tensor] | None = None,
+    after_cut: Callable[[MaskPlan], None] | None = None,
+) -> torch.dtype:
+    """Hand each micro-batch that scores something to `take`, with its statistics `[N]`, whose dtype is returned."""
     refuse_dropout(model)
     check_blocks(model, plan, model_kwargs or {})
     cuts = make_cuts(plan, Batch(), model_kwargs, samples_per_pass, sequences_per_pass)
     with torch.no_grad(), headless(model) as body:
-        options = replace(body.options, suppress=suppress)
-        sizes, dtype = ((B, K, S), statistics_dtype(body.parameter)) if per_token else ((B, K), torch.float64)
-        found = torch.zeros(sizes, dtype=dtype, device=plan.input_ids_BS.device)
+        options = replace(body.options, suppress=suppress, temperature=body.options.temperature * temperature)
         for cut in in_step(cuts, body, lambda cut: len(cut.plan.rows) > 0):
             if len(cut.plan.rows):
                 selected = cut.select()
-                target_M, index_M = selected.target_M, selected.index_M
-                logp_M = score(selected.hidden(body), body.weight, target_M, index_M, options).logp
-                assert logp_M is not None
-                logp_N = selected.spread(logp_M)
-                if per_token:
-                    dense_KBS = found.new_zeros(cut.plan.shape).masked_scatter_(cut.plan.scored, logp_N)
-                    found[cut.sequences, cut.samples] = dense_KBS.transpose(0, 1)
-                else:
-                    found[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
+                scores = score(selected.hidden(body), body.weight, selected.target_M, selected.index_M, options, want=want)
+                take(cut, {name: selected.spread(getattr(scores, name)) for name in want})
             if after_cut is not None:
                 after_cut(cut.plan)
-    return found
+        return statistics_dtype(body.parameter)
 
 
 @contextmanager

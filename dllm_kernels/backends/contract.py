@@ -18,6 +18,8 @@ GPU_WORKSPACE_BYTES = 512 << 20
 STATISTICS = ("logp", "lse", "entropy", "top_logp", "top_id")
 BEST = ("best_logp", "best_id")  # [N, best]
 OPERANDS = ("operand", "entropy_operand")  # what the plan "keep" stores
+VECTORS = ("unit", "dhidden", "entropy_unit")  # [N, H]
+LOW = "low_"  # before a vector's name: what the adapter's operand of the rows gets, in the statistics' dtype
 
 WeightGradient = Callable[[Tensor], None]  # takes the weight's gradient, in fp32 where the weight has 16 bits
 
@@ -98,6 +100,17 @@ class LowRank(NamedTuple):
         return None if hidden is None or weight_VR is None else LowRank(flat(hidden), weight_VR.detach())
 
 
+class Low(NamedTuple):
+    """What a workspace's size needs to know of an adapter: R, the dtype of B, and whether B gets a gradient."""
+
+    rank: int = 0
+    dtype: torch.dtype = torch.float32
+    gradient: bool = False
+
+
+NO_LOW = Low()
+
+
 @dataclass(frozen=True)
 class HeadProblem:
     """One head call after validation: `N` rows of `hidden_MH` (all of them where `index_N` is None) against `weight_VH`.
@@ -114,11 +127,6 @@ class HeadProblem:
     options: HeadOptions = HeadOptions()
     low_rank: LowRank | None = None
     best: int = 0
-
-    @property
-    def width(self) -> int:
-        """H, and R more with an adapter: what a gradient vector of one row holds, dH first."""
-        return self.hidden_MH.shape[1] + (0 if self.low_rank is None else self.low_rank.hidden_MR.shape[1])
 
     @property
     def rows(self) -> int:
@@ -212,7 +220,7 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor]:
     """Uninitialised results of `run`: statistics `[N]` (logp `[N, M]` of several targets), BEST `[N, best]`, kept operands
-    `[N, V]`, all else `[N, H + R]` in hidden's dtype."""
+    `[N, V]`, all else `[N, H]` in hidden's dtype, beside which with an adapter lies LOW + its name, `[N, R]`."""
     p, rows, dtype = problem, problem.rows, problem.statistics_dtype
     vocabulary = len(p.weight_VH)
     where: dict[str, Any] = (
@@ -226,7 +234,9 @@ def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor
         elif name in OPERANDS:
             result[name] = empty_operand(p.hidden_MH, rows, vocabulary)
         else:
-            result[name] = p.hidden_MH.new_empty(rows, p.width)
+            result[name] = p.hidden_MH.new_empty(p.rows, p.hidden_MH.shape[1])
+            if p.low_rank is not None:
+                result[LOW + name] = torch.empty(rows, p.low_rank.hidden_MR.shape[1], dtype=dtype, **where)
     return result
 
 

@@ -1,7 +1,7 @@
 """The LM head on CPUs: the engine of csrc/ (own matrix products, fused softmax) for float32, bfloat16 and float16.
 
 The extension `dllm_kernels._C` needs a C++ compiler at install and nothing else; without it `available()` is False and the
-caller takes `reference`; float64 and heads with an adapter go to the reference too.
+caller takes `reference`; float64 goes to the reference too.
 DLLM_KERNELS_ISA=baseline|avx2|avx512|avx512bf16 forces an instruction set. Whatever the number of threads and of
 rows, a row's bits are the same; threads are torch's own (`torch.get_num_threads()`).
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import contract, reference
-from dllm_kernels.backends.contract import BEST, STATISTICS, WORKSPACE_BYTES, HeadProblem
+from dllm_kernels.backends.contract import BEST, LOW, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
 
 __all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
 
@@ -61,7 +61,7 @@ def isa() -> str | None:
 
 def _takes(problem: HeadProblem) -> bool:
     """Whether the engine computes a problem; the reference does otherwise."""
-    return _C is not None and problem.hidden_MH.dtype in _TYPES and problem.low_rank is None
+    return _C is not None and problem.hidden_MH.dtype in _TYPES
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -77,6 +77,11 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
+def _narrow(operand: Tensor) -> Tensor:
+    """One of an adapter's in a dtype that the engine reads: float64 beside other hidden states is rounded to float32."""
+    return operand if operand.dtype in _TYPES else operand.float()
+
+
 class _Call:
     """A problem as the C++ structs see it. Its addresses are good as long as this object lives."""
 
@@ -85,8 +90,10 @@ class _Call:
         self.target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
         bias_V, excluded_V = _vector(options.bias), p.excluded_V
         temperature_N = _vector(options.temperature) if isinstance(options.temperature, Tensor) else None
-        self._held = index_N, bias_V, temperature_N, excluded_V
+        low = [_narrow(operand) for operand in p.low_rank or (p.hidden_MH[:, :0], p.weight_VH[:, :0])]
+        self._held = index_N, bias_V, temperature_N, excluded_V, *low
         self.operands = _C.Operands(_strided(p.hidden_MH), _strided(p.weight_VH), _address(index_N), p.rows, *p.weight_VH.shape)
+        self.low_rank = _C.LowRank(*(_strided(operand) for operand in low), low[1].shape[1])
         self.options = _C.Options(
             _address(bias_V),
             options.softcap or 0.0,
@@ -101,13 +108,20 @@ def _several(problem: HeadProblem, own_NM: Tensor | None = None, given_NM: Tenso
     return _C.Several(each, _address(own_NM), _address(given_NM))
 
 
-def _gradients(result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, *, overwrite: bool) -> object:
+def _gradients(
+    result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None, *, overwrite: bool
+) -> object:
     return _C.Gradients(
-        (_address(result.get("dhidden", result.get("unit"))), _address(result.get("entropy_unit"))),
+        *(
+            (_address(result.get(low + "dhidden", result.get(low + "unit"))), _address(result.get(low + "entropy_unit")))
+            for low in ("", LOW)
+        ),
         (_address(result.get("operand")), _address(result.get("entropy_operand"))),
         _address(dweight_VH),
         0 if dweight_VH is None else dweight_VH.stride(0),
         _address(dbias_V),
+        _address(dlow_VR),
+        0 if dlow_VR is None else dlow_VR.stride(0),
         overwrite,
     )
 
@@ -154,22 +168,23 @@ def run(
             own_NM=own_NM,
             overwrite=overwrite,
         )
-    combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
+    combined = "dhidden" in outputs or any(buffer is not None for buffer in (dweight_VH, dbias_V, dlow_VR))
     result = contract.allocate(p, outputs)
     if p.rows == 0 and overwrite:
-        contract.zero(dweight_VH, dbias_V)
+        contract.zero(dweight_VH, dbias_V, dlow_VR)
     coef_N, entropy_coef_N = (_vector(coef_N), _vector(entropy_coef_N)) if combined else (None, None)
     own_NM = _vector(own_NM)
     call = _Call(p)
     _C.head(
         call.operands,
+        call.low_rank,
         call.options,
         _address(call.target_N),
         _several(p, own_NM if combined else None),
         _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), p.best if "best_id" in result else 0),
         combined or any(name not in (*STATISTICS, *BEST) for name in outputs),
         (_address(coef_N), _address(entropy_coef_N)),
-        _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
+        _gradients(result, dweight_VH, dbias_V, dlow_VR, overwrite=overwrite),
         torch.get_num_threads(),
         WORKSPACE_BYTES["cpu"],
     )
@@ -186,7 +201,7 @@ def from_operands(
     dlow_VR: Tensor | None = None,
     given_NM: Tensor | None = None,
     overwrite: bool = False,
-) -> Tensor | None:
+) -> dict[str, Tensor]:
     """`reference.from_operands` in one C++ call, for operands that `run` of this backend stored."""
     p = problem
     if not _takes(p):
@@ -202,20 +217,21 @@ def from_operands(
         )
     result = contract.allocate(p, ("dhidden",) if dhidden else ())
     if p.rows == 0 and overwrite:
-        contract.zero(dweight_VH, dbias_V)
+        contract.zero(dweight_VH, dbias_V, dlow_VR)
     stored = [(operand_NV.t().contiguous(), _vector(coef_N)) for operand_NV, coef_N in operands]
     pairs = [*((_address(operand_VN), _address(coef_N)) for operand_VN, coef_N in stored), (0, 0)][:2]
     given_NM = _vector(given_NM)
     call = _Call(p)
     _C.from_operands(
         call.operands,
+        call.low_rank,
         _address(call.target_N),
         _several(p, given_NM=given_NM),
         *zip(*pairs),
-        _gradients(result, dweight_VH, dbias_V, overwrite=overwrite),
+        _gradients(result, dweight_VH, dbias_V, dlow_VR, overwrite=overwrite),
         torch.get_num_threads(),
     )
-    return result.get("dhidden")
+    return result
 
 
 def sample(
@@ -241,6 +257,7 @@ def sample(
     call, key_N, temperature_N = _Call(p), key_N.contiguous(), _vector(temperature) if isinstance(temperature, Tensor) else None
     _C.sample(
         call.operands,
+        call.low_rank,
         call.options,
         _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0, 0, 0, 0),
         _C.Draw(
@@ -267,10 +284,12 @@ def workspace_bytes(
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
+    low: Low = NO_LOW,
 ) -> int:
     """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
     if _C is None or dtype not in _TYPES:
-        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient, several=several, best=best)
+        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     threads = torch.get_num_threads()
     return int(
         _C.workspace_bytes(
@@ -278,9 +297,12 @@ def workspace_bytes(
             vocabulary,
             hidden_size,
             _TYPES[dtype],
+            low.rank,
+            _TYPES.get(low.dtype, 0),
             gradient,
             dweight,
             dhidden,
+            low.gradient,
             -1 if several is None else several,
             best,
             threads,

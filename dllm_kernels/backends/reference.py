@@ -16,10 +16,14 @@ from torch import Tensor
 
 from dllm_kernels.backends.contract import (
     BEST,
+    LOW,
+    NO_LOW,
     ROW_BLOCK,
     STATISTICS,
+    VECTORS,
     HeadOptions,
     HeadProblem,
+    Low,
     allocate,
     check,
     chunk_rows,
@@ -46,13 +50,15 @@ def workspace_bytes(
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
+    low: Low = NO_LOW,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     chunk = chunk_rows(rows, vocabulary, statistics, torch.device("cpu")) if rows else 0
     copies = (5 if gradient else 3) + (2 if best else 0)  # logits, their exponentials, products; d entropy and the scaled operand
     slab = 0 if dtype == statistics else min(SLAB_BYTES, vocabulary * hidden_size * statistics.itemsize)
-    return chunk * (copies * vocabulary + hidden_size) * statistics.itemsize + slab
+    widened = vocabulary * low.rank if low.dtype != statistics else 0
+    return (chunk * (copies * vocabulary + hidden_size + 2 * low.rank) + widened) * statistics.itemsize + slab
 
 
 def _transform_(z_NV: Tensor, options: HeadOptions) -> Tensor | None:
@@ -198,16 +204,13 @@ class Adapter:
             self.load(span)
             _matmul_nt_(logits_CV, self.hidden_CR[: len(logits_CV)], self.weight_VR, add=True)
 
-    def vectors(self, vectors_CH: Tensor, operand_CV: Tensor) -> Tensor:
-        """Gradient vectors with those of the adapter's operand beside them."""
-        if self.pair is None:
-            return vectors_CH
-        return torch.cat((vectors_CH, _matmul_nn(operand_CV.to(self.weight_VR.dtype), self.weight_VR)), 1)
+    def vectors(self, operand_CV: Tensor) -> Tensor:
+        """Gradient vectors of the adapter's operand."""
+        return _matmul_nn(operand_CV, self.weight_VR)
 
     def add_gradient(self, operand_NV: Tensor, dlow_VR: Tensor | None, *, overwrite: bool) -> None:
         """The share of the rows of the last `add_logits_` or `load` in the gradient of B."""
         if self.pair is not None and dlow_VR is not None:
-            operand_NV = operand_NV.to(dlow_VR.dtype)
             _add_head_gradient(operand_NV, self.hidden_CR[: len(operand_NV)], dlow_VR, None, overwrite=overwrite)
 
     def load(self, span: slice) -> None:
@@ -262,7 +265,7 @@ def run(
     `outputs`: any of STATISTICS and BEST (fp32 `[N]`, fp64 for fp64 inputs); `unit`, `entropy_unit` (`[N, H]`, d logp / d h and
     d entropy / d h); `operand`, `entropy_operand` (`[N, V]`, the same before the product with W); `dhidden` (`[N, H]`,
     sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
-    With an adapter, `low_rank`, the vectors are `[N, H + R]`: what its operand of the row gets lies beside what h gets.
+    With an adapter, `low_rank`, each of these vectors comes with a second, `[N, R]`: what the adapter's operand of the row gets.
     `dweight_VH`, `dbias_V`, `dlow_VR` (of the adapter's B): buffers in the statistics' dtype to which the coefficients'
     gradients are added; with
     `overwrite` their old content is not read and they hold the gradients alone. With several targets `coef_N` and `own_NM`
@@ -317,13 +320,11 @@ def run(
             result["operand"][span] = logits_CV[:n]
         if "entropy_operand" in result and entropy_CV is not None:
             result["entropy_operand"][span] = entropy_CV[:n]
-        for name in ("unit", "dhidden"):
-            if name in result:
-                vectors_CH = _matmul_nn(logits_CV[:padded], p.weight_VH)
-                result[name][span] = adapter.vectors(vectors_CH, logits_CV[:padded])[:n]
-        if "entropy_unit" in result and entropy_CV is not None:
-            vectors_CH = _matmul_nn(entropy_CV[:padded], p.weight_VH)
-            result["entropy_unit"][span] = adapter.vectors(vectors_CH, entropy_CV[:padded])[:n]
+        for name, operand_CV in zip(VECTORS, (logits_CV, logits_CV, entropy_CV)):
+            if name in result and operand_CV is not None:
+                result[name][span] = _matmul_nn(operand_CV[:padded], p.weight_VH)[:n]
+                if LOW + name in result:
+                    result[LOW + name][span] = adapter.vectors(operand_CV[:padded])[:n]
         _add_head_gradient(logits_CV[:n], hidden_CH[:n], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
         adapter.add_gradient(logits_CV[:n], dlow_VR, overwrite=overwrite and start == 0)
     return result
@@ -340,14 +341,16 @@ def from_operands(
     dlow_VR: Tensor | None = None,
     given_NM: Tensor | None = None,
     overwrite: bool = False,
-) -> Tensor | None:
+) -> dict[str, Tensor]:
     """Gradients of the `keep` plan from stored `(operand_NV, coef_N)` pairs: two GEMMs and no logits. Buffers as in `run`.
+
+    Returns what `run` does for `dhidden`, where that is wanted.
 
     `given_NM`: of several targets, the gradients by their final logits, which the stored slopes in their places multiply.
     """
     p = problem
     dtype, rows = p.statistics_dtype, p.rows
-    out_NH = p.hidden_MH.new_empty(rows, p.width) if dhidden else None
+    result = allocate(p, ("dhidden",) if dhidden else ())
     if rows == 0 and overwrite:
         zero(dweight_VH, dbias_V, dlow_VR)
     chunk = chunk_rows(max(rows, 1), p.weight_VH.shape[0], dtype, p.hidden_MH.device, buffers=2)
@@ -359,10 +362,12 @@ def from_operands(
         if given_NM is not None:
             slope_NM = operands[0][0][span].gather(1, p.target_N[span]).to(dtype)
             scaled_NV.scatter_(1, p.target_N[span], given_NM[span] * slope_NM)
-        if out_NH is not None:
+        if dhidden:
             # padded to whole row blocks, like every other product: a row's bits depend on no other row
             padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
-            out_NH[span] = adapter.vectors(_matmul_nn(padded_NV, p.weight_VH), padded_NV)[: len(scaled_NV)]
+            result["dhidden"][span] = _matmul_nn(padded_NV, p.weight_VH)[: len(scaled_NV)]
+            if p.low_rank is not None:
+                result[LOW + "dhidden"][span] = adapter.vectors(padded_NV)[: len(scaled_NV)]
         source_NH = None
         if dweight_VH is not None:
             source_NH = (p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]).to(dtype)
@@ -370,7 +375,7 @@ def from_operands(
         if dlow_VR is not None:
             adapter.load(span)
             adapter.add_gradient(scaled_NV, dlow_VR, overwrite=overwrite and start == 0)
-    return out_NH
+    return result
 
 
 @torch.no_grad()
@@ -391,10 +396,16 @@ def restrict_(
     0, a number or `[N]`.
     """
     scale = _by_row(temperature)
-    if min_p is not None:  # the likeliest stays whatever else goes, so the order does not matter
-        z_NV.masked_fill_((z_NV - z_NV.amax(-1, keepdim=True)).double() / scale < math.log(min_p), float("-inf"))
-    if top_k is top_p is None:
-        return
+    faint_NV = None
+    if min_p is not None:  # of the likeliest id, which nothing else leaves out
+        faint_NV = (z_NV - z_NV.amax(-1, keepdim=True)).double() / scale < math.log(min_p)
+    if not top_k is top_p is None:
+        _leave_largest_(z_NV, scale, top_k, top_p, top_p_first)
+    if faint_NV is not None:
+        z_NV.masked_fill_(faint_NV, float("-inf"))
+
+
+def _leave_largest_(z_NV: Tensor, scale: float | Tensor, top_k: int | None, top_p: float | None, top_p_first: bool) -> None:
     sorted_NV, id_NV = z_NV.sort(dim=-1, descending=True, stable=True)
     if top_k is not None and not top_p_first:
         sorted_NV[:, top_k:] = float("-inf")

@@ -68,7 +68,7 @@ _backward_once = once_differentiable(_backward)
 
 def _gradients(ctx: Any, arrived: Arrived, *saved: Any) -> Gradients:
     """Through the op where something looks on: a FlopCounterMode entered after the forward pass counts what backward runs."""
-    stored, of_rows, operands = saved[:4], saved[4:7], saved[7:]
+    stored, of_rows, operands = saved[:5], saved[5:8], saved[8:]
     problem = ctx.problem.with_tensors(of_rows, *operands)
     if ops.observed(*arrived):
         return ops.run_backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands)

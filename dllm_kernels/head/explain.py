@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
-from dllm_kernels.backends.contract import STATISTICS, HeadOptions
+from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low
 from dllm_kernels.backends.divergence.problem import KINDS
 from dllm_kernels.backends.triton import roofline
 from dllm_kernels.head import distil, plans, several
@@ -220,8 +220,6 @@ def explain(
     if chosen == "forward":
         need_hidden = need_weight = need_bias = need_down = need_up = False
     backend = backends.for_device(torch.device(device))
-    if R and backend.NAME == "cpu":  # chunks of logits that a second product adds to
-        backend = backends.reference
     vectors, need_rows = plans.late_vectors((*want, "logp") if late else want), need_hidden or need_down
     forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_weight, vectors=vectors)
     low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors)) if R else 0
@@ -231,15 +229,13 @@ def explain(
 
     def workspace(gradient: bool, best: int = want_top) -> int:
         needs: Any = {"gradient": gradient, "dhidden": need_rows, "dweight": need_weight}
-        size = backend.workspace_bytes(N, H, V, dtype, **needs, several=T + want_top - best if late else None, best=best)
-        if R:  # B in the precision of the sums, and a chunk's operands and their gradients
-            size += R * statistic * ((V if item != statistic else 0) + 2 * N)
-        return size
+        low = NO_LOW if low_rank is None else Low(R, low_rank[1].dtype, need_up)
+        return backend.workspace_bytes(N, H, V, dtype, **needs, several=T + want_top - best if late else None, best=best, low=low)
 
     named = {*want, "lse", *(("logp",) if coef_known or ids is not None else ())}
     outputs = N * sum(8 if name == "top_id" else statistic * (T if name == "logp" else 1) for name in named)
     outputs += N * want_top * (8 + statistic)
-    compact, scattered = need_rows * N * (H + R) * item, need_hidden * M * H * item
+    compact, scattered = need_rows * N * (H * item + R * statistic), need_hidden * M * H * item
     head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
     casting = head if item != statistic else 0
     gradients = scattered + head + need_bias * V * item
@@ -247,7 +243,9 @@ def explain(
         gradients += sum(need * x.numel() * x.element_size() for need, x in zip((need_down, need_up), low_rank[:2]))
         outputs += M * R * statistic
         head_buffer += need_up * V * R * statistic
-    rest = casting + (scattered if indexed else 0)
+        casting += need_up * V * R * low_rank[1].element_size() * (low_rank[1].dtype.itemsize != statistic)
+    # with an adapter, what A brings to dH comes beside it when the vectors of the rows may have gone
+    rest = casting + max(scattered if indexed else 0, 2 * scattered - compact if R else 0)
     # a workspace counts to the end: the C++ engine keeps it from call to call, because fresh pages are expensive
     if chosen == "forward":
         space, stored = workspace(False), 0
@@ -256,18 +254,21 @@ def explain(
         space, stored = workspace(True), vectors * compact
         peak = outputs + stored + space + scattered
     elif chosen == "coef":
-        space, stored = workspace(need_hidden or need_weight or need_bias), compact + head
+        space, stored = workspace(need_rows or need_weight or need_bias or need_up), compact + head
         peak = outputs + compact + head_buffer + space + rest
     else:
         # the likeliest ids are found in the forward pass, and are targets in backward
         space = max(workspace(False), workspace(True, 0)) if want_top else workspace(True)
         stored = vectors * N * V * item if chosen == "keep" else 8 * N * want_top
         peak = outputs + stored + compact + head_buffer + space + rest
+    why = plans.why(chosen, forced=plan is not None, several=late, best=want_top)
+    if R and backend.NAME == "triton" and (chosen != "forward" or item != 2):
+        why += "; the adapter's product is added to each chunk of logits, which is one more pass over it"
     reads = forward_gemms + backward_gemms
     traffic = reads * (N * H + V * H) * item + (outputs + gradients)
     return Cost(
         plan=chosen,
-        why=plans.why(chosen, forced=plan is not None, several=late, best=want_top),
+        why=why,
         backend=backend.NAME,
         rows=N,
         hidden_size=H,
@@ -283,5 +284,7 @@ def explain(
         gradient_bytes=gradients,
         output_bytes=outputs,
         peak_bytes=peak,
-        phases=roofline.phases(chosen, N, H, V, item, dhidden=need_hidden, dweight=need_weight, vectors=vectors),
+        phases=roofline.phases(
+            chosen, N, H, V, item, dhidden=need_rows, dweight=need_weight, vectors=vectors, rank=R, dlow=need_up
+        ),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_kernels import backends, checks
 from dllm_kernels.backends import targets
-from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.contract import LOW, HeadProblem
 from dllm_kernels.head import plans
 from dllm_kernels.head.options import check_finite, check_temperature, device_type
 
@@ -40,18 +40,21 @@ class Needs(NamedTuple):
         return self.hidden or self.low_hidden
 
 
+Stored = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 class Result(NamedTuple):
     """What `forward` computes.
 
-    stored: what `backward` gets back. With the plan "coef" the finished gradients of the rows (hidden's, the adapter's
-    beside it), weight, bias and the adapter's B, which its upstream scalar multiplies; with "unit" and "keep" the vectors
-    or operands of logp and of entropy; with "keep" and several targets also their logp and the entropy; with "recompute" the
-    ids that the forward pass found; None where not wanted.
+    stored: what `backward` gets back. With the plan "coef" the finished gradients of the rows, weight, bias and of the
+    adapter's operands, B first, which its upstream scalar multiplies; with "unit" and "keep" the vectors or operands of logp
+    and of entropy; then with "unit" those of an adapter's operand, with "keep" and several targets their logp and the entropy;
+    with "recompute" the ids that the forward pass found; None where not wanted.
     """
 
     vectors: dict[str, Tensor]
     weighted_sum: Tensor | None = None
-    stored: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
+    stored: Stored = (None, None, None, None, None)
 
 
 def _outside_autocast(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -108,9 +111,11 @@ def forward(
         check_finite(vectors["lse"], problem)
         if kept is None:
             found = vectors["best_id"].clone() if plan == "recompute" and "best_id" in vectors else None
-            return Result(vectors, stored=(None, None, found, None))
-        logp, entropy = (vectors[x].clone() if problem.several and x in vectors else None for x in ("logp", "entropy"))
-        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), logp, entropy))
+            return Result(vectors, stored=(None, None, found, None, None))
+        more = [vectors[x].clone() if problem.several and x in vectors else None for x in ("logp", "entropy")]
+        if kept == "unit" and problem.low_rank is not None:
+            more = [vectors.pop(LOW + name, None) for name in ("unit", "entropy_unit")]
+        return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), more[0], more[1], None))
 
     dtype = problem.statistics_dtype
     known = coef_N is not None
@@ -144,7 +149,7 @@ def forward(
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
     finished = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
-    return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *finished))
+    return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *finished, vectors.pop(LOW + "dhidden", None)))
 
 
 class Arrived(NamedTuple):
@@ -180,19 +185,16 @@ def backward(
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
-        rows_NH, dweight, dbias, dlow_weight = [g if g is None or factor is None else g * factor for g in stored]
-        dhidden, dlow_hidden = _scattered(rows_NH, problem.index_N, shape, needs)
+        rows_NH, dweight, dbias, dlow_weight, low_NR = [g if g is None or factor is None else g * factor for g in stored]
+        dhidden, dlow_hidden = _scattered(rows_NH, low_NR, problem.index_N, shape, needs)
         return dhidden, dweight, dbias, dlow_hidden, dlow_weight
     if plan not in plans.REREAD:
-        pairs, H = _pairs(stored, dlogp_N, dentropy_N), shape[-1]
-        width = pairs[0][0].shape[1]
-
-        def summed(columns: slice, size: int) -> Tensor:
-            of_columns = pairs if size == width else [(vectors_NH[:, columns], coef_N) for vectors_NH, coef_N in pairs]
-            return _sum_of_scaled_rows(of_columns, problem.index_N, (*shape[:-1], size))
-
-        dhidden = summed(slice(H), H) if needs.hidden else None
-        return dhidden, None, None, summed(slice(H, None), width - H) if needs.low_hidden else None, None
+        of_hidden, of_low = (_pairs(stored[k : k + 2], dlogp_N, dentropy_N) for k in (0, 2))
+        dhidden, dlow_hidden = (
+            _sum_of_scaled_rows(pairs, problem.index_N, (*shape[:-1], pairs[0][0].shape[1])) if needed else None
+            for pairs, needed in ((of_hidden, needs.hidden), (of_low, needs.low_hidden))
+        )
+        return dhidden, None, None, dlow_hidden, None
 
     dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
     index_N = problem.index_N
@@ -200,9 +202,9 @@ def backward(
         given_NM = None
         if problem.several:
             dlogp_N, given_NM = _given(problem, stored, arrived)
-        dhidden_NH = backends.select(problem).from_operands(
+        result = backends.select(problem).from_operands(
             problem,
-            _pairs(stored, dlogp_N, dentropy_N),
+            _pairs(stored[:2], dlogp_N, dentropy_N),
             dhidden=needs.vectors,
             dweight_VH=dweight_VH,
             dbias_V=dbias_V,
@@ -213,8 +215,8 @@ def backward(
     else:
         if problem.best:  # what the forward pass found are targets like others now
             problem, arrived = _with_found(problem, stored[2], arrived)
-        dhidden_NH, index_N = _recompute(problem, arrived, needs, dweight_VH, dbias_V, dlow_VR)
-    dhidden, dlow_hidden = _scattered(dhidden_NH, index_N, shape, needs)
+        result, index_N = _recompute(problem, arrived, needs, dweight_VH, dbias_V, dlow_VR)
+    dhidden, dlow_hidden = _scattered(result.get("dhidden"), result.get(LOW + "dhidden"), index_N, shape, needs)
     dweight, dbias, dlow_weight = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
     return dhidden, dweight, dbias, dlow_hidden, dlow_weight
 
@@ -260,7 +262,7 @@ def add_gradient(
         else:
             buffer += gradient
     needs = Needs(True, False, False, low_hidden=problem.low_rank is not None)
-    dhidden, dlow_hidden = _scattered(result["dhidden"], problem.index_N, shape, needs)
+    dhidden, dlow_hidden = _scattered(result["dhidden"], result.get(LOW + "dhidden"), problem.index_N, shape, needs)
     assert dhidden is not None
     return dhidden, dlow_hidden
 
@@ -366,7 +368,7 @@ def _by_rows(buffer: Tensor | None, others: Sequence[Tensor | None]) -> tuple[Te
 
 
 def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    return [(s, c) for s, c in zip(stored[:2], (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
+    return [(s, c) for s, c in zip(stored, (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
 
 
 def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -404,18 +406,12 @@ def _scatter(compact_NH: Tensor, index_N: Tensor | None, shape: Sequence[int]) -
 
 
 def _scattered(
-    rows_NH: Tensor | None, index_N: Tensor | None, shape: Sequence[int], needs: Needs
+    rows_NH: Tensor | None, low_NR: Tensor | None, index_N: Tensor | None, shape: Sequence[int], needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of hidden, in its `shape`, and of the adapter's operand, from what lies beside each other in a row."""
-    if rows_NH is None:
-        return None, None
-    H = shape[-1]
-    R = rows_NH.shape[1] - H
-    if R == 0:
-        return _scatter(rows_NH, index_N, shape) if needs.hidden else None, None
+    """The gradients of hidden, in its `shape`, and of the adapter's operand, from those of the selected rows."""
     return (
-        _scatter(rows_NH[:, :H].contiguous(), index_N, shape) if needs.hidden else None,
-        _scatter(rows_NH[:, H:].contiguous(), index_N, (*shape[:-1], R)) if needs.low_hidden else None,
+        _scatter(rows_NH, index_N, shape) if rows_NH is not None and needs.hidden else None,
+        _scatter(low_NR, index_N, (*shape[:-1], low_NR.shape[1])) if low_NR is not None and needs.low_hidden else None,
     )
 
 
@@ -446,7 +442,7 @@ def _recompute(
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
     dlow_VR: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Gradients from a second pass over the rows whose coefficients are not 0, and the flat indices of these rows."""
     keep_N = plans.live_rows(arrived.logp, arrived.entropy, arrived.lse)
     if keep_N is not None:
@@ -468,4 +464,4 @@ def _recompute(
         own_NM=own_NM,
         overwrite=True,
     )
-    return result.get("dhidden"), problem.index_N
+    return result, problem.index_N

@@ -31,7 +31,7 @@ _HEAD = (
 _SIZE = _HEAD.count(",") + 1
 _OTHERS = (torch.nn.Parameter, type(None))  # types beside Tensor that the eager path takes as they are
 _VECTORS = (*STATISTICS, *BEST)
-_TENSORS = "(" + ", ".join(["Tensor"] * (len(_VECTORS) + 5)) + ")"
+_TENSORS = "(" + ", ".join(["Tensor"] * (len(_VECTORS) + 6)) + ")"
 _NEEDS = "bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dlow_hidden, bool need_dlow_weight"
 
 
@@ -123,7 +123,7 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
     schema=f"({_HEAD}, Tensor? coef, Tensor? entropy_coef, SymInt best, str outputs, str plan, {_NEEDS}) -> {_TENSORS}",
 )
 def score(*arguments: Any) -> tuple[Tensor, ...]:
-    """`weighted_sum`, the vectors of STATISTICS and BEST, and the four tensors that backward gets back.
+    """`weighted_sum`, the vectors of STATISTICS and BEST, and the five tensors that backward gets back.
 
     `outputs`: names joined by commas. See `forward_backward.forward` for the rest.
     """
@@ -143,9 +143,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
     _, _, best, outputs, plan, *flags = arguments[_SIZE:]
     needs, several = Needs(*flags), target.dim() == 2
-    rows_N, (vocabulary, width) = target.shape[0], weight.shape
-    if low_hidden is not None:
-        width += low_hidden.shape[-1]
+    rows_N, (vocabulary, width), rank = target.shape[0], weight.shape, 0 if low_hidden is None else low_hidden.shape[-1]
     dtype, names, nothing = _statistics_dtype(hidden), outputs.split(","), target.new_empty(0)
     shapes = {"logp": target.shape, **dict.fromkeys(BEST, (rows_N, best))}
     vectors = [
@@ -154,7 +152,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         else target.new_empty(0)
         for name in _VECTORS
     ]
-    stored = [nothing, target.new_empty(0), target.new_empty(0), target.new_empty(0)]
+    stored = [nothing, *(target.new_empty(0) for _ in range(4))]
     if plan == "coef":
         like = ((needs.vectors, hidden, (rows_N, width)), (needs.weight, weight, weight.shape))
         stored[:2] = [x.new_empty(size) if needed else target.new_empty(0) for needed, x, size in like]
@@ -162,11 +160,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
             stored[2] = (weight if bias is None else bias).new_empty(vocabulary)
         if needs.low_weight and low_weight is not None:
             stored[3] = low_weight.new_empty(low_weight.shape)
+        if needs.vectors and rank:
+            stored[4] = hidden.new_empty(rows_N, rank, dtype=dtype)
     elif plan in ("unit", "keep"):
         for place, name in enumerate(("logp", "entropy")):
             if name in names or (several and name == "logp"):
                 keeps = plan == "keep"
                 stored[place] = empty_operand(hidden, rows_N, vocabulary) if keeps else hidden.new_empty(rows_N, width)
+                if plan == "unit" and rank:
+                    stored[2 + place] = hidden.new_empty(rows_N, rank, dtype=dtype)
                 if several:
                     stored[2 + place] = hidden.new_empty(shapes.get(name, (rows_N,)), dtype=dtype)
     elif plan == "recompute" and best:
@@ -218,16 +220,18 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, target, _, bias, low_hidden, low_weight = arguments[:7]
     stored, _, plan, hidden_shape = arguments[_SIZE + 5 : -5]
     needs = Needs(*arguments[-5:])
+    if plan == "coef":
+        hidden, weight, bias, low_weight, low_hidden = stored
+    elif plan == "unit":
+        hidden, low_hidden = (a if a.dim() == 2 else b for a, b in (stored[:2], stored[2:4]))
     rank = 0 if low_hidden is None else low_hidden.shape[-1]
-    if plan not in plans.REREAD:
-        a, weight, bias, low_weight = stored
-        hidden = a if plan == "coef" or a.dim() == 2 else weight
-        rank = hidden.shape[-1] - hidden_shape[-1]
     return (
         hidden.new_empty(hidden_shape) if needs.hidden else target.new_empty(0),
         weight.new_empty(weight.shape) if needs.weight else target.new_empty(0),
         bias.new_empty(bias.shape) if needs.bias and bias is not None else target.new_empty(0),
-        hidden.new_empty((*hidden_shape[:-1], rank)) if needs.low_hidden else target.new_empty(0),
+        hidden.new_empty((*hidden_shape[:-1], rank), dtype=_statistics_dtype(hidden))
+        if needs.low_hidden
+        else target.new_empty(0),
         low_weight.new_empty(low_weight.shape) if needs.low_weight else target.new_empty(0),
     )
 
@@ -282,10 +286,10 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     arrived = Arrived(upstream[0] if ctx.plan == "coef" else None, *vectors)
     if all(gradient is None for gradient in arrived):
         return (None,) * ctx.inputs
-    a, b, c, d, target, rows, temperatures, softcaps, *operands = ctx.saved_tensors
+    stored, (target, rows, temperatures, softcaps, *operands) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     hidden, weight, bias, *pair = operands or (target.new_empty(0, 0), target.new_empty(0, 0), None, None, None)
     flat = (hidden, weight, target, rows, bias, *pair, temperatures, ctx.temperature, softcaps, *ctx.numbers)
-    dhidden, dweight, *more = _run_backward(flat, ctx.best, ctx.plan, ctx.shape, (a, b, c, d), ctx.needs, arrived)
+    dhidden, dweight, *more = _run_backward(flat, ctx.best, ctx.plan, ctx.shape, stored, ctx.needs, arrived)
     return dhidden, dweight, None, None, *more, *((None,) * (ctx.inputs - 7))
 
 
@@ -311,7 +315,7 @@ def add_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
 @add_gradient.register_fake
 def _(hidden: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
     target, low_hidden = more[1], more[4]
-    dlow = target.new_empty(0) if low_hidden is None else hidden.new_empty(low_hidden.shape)
+    dlow = target.new_empty(0) if low_hidden is None else hidden.new_empty(low_hidden.shape, dtype=_statistics_dtype(hidden))
     return hidden.new_empty(hidden.shape), dlow
 
 

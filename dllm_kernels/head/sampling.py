@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dllm_kernels import backends, checks
 from dllm_kernels.backends.contract import HeadOptions, HeadProblem
-from dllm_kernels.head import forward_backward, ops, vocab_parallel
+from dllm_kernels.head import forward_backward, ops, shards, split_draws
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.options import autocast_operands, check_arguments, check_finite, make_problem
 from dllm_kernels.head.scoring import score
+from dllm_kernels.head.split_draws import Filters
 
 DRAWN = ("drawn_logp", "drawn_entropy", "margin")
 
@@ -72,7 +73,7 @@ def sample_tokens(
             temperatures 0 and 1, and one more pass of the head at another.
         logit_temperature: > 0, divides the logits before everything else (models with a logit scale).
         vocab_group: as in `score_tokens`; tokens are those of the unsplit head. Noise is then drawn for every id, in float64:
-            slower. Not with top_k, top_p, min_p and want.
+            slower. Not with want.
 
     Not differentiable. Raises ValueError or TypeError naming the argument.
 
@@ -119,36 +120,16 @@ def sample(
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Samples:
     """`sample_tokens` with its options in one piece; their temperature, a number, is its `logit_temperature`."""
-    if not isinstance(temperature, Tensor):
-        temperature = checks.number("temperature", temperature, least=0)
-    checks.count("step", step, 0)
-    checks.dtype("key", key, [torch.int64])
-    checks.shape("key", key, [None])
-    checks.require_tensor("hidden", hidden)
-    checks.same_device("key", key, "hidden", hidden)
-    if top_k is not None:
-        checks.count("top_k", top_k)
-    if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if min_p is not None and checks.number("min_p", min_p, least=0) > 1:
-        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
-    checks.names("want", want, DRAWN)
-    if isinstance(temperature, Tensor):
-        checks.dtype("temperature", temperature, checks.FLOATS)
-        checks.shape("temperature", temperature, [key.numel()])
-        checks.same_device("temperature", temperature, "hidden", hidden)
-        temperature = temperature.detach()
-    hidden, weight = autocast_operands(hidden, weight)
+    filters = Filters(top_k, None if top_p == 1 else top_p, None if min_p == 0 else min_p, top_p_first)
+    given = (hidden, key, step, temperature, filters, want)
     if vocab_group is not None:
-        if want or not top_k is top_p is min_p is None:
-            raise ValueError(
-                "top_k, top_p, min_p and want must be left out with vocab_group: they need all logits of a row in one place"
-            )
-        return _sample_split(hidden, weight, key, rows, options, step, temperature, vocab_group)
+        return _sample_split(weight, rows, options, *given, vocab_group)
+    _check_draw(*given)
+    temperature = temperature.detach() if isinstance(temperature, Tensor) else float(temperature)
+    hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, key.numel(), options)
     pair = adapter.pair(hidden, options)
-    top_p = None if top_p == 1 else top_p
-    min_p = None if min_p == 0 else min_p
+    top_p, min_p = filters.top_p, filters.min_p
     whole = top_k is top_p is min_p is None  # nothing is left out of what is drawn from
     if "margin" in want or (want and not whole) or (top_p_first and top_k is not None and top_p is not None):
         problem = make_problem(hidden, weight, key, rows, options, pair)
@@ -178,26 +159,65 @@ def sample(
     return Samples(token, logp, logp.exp(), entropy, **{name: drawn[name] for name in want})
 
 
+def _check_draw(
+    hidden: Tensor, key: Tensor, step: int, temperature: float | Tensor, filters: Filters, want: Sequence[str]
+) -> None:
+    if not isinstance(temperature, Tensor):
+        checks.number("temperature", temperature, least=0)
+    checks.count("step", step, 0)
+    checks.dtype("key", key, [torch.int64])
+    checks.shape("key", key, [None])
+    checks.require_tensor("hidden", hidden)
+    checks.same_device("key", key, "hidden", hidden)
+    top_k, top_p, min_p, _ = filters
+    if top_k is not None:
+        checks.count("top_k", top_k)
+    if top_p is not None and checks.number("top_p", top_p, above=0) > 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if min_p is not None and checks.number("min_p", min_p, least=0) > 1:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+    checks.names("want", want, DRAWN)
+    if isinstance(temperature, Tensor):
+        checks.dtype("temperature", temperature, checks.FLOATS)
+        checks.shape("temperature", temperature, [key.numel()])
+        checks.same_device("temperature", temperature, "hidden", hidden)
+
+
 def _sample_split(
-    hidden: Tensor,
     weight: Tensor,
-    key: Tensor,
     rows: Tensor | None,
     options: HeadOptions,
+    hidden: Tensor,
+    key: Tensor,
     step: int,
     temperature: float | Tensor,
+    filters: Filters,
+    want: Sequence[str],
     group: dist.ProcessGroup,
 ) -> Samples:
     """A draw from a head that is split over a group."""
-    weight, shard = vocab_parallel.locate(weight, hidden, key.numel(), options, group)
-    problem = None
-    if shard.some_id is not None:
-        check_arguments(hidden, weight, rows, key.numel(), shard.options)
-        pair = adapter.pair(hidden, shard.options)
-        problem = make_problem(hidden, weight, key, rows, shard.options, pair)
+
+    def check() -> int:
+        _check_draw(hidden, key, step, temperature, filters, want)
+        if want:
+            raise ValueError(f"want must be empty with vocab_group, got {want}: it is of all logits of a row in one place")
+        return key.numel()
+
+    weight, shard = shards.locate(weight, hidden, check, options, group)
+
+    def stated() -> tuple[HeadProblem | None, float | Tensor]:
+        if shard.some_id is None:
+            return None, temperature
+        wide, own = autocast_operands(hidden, weight)
+        check_arguments(wide, own, rows, key.numel(), shard.options)
+        problem = make_problem(wide, own, key, rows, shard.options, adapter.pair(wide, shard.options))
         forward_backward._check_values(backends.reference, problem, targets=False)
-        temperature = forward_backward._check_sampling(problem, temperature)
+        return problem, forward_backward._check_sampling(problem, temperature)
+
+    found, error = shards.attempt(stated)
+    shards.agree(error, hidden, group)
+    problem, drawn_at = found
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    result = vocab_parallel.sample(problem, key, shard, step=step, temperature=temperature, dtype=dtype)
+    result = split_draws.sample(problem, key, shard, filters, step=step, temperature=drawn_at, dtype=dtype)
     check_finite(result["lse"], HeadProblem(hidden, weight, key, rows))
     return Samples(result["token"], result["logp"], result["logp"].exp(), result["entropy"])

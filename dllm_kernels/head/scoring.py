@@ -99,8 +99,9 @@ def score_tokens(
             weight, bias and B are then this rank's rows (or a DTensor of placement Shard(0) over just this group), everything
             else is alike on all ranks, ids are those of the whole head, and so are the results. A loss of them is computed
             on every rank alike; gradients of hidden and A are summed over the group, those of weight, bias and B stay here.
-            Plans are those of late coefficients of logp and lse. Not under torch.compile, not with take_dweight, ids and
-            want_top. None: the head is whole, and a Shard(0) DTensor is data-parallel.
+            Plans are those of late coefficients of logp and lse. What one rank refuses, every rank raises, with that rank's
+            sentence (on a GPU, where no value is read, at a weight's first call and under DLLM_KERNELS_VALIDATE=1). Not under
+            torch.compile, not with take_dweight. None: the head is whole, and a Shard(0) DTensor is data-parallel.
 
     Without coefficients, `logp`, `ids_logp`, `best_logp`, `entropy` and, where wanted, `lse` (z-loss) are differentiable in
     hidden, weight, bias, A and B; `top_*` never are. Coefficients of several log-probabilities of a row, or of lse, make no
@@ -143,18 +144,13 @@ def score(
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
     """`score_tokens` with its options in one piece."""
-    checks.names("want", want, STATISTICS)
-    checks.require_tensor("hidden", hidden)
     if vocab_group is not None:
         if take_dweight is not None:
             raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
-        if target is None or ids is not None or want_top:
-            raise ValueError("vocab_group goes with target alone: ids and want_top of a split head are not there")
-        checks.dtype("target", target, [torch.int64])
-        checks.shape("target", target, [None if rows is None else rows.numel()])
-        given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan
-        chosen, vectors, weighted_sum = vocab_parallel.score(score, *given, vocab_group)
-        return Scores(chosen, weighted_sum=weighted_sum, **dict(zip(_FIELDS, vectors)))
+        given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan, ids, want_top
+        return Scores(**vocab_parallel.score(score, coefficient, *given, vocab_group))
+    checks.names("want", want, STATISTICS)
+    checks.require_tensor("hidden", hidden)
     hidden, weight = autocast_operands(hidden, weight)
     count = several.check(hidden, target, ids, rows)
     check_arguments(hidden, weight, rows, count, options)
@@ -272,17 +268,7 @@ def head_backward(
     assert known is not None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     down_out, up_out = dlow_rank_out
-    if low_rank is None and (down_out is not None or up_out is not None):
-        raise ValueError("dlow_rank_out needs low_rank, got None")
-    down, up, scale = low_rank or (weight, weight, 1.0)
-    buffers = {"dweight_out": (dweight_out, weight.shape), "dbias_out": (dbias_out, weight.shape[:1])}
-    buffers |= {"dlow_rank_out A": (down_out, down.shape), "dlow_rank_out B": (up_out, up.shape)}
-    for name, (buffer, shape) in buffers.items():
-        if buffer is not None:
-            checks.dtype(name, buffer, [dtype])
-            checks.shape(name, buffer, shape)
-            checks.same_device(name, buffer, "hidden", hidden)
-            checks.distinct(name, buffer)
+    _check_buffers(hidden, weight, low_rank, dweight_out, dbias_out, dlow_rank_out)
     with torch.no_grad():
         pair = adapter.pair(hidden, options)
         if ops.observed(hidden, weight, bias, target, pair[1]):
@@ -294,12 +280,36 @@ def head_backward(
             dhidden, dlow = forward_backward.add_gradient(
                 problem, hidden.shape, known, entropy_coef, dweight_out, dbias_out, up_out
             )
-        if dlow is not None:
-            more, ddown = adapter.project_backward(dlow, hidden, down.to(dtype), float(scale), True, down_out is not None)
+        if dlow is not None and low_rank is not None:
+            more, ddown = adapter.project_backward(
+                dlow, hidden, low_rank[0].to(dtype), float(low_rank[2]), True, down_out is not None
+            )
             dhidden += more
             if down_out is not None:
                 down_out += ddown
     return dhidden.to(like.dtype)
+
+
+def _check_buffers(
+    hidden: Tensor,
+    weight: Tensor,
+    low_rank: tuple[Tensor, Tensor, float] | None,
+    dweight_out: Tensor | None,
+    dbias_out: Tensor | None,
+    dlow_rank_out: tuple[Tensor | None, Tensor | None],
+) -> None:
+    down_out, up_out = dlow_rank_out
+    if low_rank is None and (down_out is not None or up_out is not None):
+        raise ValueError("dlow_rank_out needs low_rank, got None")
+    down, up, _ = low_rank or (weight, weight, 1.0)
+    buffers = {"dweight_out": (dweight_out, weight.shape), "dbias_out": (dbias_out, weight.shape[:1])}
+    buffers |= {"dlow_rank_out A": (down_out, down.shape), "dlow_rank_out B": (up_out, up.shape)}
+    for name, (buffer, shape) in buffers.items():
+        if buffer is not None:
+            checks.dtype(name, buffer, [torch.float64 if hidden.dtype == torch.float64 else torch.float32])
+            checks.shape(name, buffer, shape)
+            checks.same_device(name, buffer, "hidden", hidden)
+            checks.distinct(name, buffer)
 
 
 def _split_backward(
@@ -315,8 +325,12 @@ def _split_backward(
     """`head_backward` of a head that is split over a group."""
     like = hidden
     hidden, weight = (tensor.detach() for tensor in autocast_operands(hidden, weight))
-    coefficient("coef", coef, rows.target.shape, hidden)
-    coefficient("entropy_coef", entropy_coef, rows.target.shape, hidden)
+
+    def check(own: Tensor) -> None:
+        for name, given in (("coef", coef), ("entropy_coef", entropy_coef)):
+            if coefficient(name, given, rows.target.shape, hidden) is not None:
+                checks.finite(name, given)  # type: ignore[arg-type]
+        _check_buffers(hidden, own, options.low_rank, *outs)
 
     def of_shard(
         hidden: Tensor, weight: Tensor, rows: Rows, coef: Tensor, own: HeadOptions, entropy_coef: Tensor | None, *outs: Any
@@ -325,5 +339,7 @@ def _split_backward(
         return head_backward(hidden, weight, rows, coef, entropy_coef=entropy_coef, **own, **dict(zip(names, outs)))
 
     with torch.no_grad():
-        dhidden = vocab_parallel.add_gradient(of_shard, score, hidden, weight, rows, options, coef, entropy_coef, *outs, group)
+        dhidden = vocab_parallel.add_gradient(
+            of_shard, score, check, hidden, weight, rows, options, coef, entropy_coef, *outs, group
+        )
     return dhidden.to(like.dtype)

@@ -27,8 +27,7 @@ def target_logits(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor
 
 def mean_logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, options: HeadOptions) -> Tensor:
     """`[N]` likewise: the mean over the ids that are not excluded. Linear in W, so raises ValueError for a softcap."""
-    if options.softcap is not None:
-        raise ValueError(f"label_smoothing takes no softcap, whose mean logit is not linear in the weight, got {options.softcap}")
+    refuse_softcap(options)
     hidden_NH, dtype = _rows(hidden, rows)
     mean_H = _mean(weight, options, dtype)
     z_N = hidden_NH @ mean_H
@@ -38,6 +37,11 @@ def mean_logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, options: He
     if options.bias is not None:
         z_N = z_N + _mean(options.bias, options, dtype)
     return z_N / options.temperature
+
+
+def refuse_softcap(options: HeadOptions) -> None:
+    if options.softcap is not None:
+        raise ValueError(f"label_smoothing takes no softcap, whose mean logit is not linear in the weight, got {options.softcap}")
 
 
 def _rows(hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, torch.dtype]:

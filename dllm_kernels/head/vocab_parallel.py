@@ -1,14 +1,14 @@
-"""A head split over ranks by rows of its weight: `vocab_group`. A layer above the backends, which know nothing of it.
+"""Scores of a head split over ranks by rows of its weight: `vocab_group`. Above the backends, which know nothing of it.
 
 Rank r of the group holds the ids that follow those of rank r - 1, any number of them, none included. Every rank scores its
 own ids as a head of their own: `logp_r`, `lse_r`, `H_r` of the distribution over them. With `w_r = e^(lse_r - lse)`,
 
-    lse = logsumexp_r lse_r,    logp = logp_o - log(1 + sum_(r != o) e^(lse_r - lse_o)) at the rank o that holds the target,
+    lse = logsumexp_r lse_r,    logp = logp_o - log(1 + sum_(r != o) e^(lse_r - lse_o)) at the rank o that holds the id,
     H = sum_r w_r (H_r - log w_r),
 
-so three numbers per row and shard are exchanged. Their gradients need no exchange: what arrives is equal on all ranks, and a
+so a few numbers per row and shard are exchanged. Their gradients need no exchange: what arrives is equal on all ranks, and a
 rank's share of it depends on its own ids alone. Only the gradient of hidden states, and of an adapter's A, is summed over the
-group. A target that another rank holds is replaced by an id of one's own, whose log-probability nobody uses.
+group. An id that another rank holds is replaced by one of one's own, whose log-probability nobody uses.
 """
 
 from __future__ import annotations
@@ -20,147 +20,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dllm_kernels import checks
-from dllm_kernels.backends import reference
-from dllm_kernels.backends.contract import ROW_BLOCK, HeadOptions, HeadProblem
-from dllm_kernels.head import single_logits
-from dllm_kernels.noise import gumbel
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions
+from dllm_kernels.head import several, single_logits
+from dllm_kernels.head.options import autocast_operands, check_arguments
+from dllm_kernels.head.shards import agree, attempt, enter, gathered, largest, leave, locate, summed
 from dllm_kernels.rows import Rows
 
-_SIZES = WeakTensorKeyDictionary()  # of weights met before: their group and its ranks' numbers of rows
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The ids `first .. first + count - 1` of a head of `vocabulary` ids, which this rank holds."""
-
-    group: Any  # dist.ProcessGroup
-    first: int
-    count: int
-    vocabulary: int
-    options: HeadOptions  # in ids of this rank
-    some_id: int | None  # the smallest of its ids that is not excluded; None where all are
-
-    def holds(self, ids_N: Tensor) -> Tensor:
-        return (ids_N >= self.first) & (ids_N < self.first + self.count)
-
-    def own(self, ids_N: Tensor) -> Tensor:
-        """Ids as this rank counts them, those of others replaced by one of its own."""
-        assert self.some_id is not None
-        return torch.where(self.holds(ids_N), ids_N - self.first, self.some_id)
-
-
-def local_weight(weight: Tensor, group: Any) -> Tensor:
-    """The rows of this rank as a plain tensor, differentiable. Raises TypeError or ValueError for what is split otherwise."""
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"vocab_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    if type(weight).__name__ != "DTensor":
-        return weight
-    mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
-    if mesh.ndim != 1 or not placements[0].is_shard(0) or mesh.get_group() is not group:
-        raise ValueError(
-            "weight must be a plain tensor, this rank's rows, or a DTensor of placement Shard(0) on the one-dimensional mesh of "
-            f"vocab_group, got {list(placements)} on {mesh}: on a mesh of more dimensions pass the local rows, "
-            "whose gradient your data-parallel dimension reduces"
-        )
-    return weight.to_local()  # type: ignore[attr-defined, no-any-return]
-
-
-def locate(weight: Tensor, hidden: Tensor, rows: int, options: HeadOptions, group: Any) -> tuple[Tensor, Shard]:
-    """This rank's rows of the weight, where its ids lie, and the options in its own ids. A collective.
-
-    The sizes of a weight are exchanged at its first call; that ranks agree, in shapes and in the first row of hidden states,
-    is checked where values may be read.
-    """
-    if torch.compiler.is_compiling():
-        raise ValueError("vocab_group must be None under torch.compile: its collectives are not traced")
-    given, weight = weight, local_weight(weight, group)
-    checks.shape("weight", weight, [None, None])
-    checks.dtype("hidden", hidden, checks.FLOATS)
-    if hidden.dim() == 0 or not weight.shape[1] or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden must have shape [..., {weight.shape[1]}] to match weight, got {list(hidden.shape)}")
-    sizes = _sizes(given, len(weight), hidden, rows, group)
-    first, count, vocabulary = sum(sizes[: dist.get_rank(group)]), len(weight), sum(sizes)
-    limit = vocabulary if options.valid_vocab is None else checks.count("valid_vocab", options.valid_vocab)
-    if limit > vocabulary:
-        raise ValueError(f"valid_vocab must be in 1..{vocabulary}, got {options.valid_vocab}")
-    for token in options.suppress:
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"suppress must hold ids in 0..{vocabulary - 1}, got {token}")
-    if len({token for token in options.suppress if token < limit}) == limit:
-        raise ValueError("suppress and valid_vocab must leave at least one id, got all of them excluded")
-    mine = tuple(token - first for token in options.suppress if first <= token < first + count)
-    valid = min(max(limit - first, 0), count)
-    some_id = next((token for token in range(valid) if token not in set(mine)), None)
-    own = replace(options, suppress=mine, valid_vocab=valid if 0 < valid < count else None)
-    return weight, Shard(group, first, count, vocabulary, own, some_id)
-
-
-def _sizes(weight: Tensor, count: int, hidden: Tensor, rows: int, group: Any) -> list[int]:
-    """Rows of the weight on each rank, `count` here, in the order of ranks."""
-    known = _SIZES.get(weight)
-    read = checks.may_read(hidden)
-    if known is not None and known[0] is group and not read:
-        return list(known[1])
-    flat = hidden.detach().reshape(-1, hidden.shape[-1])
-    bits = flat[:1].to(torch.float64).view(torch.int64) if read else flat.new_zeros(1, 1, dtype=torch.int64)
-    places = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 2 + 1
-    said = torch.tensor([count, len(flat), rows, hidden.shape[-1], 0], dtype=torch.int64, device=hidden.device)
-    said[4] = (bits * places).sum()
-    heard = [torch.empty_like(said) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(heard, said, group=group)
-    table = torch.stack(heard).tolist()
-    for place, what in ((1, "the same number of rows"), (2, "the same number of targets or keys"), (3, "the same width")):
-        if len({row[place] for row in table}) > 1:
-            raise ValueError(f"hidden must have {what} on every rank of vocab_group, got {[row[place] for row in table]}")
-    if len({row[4] for row in table}) > 1:
-        raise ValueError(
-            "hidden must be equal on all ranks of vocab_group, got different first rows: the batch is not split over it"
-        )
-    sizes = [row[0] for row in table]
-    _SIZES[weight] = (group, sizes)
-    return sizes
-
-
-class _Enter(torch.autograd.Function):
-    """The tensors themselves, whose gradients are summed over the group, always in this order."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wanted = zip(gradients, ctx.needs_input_grad[1:])
-        return None, *[summed(gradient, ctx.group) if needed else None for gradient, needed in wanted]
-
-
-def enter(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that all ranks hold alike, on their way into what each computes with its own ids."""
-    entered: tuple[Tensor, ...] = _Enter.apply(group, *tensors)
-    return entered
-
-
-def summed(gradient: Tensor, group: Any) -> Tensor:
-    """Over the ranks; 16-bit gradients are added in fp32."""
-    wide = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient.clone()
-    dist.all_reduce(wide, group=group)
-    return wide.to(gradient.dtype)
-
-
-def _gathered(vector_N: Tensor, group: Any) -> Tensor:
-    """`[R, N]`, the vectors of all ranks in their order."""
-    vectors = [torch.empty_like(vector_N) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(vectors, vector_N.contiguous(), group=group)
-    return torch.stack(vectors)
+_ELEMENTS_AT_ONCE = 1 << 22  # of weight rows whose logits are computed one by one
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What one row's numbers from all ranks say of the whole head; floats `[N]`."""
+    """What one row's numbers from all ranks say of the whole head; floats `[N]`, logp `[N, T]`."""
 
     logp: Tensor
     lse: Tensor
@@ -169,142 +42,225 @@ class Whole:
     excess: Tensor  # H_r - log w_r - H of this rank, 0 where w is
 
 
-def merge(shard: Shard, target_N: Tensor, logp_N: Tensor, lse_N: Tensor, entropy_N: Tensor) -> Whole:
-    """From this rank's numbers to those of the whole head. Two collectives."""
-    lse_RN, entropy_RN = _gathered(torch.cat((lse_N, entropy_N)), shard.group).chunk(2, 1)
+def merge(group: Any, held_NT: Tensor, logp_NT: Tensor, lse_N: Tensor, entropy_N: Tensor) -> Whole:
+    """From this rank's numbers to those of the whole head. Two collectives. `held`: whose logp this rank knows."""
+    lse_RN, entropy_RN = gathered(torch.cat((lse_N, entropy_N)), group).chunk(2, 1)
     lse = lse_RN.logsumexp(0)
     log_w_RN = lse_RN - lse
     w_RN = log_w_RN.exp()
     surprise_RN = torch.where(w_RN > 0, entropy_RN - log_w_RN, 0.0)
     entropy = (w_RN * surprise_RN).sum(0)
-    rank = dist.get_rank(shard.group)
+    rank = dist.get_rank(group)
     others_RN = lse_RN.clone()
     others_RN[rank] = float("-inf")
     # log-probability near 0 keeps its digits: minus the sum of the others
-    own_N = logp_N - torch.log1p((others_RN.logsumexp(0) - lse_N).exp())
-    logp = torch.where(shard.holds(target_N), own_N, 0.0)
-    dist.all_reduce(logp, group=shard.group)
+    own_NT = logp_NT - torch.log1p((others_RN.logsumexp(0) - lse_N).exp())[:, None]
+    logp = summed(torch.where(held_NT, own_NT, 0.0), group)
     excess_N = torch.where(w_RN[rank] > 0, surprise_RN[rank] - entropy, 0.0)
     return Whole(logp, lse, entropy, w_RN[rank], excess_N)
 
 
 class _Merge(torch.autograd.Function):
-    """`logp`, `entropy` and `lse` of the whole head from this rank's; gradients that arrive are equal on all ranks."""
+    """`logp`, `entropy` and `lse` of the whole head from this rank's; gradients that arrive are equal on all ranks.
+
+    Columns of logp from `falling` on are of the likeliest ids: no rounding makes one of them larger than the one before.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logp_N: Tensor, lse_N: Tensor, entropy_N: Tensor, target_N: Tensor, shard: Shard
+        ctx: Any, logp_NT: Tensor, lse_N: Tensor, entropy_N: Tensor, held_NT: Tensor, falling: int, group: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        whole = merge(shard, target_N, logp_N, lse_N, entropy_N)
-        ctx.save_for_backward(whole.share, whole.excess, shard.holds(target_N))
+        whole = merge(group, held_NT, logp_NT, lse_N, entropy_N)
+        ctx.save_for_backward(whole.share, whole.excess, held_NT)
         ctx.set_materialize_grads(False)
+        if falling < held_NT.shape[1]:
+            whole.logp[:, falling:] = whole.logp[:, falling:].cummin(1).values
         return whole.logp, whole.entropy, whole.lse
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, dlogp_N: Tensor | None, dentropy_N: Tensor | None, dlse_N: Tensor | None
+        ctx: Any, dlogp_NT: Tensor | None, dentropy_N: Tensor | None, dlse_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        share_N, excess_N, held_N = ctx.saved_tensors
-        of_logp_N, of_lse_N, of_entropy_N = _shares(share_N, excess_N, held_N, dlogp_N, dentropy_N, dlse_N)
-        return of_logp_N, of_lse_N, of_entropy_N, None, None
+        share_N, excess_N, held_NT = ctx.saved_tensors
+        of_logp_NT, of_lse_N, of_entropy_N = _shares(share_N, excess_N, held_NT, dlogp_NT, dentropy_N, dlse_N)
+        return of_logp_NT, of_lse_N, of_entropy_N, None, None, None
 
 
 def _shares(
-    share_N: Tensor, excess_N: Tensor, held_N: Tensor, dlogp_N: Tensor | None, dentropy_N: Tensor | None, dlse_N: Tensor | None
+    share_N: Tensor,
+    excess_N: Tensor,
+    held_NT: Tensor,
+    dlogp_NT: Tensor | None,
+    dentropy_N: Tensor | None,
+    dlse_N: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's logp, lse and entropy. Where it holds the target, `logp = logp_r + lse_r - lse`."""
-    of_logp_N, of_lse_N, of_entropy_N = (torch.zeros_like(share_N) for _ in range(3))
-    if dlogp_N is not None:
-        of_logp_N = torch.where(held_N, dlogp_N, 0.0)
-        of_lse_N = of_logp_N - dlogp_N * share_N
+    """Gradients of this rank's logp, lse and entropy. Where it holds an id, `logp = logp_r + lse_r - lse`."""
+    of_lse_N, of_entropy_N = torch.zeros_like(share_N), torch.zeros_like(share_N)
+    if dlogp_NT is None:
+        of_logp_NT = share_N.new_zeros(held_NT.shape)
+    else:
+        of_logp_NT = torch.where(held_NT, dlogp_NT, 0.0)
+        of_lse_N = of_logp_NT.sum(1) - dlogp_NT.sum(1) * share_N
     if dentropy_N is not None:
         of_entropy_N = dentropy_N * share_N
         of_lse_N = of_lse_N + of_entropy_N * excess_N
     if dlse_N is not None:
         of_lse_N = of_lse_N + dlse_N * share_N
-    return of_logp_N, of_lse_N, of_entropy_N
+    return of_logp_NT, of_lse_N, of_entropy_N
 
 
 def score(
     score_own: Callable[..., Any],
+    check_coefficient: Callable[..., Any],
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     rows: Tensor | None,
     options: HeadOptions,
     coef: Tensor | None,
     entropy_coef: Tensor | None,
     want: Sequence[str],
     plan: str | None,
+    ids: Tensor | None,
+    want_top: int,
     group: Any,
-) -> Any:
-    """`scoring.score`, given as `score_own`, of a split head: plan, the five vectors and the weighted sum, alike on all ranks.
+) -> dict[str, Any]:
+    """`scoring.score`, given as `score_own`, of a split head: the fields of `Scores`, alike on all ranks.
 
     Known coefficients wait for the other ranks' sums, so the plans are those of late ones.
     """
-    if plan == "coef":
-        raise ValueError("plan must not be 'coef' with vocab_group, whose ranks need each other's sums before any gradient")
-    weight, shard = locate(weight, hidden, target.numel(), options, group)
-    _check_targets(target, shard, options)
-    low, own, N = options.low_rank, shard.options, target.numel()
+
+    def check() -> int:
+        checks.names("want", want, STATISTICS)
+        if plan == "coef":
+            raise ValueError("plan must not be 'coef' with vocab_group, whose ranks need each other's sums before any gradient")
+        count = several.check(hidden, target, ids, rows)
+        if target is ids is None and (not want_top or coef is not None):
+            raise TypeError("score_tokens needs target, ids or want_top, got none of them, or coefficients of none")
+        shape = (count,) if ids is None else (count, ids.shape[1] + (target is not None))
+        for name, given, allowed in (("coef", coef, shape), ("entropy_coef", entropy_coef, (count,))):
+            if check_coefficient(name, given, allowed, hidden) is not None:
+                checks.finite(name, given)  # type: ignore[arg-type]
+        return count
+
+    weight, shard = locate(weight, hidden, check, options, group)
+    N = several.check(hidden, target, ids, rows)
+    low, own = options.low_rank, shard.options
     entered, *down = enter(group, hidden, *(() if low is None else low[:1]))
     if low is not None:
         own = replace(own, low_rank=(down[0], *low[1:]))
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    known = coef is not None or entropy_coef is not None
+    target_NT = several.joined(target, ids, N, hidden.device)
+    tops = "top_logp" in want or "top_id" in want
+    count = max(want_top, int(tops))  # candidates of each rank
+    dead, alone = shard.some_id is None, ids is None and count == 0
     entropy_needed = "entropy" in want or entropy_coef is not None
-    tops = [name for name in ("top_logp", "top_id") if name in want]
-    if shard.some_id is None:  # takes part in what the ranks do together, with nothing of its own
-        nothing = torch.zeros(N, dtype=dtype, device=hidden.device) + 0.0 * entered.reshape(-1)[:1].sum().to(dtype)
-        logp_N, lse_N, entropy_N, chosen = nothing, nothing - torch.inf, nothing, "forward"
-        top_N, id_N = nothing.detach(), torch.zeros(N, dtype=torch.int64, device=hidden.device)
+    wanted = ("logp", "lse", *(("entropy",) if entropy_needed else ()))
+
+    def scored() -> Any:
+        several.check_want_top(want_top, shard.vocabulary, options)
+        shard.check_ids("target" if ids is None else "target or ids", target_NT)
+        if dead:
+            return None
+        own_NT = shard.own(target_NT)
+        if alone:
+            return score_own(entered, weight, own_NT[:, 0], rows, own, None, None, wanted, plan)
+        found = score_own(
+            entered, weight, None, rows, own, None, None, wanted, plan, ids=own_NT, want_top=min(count, shard.allowed)
+        )
+        key_NK = _logits(entered, weight, found.best_id, rows, own) if count else None
+        return found, key_NK
+
+    found, error = attempt(scored)
+    agree(error, hidden, group)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    key_NK, id_NK = (
+        torch.zeros(N, 0, dtype=dtype, device=hidden.device),
+        torch.zeros(N, 0, dtype=torch.int64, device=hidden.device),
+    )
+    chosen, best_NK = "forward", None
+    if dead:  # takes part in what the ranks do together, with nothing of its own
+        nothing = key_NK.new_zeros(N) + 0.0 * entered.reshape(-1)[:1].sum().to(dtype)
+        logp_NT, lse_N, entropy_N = nothing[:, None].expand(N, target_NT.shape[1]), nothing - torch.inf, nothing
     else:
-        own_target = shard.own(target)
-        wanted = ("logp", "lse", *(("entropy",) if entropy_needed else ()), *(("top_logp", "top_id") if tops else ()))
-        found = score_own(entered, weight, own_target, rows, own, None, None, wanted, plan)
-        chosen, logp_N, lse_N, top_N, id_N = found.plan, found.logp, found.lse, found.top_logp, found.top_id
+        if not alone:
+            found, key = found
+            key_NK, id_NK, best_NK = (key, found.best_id, found.best_logp) if count else (key_NK, id_NK, None)
+        chosen, lse_N, logp_NT = found.plan, found.lse, found.logp[:, None] if alone else found.ids_logp
         entropy_N = found.entropy if entropy_needed else torch.zeros_like(lse_N)
-    own_lse_N = lse_N.detach()
-    logp_N, entropy_N, lse_N = _Merge.apply(logp_N, lse_N, entropy_N, target, shard)
-    values = {"logp": logp_N, "entropy": entropy_N, "lse": lse_N}
+    held_NT, best_id = shard.holds(target_NT), None
+    if count:
+        _, best_id, held_NK, column_NK = largest(shard, key_NK, id_NK, count)
+        of_best = logp_NT.new_zeros(N, count) if best_NK is None else best_NK.gather(1, column_NK)
+        logp_NT, held_NT = torch.cat((logp_NT, of_best), 1), torch.cat((held_NT, held_NK), 1)
+    T = target_NT.shape[1]
+    logp_NT, entropy_N, lse_N = _Merge.apply(logp_NT, lse_N, entropy_N, held_NT, T, group)
+    logp, ids_logp = several.parted(logp_NT[:, :T], target, ids, "logp" in want)
+    values = {"logp": logp, "ids_logp": ids_logp, "entropy": entropy_N, "lse": lse_N}
     if tops:
-        values |= _top(shard, top_N, id_N, own_lse_N, lse_N.detach())
+        assert best_id is not None
+        values |= {"top_logp": logp_NT[:, T].detach().clamp(max=0.0), "top_id": best_id[:, 0]}
+    if want_top:
+        values |= {"best_logp": logp_NT[:, T:], "best_id": best_id}
     weighted_sum = None
-    if known:
-        weighted_sum = logp_N.new_zeros(())
-        for name, given, vector_N in (("coef", coef, logp_N), ("entropy_coef", entropy_coef, entropy_N)):
+    if coef is not None or entropy_coef is not None:
+        weighted_sum = lse_N.new_zeros(())
+        for given, vectors in ((coef, logp_NT[:, :T]), (entropy_coef, entropy_N)):
             if given is not None:
-                checks.shape(name, given, [N])
-                checks.finite(name, given)
-                given_N = given.detach().to(vector_N.dtype)
-                weighted_sum = weighted_sum + (given_N * vector_N.masked_fill(given_N == 0, 0.0)).sum()
-        values = {name: vector_N.detach() for name, vector_N in values.items()}
-    fields = ("logp", "entropy", "lse", "top_logp", "top_id")
-    return chosen, [values[name] if name in want else None for name in fields], weighted_sum
+                known = given.detach().to(vectors.dtype).view(vectors.shape)
+                weighted_sum = weighted_sum + (known * vectors.masked_fill(known == 0, 0.0)).sum()
+        values = {name: None if vector is None else vector.detach() for name, vector in values.items()}
+    kept = {"ids_logp", "best_logp", "best_id", *want}
+    return {"plan": chosen, "weighted_sum": weighted_sum} | {name: value for name, value in values.items() if name in kept}
 
 
-def _top(shard: Shard, top_N: Tensor, id_N: Tensor, own_lse_N: Tensor, lse_N: Tensor) -> dict[str, Tensor]:
-    """The largest logit of all ranks; the smallest id where several have it."""
-    z_RN, id_RN = _gathered(top_N + own_lse_N, shard.group), _gathered(id_N + shard.first, shard.group)
-    best_N = z_RN.argmax(0, keepdim=True)  # the first of equal ones: ranks are in the order of their ids
-    return {"top_logp": (z_RN.gather(0, best_N)[0] - lse_N).clamp(max=0.0), "top_id": id_RN.gather(0, best_N)[0]}
+@torch.no_grad()
+def _logits(hidden: Tensor, weight: Tensor, id_NK: Tensor, rows: Tensor | None, options: HeadOptions) -> Tensor:
+    """`[N, K]`: the logits of a rank's candidates, of which those of equal rows of the weight are equal on any rank."""
+    hidden, weight = autocast_operands(hidden, weight)
+    N, K = id_NK.shape
+    z_NK = torch.empty(N, K, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+    index_N = torch.arange(N, device=hidden.device) if rows is None else rows
+    size = max(1, _ELEMENTS_AT_ONCE // (K * weight.shape[1]))
+    for start in range(0, N, size):
+        span = slice(start, min(start + size, N))
+        row_C = torch.arange(span.start, span.stop, device=hidden.device).repeat_interleave(K)
+        z_C = single_logits.target_logits(hidden, weight, id_NK[span].flatten(), index_N[row_C], options.of_rows(row_C))
+        z_NK[span] = z_C.view(-1, K)
+    return z_NK
 
 
-def _check_targets(target: Tensor, shard: Shard, options: HeadOptions) -> None:
-    checks.in_range("target", target, 0, shard.vocabulary)
-    if target.numel() and checks.may_read(target) and (options.suppress or options.valid_vocab is not None):
-        out_N = target >= (shard.vocabulary if options.valid_vocab is None else options.valid_vocab)
-        if options.suppress:
-            out_N = out_N | torch.isin(target, torch.tensor(options.suppress, device=target.device))
-        if bool(out_N.any()):
-            raise ValueError(
-                f"target must not hold a suppressed id or one beyond valid_vocab: id {int(target[out_N][0])} has probability 0"
-            )
+def above_mean(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor, options: HeadOptions, group: Any) -> Tensor:
+    """`z_y - mean_v z_v` of a split head, `[N]`, differentiable: each rank's share of both is linear in its own logits."""
+
+    def check() -> int:
+        single_logits.refuse_softcap(options)
+        return len(target_N)
+
+    weight, shard = locate(weight, hidden, check, options, group)
+    low, own = options.low_rank, shard.options
+    entered, *down = enter(group, hidden, *(() if low is None else low[:1]))
+    if low is not None:
+        own = replace(own, low_rank=(down[0], *low[1:]))
+
+    def share() -> Tensor:
+        shard.check_ids("target", target_N)
+        if shard.some_id is None:
+            return 0.0 * entered.reshape(-1)[:1].sum() * torch.ones(len(target_N), device=hidden.device)
+        h, w = autocast_operands(entered, weight)
+        check_arguments(h, w, rows, len(target_N), own)
+        of_target_N = single_logits.target_logits(h, w, shard.own(target_N), rows, own)
+        mean_N = single_logits.mean_logits(h, w, rows, own) * (shard.allowed / shard.allowed_whole)
+        return torch.where(shard.holds(target_N), of_target_N, 0.0) - mean_N
+
+    part, error = attempt(share)
+    agree(error, hidden, group)
+    return leave(group, part.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32))
 
 
 def add_gradient(
     backward_own: Callable[..., Tensor],
     score_own: Callable[..., Any],
+    check: Callable[[Tensor], None],
     hidden: Tensor,
     weight: Tensor,
     rows: Rows,
@@ -316,22 +272,32 @@ def add_gradient(
     dlow_rank_out: tuple[Tensor | None, Tensor | None],
     group: Any,
 ) -> Tensor:
-    """`scoring.head_backward`, given as `backward_own`, of a split head: buffers of weight, bias and B hold this rank's ids."""
-    weight, shard = locate(weight, hidden, len(rows), options, group)
+    """`scoring.head_backward`, given as `backward_own`, of a split head: buffers of weight, bias and B hold this rank's ids.
+
+    `check` looks at coefficients and buffers, given this rank's rows of the weight.
+    """
+    weight, shard = locate(weight, hidden, lambda: len(rows), options, group)
     target, index, own = rows.target, rows.index, shard.options
-    _check_targets(target, shard, options)
     dtype, dead = torch.float64 if hidden.dtype == torch.float64 else torch.float32, shard.some_id is None
+
+    def scored() -> Any:
+        check(weight)
+        shard.check_ids("target", target)
+        want = ("logp", "lse") if entropy_coef is None else ("logp", "lse", "entropy")
+        return None if dead else score_own(hidden, weight, shard.own(target), index, own, None, None, want, None)
+
+    found, error = attempt(scored)
+    agree(error, hidden, group)
     logp_N = torch.zeros(len(rows), dtype=dtype, device=hidden.device)
     lse_N, entropy_N = logp_N - torch.inf, logp_N
     if not dead:
-        want = ("logp", "lse") if entropy_coef is None else ("logp", "lse", "entropy")
-        found = score_own(hidden, weight, shard.own(target), index, own, None, None, want, None)
         logp_N, lse_N = found.logp, found.lse
         entropy_N = entropy_N if entropy_coef is None else found.entropy
-    whole = merge(shard, target, logp_N, lse_N, entropy_N)
-    known_N, entropy_known_N = (None if c is None else c.detach().to(dtype) for c in (coef, entropy_coef))
-    shares = _shares(whole.share, whole.excess, shard.holds(target), known_N, entropy_known_N, None)
-    of_logp_N, of_lse_N, of_entropy_N = shares
+    held_N1 = shard.holds(target)[:, None]
+    whole = merge(group, held_N1, logp_N[:, None], lse_N, entropy_N)
+    known_N1 = coef.detach().to(dtype)[:, None]
+    entropy_known_N = None if entropy_coef is None else entropy_coef.detach().to(dtype)
+    of_logp_N1, of_lse_N, of_entropy_N = _shares(whole.share, whole.excess, held_N1, known_N1, entropy_known_N, None)
     down_out, up_out = dlow_rank_out
     ddown = None if down_out is None else torch.zeros_like(down_out)
     if dead:
@@ -340,7 +306,7 @@ def add_gradient(
         own_rows = Rows(index, shard.own(target))
         outs = dweight_out, dbias_out, (ddown, up_out)
         entropy_share = None if entropy_coef is None else of_entropy_N
-        dhidden = backward_own(hidden, weight, own_rows, of_logp_N - of_lse_N, own, entropy_share, *outs)
+        dhidden = backward_own(hidden, weight, own_rows, of_logp_N1[:, 0] - of_lse_N, own, entropy_share, *outs)
         dhidden = _add_target_gradient(dhidden, hidden, weight, own_rows, own, of_lse_N, outs)
     if ddown is not None:
         assert down_out is not None
@@ -384,54 +350,3 @@ def _add_target_gradient(
     flat = dhidden.reshape(-1, dhidden.shape[-1])
     flat[rows.index] += drows_NH.to(flat.dtype)
     return flat.view(dhidden.shape)
-
-
-# --- draws --------------------------------------------------------------------------------------------------------------
-
-
-def sample(
-    problem: HeadProblem | None, key_N: Tensor, shard: Shard, *, step: int, temperature: float | Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Token, its logp and the row's entropy of the whole head, equal on all ranks; `problem` is None where this rank has no id.
-
-    The noise of an id is that of the unsplit head, so tokens are the same. It is computed in float64 for every id, in
-    PyTorch: exact, and slower than the backends' own.
-    """
-    N, device = key_N.numel(), key_N.device
-    best_N = torch.full((N,), -torch.inf, dtype=torch.float64, device=device)
-    z_N = torch.zeros(N, dtype=dtype, device=device)
-    lse_N, entropy_N = z_N - torch.inf, z_N.clone()
-    token_N = torch.zeros(N, dtype=torch.int64, device=device)
-    if problem is not None:
-        size = max(1, ROW_BLOCK // 8)
-        for start in range(0, N, size):
-            span = slice(start, min(start + size, N))
-            z_NV = _final_logits(problem, span)
-            perturbed_NV = z_NV.double()
-            if isinstance(temperature, Tensor) or temperature > 0:
-                noise_NV = gumbel(key_N[span], shard.first + shard.count, step=step)[:, shard.first :]
-                scale = temperature[span, None].double() if isinstance(temperature, Tensor) else temperature
-                perturbed_NV = perturbed_NV + scale * noise_NV
-            best_N[span] = perturbed_NV.amax(-1)
-            token_N[span] = perturbed_NV.argmax(-1)  # torch: the first of equal ones
-            z_N[span] = z_NV.gather(1, token_N[span, None])[:, 0]
-            logp_NV = z_NV.log_softmax(-1)
-            lse_N[span] = z_NV.logsumexp(-1)
-            entropy_N[span] = -torch.where(logp_NV > -torch.inf, logp_NV.exp() * logp_NV, 0.0).sum(-1)
-    best_RN = _gathered(best_N, shard.group)
-    of_N = best_RN.argmax(0, keepdim=True)  # ties: the smallest id, as ranks are in the order of their ids
-    token_N = _gathered(token_N + shard.first, shard.group).gather(0, of_N)[0]
-    drawn_N = _gathered(z_N, shard.group).gather(0, of_N)[0]
-    whole = merge(shard, token_N, drawn_N - lse_N if problem is not None else z_N, lse_N, entropy_N)
-    return {"token": token_N, "logp": whole.logp, "entropy": whole.entropy, "lse": whole.lse}
-
-
-def _final_logits(problem: HeadProblem, span: slice) -> Tensor:
-    p = problem
-    rows_NH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH[p.index_N[span]]
-    z_NV = torch.empty(len(rows_NH), len(p.weight_VH), dtype=p.statistics_dtype, device=rows_NH.device)
-    reference._matmul_nt_(z_NV, rows_NH.to(p.statistics_dtype), p.weight_VH)
-    adapter = reference.Adapter(p, len(rows_NH))
-    adapter.add_logits_(z_NV, span)
-    reference._transform_(z_NV, p.options.of_rows(span))
-    return z_NV

@@ -9,24 +9,24 @@ Everything else is the Trainer's own: its arguments, datasets, callbacks, checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dllm_kernels import MaskPlan, checks, make_mask_plan, noise, score_tokens
+from dllm_kernels import MaskPlan, checks, make_mask_plan, score_tokens
 from dllm_kernels.accumulation.estimation import content_ids
 from dllm_kernels.integrations import needs, with_body
 from dllm_kernels.model.headless import Body, headless
-from dllm_kernels.model.layouts import block_diffusion, check_blocks
-from dllm_kernels.noise import Stream
+from dllm_kernels.model.layouts import block_diffusion, check_block_length, check_blocks
 
 with needs("transformers", "pip install 'dllm-kernels[train]'"):
     from transformers import Trainer, TrainingArguments
 
 IGNORED = -100  # as a label: not scored
-# t `[K, B]` in (t_min, 1) -> (probability of hiding a token, weight of its log-prob), both `[K, B]`
+# t in (t_min, 1) -> (probability of hiding a token, weight of its log-prob), each of t's shape: one t for a sample of a
+# sequence, `[K, B]`, or with blocks for each of them, `[K, B * blocks]`
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
 REDUCTIONS = ("token", "sequence", "batch", "position")
 
@@ -63,8 +63,9 @@ class DiffusionSFTTrainer(Trainer):
 
     Args:
         schedule: masks by a schedule of your own in place of a linear one: t ~ U(t_min, 1] ->
-            (p_mask, weight), for instance `lambda t: (1 - alpha(t), -alpha'(t) / (1 - alpha(t)))`; needs
-            law="bernoulli".
+            (p_mask, weight), for instance `lambda t: (1 - alpha(t), -alpha'(t) / (1 - alpha(t)))`, element by
+            element; needs law="bernoulli". With causal_block each block has a t, and so a weight, of its own
+            (BD3-LM, arXiv 2503.09573, eq. 8).
         Others are the Trainer's; `args` is a `DiffusionSFTConfig`.
 
     Batches hold `input_ids` int64 `[B, S]`, `labels` `[B, S]` (the same ids, or -100 where a token is shown and
@@ -87,12 +88,14 @@ class DiffusionSFTTrainer(Trainer):
         checks.choice("reduction", args.reduction, REDUCTIONS)
         if schedule is not None and args.law != "bernoulli":
             raise ValueError(f"law must be 'bernoulli' where a schedule is given, got {args.law!r}")
-        for name, given in (("schedule", schedule), ("packed", args.packed)):
-            if given and args.causal_block is not None:
-                raise ValueError(f"causal_block must be None where {name} is given, got {args.causal_block}")
+        if schedule is not None and "weight" in (args.law_options or {}):
+            raise ValueError("law_options must have no weight where a schedule is given, which says it")
+        if args.packed and args.causal_block is not None:
+            raise ValueError(f"causal_block must be None where packed is given, got {args.causal_block}")
         if named.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: there are no logits; the evaluation gives the loss")
         super().__init__(model, args, *arguments, **named)
+        check_block_length(self.model, args.causal_block)
         if args.n_gpu > 1:
             raise ValueError("torch.nn.DataParallel splits a model call; launch one process per GPU with torchrun")
         # divides the loss by the number of micro-batches otherwise, where transformers is older than the attribute above
@@ -168,29 +171,21 @@ class DiffusionSFTTrainer(Trainer):
             "shift": self.args.shift,
             "attention_mask_BS": attention_mask_BS,
         }
+        if self.args.causal_block is not None:
+            arguments |= {"causal_block": self.args.causal_block, "block_origin": self.args.block_origin}
+        drawn = make_mask_plan(ids_BS, scored_BS, law=self.args.law, samples=samples, **arguments, **self.law_options)
         if self.schedule is None:
-            blocks = {"causal_block": self.args.causal_block, "block_origin": self.args.block_origin}
-            return make_mask_plan(
-                ids_BS, scored_BS, law=self.args.law, samples=samples, **blocks, **arguments, **self.law_options
-            )
-        masked_KBS, weight_KB = self._by_schedule(scored_BS, samples, arguments)
-        return make_mask_plan(
-            ids_BS, scored_BS, law="given", samples=None, masked_KBS=masked_KBS, weight_KB=weight_KB, **arguments
-        )
-
-    def _by_schedule(self, scored_BS: Tensor, samples: int, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        assert self.schedule is not None
-        seed, ids_B1 = arguments["seed"], arguments["sequence_ids"][:, None]
-        sample_K = torch.arange(samples, device=scored_BS.device) + arguments["iteration"] * samples
-        ordinal_BS = (scored_BS.cumsum(-1) - 1).clamp(min=0)
-        bits_KBS = noise.row_bits(seed, Stream.MASK, ids_B1, sample_K[:, None, None], ordinal_BS)
-        zero = torch.zeros((), dtype=torch.int64, device=scored_BS.device)
-        t_min = self.law_options.get("t_min", 0.0)
-        t_KB = t_min + (1 - t_min) * noise.uniform(noise.row_bits(seed, Stream.LEVEL, ids_B1[:, 0], sample_K[:, None], zero))
-        p_mask_KB, weight_KB = self.schedule(t_KB)
-        for name, value in (("p_mask", p_mask_KB), ("weight", weight_KB)):
-            checks.shape(f"schedule's {name}", value, list(t_KB.shape))
-        return scored_BS & noise.bernoulli(bits_KBS, p_mask_KB.double()[:, :, None]), weight_KB
+            return drawn
+        # the linear schedule's noise and levels t, as another one reads them
+        p_mask_KU, weight_KU = self.schedule(drawn.level.t_KB)
+        for name, value in (("p_mask", p_mask_KU), ("weight", weight_KU)):
+            checks.shape(f"schedule's {name}", value, list(drawn.level.t_KB.shape))
+        masked_KBS = drawn.hidden_at(replace(drawn.level, t_KB=p_mask_KU.double()))
+        if drawn.block_BS is None:
+            arguments["weight_KB"] = weight_KU
+        else:
+            arguments["weight_KBS"] = drawn.units.at_tokens(weight_KU)
+        return make_mask_plan(ids_BS, scored_BS, law="given", samples=None, masked_KBS=masked_KBS, **arguments)
 
     def _score(self, model: nn.Module, plan: MaskPlan, inputs: Mapping[str, Any], coef_N: Tensor | None = None) -> Tensor:
         """The log-probs of the plan's rows, or their sum weighted by coefficients."""

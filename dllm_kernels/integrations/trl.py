@@ -26,6 +26,7 @@ from dllm_kernels.integrations.logps import DiffusionLogps
 from dllm_kernels.integrations.transformers import find_mask_id
 from dllm_kernels.masks import steps
 from dllm_kernels.masks.tails import eos_tail
+from dllm_kernels.model.layouts import check_block_length
 from dllm_kernels.objectives import RECIPES, Batch, Rewards, Signal, Update, advantage_signal
 
 with needs("trl"):
@@ -122,6 +123,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError("args must not use DeepSpeed, which runs its own backward; use FSDP2 (fsdp_version 2) or DDP")
         args.mask_id = find_mask_id(args.mask_id, self.processing_class, self.model)
+        check_block_length(self.model, args.causal_block)
+        if args.rollout.get("cache") is True and args.causal_block != args.rollout.get("block_length"):
+            raise ValueError(
+                "causal_block must be the block_length of rollouts with cache=True, which are those of a block-causal model, "
+                f"got {args.causal_block} and {args.rollout.get('block_length')}"
+            )
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
         self._rollout: Rollout | None = None
@@ -160,7 +167,8 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         self.model.train(training)
         if bool(rollout.failed_B.any()):
             raise ValueError(f"model must give finite hidden states, but {int(rollout.failed_B.sum())} rollouts failed")
-        self._rollout = rollout
+        # states of a rollout are planned in its blocks
+        self._rollout = replace(rollout, settings={**rollout.settings, "causal_block": args.causal_block})
         ends = torch.tensor(self.eos_token_ids, device=device)
         ended_BL = torch.isin(rollout.completion_BL, ends).cumsum(-1) - torch.isin(rollout.completion_BL, ends).long() > 0
         return [ids[~ended].tolist() for ids, ended in zip(rollout.completion_BL, ended_BL)], None

@@ -116,8 +116,12 @@ class MaskPlan:
             return self.completion_mask_BS & (self._after_KBS if self.shown_BKS is None else self.masked)
         if self.rule.level == "block":
             return draws.block(self.options, self._keys, self.completion_mask_BS, self.lengths_B, self.prompt_noise)
+        return self.hidden_at(self.level)
+
+    def hidden_at(self, level: draws.Level) -> Tensor:
+        """bool `[K, B, S]`: what the plan's noise hides of the tokens that may be scored, at a level that may be another's."""
         units = self.units
-        hidden_KUW = draws.hidden(self.rule, self._unit_keys, self.level, units.mask_UW, units.token_UW)
+        hidden_KUW = draws.hidden(self.rule, self._unit_keys, level, units.mask_UW, units.token_UW)
         return hidden_KUW if units.slot_BS is None else units.spread(hidden_KUW) & self.completion_mask_BS
 
     @property

@@ -60,8 +60,18 @@ def check_blocks(plan: MaskPlan) -> None:
     """Raises ValueError where a step decides tokens of several blocks: groups would run together, and the states are not
     those of a rollout that ended one block before it began the next.
     """
-    if plan.step_KBS is not None and checks.may_read(plan.input_ids_BS) and int(present(plan).sum()) != number(plan):
+    if plan.step_KBS is None or not checks.may_read(plan.input_ids_BS):
+        return
+    there_BKJ, states_BKJ = present(plan), states(plan)
+    if int(there_BKJ.sum()) != number(plan):
         raise ValueError("step_map_BS must decide tokens of one block in a step, where an objective couples the tokens of a step")
+    ends_BJ = states_BKJ.amax(1).cummax(-1).values
+    begins_BJ = states_BKJ.masked_fill(~there_BKJ, torch.iinfo(torch.int64).max).amin(1)
+    if bool((begins_BJ[:, 1:] < ends_BJ[:, :-1]).any()):
+        raise ValueError(
+            "step_map_BS must decide a block before it begins the next, where an objective couples the tokens of a step: the "
+            "blocks before it are clean in every state"
+        )
 
 
 def present(plan: MaskPlan) -> Tensor:

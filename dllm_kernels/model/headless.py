@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions, WeightGradient
 from dllm_kernels.model import adapters
-from dllm_kernels.model.sharding import Shards, WholeHead, find_shards, is_sharded
+from dllm_kernels.model.sharding import Shards, WholeHead, accumulation_hooks, find_shards, is_sharded
 from dllm_kernels.model.wrappers import HandedOut, Wrapper, check_alone, check_head, find_outer, unwrapped
 
 
@@ -89,6 +89,11 @@ class Body:
         except NotImplementedError:  # transformers finds none (MDLM's own code calls it vocab_embed)
             embedding = None
         self._embedding: Tensor | None = getattr(embedding, "weight", None)
+        if self.shards is not None and self._embedding is self.parameter and accumulation_hooks(self.parameter):
+            raise ValueError(
+                "model must not have a tied head with an optimizer in backward (register_post_accumulate_grad_hook) under "
+                "fully_shard: it would step before the head's part of the gradient is there; step after backward"
+            )
         # the input embedding may have more rows than the head
         self.vocabulary = int(getattr(embedding, "num_embeddings", self.parameter.shape[0]))
         config = text_config(model)
@@ -146,6 +151,8 @@ class Body:
         if isinstance(mask, Tensor) and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
+        if self.shards is not None and self.shards.refresh():
+            self.whole.check_step()
         own_embedding = isinstance(self.head, nn.Embedding)
         with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
             if self.shards is not None:  # warns of views changed in place later; these are not
@@ -156,7 +163,8 @@ class Body:
             raise ValueError(
                 f"model must pass its hidden states through its output embedding, but {type(self.model).__name__} did not call it"
             )
-        if not self._seen and hidden.requires_grad:
+        wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in self.whole.parameters.values())
+        if not self._seen and (wanted or hidden.requires_grad):
             check_alone(self.head)
             self._seen = True
         if isinstance(output, HandedOut):  # reducers may have marked or cast what they hand out
@@ -174,10 +182,8 @@ class Body:
     @contextmanager
     def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
         """Within the context, gradients are summed over ranks, whatever the wrapper does otherwise; then it does so again."""
-        self.whole.collect()
         with self.wrapper.accumulating(reduce_last=reduce_last):
             yield
-            self.whole.collect()
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
         """A call that adds exactly 0 to every gradient, to keep step with ranks that have more to do."""

@@ -217,9 +217,12 @@ class Kept(Padded):
         *,
         shift: int = 0,
         guidance: float = 0.0,
+        opening: bool = False,
     ) -> None:
         super().__init__(body, prompts, lengths, mask_id, shift, guidance=guidance)
         self.block_length, self.kind, self.refresh = block_length, kind, refresh
+        # the row before a block predicts its first token, which a sampler with an opening has decided by then
+        self._before = 0 if opening else shift
         self.block = 0
         self.age = -1  # calls since the last full one
         self._kept = KeptAttention()
@@ -260,7 +263,7 @@ class Kept(Padded):
         first = self.block * self.block_length
         last = first + self.block_length if self.kind == "dual" else self.column_BL.shape[1]
         column_AQ = self.column_BL[who, first:last]
-        before = torch.arange(-self.shift, 0, device=column_AQ.device)
+        before = torch.arange(-self._before, 0, device=column_AQ.device)
         return torch.cat([column_AQ[:, :1] + before, column_AQ], dim=1)
 
     def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:

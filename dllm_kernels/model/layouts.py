@@ -65,9 +65,19 @@ class Lengths:
     widest: int  # at least the longest, in all micro-batches
     columns: int  # of prompts and completions together, in all micro-batches
     ragged: bool  # whether any is shorter than the widest
+    # of a canvas, whose masks are what is generated: their columns `[B, widest]`, beyond `columns` where a sequence has fewer
+    hole_BL: Tensor | None = None
 
     def part(self, span: Tensor) -> Lengths:
-        return replace(self, lengths_B=self.lengths_B[span])
+        hole_BL = None if self.hole_BL is None else self.hole_BL[span]
+        return replace(self, lengths_B=self.lengths_B[span], hole_BL=hole_BL)
+
+    def column_BL(self, prompts: Prompts) -> Tensor:
+        """The columns of what is generated."""
+        if self.hole_BL is not None:
+            return self.hole_BL
+        first_B = prompts.first_columns()
+        return first_B[:, None] + torch.arange(self.widest, device=first_B.device)
 
 
 def lengths_of(prompts: Prompts, length: int, block_length: int | None, *, fixed: bool) -> Lengths:
@@ -85,6 +95,19 @@ def lengths_of(prompts: Prompts, length: int, block_length: int | None, *, fixed
     return Lengths(lengths_B, widest, columns, bool((lengths_B < widest).any()))
 
 
+def holes_of(canvas: Prompts, mask_id: int) -> Lengths:
+    """What is generated of a canvas: its masks."""
+    hole_BP = canvas.ids_BP == mask_id
+    if canvas.keep_BP is not None:
+        hole_BP = hole_BP & canvas.keep_BP
+    lengths_B, columns = hole_BP.sum(-1), hole_BP.shape[1]
+    widest = int(lengths_B.max())
+    place_L = torch.arange(widest, device=hole_BP.device)
+    hole_BL = hole_BP.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :widest]
+    there_BL = place_L < lengths_B[:, None]
+    return Lengths(lengths_B, widest, columns, not bool(there_BL.all()), torch.where(there_BL, hole_BL, columns + place_L))
+
+
 class Padded:
     """One row per sequence; with `guidance`, a second half of rows with hidden prompts."""
 
@@ -95,10 +118,9 @@ class Padded:
         length, self.columns = lengths.widest, lengths.columns  # places that a sequence lacks lie beyond them
         (B, P), device = prompts.ids_BP.shape, prompts.ids_BP.device
         self.ids = torch.cat([prompts.ids_BP, prompts.ids_BP.new_full((B, length), mask_id)], dim=1)
-        first_B = prompts.first_columns()
-        self.column_BL = first_B[:, None] + torch.arange(length, device=device)
-        place_W = torch.arange(P + length, device=device)
-        self.completion_BW = (place_W >= first_B[:, None]) & (place_W < (first_B + lengths.lengths_B)[:, None])
+        self.column_BL = lengths.column_BL(prompts)
+        there_BL = torch.arange(length, device=device) < lengths.lengths_B[:, None]
+        self.completion_BW = torch.zeros(B, P + length, dtype=torch.bool, device=device).scatter(1, self.column_BL, there_BL)
         self.keep_BW: Tensor | None = None
         if prompts.keep_BP is not None or lengths.ragged:
             keep_BP = torch.ones_like(prompts.ids_BP, dtype=torch.bool) if prompts.keep_BP is None else prompts.keep_BP
@@ -132,6 +154,45 @@ class Padded:
         return _guided(hidden, row_N, self.guidance)
 
 
+class Shadowed(Padded):
+    """A second copy of the active block, all of it masks: what the model says of each decided token without seeing it (WINO).
+
+    A copy's row sees all tokens but the one that it stands for, and the other rows of the copy; nothing else sees the copy.
+    """
+
+    def __init__(self, body: Body, prompts: Prompts, lengths: Lengths, mask_id: int, block_length: int) -> None:
+        super().__init__(body, prompts, lengths, mask_id, 0)
+        self.block_length = block_length
+        self.block_B = torch.zeros_like(lengths.lengths_B)  # set before each call
+        self._lengths_B = lengths.lengths_B
+
+    def hidden(self, who_A: Tensor | None) -> Tensor:
+        who = slice(None) if who_A is None else who_A
+        ids_AC, Q, C = self.ids[who, : self.columns], self.block_length, self.columns
+        A, device = len(ids_AC), ids_AC.device
+        place_AQ = self.block_B[who, None] * Q + torch.arange(Q, device=device)
+        there_AQ = place_AQ < self._lengths_B[who, None]
+        own_AQ = self.column_BL[who].gather(1, place_AQ.clamp(max=self.column_BL.shape[1] - 1)).clamp(max=C - 1)
+        real_AC = torch.ones_like(ids_AC, dtype=torch.bool) if self.keep_BW is None else self.keep_BW[who, :C]
+        sees = torch.cat([real_AC, there_AQ], 1)[:, None].expand(A, C + Q, C + Q).clone()
+        sees[:, :C, C:] = False
+        not_own_AQC = torch.ones(A, Q, C, dtype=torch.bool, device=device).scatter(2, own_AQ[:, :, None], False)
+        sees[:, C:, :C] &= not_own_AQC
+        position = torch.cat([torch.arange(C, device=device).expand(A, C), own_AQ], 1)
+        ids = torch.cat([ids_AC, ids_AC.new_full((A, Q), self.mask_id)], 1)
+        return self.body(ids, attention_mask=_additive(sees, self.body.model)[:, None], position_ids=position)
+
+    def rows(self, who_A: Tensor, place_AR: Tensor, *, whole: bool) -> Tensor:
+        row_A = who_A if whole else torch.arange(len(who_A), device=who_A.device)
+        return row_A[:, None] * (self.columns + self.block_length) + self.column_BL[who_A].gather(1, place_AR)
+
+    def shadow_rows(self, who_A: Tensor, *, whole: bool) -> Tensor:
+        """Flat rows `[A, block_length]` of the copies."""
+        row_A = who_A if whole else torch.arange(len(who_A), device=who_A.device)
+        place_Q = torch.arange(self.block_length, device=who_A.device)
+        return row_A[:, None] * (self.columns + self.block_length) + self.columns + place_Q
+
+
 class Packed:
     """All sequences in one row without padding; positions restart and attention stays within a sequence.
 
@@ -142,18 +203,18 @@ class Packed:
     def __init__(self, body: Body, prompts: Prompts, lengths: Lengths, mask_id: int, shift: int) -> None:
         self.body, self.shift = body, shift
         canvas = Padded(body, prompts, lengths, mask_id, shift)
-        B, W = canvas.ids.shape
-        keep_BW = torch.ones(B, W, dtype=torch.bool, device=canvas.ids.device) if canvas.keep_BW is None else canvas.keep_BW
-        self.ids = canvas.ids[keep_BW]
+        ids_BC = canvas.ids[:, : canvas.columns]
+        B, W = ids_BC.shape
+        keep_BW = torch.ones_like(ids_BC, dtype=torch.bool) if canvas.keep_BW is None else canvas.keep_BW[:, :W]
+        self.ids = ids_BC[keep_BW]
         width_B = keep_BW.sum(-1)
         self.sequence_M = torch.arange(B, device=width_B.device).repeat_interleave(width_B)
         self.start_B = width_B.cumsum(0) - width_B
         self.position_M = torch.arange(len(self.ids), device=width_B.device) - self.start_B[self.sequence_M]
         rank_BW = keep_BW.cumsum(-1) - 1
-        self.column_BL = self.start_B[:, None] + rank_BW.gather(1, canvas.column_BL)
+        self.column_BL = self.start_B[:, None] + rank_BW.gather(1, canvas.column_BL.clamp(max=W - 1))
         self.width_B = width_B
-        implementation = str(getattr(getattr(unwrapped(body.model), "config", None), "_attn_implementation", ""))
-        self._flash = implementation.startswith("flash")
+        self._flash = _implementation(body.model).startswith("flash")
 
     def enter(self, block: int) -> None:
         """As for padded layouts."""
@@ -291,11 +352,24 @@ def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature((within() if callable(within) else model).forward).parameters
 
 
+def _implementation(model: nn.Module) -> str:
+    """Which kernel of attention the model's configuration names; "" where none."""
+    return str(getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", ""))
+
+
+def takes(body: Body, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return name in _arguments(body.model)
+
+
 def takes_cache(body: Body) -> bool:
-    return "past_key_values" in _arguments(body.model)
+    return takes(body, "past_key_values")
 
 
 # --- block diffusion ----------------------------------------------------------------------------------------
+
+# where the configuration of a block-causal model states its block length, by model_type
+BLOCK_LENGTHS = {"sdar": "block_size", "sdar_moe": "block_size", "fast_dllm_qwen": "bd_size"}
 
 
 def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> Tensor:
@@ -305,11 +379,19 @@ def block_diffusion(body: Body, layout: Layout, model_kwargs: Mapping[str, Tenso
 
 def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keywords of a model's call on a layout, beside its ids: positions, the mask, and what `model_kwargs` extend to."""
-    parameters = _arguments(model)
-    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(f"model must take position_ids, which the copies repeat, but {type(model).__name__} does not")
+    declared, parameters, name = causal_block(model), _arguments(model), type(unwrapped(model)).__name__
+    if declared not in (None, layout.block):
+        raise ValueError(f"causal_block must be the model's {declared}, got a layout of {layout.block}")
+    for argument, why in (("attention_mask", "says what each copy sees"), ("position_ids", "the copies repeat")):
+        if argument not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"model must take {argument}, which {why}, but {name} does not")
+    if _implementation(model).startswith("flash_attention"):
+        raise ValueError(
+            f"model must attend by sdpa, eager or flex_attention, under a mask of four dimensions, but {name} does by "
+            f"{_implementation(model)}, which takes none"
+        )
     extended = {name: layout.extended(tensor) for name, tensor in model_kwargs.items() if name != "attention_mask"}
-    if getattr(getattr(unwrapped(model), "config", None), "_attn_implementation", None) == "flex_attention":
+    if _implementation(model) == "flex_attention":
         mask = flex_mask(layout)
     else:
         mask = BlockMask.of(_additive(layout.sees, model)[:, None], layout)
@@ -317,8 +399,22 @@ def block_inputs(model: nn.Module, layout: Layout, model_kwargs: Mapping[str, Te
 
 
 def causal_block(model: nn.Module) -> int | None:
-    """The block length of a block-causal model that says so by an attribute `causal_block`, as the trainer's do."""
-    return next((found for module in model.modules() if isinstance(found := module.__dict__.get("causal_block"), int)), None)
+    """The block length of a block-causal model: its attribute `causal_block`, as the trainer's have it (None: it is none),
+    else that of its configuration, where the kind of model is one of `BLOCK_LENGTHS`.
+    """
+    for module in model.modules():
+        if "causal_block" in module.__dict__:
+            return module.__dict__["causal_block"]
+    config = getattr(unwrapped(model), "config", None)
+    stated = getattr(config, BLOCK_LENGTHS.get(str(getattr(config, "model_type", "")), ""), None)
+    return stated if isinstance(stated, int) else None
+
+
+def check_block_length(model: nn.Module, length: int | None) -> None:
+    """Raises ValueError where plans of this block length, None of no blocks, are not for the model."""
+    declared = causal_block(model)
+    if declared is not None and length != declared:
+        raise ValueError(f"causal_block must be {declared}, the block length of the model, got {length}")
 
 
 def check_blocks(model: nn.Module, plan: MaskPlan, model_kwargs: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ states, over which ranks gradients are reduced, and how `accumulate` takes that 
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -151,6 +152,18 @@ class Engine(Wrapper):
         yield
 
 
+class Composed(Wrapper):
+    """`torch.distributed._composable.replicate`: DDP in the hooks of a module; a forward through it is all they need."""
+
+    @contextmanager
+    def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
+        raise ValueError(
+            "model must not be under torch's composable replicate for accumulate, whose every backward averages over ranks: "
+            "use DistributedDataParallel or fully_shard (FSDP2)"
+        )
+        yield
+
+
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 keeps the head in a flat shard outside its own forward: use fully_shard (FSDP2; in "
     "accelerate fsdp_version=2) or DistributedDataParallel",
@@ -182,8 +195,15 @@ def find_outer(model: nn.Module) -> Wrapper:
             return Replicas(layer)
         if "DeepSpeedEngine" in kinds:
             return Engine(layer)
+        if _composed(layer):
+            return Composed()
         layer = layer._modules.get("_orig_mod", layer._modules.get("module"))
     return Wrapper()
+
+
+def _composed(module: nn.Module) -> bool:
+    replicate = sys.modules.get("torch.distributed._composable.replicate")
+    return replicate is not None and isinstance(module, replicate.DDP)
 
 
 def check_head(head: nn.Module) -> None:

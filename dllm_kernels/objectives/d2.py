@@ -18,7 +18,8 @@ from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_mask, check_policy
 from dllm_kernels.objectives.tokens import mean_token_loss, token_objective
 from dllm_kernels.objectives.update import States
-from dllm_kernels.rollouts.trajectories import Rollout, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import trajectory_rows
 
 __all__ = ["d2", "d2_objective"]
 

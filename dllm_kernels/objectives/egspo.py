@@ -23,7 +23,8 @@ from dllm_kernels.objectives.recipe import Clip, Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import SCORES, check_clip, check_policy, check_values, clipped_ratio_term, k3
 from dllm_kernels.objectives.tokens import check_reference
 from dllm_kernels.objectives.update import States, Update, later_signal
-from dllm_kernels.rollouts.trajectories import SELECTIONS, Rollout, select_steps, step_entropy, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import SELECTIONS, select_steps, step_entropy, trajectory_rows
 
 __all__ = ["egspo", "egspo_objective", "egspo_sa_objective", "stepwise_returns"]
 
@@ -243,7 +244,7 @@ RECIPE = Recipe(
     inner_iterations=1,
     options=Options,
     from_run=lambda length, steps: {"tokens_per_step": length / steps},
-    trajectory=Trajectory(_selected_steps, _step_tokens),
+    trajectory=Trajectory(_selected_steps, _step_tokens, lambda options, length, steps: min(options.selected_steps, steps)),
     clip=lambda options: Clip(options.epsilon_low, options.epsilon_high),
     window="completion",
     notes="The code was read in full, of the paper the abstract and notes. The 8 steps of highest entropy of 128, for 256 "

@@ -18,7 +18,7 @@ from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_clip, check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import old_and_reference, token_terms
 from dllm_kernels.objectives.update import Rewards, Signal, States, signal_of
-from dllm_kernels.rollouts.trajectories import Rollout
+from dllm_kernels.rollouts.rollout import Rollout
 
 __all__ = ["justgrpo", "justgrpo_objective"]
 

@@ -32,7 +32,7 @@ from dllm_kernels.objectives.surrogates import (
 )
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference, old_and_reference
 from dllm_kernels.objectives.update import States, Update, later_signal
-from dllm_kernels.rollouts.trajectories import Rollout
+from dllm_kernels.rollouts.rollout import Rollout
 
 __all__ = ["mdpo", "mdpo_objective", "mdpo_step_values"]
 
@@ -231,7 +231,11 @@ RECIPE = Recipe(
     inner_iterations=1,
     options=Options,
     signal=later_signal,
-    trajectory=Trajectory(_draft_states, lambda options, length, steps: -(-length // 2)),
+    trajectory=Trajectory(
+        _draft_states,
+        lambda options, length, steps: -(-length // 2),
+        lambda options, length, steps: min(options.selected_steps, steps),
+    ),
     window="completion",
     greedy=True,
     blocks=False,

@@ -16,7 +16,8 @@ from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_clip, check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import old_and_reference, token_terms
 from dllm_kernels.objectives.update import States, later_signal
-from dllm_kernels.rollouts.trajectories import Rollout, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import trajectory_rows
 
 __all__ = ["on_policy_distillation", "on_policy_distillation_objective"]
 

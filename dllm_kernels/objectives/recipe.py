@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.objectives.update import Rewards, Signal, States, Update, advantage_signal
-from dllm_kernels.rollouts.trajectories import Rollout
+from dllm_kernels.rollouts.rollout import Rollout
 
 Status = Literal["verified against the paper", "verified against the code", "unverified"]
 WINDOWS = ("eos", "completion")
@@ -38,6 +38,7 @@ class Trajectory:
 
     states: Callable[[Rollout, Any, int], States]  # (rollout, options, seed)
     tokens: Callable[[Any, int, int], int]  # (options, L, denoising steps) -> about how many tokens a state decides
+    number: Callable[[Any, int, int], int] | None = None  # of states, where some are chosen; None: all tokens are decided
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,8 @@ from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference, old_and_reference, token_terms
 from dllm_kernels.objectives.update import States
-from dllm_kernels.rollouts.trajectories import Rollout, step_entropy
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import step_entropy
 
 __all__ = ["rldf", "rldf_objective", "weighted_steps"]
 
@@ -222,7 +223,11 @@ RECIPE = Recipe(
     needs_reference=True,
     inner_iterations=1,
     options=Options,
-    trajectory=Trajectory(_weighted_states, lambda options, length, steps: -(-length // 2)),
+    trajectory=Trajectory(
+        _weighted_states,
+        lambda options, length, steps: -(-length // 2),
+        lambda options, length, steps: min(options.selected_steps, steps),
+    ),
     window="eos",
     blocks=False,
     tail="hidden",

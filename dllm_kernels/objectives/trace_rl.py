@@ -29,7 +29,8 @@ from dllm_kernels.objectives.surrogates import (
 )
 from dllm_kernels.objectives.tokens import check_ratio_options
 from dllm_kernels.objectives.update import States
-from dllm_kernels.rollouts.trajectories import Rollout, trajectory_rows
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import trajectory_rows
 
 __all__ = ["trace_rl", "trace_rl_objective"]
 

@@ -13,7 +13,8 @@ from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.masks import steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.advantages import group_advantages
-from dllm_kernels.rollouts.trajectories import Rollout, rollout_logp
+from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import rollout_logp
 
 # (plan, name of an entry such as "old_elbo" or "ref_logp") -> the scores of that policy
 ScoreOf = Callable[[MaskPlan, str], Tensor]

@@ -1,21 +1,23 @@
-"""The loop of a rollout: per step one call of the model, and the head on the rows that may be committed."""
+"""The state of a rollout, and its step: one call of the model, the head on the rows that may be committed, what is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import noise
 from dllm_kernels.head.sampling import Samples, sample
+from dllm_kernels.head.scoring import score
 from dllm_kernels.model.kept import Kept
-from dllm_kernels.model.layouts import Cached, Lengths, Packed, Padded
+from dllm_kernels.model.layouts import Cached, Lengths, Packed, Padded, Shadowed
 from dllm_kernels.noise import Stream
-from dllm_kernels.rollouts.samplers import TRUSTED_LAST, Sampler, commits_per_step, committed, schedule, transfer_shares
+from dllm_kernels.rollouts.samplers import TRUSTED_LAST, Sampler, committed
 
 OnStep = Callable[[int, Tensor], None]
+FIRST_ACCEPTED = 30  # WINO's: as if so many had been decided before the first step of a block
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,33 @@ class Decoding:
     deterministic: bool
     greedy: bool
     uneven: bool  # ranks that share the model have different numbers of micro-batches
+    static: bool  # all sequences commit as many tokens a step, known beforehand
+    slots: int  # sequences in a call of the model
+    steps_of_block: int | None  # steps, of each block where they are shared out
+
+    def number(self, block: int, inner: int) -> int:
+        """Of a step's noise, the same however a rollout is run."""
+        if self.sampler.blocks is None:
+            return inner
+        per_block = self.steps_of_block if self.sampler.blocks == "completion" and self.sampler.commit == "schedule" else None
+        return block * (per_block or self.block_length) + inner
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a step is to do for the sequences `[A]` that take part."""
+
+    who_A: Tensor
+    place_AR: Tensor  # where a token is drawn
+    valid_AR: Tensor | None  # None: everywhere
+    numbers: Sequence[int]  # of the noise, one for all or one each
+    least: int | Tensor  # int64 [A]
+    most_A: Tensor | None = None
+    all_places_AM: Tensor | None = None  # masked places, for the greedy completion
+    left_A: Tensor | None = None  # how many tokens the take-back leaves masked
+    back_AL: Tensor | None = None  # decided tokens that are taken back, where that is drawn beforehand
+    block_A: Tensor | None = None
+    greedy: Sequence[bool] = ()  # who draws the likeliest token, whatever the temperature
 
 
 class Denoiser:
@@ -55,21 +84,22 @@ class Denoiser:
         self._head = replace(body.options, suppress=d.suppress)
         B, L, device = len(sequence_ids_B), lengths.widest, sequence_ids_B.device
         place_L = torch.arange(L, device=device)
-        self._everyone = torch.arange(B, device=device)
+        self.everyone = torch.arange(B, device=device)
         self.completion_BL = torch.full((B, L), d.mask_id, dtype=torch.int64, device=device)
         self.masked_BL = (place_L < lengths.lengths_B[:, None]).expand(B, L).clone()
+        self._last_B1 = (lengths.lengths_B - 1)[:, None]
         self.commit_step_BL = torch.full((B, L), -1, dtype=torch.int32, device=device)
         self.commit_logp_BL = torch.zeros(B, L, dtype=torch.float32, device=device)
         self.commit_entropy_BL = torch.zeros_like(self.commit_logp_BL)
         self.steps_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.failed_B = torch.zeros(B, dtype=torch.bool, device=device)
-        self._finished_B = torch.zeros_like(self.failed_B)
-        self._schedule = schedule(d.sampler, L, d.steps, d.block_length) if d.sampler.static and d.steps is not None else []
-        self._there_BL = self.masked_BL.clone()
-        self._post_B = torch.zeros_like(self.steps_B)  # steps of the block without a mask; the most where it is settled
+        self.finished_B = torch.zeros_like(self.failed_B)
+        self.there_BL = self.masked_BL.clone()
+        self.post_B = torch.zeros_like(self.steps_B)  # steps of the block without a mask; the most where it is settled
         self.old_BL = torch.full_like(self.completion_BL, d.mask_id)  # what the last event of each token replaced
         self.superseded: list[tuple[Tensor, ...]] = []  # earlier events of edited tokens, see `_keep_superseded`
-        most = len(self._schedule) if d.sampler.static else L + d.sampler.post_steps * (-(-L // d.block_length) + 1)
+        scheduled = (d.steps or 0) + d.sampler.post_steps * (-(-L // d.block_length) + 1)
+        most = min(L, d.steps or L) if d.static else L + scheduled + 1
         self.masked_entropy_BT = torch.full((B, most), torch.nan, dtype=torch.float32, device=device)
         self.kept_age_BT: Tensor | None = None
         if isinstance(canvas, Kept):
@@ -78,20 +108,18 @@ class Denoiser:
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self._key_BL = noise.row_bits(d.seed, Stream.TOKEN, sequence_ids_B[:, None], zero, place_L)
         if d.sampler.stochastic:
-            self._chance_BL = noise.row_bits(d.seed, Stream.REMASK, sequence_ids_B[:, None], zero, place_L)
+            self.chance_BL = noise.row_bits(d.seed, Stream.REMASK, sequence_ids_B[:, None], zero, place_L)
         origin_B1 = prompt_lengths_B[:, None] % d.block_length if d.sampler.blocks == "sequence" else zero
-        self._block_BL = ((origin_B1 + place_L) // d.block_length).expand(B, L)
+        self.block_BL = ((origin_B1 + place_L) // d.block_length).expand(B, L)
         # ranks are in step under a static schedule without early stop, unless one has no sequences
-        self._may_idle = not d.sampler.static or d.eos_id is not None or d.uneven
+        self._may_idle = not d.static or d.eos_id is not None or d.uneven
+        self.trust_BL = torch.zeros_like(self.commit_logp_BL)  # of decided tokens, where they may be taken back
+        self.accepted_B = torch.full_like(self.steps_B, FIRST_ACCEPTED)  # WINO's: tokens of the last step of the block
         self._late = torch.tensor(d.commit_last, device=device)
 
-    def run(self, on_step: OnStep | None = None) -> None:
-        """Run all steps; ranks that share the model make the same calls, some of them idle."""
-        if self.decoding.sampler.static:
-            self._run_static(on_step)
-        else:
-            self._run_dynamic(on_step)
-        taken = self.masked_entropy_BT.shape[1] if self.decoding.sampler.static else max(self.steps_B.tolist(), default=0)
+    def finish(self) -> None:
+        """After the last step."""
+        taken = self.masked_entropy_BT.shape[1] if self.decoding.static else max(self.steps_B.tolist(), default=0)
         self.masked_entropy_BT = self.masked_entropy_BT[:, :taken]
         if self.kept_age_BT is not None:
             self.kept_age_BT = self.kept_age_BT[:, :taken]
@@ -100,117 +128,34 @@ class Denoiser:
         self.completion_BL.masked_fill_(self.failed_B[:, None], self.decoding.mask_id)
         self.commit_step_BL.masked_fill_(self.failed_B[:, None], -1)
 
-    def _run_static(self, on_step: OnStep | None) -> None:
-        """All sequences have the same number of masked tokens left, so finding them needs no host sync."""
-        block, left, who_A = 0, self.decoding.length, self._everyone
-        self.canvas.enter(block)
-        for step in self._schedule:
-            if step.block != block:
-                who_A, block = self._after_block(block), step.block
-                self.canvas.enter(block)
-            if len(who_A) == 0:
-                if self._most(0) == 0:
-                    return
-                self._idle()
-                continue
-            self._most(len(who_A))
-            place_AR = self._first_places(self.masked_BL[who_A] & (self._block_BL[who_A] == block), step.remaining)
-            all_places_AM = self._first_places(self.masked_BL[who_A], left) if self.decoding.greedy else None
-            self._step(who_A, place_AR, None, step.number, step.commit, all_places_AM)
-            left -= step.commit
-            if on_step is not None:
-                on_step(step.number, self.completion_BL[:, : self.decoding.length])
-        self._after_block(block)
-
-    def _run_dynamic(self, on_step: OnStep | None) -> None:
-        """The masked tokens left are known only after a step: one small host read before each step."""
-        d = self.decoding
-        by_chance = d.sampler.commit == "chance"
-        assert d.steps is not None or d.sampler.least == "one"
-        shares = transfer_shares(d.steps, d.sampler.options["eps"]).tolist() if by_chance and d.steps else []
-        per_step = commits_per_step(d.block_length, d.steps) if d.steps and not by_chance else []
-        # the most tokens of a prompt that the first block may hold
-        first = d.block_length - 1 if d.sampler.blocks == "sequence" else 0
-        for block in range(-(-(first + self.masked_BL.shape[1]) // d.block_length)):
-            self.canvas.enter(block)
-            self._post_B.zero_()
-            for inner in range(len(shares) or d.block_length + d.sampler.post_steps):
-                live_BL = (self._block_BL == block) & ~self._finished_B[:, None]
-                live_BL &= self.masked_BL if d.sampler.edits is None else self._unsettled_BL(block)
-                number = block * d.block_length + inner
-                if by_chance:
-                    live_BL &= self._chosen(number, shares[inner])
-                counts = live_BL.sum(-1).tolist()
-                if max(counts, default=0) > 0:
-                    self._most(1)
-                    who_A = torch.tensor([b for b, count in enumerate(counts) if count], device=live_BL.device)
-                    place_AR = self._first_places(live_BL[who_A], max(counts))
-                    valid_AR = live_BL[who_A].gather(1, place_AR)
-                    least = self.masked_BL.shape[1] if by_chance else per_step[inner] if per_step else 1
-                    self._step(who_A, place_AR, valid_AR, number, least, self._every_place(who_A))
-                    if on_step is not None:
-                        on_step(number, self.completion_BL[:, : d.length])
-                elif self._most(0) > 0:
-                    self._idle()
-                elif not by_chance:
-                    break
-            self._after_block(block)
-
-    def _unsettled_BL(self, block: int) -> Tensor:
-        """The places that may be written or edited: all of a block, until a step without a mask has edited nothing."""
-        return self._there_BL & (self._post_B < self.decoding.sampler.post_steps)[:, None]
-
-    def _most(self, count: int) -> int:
+    def most(self, count: int) -> int:
         """The maximum over the ranks that share the model."""
         shards = self.canvas.body.shards
         return count if shards is None or not self._may_idle else shards.most(count)
 
-    def _idle(self) -> None:
+    def idle(self) -> None:
         self.canvas.body.idle(self.canvas.ids.shape[-1], {})
 
-    def _first_places(self, live_AL: Tensor, count: int) -> Tensor:
-        return live_AL.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    def _hidden(self, who_A: Tensor) -> tuple[Tensor, bool]:
+        """The model's result, and whether it holds the rows of all sequences, not of these alone."""
+        d, all_of_them = self.decoding, len(who_A) == len(self.everyone)
+        in_step = isinstance(self.canvas, Cached) or (d.deterministic and (d.static or isinstance(self.canvas, Kept)))
+        if in_step or (all_of_them and not (d.deterministic and len(who_A) < d.slots)):
+            return self.canvas.hidden(None), True
+        if d.deterministic and len(who_A) < d.slots:  # calls of one shape, filled up with copies that nobody reads
+            who_A = torch.cat([who_A, who_A[:1].expand(d.slots - len(who_A))])
+        return self.canvas.hidden(who_A), False
 
-    def _every_place(self, who_A: Tensor) -> Tensor | None:
-        if not self.decoding.greedy:
-            return None
-        return self._first_places(self.masked_BL[who_A], int(self.masked_BL[who_A].sum(-1).max()))
-
-    def _chosen(self, step: int, share: float) -> Tensor:
-        """bool `[B, L]`: each token with probability `share`, by its own noise for this step."""
-        high_N = noise.element_bits(self._chance_BL.reshape(-1), 1, step=step, tag=0)[:, 0]
-        low_N = noise.element_bits(self._chance_BL.reshape(-1), 1, step=step, tag=1)[:, 0]
-        return noise.bernoulli(high_N << 32 | low_N, share).view(self._chance_BL.shape)
-
-    def _step(
-        self,
-        who_A: Tensor,
-        place_AR: Tensor,
-        valid_AR: Tensor | None,
-        number: int,
-        least: int,
-        all_places_AM: Tensor | None,
-    ) -> None:
-        """Call the model on these sequences, draw at their (valid) places, commit the most trusted tokens."""
-        d, sampler = self.decoding, self.decoding.sampler
-        whole = d.deterministic or len(who_A) == len(self._everyone) or isinstance(self.canvas, Cached)
-        hidden = self.canvas.hidden(None if whole else who_A)
-        picked_NH = self._pick(hidden, who_A, place_AR, valid_AR, whole=whole)
-        drawn = sample(
-            picked_NH,
-            self.canvas.body.weight,
-            _among(self._key_BL[who_A].gather(1, place_AR), valid_AR),
-            None,
-            self._head,
-            step=number,
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            top_p_first=sampler.top_p_first,
-            want=(sampler.rank,) if sampler.rank in ("drawn_logp", "drawn_entropy", "margin") else (),
-        )
-        if all_places_AM is not None:
-            self._keep_greedy(hidden, who_A, all_places_AM, whole=whole)
+    def step(self, ask: Ask) -> None:
+        """Call the model, draw at the (valid) places, commit the most trusted tokens, take back others."""
+        sampler, who_A, place_AR, valid_AR = self.decoding.sampler, ask.who_A, ask.place_AR, ask.valid_AR
+        if isinstance(self.canvas, Shadowed) and ask.block_A is not None:
+            self.canvas.block_B[who_A] = ask.block_A
+        hidden, whole = self._hidden(who_A)
+        picked_NH = self._pick(hidden, self.canvas.rows(who_A, place_AR, whole=whole), who_A, place_AR, valid_AR)
+        drawn = self._sample(picked_NH, ask)
+        if ask.all_places_AM is not None:
+            self._keep_greedy(hidden, who_A, ask.all_places_AM, whole=whole)
         entropy_AR = _spread(drawn.entropy.float(), place_AR, valid_AR)
         masked_AR = valid_AR if sampler.edits is None else self._still_masked(who_A, place_AR, valid_AR)
         tried_A = place_AR.shape[1] if masked_AR is None else masked_AR.sum(-1)
@@ -219,23 +164,29 @@ class Denoiser:
         if self.kept_age_BT is not None and isinstance(self.canvas, Kept):
             self.kept_age_BT[who_A, self.steps_B[who_A]] = self.canvas.age
 
-        rank_AR = self._rank(drawn, who_A, place_AR, valid_AR, number)
+        rank_AR = self._rank(drawn, picked_NH, ask)
         edit_AR = self._edits(drawn, who_A, place_AR, valid_AR, masked_AR)
         if edit_AR is not None and masked_AR is not None:
             rank_AR = rank_AR.masked_fill(~masked_AR, torch.finfo(rank_AR.dtype).min)
         order_AR = rank_AR.argsort(dim=1, descending=True, stable=True)
-        if valid_AR is None and sampler.commit == "schedule":  # the same number in every row
-            order_AR = order_AR[:, :least]
+        if valid_AR is None and sampler.commit == "schedule" and isinstance(ask.least, int):  # the same number in every row
+            order_AR = order_AR[:, : ask.least]
         sorted_AR, entropy_AR = rank_AR.gather(1, order_AR), entropy_AR.gather(1, order_AR)
         drawn_entropy_AR = -sorted_AR if sampler.rank == "drawn_entropy" else entropy_AR
-        commit_AR = committed(sampler, sorted_AR, drawn_entropy_AR, least)
+        count_A = None if masked_AR is None else masked_AR.sum(-1)
+        commit_AR = committed(sampler, sorted_AR, drawn_entropy_AR, ask.least, ask.most_A, count_A)
         if masked_AR is not None:
             commit_AR = commit_AR & masked_AR.gather(1, order_AR)
-        index = who_A[:, None], place_AR.gather(1, order_AR)
+        places_AR = place_AR.gather(1, order_AR)
+        index = who_A[:, None], places_AR
+        back_AL = self._back(ask, drawn, rank_AR, commit_AR, hidden, whole=whole)
+        if back_AL is not None:
+            commit_AR = commit_AR & ~back_AL.gather(1, places_AR)
+            self._take_back(who_A, back_AL & ~self.masked_BL[who_A])
         if edit_AR is not None:
             edit_AR = edit_AR.gather(1, order_AR)
             commit_AR = commit_AR | edit_AR
-            self._keep_superseded(index, edit_AR)
+            self._keep_superseded(who_A[:, None].expand_as(edit_AR)[edit_AR], places_AR[edit_AR])
         for into_BL, value_AR in (
             (self.completion_BL, _spread(drawn.token, place_AR, valid_AR).gather(1, order_AR)),
             (self.masked_BL, torch.zeros_like(commit_AR)),
@@ -244,8 +195,47 @@ class Denoiser:
             (self.commit_entropy_BL, entropy_AR),
         ):
             into_BL[index] = torch.where(commit_AR, value_AR, into_BL[index])
-        self.canvas.write(*index, self.completion_BL[index])
+        # a place that a shorter sequence lacks has no column of its own: its last one is written twice, with the same token
+        there = index[0], torch.minimum(index[1], self._last_B1[who_A])
+        self.canvas.write(*there, self.completion_BL[there])
         self.steps_B[who_A] += 1
+
+    def _sample(self, picked_NH: Tensor, ask: Ask) -> Samples:
+        """Draws of the rows; those of sequences in different steps are of different noise."""
+        d, sampler = self.decoding, self.decoding.sampler
+        wanted = "drawn_logp" if sampler.take_back == "chance" and sampler.options["strategy"] == "conf" else sampler.rank
+        key_N = _among(self._key_BL[ask.who_A].gather(1, ask.place_AR), ask.valid_AR)
+        of_row_AR = torch.arange(len(ask.who_A), device=key_N.device)[:, None].expand(ask.place_AR.shape)
+        of_row_N = _among(of_row_AR, ask.valid_AR)
+        temperature_A = torch.tensor(ask.greedy, device=key_N.device).logical_not() * d.temperature if any(ask.greedy) else None
+
+        def draw(rows_NH: Tensor, key_N: Tensor, number: int, of_row_N: Tensor) -> Samples:
+            return sample(
+                rows_NH,
+                self.canvas.body.weight,
+                key_N,
+                None,
+                self._head,
+                step=number,
+                temperature=d.temperature if temperature_A is None else temperature_A[of_row_N],
+                top_k=d.top_k,
+                top_p=d.top_p,
+                top_p_first=sampler.top_p_first,
+                want=(wanted,) if wanted in ("drawn_logp", "drawn_entropy", "margin") else (),
+            )
+
+        numbers = ask.numbers if d.temperature else ask.numbers[:1]
+        if len(set(numbers)) == 1:
+            return draw(picked_NH, key_N, numbers[0], of_row_N)
+        number_N = torch.tensor(numbers, device=key_N.device)[of_row_N]
+        found: dict[str, Tensor] = {}
+        for number in sorted(set(numbers)):
+            here_N = number_N == number
+            part = draw(picked_NH[here_N], key_N[here_N], number, of_row_N[here_N])
+            for f in fields(part):
+                if (value := getattr(part, f.name)) is not None:
+                    found.setdefault(f.name, value.new_zeros(len(key_N)))[here_N] = value
+        return Samples(**found)
 
     def _still_masked(self, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None) -> Tensor:
         masked_AR = self.masked_BL[who_A].gather(1, place_AR)
@@ -264,54 +254,121 @@ class Denoiser:
         edit_AR = sure_AR & other_AR & valid_AR & ~masked_AR
         done_A, most = ~masked_AR.any(-1), self.decoding.sampler.post_steps
         settled_A = done_A & ~edit_AR.any(-1)
-        self._post_B[who_A] = torch.where(settled_A, most, self._post_B[who_A] + done_A)
+        self.post_B[who_A] = torch.where(settled_A, most, self.post_B[who_A] + done_A)
         return edit_AR
 
-    def _keep_superseded(self, index: tuple[Tensor, Tensor], edit_AR: Tensor) -> None:
+    def _back(
+        self, ask: Ask, drawn: Samples, rank_AR: Tensor, commit_AR: Tensor, hidden: Tensor, *, whole: bool
+    ) -> Tensor | None:
+        """bool `[A, L]`: what is masked again, or not written after all; None where the sampler takes nothing back."""
+        sampler, who_A = self.decoding.sampler, ask.who_A
+        if sampler.take_back is None:
+            return None
+        if sampler.take_back == "chance":
+            if drawn.drawn_logp is not None and ask.valid_AR is not None:
+                index = who_A[:, None], ask.place_AR
+                new_AR = _spread(drawn.drawn_logp.float().exp(), ask.place_AR, ask.valid_AR)
+                self.trust_BL[index] = torch.where(ask.valid_AR, new_AR, self.trust_BL[index])
+            return ask.back_AL
+        if sampler.take_back == "trust":
+            assert ask.valid_AR is not None
+            assert ask.left_A is not None
+            valid_AL = torch.zeros_like(self.masked_BL[who_A]).scatter(1, ask.place_AR, ask.valid_AR)
+            new_AR = torch.where(ask.valid_AR, rank_AR.float(), self.trust_BL[who_A].gather(1, ask.place_AR))
+            self.trust_BL[who_A[:, None], ask.place_AR] = new_AR
+            eligible_AL = valid_AL | (self.there_BL & ~self.masked_BL)[who_A]
+            return lowest(self.trust_BL[who_A], eligible_AL, ask.left_A)
+        assert isinstance(self.canvas, Shadowed)
+        assert ask.block_A is not None
+        L, size = self.completion_BL.shape[1], self.decoding.block_length
+        place_AQ = ask.block_A[:, None] * size + torch.arange(size, device=who_A.device)
+        inside_AQ, place_AQ = place_AQ < L, place_AQ.clamp(max=L - 1)
+        decided_AQ = inside_AQ & (self.there_BL & ~self.masked_BL)[who_A].gather(1, place_AQ)
+        rows_AQ = self.canvas.shadow_rows(who_A, whole=whole)
+        seen_NH = self._pick(hidden, rows_AQ, who_A, place_AQ, decided_AQ)
+        target_N = self.completion_BL[who_A].gather(1, place_AQ)[decided_AQ]
+        logp_N = score(seen_NH, self.canvas.body.weight, target_N, None, self._head).logp
+        assert logp_N is not None
+        trust_AQ = _spread(logp_N.float().exp(), place_AQ, decided_AQ)
+        accepted_A = commit_AR.sum(-1)
+        doubted_AQ = decided_AQ & (trust_AQ < sampler.options["threshold_back"]) & (accepted_A > 1)[:, None]
+        allowed_A = torch.minimum(doubted_AQ.sum(-1), self.accepted_B[who_A] - 1)
+        self.accepted_B[who_A] = accepted_A
+        back_AQ = lowest(trust_AQ, doubted_AQ, allowed_A)
+        into_AL = torch.zeros_like(self.masked_BL[who_A]).long()
+        return into_AL.scatter_add(1, place_AQ, back_AQ.long()) > 0
+
+    def _take_back(self, who_A: Tensor, back_AL: Tensor) -> None:
+        """Decided tokens become masks again: an event without a log-prob."""
+        who_E, place_E = back_AL.nonzero(as_tuple=True)
+        at = who_A[who_E], place_E
+        self._keep_superseded(*at)
+        none_E, mask_E = torch.zeros_like(self.commit_logp_BL[at]), torch.full_like(place_E, self.decoding.mask_id)
+        self.superseded.append((at[0], self.steps_B[at[0]], place_E, self.old_BL[at], mask_E, none_E, none_E))
+        self.masked_BL[at], self.commit_step_BL[at] = True, -1
+        self.completion_BL[at] = self.old_BL[at] = mask_E
+        self.commit_logp_BL[at] = self.commit_entropy_BL[at] = none_E
+        self.canvas.write(*at, mask_E)
+
+    def _keep_superseded(self, who_E: Tensor, place_E: Tensor) -> None:
         """Set aside the last events of tokens that are about to be edited."""
-        who_E, place_E = index[0].expand_as(edit_AR)[edit_AR], index[1][edit_AR]
         at = who_E, place_E
         new_E = self.completion_BL[at]
         logp_E, entropy_E = self.commit_logp_BL[at], self.commit_entropy_BL[at]
         self.superseded.append((who_E, self.commit_step_BL[at].long(), place_E, self.old_BL[at], new_E, logp_E, entropy_E))
         self.old_BL[at] = new_E
 
-    def _pick(self, hidden: Tensor, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, *, whole: bool) -> Tensor:
-        """Hidden states of the rows to draw at; rows that are not finite become 0 and mark their sequence
-        failed.
-        """
-        picked_NH = self.canvas.pick(hidden, _among(self.canvas.rows(who_A, place_AR, whole=whole), valid_AR))
+    def _pick(self, hidden: Tensor, row_AR: Tensor, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None) -> Tensor:
+        """Hidden states of the (valid) rows; those that are not finite become 0 and mark their sequence failed."""
+        picked_NH = self.canvas.pick(hidden, _among(row_AR, valid_AR))
         finite_N = picked_NH.isfinite().all(-1)
         self.failed_B[who_A] |= (~_spread(finite_N, place_AR, valid_AR, fill=True)).any(-1)
         return torch.where(finite_N[:, None], picked_NH, 0.0)
 
-    def _rank(self, drawn: Samples, who_A: Tensor, place_AR: Tensor, valid_AR: Tensor | None, number: int) -> Tensor:
+    def _rank(self, drawn: Samples, picked_NH: Tensor, ask: Ask) -> Tensor:
         """The rank `[A, R]` by which tokens are committed, largest first; invalid places come last."""
-        d, sampler = self.decoding, self.decoding.sampler
+        d, sampler, place_AR, valid_AR = self.decoding, self.decoding.sampler, ask.place_AR, ask.valid_AR
         if sampler.rank == "random":
-            rank_AR = self._chance_BL[who_A].gather(1, place_AR)
+            rank_AR = self.chance_BL[ask.who_A].gather(1, place_AR)
             return rank_AR if valid_AR is None else rank_AR.masked_fill(~valid_AR, torch.iinfo(torch.int64).min)
         if sampler.rank == "position":
             rank_AR = -place_AR.float()
         else:
             value_N = getattr(drawn, sampler.rank)
+            if d.commit_last and sampler.options.get("renormalise"):
+                value_N = self._renormalised(drawn, picked_NH)
             value_N = -value_N if sampler.rank == "drawn_entropy" else value_N
             rank_AR = _spread(value_N, place_AR, valid_AR)
         if alg_temp := sampler.options.get("alg_temp"):
             confidence_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
-            gumbel_AR = noise.gumbel(self._chance_BL[who_A].gather(1, place_AR).reshape(-1), 1, step=number).view_as(rank_AR)
+            key_AR, gumbel_AR = self.chance_BL[ask.who_A].gather(1, place_AR), torch.zeros_like(rank_AR, dtype=torch.float64)
+            numbers_A = torch.tensor(ask.numbers, device=key_AR.device).expand(len(key_AR))
+            for number in sorted(set(ask.numbers)):
+                here_A = numbers_A == number
+                drawn_N = noise.gumbel(key_AR[here_A].reshape(-1), 1, step=number)
+                gumbel_AR[here_A] = drawn_N.view(-1, key_AR.shape[1]).double()
             rank_AR = confidence_AR.double() / alg_temp + gumbel_AR
-        lowest = torch.finfo(rank_AR.dtype).min
+        lowest_rank = torch.finfo(rank_AR.dtype).min
         if d.commit_last:
             late_AR = _spread(torch.isin(drawn.token, self._late), place_AR, valid_AR)
             rank_AR = rank_AR.masked_fill(late_AR, TRUSTED_LAST)
-        return rank_AR if valid_AR is None else rank_AR.masked_fill(~valid_AR, lowest)
+        return rank_AR if valid_AR is None else rank_AR.masked_fill(~valid_AR, lowest_rank)
+
+    def _renormalised(self, drawn: Samples, picked_NH: Tensor) -> Tensor:
+        """LLaDA's `confidence_eos_eot_inf`: the probability of each token among the ids that are not committed last."""
+        late_N = torch.isin(drawn.token, self._late)
+        left = replace(self._head, suppress=(*self._head.suppress, *self.decoding.commit_last))
+        some_id = next(token for token in range(len(left.suppress) + 1) if token not in left.suppress)
+        target_N = torch.where(late_N, some_id, drawn.token)
+        logp_N = score(picked_NH, self.canvas.body.weight, target_N, None, left).logp
+        assert logp_N is not None
+        return torch.where(late_N, 0.0, logp_N.exp())
 
     def _keep_greedy(self, hidden: Tensor, who_A: Tensor, place_AM: Tensor, *, whole: bool) -> None:
         """EGSPO-SA's one-step completion: the likeliest token at every masked place, from the same pass."""
         assert self.greedy_BTL is not None
-        masked_AM = None if self.decoding.sampler.static else self.masked_BL[who_A].gather(1, place_AM)
-        picked_NH = self._pick(hidden, who_A, place_AM, masked_AM, whole=whole)
+        masked_AM = None if self.decoding.static else self.masked_BL[who_A].gather(1, place_AM)
+        picked_NH = self._pick(hidden, self.canvas.rows(who_A, place_AM, whole=whole), who_A, place_AM, masked_AM)
         key_N = torch.zeros(len(picked_NH), dtype=torch.int64, device=picked_NH.device)
         best = sample(picked_NH, self.canvas.body.weight, key_N, None, self._head, temperature=0.0)
         ids_AL = self.completion_BL[who_A]
@@ -320,17 +377,33 @@ class Denoiser:
             best_AM = torch.where(masked_AM, best_AM, ids_AL.gather(1, place_AM))
         self.greedy_BTL[who_A, self.steps_B[who_A]] = ids_AL.scatter(1, place_AM, best_AM).int()
 
-    def _after_block(self, block: int) -> Tensor:
-        """The unfinished sequences. With `eos_id`, finish and fill those with an EOS so far: a host sync."""
-        eos = self.decoding.eos_id
-        if eos is None:
-            return self._everyone
-        ended_B = ((self.completion_BL == eos) & ~self.masked_BL & (self._block_BL <= block)).any(-1)
-        rest_BL = ended_B[:, None] & self.masked_BL
-        self.completion_BL.masked_fill_(rest_BL, eos)
-        self.masked_BL &= ~rest_BL
-        self._finished_B |= ended_B
-        return (~self._finished_B).nonzero()[:, 0]
+    def ended(self, who_A: Tensor, block_A: Tensor | int) -> Tensor:
+        """bool `[A]`: sequences with an EOS so far, which are finished and filled with it. Needs `eos_id`.
+
+        That is in the blocks up to these; without blocks, an EOS before which nothing is undecided.
+        """
+        d = self.decoding
+        assert d.eos_id is not None
+        end_AL = (self.completion_BL[who_A] == d.eos_id) & ~self.masked_BL[who_A]
+        if d.sampler.blocks is None:
+            end_AL = end_AL & (self.masked_BL[who_A].cumsum(-1) == 0)
+        else:
+            end_AL = end_AL & (self.block_BL[who_A] <= (block_A[:, None] if isinstance(block_A, Tensor) else block_A))
+        ended_A = end_AL.any(-1)
+        rest_AL = ended_A[:, None] & self.masked_BL[who_A]
+        self.completion_BL[who_A] = self.completion_BL[who_A].masked_fill(rest_AL, d.eos_id)
+        self.masked_BL[who_A] = self.masked_BL[who_A] & ~rest_AL
+        self.finished_B[who_A] = self.finished_B[who_A] | ended_A
+        return ended_A
+
+
+def lowest(value_AL: Tensor, among_AL: Tensor, count_A: Tensor) -> Tensor:
+    """bool `[A, L]`: so many of the smallest values; of equal ones the first."""
+    order_AL = torch.where(among_AL, value_AL, torch.inf).argsort(dim=-1, stable=True)
+    rank_AL = torch.empty_like(order_AL).scatter_(
+        1, order_AL, torch.arange(order_AL.shape[1], device=order_AL.device).expand_as(order_AL)
+    )
+    return among_AL & (rank_AL < count_A[:, None])
 
 
 def _among(values_AR: Tensor, valid_AR: Tensor | None) -> Tensor:

@@ -23,9 +23,16 @@ class Events:
     def __len__(self) -> int:
         return len(self.step_E)
 
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
     def at(self, index: Tensor) -> Events:
         """The events at these indices, or where a mask is True."""
-        return Events(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Events(*(tensor[index] for tensor in self.tensors()))
+
+    def writes(self, mask_id: int) -> Tensor:
+        """bool `[E]`: a token was written, not taken back."""
+        return (self.new_id_E != mask_id) | (self.old_id_E == mask_id)
 
     def ordered(self, columns: int) -> Events:
         """By (sequence, step, position); `columns` is the width of the rollout's ids."""
@@ -37,7 +44,7 @@ class Events:
         place_B = torch.full((sequences,), -1, device=index_N.device)
         place_B[index_N] = torch.arange(len(index_N), device=index_N.device)
         part = self.at(place_B[self.sequence_E] >= 0)
-        moved = Events(place_B[part.sequence_E], *(getattr(part, f.name) for f in fields(part)[1:]))
+        moved = Events(place_B[part.sequence_E], *part.tensors()[1:])
         return moved.at(torch.argsort(moved.sequence_E, stable=True))
 
     def last(self, shape: torch.Size) -> Tensor:

@@ -18,15 +18,17 @@ from dllm_kernels.model.layouts import (
     Packed,
     Padded,
     Prompts,
+    Shadowed,
     causal_block,
-    collect,
     lengths_of,
+    takes,
     takes_cache,
 )
+from dllm_kernels.rollouts import canvas, running
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.events import Events
+from dllm_kernels.rollouts.rollout import Rollout
 from dllm_kernels.rollouts.samplers import Sampler, check_steps, resolve
-from dllm_kernels.rollouts.trajectories import Rollout
 
 __all__ = ["Rollout", "generate"]
 
@@ -36,7 +38,7 @@ def generate(
     model: nn.Module,
     prompt_ids: Tensor | Sequence[Tensor],
     *,
-    length: int,
+    length: int | Sequence[int] | None,
     mask_id: int,
     sampler: str = "llada",
     steps: int | None = None,
@@ -63,15 +65,16 @@ def generate(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Rollout:
-    """Complete a batch of prompts: one model call per denoising step, the head on candidate rows only.
+    """Fill what is undecided: one model call per denoising step, the head on candidate rows only.
 
     Args:
         model: a Hugging Face masked language model in eval mode.
         prompt_ids: int64 `[B, P]`, all of one length, or left-padded with attention_mask `[B, P]`; or a
             sequence of int64 `[P_b]`, padded on the right, which leaves positions as in the prompt alone.
-            Must not hold mask_id.
-        length: L, tokens to generate. mask_id: marks undecided places; never drawn unless suppress_mask=False
-            (parity with LLaDA's own code).
+        length: tokens to generate after each prompt, an int or a list with one for each. None: prompts are
+            canvases (`rollouts.canvas.make_canvas`), whose mask_id places, anywhere, are filled; a block is then
+            of consecutive places, not columns, and the last may be short. mask_id: marks undecided places;
+            never drawn unless suppress_mask=False (parity with LLaDA's own code).
         sampler, steps, block_length, options: see below; an option of another sampler is an error.
         temperature: 0 greedy, else Gumbel-max. top_k, top_p: as in `sample_tokens`.
         seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required if noise is drawn.
@@ -79,10 +82,12 @@ def generate(
             confidence.
         guidance: classifier-free, `z + guidance (z - z without prompt)`; doubles the rows of a call.
         shift: 1 where position i is predicted by row i - 1 (Dream), else 0.
-        eos_id: if given, a sequence ends with the block of its first EOS, and the rest is filled with EOS.
-        micro_batch: sequences per model call. Finished sequences leave the batch; with `deterministic` they
-            stay and the last micro-batch is filled up, so all calls have the same shape. width: columns of
-            ragged prompts, for the same purpose.
+        eos_id: if given, a sequence ends with the block of its first EOS (`dream`: as soon as nothing before
+            one is undecided), and the rest is filled with EOS.
+        micro_batch: sequences per model call. As one finishes the next enters, each at a step of its own (with
+            a cache, or where all take the same steps, in rounds). With `deterministic` calls are filled up, so
+            all have the same shape and a sequence has the same bits in any company. width: columns of ragged
+            prompts (and their lengths, or canvases), for the same purpose.
         packed: all sequences in one row without padding, for ragged prompts (with flash-attn's
             variable-length kernel if the model uses flash-attn).
         cache: True: keep keys and values of finished blocks; for block-causal models that take
@@ -99,13 +104,23 @@ def generate(
 
         llada          blocks, which must divide the length; `steps` in all, a multiple of the blocks,
                        remainders to the earliest steps of a block. remasking="low_confidence" (probability of
-                       the token drawn, at temperature 1) or "random".
+                       the token drawn, at temperature 1) or "random". renormalise=True: that probability is
+                       among the ids not in commit_last (LLaDA's confidence_eos_eot_inf at temperature 0).
+        roar           blocks as for llada; a token a step in random order (DMPO): the sum of `commit_logp_BL` is
+                       the exact log-probability of the completion given its order.
         dream          no blocks; `steps` along t from 1 to eps=1e-3. alg="origin" (each token with
                        probability 1 - s/t), "maskgit_plus", "topk_margin", "entropy", all of the distribution
                        that is drawn from; alg_temp > 0 draws the order instead of sorting it. Use shift=1 for
-                       Dream's own models.
+                       Dream's own models. alg="confidence_threshold" (Fast-dLLM): of the surest tokens that an
+                       even schedule has asked for so far, those of probability threshold=0.9 or more, at least
+                       one; for as many steps as it takes.
         fast_dllm      blocks as for llada; a step commits every token of probability threshold=0.9 or more,
-                       at least one.
+                       at least one. With factor=f instead: the n surest, n as large as their probabilities
+                       allow, 1 - f / (n + 1) of the n-th (where all but one are sure enough, that one too).
+        fast_dream     blocks as for llada; a step decides a block's first token alone, then alg=
+                       "confidence_threshold" (as fast_dllm, of what is drawn from; threshold=0.9) or "entropy"
+                       (dream's, along t in each block of `steps` / blocks steps). With shift=1 and a cache,
+                       Fast-dLLM's loops for Dream.
         sdar           blocks count from the start of the prompt, so the first may hold some of it; the last is
                        generated to its end, and what lies beyond `length` is kept in the rollout, unscored;
                        `steps` per block. remasking="low_confidence_dynamic" (all above threshold=0.85, at
@@ -119,9 +134,23 @@ def generate(
                        no mask is left and nothing was edited, or after max_post_steps=16 steps without a mask.
         entropy_bound  blocks as for llada; of the surest tokens as many as keep their cumulated entropy, less
                        the largest, within bound=0.1 nats, at least one.
+        rcr            blocks as for llada, with `steps`; a step draws all masks, then hides the least trusted of
+                       all tokens so far again, as many as the (linear) schedule leaves. alg="maskgit_plus",
+                       "topk_margin" or "entropy": trust, when a token was last drawn (MDPO).
+        wino           blocks as for llada; a step commits every token of probability above threshold=0.6 (0.7
+                       of the masks at most, but 5 to 20; one at least) and takes back decided tokens of the
+                       block that a copy of it made of masks gives less than threshold_back=0.9, fewer than the
+                       step before committed. Needs a model that takes 4-d masks and position_ids.
+        remdm          no blocks; `steps` along t from 1 to eps=1e-5, at which tokens are decided and taken back by
+                       chance, then one for what is left, greedily. strategy="cap" (taken back with probability
+                       eta=0.02, as far as alpha allows), "rescale" (eta times what alpha allows), "conf" (what
+                       alpha allows, shared out by softmax of minus the confidence) or "loop" (eta between t_on=0.55
+                       and t_off=0.05, at level alpha_on=0.9).
 
-    Noise depends on (seed, sequence id, step, position) only. `llada` and `dream` (except "origin") without
-    eos_id never synchronise with a GPU; other samplers do before each step, eos_id after each block.
+    The last three take tokens back: `Rollout.events` tells, states are replayed from them, and a taken-back
+    token is scored nowhere. Noise depends on (seed, sequence id, step, position) only. `llada`, `roar` and
+    `dream` by rank, with equal lengths and without eos_id, never synchronise with a GPU; other samplers do
+    before each step, eos_id after each block.
     Sequences with hidden states that are not finite are marked in `failed_B` and do not affect the others
     (except packed without flash-attn, where attention spans the row and the whole row is marked).
 
@@ -136,11 +165,13 @@ def generate(
         >>> rollout.completion_BL.shape, sorted(rollout.commit_step_BL[0].tolist())
         (torch.Size([1, 4]), [0, 0, 1, 1])
     """
-    prompts = _check_prompts(prompt_ids, attention_mask, mask_id, width)
+    prompts, holes = canvas.check(prompt_ids, attention_mask, mask_id, width, length)
     B = len(prompts.ids_BP)
-    checks.count("length", length)
     resolved = resolve(sampler, options)
-    steps, block_length = check_steps(resolved, length, steps, block_length)
+    longest = int(holes.lengths_B.max()) if holes is not None else checks.count("length", length)
+    steps, block_length = check_steps(resolved, longest, steps, block_length, whole=holes is None)
+    if holes is not None:
+        canvas.check_options(prompts, holes, resolved, shift=shift, eos_id=eos_id, cache=cache)
     checks.count("shift", shift, 0)
     checks.number("temperature", temperature, least=0)
     checks.number("guidance", guidance, least=0)
@@ -153,10 +184,14 @@ def generate(
             f"model must be deterministic in a rollout, but dropout is active: {', '.join(active[:3])}; call model.eval()"
         )
     if commit_last and resolved.rank in ("random", "position"):
-        kind = next(resolved.options[name] for name in ("remasking", "alg") if name in resolved.options)
+        kind = next((resolved.options[name] for name in ("remasking", "alg") if name in resolved.options), sampler)
         raise ValueError(f"commit_last must be empty with {kind!r} order, which looks at no token, got {list(commit_last)}")
-    if eos_id is not None and resolved.blocks is None:
-        raise ValueError(f"eos_id must be None for sampler={sampler!r}, which finishes no block before the end, got {eos_id}")
+    if eos_id is not None and resolved.take_back is not None:
+        raise ValueError(f"eos_id must be None for sampler={sampler!r}, which may take an EOS back, got {eos_id}")
+    if resolved.take_back == "verified" and (shift or guidance or packed):
+        raise ValueError(
+            f"shift, guidance and packed must be left out for sampler={sampler!r}, whose copies of a block have none"
+        )
     if packed and (guidance or cache or deterministic):
         raise ValueError("packed must be False with guidance, cache or deterministic, whose rows are padded")
     if packed and not prompts.ragged:
@@ -167,22 +202,31 @@ def generate(
     if resolved.blocks == "sequence" and causal_block(model) not in (None, block_length):
         raise ValueError(f"block_length must be the model's {causal_block(model)} for sampler={sampler!r}, got {block_length}")
     micro_batch = B if micro_batch is None else checks.count("micro_batch", micro_batch)
-
     of_blocks = block_length if resolved.blocks == "sequence" else None
-    lengths = lengths_of(prompts, length, of_blocks, fixed=deterministic)
+    lengths = lengths_of(prompts, longest, of_blocks, fixed=deterministic) if holes is None else holes
+    # sequences that are in step and end together need no queue
+    in_rounds = kept or cache is True
+    in_step = not lengths.ragged and (resolved.blocks is None or longest % block_length == 0)
+    static = resolved.static and in_step and (eos_id is None or (resolved.blocks is not None and micro_batch >= B))
+    blocks = -(-longest // block_length) if resolved.blocks == "completion" else 1
 
     with headless(model) as body:
         _check_model(body, lengths.columns, mask_id, guidance, eos_id=eos_id, commit_last=commit_last, cache=cache is True)
         if kept:
             check_kept(body, "cache")
-        rounds = -(-B // micro_batch)
+        if resolved.take_back == "verified" and not takes(body, "position_ids"):
+            raise ValueError(
+                f"sampler must be another than {sampler!r} for {type(body.model).__name__}, which takes no position_ids"
+            )
+        per_round = micro_batch if static or in_rounds else B
+        rounds = -(-B // per_round)
         idle, uneven = 0, False
         if body.shards is not None:  # ranks that share the model must call it equally often
             idle = body.shards.most(rounds) - rounds
             uneven = bool(body.shards.most(idle))
         decoding = Decoding(
             sampler=resolved,
-            length=length,
+            length=longest,
             steps=steps,
             block_length=block_length,
             mask_id=mask_id,
@@ -196,28 +240,45 @@ def generate(
             deterministic=deterministic,
             greedy=greedy,
             uneven=uneven,
+            static=static,
+            slots=micro_batch,
+            steps_of_block=None if steps is None else steps // blocks,
         )
         parts = []
-        for b in range(0, (rounds + idle) * micro_batch, micro_batch):
-            span = torch.arange(min(b, B), min(b + micro_batch, B), device=sequence_ids.device)
-            if deterministic and 0 < len(span) < micro_batch:  # filled up with copies that are dropped
+        for b in range(0, (rounds + idle) * per_round, per_round):
+            span = torch.arange(min(b, B), min(b + per_round, B), device=sequence_ids.device)
+            # filled up with copies that are dropped
+            if deterministic and (static or in_rounds) and 0 < len(span) < micro_batch:
                 span = torch.nn.functional.pad(span, (0, micro_batch - len(span)), value=b)
             part, of_part = prompts.part(span), lengths.part(span)
-            canvas: Padded | Packed | Cached
+            layout: Padded | Packed | Cached
             if kept:
-                canvas = Kept(body, part, of_part, mask_id, block_length, str(cache), refresh, shift=shift, guidance=guidance)
+                layout = Kept(
+                    body,
+                    part,
+                    of_part,
+                    mask_id,
+                    block_length,
+                    str(cache),
+                    refresh,
+                    shift=shift,
+                    guidance=guidance,
+                    opening=resolved.opening,
+                )
             elif cache is True:
-                canvas = Cached(body, part, of_part, mask_id, block_length, shift=shift, guidance=guidance)
+                layout = Cached(body, part, of_part, mask_id, block_length, shift=shift, guidance=guidance)
+            elif resolved.take_back == "verified":
+                layout = Shadowed(body, part, of_part, mask_id, block_length)
             elif packed:
-                canvas = Packed(body, part, of_part, mask_id, shift)
+                layout = Packed(body, part, of_part, mask_id, shift)
             else:
-                canvas = Padded(body, part, of_part, mask_id, shift, guidance=guidance)
-            denoiser = Denoiser(canvas, sequence_ids[span], part.lengths_B, of_part, decoding)
-            denoiser.run(on_step)
+                layout = Padded(body, part, of_part, mask_id, shift, guidance=guidance)
+            denoiser = Denoiser(layout, sequence_ids[span], part.lengths_B, of_part, decoding)
+            running.run(denoiser, on_step)
             parts.append(denoiser)
     settings = {
         "sampler": sampler,
-        "length": length,
+        "length": longest,
         "steps": steps,
         "block_length": block_length,
         "temperature": temperature,
@@ -238,42 +299,6 @@ def generate(
     return _assemble(parts, prompts, lengths, sequence_ids, mask_id, settings)
 
 
-def _check_prompts(
-    prompt_ids: Tensor | Sequence[Tensor], attention_mask: Tensor | None, mask_id: int, width: int | None
-) -> Prompts:
-    checks.count("mask_id", mask_id, 0)
-    if isinstance(prompt_ids, Tensor):
-        checks.dtype("prompt_ids", prompt_ids, [torch.int64])
-        checks.shape("prompt_ids", prompt_ids, [None, None])
-        if width is not None:
-            raise ValueError(f"width must be None where prompt_ids is a tensor, which has its own, got {width}")
-        if attention_mask is not None:
-            checks.shape("attention_mask", attention_mask, list(prompt_ids.shape))
-            checks.same_device("attention_mask", attention_mask, "prompt_ids", prompt_ids)
-        prompts = Prompts(prompt_ids, None if attention_mask is None else attention_mask != 0, False)
-    else:
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None where prompt_ids is a sequence of prompts, which are padded here")
-        if not isinstance(prompt_ids, (list, tuple)):
-            raise TypeError(f"prompt_ids must be a torch.Tensor or a list or tuple of them, got {type(prompt_ids).__name__}")
-        for b, prompt in enumerate(prompt_ids):
-            checks.dtype(f"prompt_ids[{b}]", prompt, [torch.int64])
-            checks.shape(f"prompt_ids[{b}]", prompt, [None])
-            checks.same_device(f"prompt_ids[{b}]", prompt, "prompt_ids[0]", prompt_ids[0])
-        longest = max((len(prompt) for prompt in prompt_ids), default=0)
-        if width is not None and checks.count("width", width) < longest:
-            raise ValueError(f"width must be at least the longest prompt's {longest} tokens, got {width}")
-        if prompt_ids:
-            prompts = collect(prompt_ids, width)
-    if len(prompt_ids) == 0:
-        raise ValueError("prompt_ids must hold at least one sequence, got an empty batch")
-    if checks.may_read(prompts.ids_BP):
-        held_BP = prompts.ids_BP == mask_id
-        if bool((held_BP if prompts.keep_BP is None else held_BP & prompts.keep_BP).any()):
-            raise ValueError(f"prompt_ids must not hold mask_id={mask_id}")
-    return prompts
-
-
 def _check_cache(cache: bool | str, refresh: int | None, sampler: Sampler, model: nn.Module, *, greedy: bool) -> bool:
     """Whether keys and values are kept around the active block: not where everything is computed in each step."""
     if isinstance(cache, bool):
@@ -283,9 +308,9 @@ def _check_cache(cache: bool | str, refresh: int | None, sampler: Sampler, model
     checks.choice("cache", cache, KINDS)
     if refresh is not None:
         checks.count("refresh", refresh)
-    if sampler.blocks != "completion" or greedy:
+    if sampler.blocks != "completion" or sampler.take_back is not None or greedy:
         raise ValueError(
-            f"cache={cache!r} takes a sampler whose blocks are those of the completion, such as 'llada', with greedy=False"
+            f"cache={cache!r} takes a sampler whose blocks are the completion's and final, such as 'llada', with greedy=False"
         )
     if causal_block(model) is not None:
         raise ValueError(f"cache must be True or False for a block-causal model, whose finished blocks are final, got {cache!r}")
@@ -335,10 +360,10 @@ def _assemble(
 
     written_BW, step_BW = joined("completion_BL"), joined("commit_step_BL")
     place_W = torch.arange(width, device=written_BW.device)
-    column_BW = prompts.first_columns()[:, None] + place_W
+    column_BW = lengths.column_BL(prompts)
     there_BW = place_W < lengths.lengths_B[:, None]
     ids_BS = torch.nn.functional.pad(prompts.ids_BP, (0, width)).scatter(1, column_BW, torch.where(there_BW, written_BW, 0))
-    mask_BS = torch.zeros_like(ids_BS, dtype=torch.bool).scatter(1, column_BW, (place_W < L).expand(B, -1))
+    mask_BS = torch.zeros_like(ids_BS, dtype=torch.bool).scatter(1, column_BW, there_BW & (place_W < L))
     keep_BS = overhang_step_BS = None
     if prompts.keep_BP is not None or lengths.ragged:
         keep_BP = torch.ones_like(prompts.ids_BP, dtype=torch.bool) if prompts.keep_BP is None else prompts.keep_BP

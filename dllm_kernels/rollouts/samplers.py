@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,18 +31,28 @@ class Sampler:
     # order of commits: probability of the token drawn (under the model, or under the sampling distribution),
     # lowest entropy or largest top-2 margin of the sampling distribution, random, left to right
     rank: Rank
-    # how many: known beforehand; all above a threshold; while the accumulated entropy is small; random
-    commit: Literal["schedule", "threshold", "entropy", "chance"]
+    # how many: known beforehand; all above a threshold, or above one that depends on how many; while the accumulated entropy
+    # is small; random
+    commit: Literal["schedule", "threshold", "factor", "entropy", "chance"]
     # minimum per step: as scheduled, or one token
     least: Literal["schedule", "one"] = "schedule"
     strict: bool = False  # above the threshold; else at or above
+    most: Literal["schedule", "share"] | None = None  # maximum: what the schedule has asked for so far, or a share of the masks
     top_p_first: bool = False
+    opening: bool = False  # the first step of a block decides its first token alone
+    # decided tokens become masks again: the least trusted, those that a look at them from masks does not confirm, by chance
+    take_back: Literal["trust", "verified", "chance"] | None = None
     options: Options = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
         """Whether the tokens committed per step are known beforehand, so that no host sync is needed."""
-        return self.commit == "schedule" and self.blocks != "sequence"
+        return self.commit == "schedule" and self.blocks != "sequence" and not self.opening and self.take_back is None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it takes a number of steps."""
+        return self.least == "schedule" or self.most == "schedule"
 
     @property
     def edits(self) -> float | None:
@@ -67,7 +77,7 @@ _TABLE = (
         "completion",
         "confidence",
         "schedule",
-        options={"remasking": "low_confidence"},
+        options={"remasking": "low_confidence", "renormalise": False},
     ),
     Sampler(
         "dream",
@@ -76,7 +86,15 @@ _TABLE = (
         "drawn_logp",
         "schedule",
         top_p_first=True,
-        options={"alg": "origin", "alg_temp": None, "eps": 1e-3},
+        options={"alg": "origin", "alg_temp": None, "eps": 1e-3, "threshold": 0.9},
+    ),
+    Sampler(
+        "roar",
+        "DMPO, arXiv 2510.08233 (its dmpo_trainer.py): random order, one token a step",
+        "completion",
+        "random",
+        "schedule",
+        least="one",
     ),
     Sampler(
         "fast_dllm",
@@ -85,7 +103,50 @@ _TABLE = (
         "confidence",
         "threshold",
         least="one",
-        options={"threshold": 0.9},
+        options={"threshold": 0.9, "factor": None},
+    ),
+    Sampler(
+        "fast_dream",
+        "Fast-dLLM for Dream, arXiv 2505.22618 (its dream/model/generation_utils_block.py)",
+        "completion",
+        "drawn_logp",
+        "threshold",
+        least="one",
+        top_p_first=True,
+        opening=True,
+        options={"alg": "confidence_threshold", "alg_temp": None, "eps": 1e-3, "threshold": 0.9},
+    ),
+    Sampler(
+        "rcr",
+        "MDPO, arXiv 2508.13148 (autonomousvision/mdpo mdlm_generation_utils.py): running confidence remasking",
+        "completion",
+        "drawn_logp",
+        "schedule",
+        top_p_first=True,
+        take_back="trust",
+        options={"alg": "maskgit_plus"},
+    ),
+    Sampler(
+        "wino",
+        "WINO, arXiv 2507.18578 (Feng-Hong/WINO-DLLM decoding.py): wide in, narrow out",
+        "completion",
+        "confidence",
+        "threshold",
+        least="one",
+        strict=True,
+        most="share",
+        take_back="verified",
+        options={"threshold": 0.6, "threshold_back": 0.9},
+    ),
+    Sampler(
+        "remdm",
+        "ReMDM, arXiv 2503.00307 (kuleshov-group/remdm diffusion.py)",
+        None,
+        "position",
+        "chance",
+        top_p_first=True,
+        take_back="chance",
+        options={"strategy": "cap", "eta": 0.02, "eps": 1e-5, "t_on": 0.55, "t_off": 0.05, "alpha_on": 0.9},
     ),
     Sampler(
         "sdar",
@@ -129,8 +190,9 @@ def resolve(name: str, options: Options) -> Sampler:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{option} is no option of sampler={name!r}, whose options are {', '.join(sampler.options)}{hint}")
     full = {**sampler.options, **options}
-    if "threshold" in full and checks.number("threshold", full["threshold"], least=0) > 1:
-        raise ValueError(f"threshold must be in [0, 1], got {full['threshold']}")
+    for option in ("threshold", "threshold_back"):
+        if option in full and checks.number(option, full[option], least=0) > 1:
+            raise ValueError(f"{option} must be in [0, 1], got {full[option]}")
     if "bound" in full:
         checks.number("bound", full["bound"], least=0)
     sampler = replace(sampler, options=full)
@@ -139,24 +201,69 @@ def resolve(name: str, options: Options) -> Sampler:
 
 def _llada(sampler: Sampler, options: Options) -> Sampler:
     checks.choice("remasking", options["remasking"], ("low_confidence", "random"))
+    if not isinstance(options["renormalise"], bool) or (options["renormalise"] and options["remasking"] == "random"):
+        raise ValueError(f"renormalise must be False with remasking='random', else a bool, got {options['renormalise']!r}")
     return replace(sampler, rank="random") if options["remasking"] == "random" else sampler
 
 
 _DREAM_RANKS: dict[str, Rank] = {"maskgit_plus": "drawn_logp", "topk_margin": "margin", "entropy": "drawn_entropy"}
 
 
-def _dream(sampler: Sampler, options: Options) -> Sampler:
+def _check_dream(options: Options, algorithms: tuple[str, ...]) -> None:
     alg = options["alg"]
-    checks.choice("alg", alg, ("origin", *_DREAM_RANKS))
+    checks.choice("alg", alg, algorithms)
     if not 0 < checks.number("eps", options["eps"], above=0) < 1:
         raise ValueError(f"eps must be in (0, 1), got {options['eps']}")
     if options["alg_temp"] is not None:
         checks.number("alg_temp", options["alg_temp"], least=0)
+    if options["alg_temp"] and alg in ("origin", "confidence_threshold"):
+        raise ValueError(f"alg_temp must be None with alg={alg!r}, which draws no order, got {options['alg_temp']}")
+
+
+def _dream(sampler: Sampler, options: Options) -> Sampler:
+    alg = options["alg"]
+    _check_dream(options, ("origin", *_DREAM_RANKS, "confidence_threshold"))
     if alg == "origin":
-        if options["alg_temp"]:
-            raise ValueError(f"alg_temp must be None with alg='origin', which ranks nothing, got {options['alg_temp']}")
         return replace(sampler, commit="chance", rank="position")
+    if alg == "confidence_threshold":
+        return replace(sampler, commit="threshold", least="one", most="schedule")
     return replace(sampler, rank=_DREAM_RANKS[alg])
+
+
+def _fast_dream(sampler: Sampler, options: Options) -> Sampler:
+    _check_dream(options, ("confidence_threshold", "entropy"))
+    if options["alg"] == "entropy":
+        return replace(sampler, rank="drawn_entropy", commit="schedule", least="schedule")
+    return sampler
+
+
+def _fast_dllm(sampler: Sampler, options: Options) -> Sampler:
+    if options["factor"] is None:
+        return sampler
+    checks.number("factor", options["factor"], above=0)
+    return replace(sampler, commit="factor")
+
+
+def _rcr(sampler: Sampler, options: Options) -> Sampler:
+    checks.choice("alg", options["alg"], tuple(_DREAM_RANKS))
+    return replace(sampler, rank=_DREAM_RANKS[options["alg"]])
+
+
+def _remdm(sampler: Sampler, options: Options) -> Sampler:
+    checks.choice("strategy", options["strategy"], ("cap", "rescale", "conf", "loop"))
+    for name, least in (("eps", 0), ("t_on", 0), ("t_off", 0), ("alpha_on", 0)):
+        if not least < checks.number(name, options[name], above=0) < 1:
+            raise ValueError(f"{name} must be in (0, 1), got {options[name]}")
+    if checks.number("eta", options["eta"], least=0) > 1:
+        raise ValueError(f"eta must be in [0, 1], got {options['eta']}")
+    if options["strategy"] == "loop" and not options["t_off"] < options["t_on"]:
+        raise ValueError(f"t_off must be below t_on={options['t_on']}, got {options['t_off']}")
+    if options["strategy"] == "loop" and options["eta"] * options["alpha_on"] > 1 - options["alpha_on"]:
+        most = (1 - options["alpha_on"]) / options["alpha_on"]
+        raise ValueError(
+            f"eta must be at most {most:.3g} with strategy='loop' and alpha_on={options['alpha_on']}, got {options['eta']}"
+        )
+    return sampler
 
 
 def _sdar(sampler: Sampler, options: Options) -> Sampler:
@@ -177,20 +284,25 @@ def _llada2(sampler: Sampler, options: Options) -> Sampler:
     return sampler
 
 
-_APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {"llada": _llada, "dream": _dream, "sdar": _sdar, "llada2": _llada2}
+_APPLY: dict[str, Callable[[Sampler, Options], Sampler]] = {
+    "llada": _llada,
+    "dream": _dream,
+    "fast_dllm": _fast_dllm,
+    "fast_dream": _fast_dream,
+    "sdar": _sdar,
+    "llada2": _llada2,
+    "rcr": _rcr,
+    "remdm": _remdm,
+}
 
 
-class Step(NamedTuple):
-    """One step of a static schedule."""
+def check_steps(
+    sampler: Sampler, length: int, steps: int | None, block_length: int | None, *, whole: bool = True
+) -> tuple[int | None, int]:
+    """(steps, block length) of a rollout, checked. Raises ValueError or TypeError naming the argument.
 
-    number: int  # counts all steps of the schedule, also those without a commit
-    block: int
-    remaining: int  # masked tokens of the block before the step
-    commit: int
-
-
-def check_steps(sampler: Sampler, length: int, steps: int | None, block_length: int | None) -> tuple[int | None, int]:
-    """(steps, block length) of a rollout, checked. Raises ValueError or TypeError naming the argument."""
+    `whole`: blocks divide the length. Else, where lengths differ, `length` is the longest and last blocks may be short.
+    """
     if sampler.blocks is None:
         if block_length is not None:
             raise ValueError(f"block_length must be None for sampler={sampler.name!r}, which has no blocks, got {block_length}")
@@ -198,77 +310,56 @@ def check_steps(sampler: Sampler, length: int, steps: int | None, block_length: 
     elif block_length is None:
         raise ValueError(f"block_length must be given for sampler={sampler.name!r}, got None")
     checks.count("block_length", block_length)
-    if sampler.least == "one":
+    if not sampler.scheduled:
         if steps is not None:
             raise ValueError(f"steps must be None for sampler={sampler.name!r}, which takes as many as it needs, got {steps}")
     else:
         if steps is None:
             raise ValueError(f"steps must be given for sampler={sampler.name!r}, got None")
         checks.count("steps", steps)
-    if sampler.blocks == "completion" and length % block_length:
+    if sampler.blocks == "completion" and whole and length % block_length:
         raise ValueError(f"block_length must divide length={length}, got {block_length}")
     if sampler.blocks == "sequence":
         if steps is not None and steps > block_length:
             raise ValueError(f"steps (of a block) must be at most block_length={block_length}, got {steps}")
-    elif steps is not None and sampler.blocks == "completion":
-        blocks = length // block_length
-        if steps % blocks or steps > length:
-            raise ValueError(f"steps must be a multiple of the {blocks} blocks and at most length={length}, got {steps}")
+    elif sampler.blocks == "completion":
+        blocks = -(-length // block_length)
+        most = blocks * block_length
+        if sampler.commit == "schedule" and not sampler.scheduled:
+            steps = most  # a token each
+        if steps is not None and (steps % blocks or steps > most):
+            raise ValueError(f"steps must be a multiple of the {blocks} blocks and at most length={most}, got {steps}")
+        if sampler.opening and steps == blocks:
+            raise ValueError(f"steps must be at least 2 in each of {blocks} blocks for sampler={sampler.name!r}, got {steps}")
     return steps, block_length
 
 
-def commits_per_step(block_length: int, steps: int) -> list[int]:
-    """Tokens per step of a block: as even as possible, remainders in the earliest steps."""
-    base, extra = divmod(block_length, steps)
-    return [base + (step < extra) for step in range(steps)]
+def committed(
+    sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int | Tensor, most_A: Tensor | None, count_A: Tensor | None
+) -> Tensor:
+    """bool `[A, R]`: which of the candidates, sorted by rank, are committed.
 
-
-def schedule(sampler: Sampler, length: int, steps: int, block_length: int) -> list[Step]:
-    """The steps of a static sampler that commit a token."""
-    if sampler.blocks is None:
-        counts = [times_commit(length, steps, sampler.options["eps"])]
-    else:
-        blocks = length // block_length
-        counts = [commits_per_step(block_length, steps // blocks)] * blocks
-    plan = []
-    number = 0
-    for block, of_block in enumerate(counts):
-        remaining = sum(of_block)
-        for commit in of_block:
-            if commit:
-                plan.append(Step(number, block, remaining, commit))
-            remaining -= commit
-            number += 1
-    return plan
-
-
-def transfer_shares(steps: int, eps: float) -> Tensor:
-    """Dream's share of masked tokens per step, fp32 `[steps]`: `1 - s / t`, t from 1 to eps; 1 at the end."""
-    t = torch.linspace(1, eps, steps + 1)
-    shares = 1 - t[1:] / t[:-1]
-    shares[-1] = 1.0
-    return shares
-
-
-def times_commit(length: int, steps: int, eps: float) -> list[int]:
-    """Tokens per step of Dream's ranked algorithms: the share of masked tokens, rounded down in fp32."""
-    remaining, counts = length, []
-    for share in transfer_shares(steps, eps):
-        counts.append(int(remaining * share))
-        remaining -= counts[-1]
-    return counts
-
-
-def committed(sampler: Sampler, rank_AR: Tensor, entropy_AR: Tensor, least: int) -> Tensor:
-    """bool `[A, R]`: which of the candidates, sorted by rank, are committed; at least `least`."""
+    At least `least` of a row (an int, or int64 `[A]`), at most `most_A`; the first `count_A` are candidates at all (None: all).
+    """
     place_R = torch.arange(rank_AR.shape[1], device=rank_AR.device)
-    first_R = place_R < least
-    if sampler.commit == "threshold":
-        bound = sampler.options["threshold"]
-        probability_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
-        return first_R | (probability_AR > bound if sampler.strict else probability_AR >= bound)
+    first_AR = (place_R < (least[:, None] if isinstance(least, Tensor) else least)).expand_as(rank_AR)
     if sampler.commit == "entropy":  # the last of the set has its largest entropy
         within_AR = entropy_AR.cumsum(-1) - entropy_AR <= sampler.options["bound"]
         # at 1e30 the difference of sums cancels, so tokens that are trusted last are excluded by their rank
-        return first_R | within_AR & (rank_AR > TRUSTED_LAST)
-    return first_R.expand_as(rank_AR)
+        return first_AR | within_AR & (rank_AR > TRUSTED_LAST)
+    if sampler.commit not in ("threshold", "factor"):
+        return first_AR
+    probability_AR = rank_AR.exp() if sampler.rank == "drawn_logp" else rank_AR
+    if sampler.commit == "factor":  # n tokens at once need a confidence of 1 - factor / (n + 1) of the last
+        enough_AR = first_AR | (probability_AR >= 1 - sampler.options["factor"] / (place_R + 2.0))
+        number_A = enough_AR.long().cumprod(-1).sum(-1)
+        count_A = torch.full_like(number_A, rank_AR.shape[1]) if count_A is None else count_A
+        number_A = torch.minimum(number_A, count_A)
+        # as published: where all but one are sure enough, that one is taken too
+        number_A = number_A + ((number_A == count_A - 1) & (number_A > 0)).long()
+        return place_R < number_A[:, None]
+    bound = sampler.options["threshold"]
+    sure_AR = probability_AR > bound if sampler.strict else probability_AR >= bound
+    if most_A is not None:
+        sure_AR = sure_AR & (place_R < most_A[:, None])
+    return first_AR | sure_AR

@@ -1,11 +1,7 @@
-"""Rollouts and their trajectories: what was committed when, with what confidence, and the states between.
-
-States are not stored: they follow from the final ids and the step map.
-"""
+"""What is read from a rollout: entropies, the choice of steps, and the states to score, as mask plans."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,128 +12,9 @@ from dllm_kernels.masks import blocks
 from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
-from dllm_kernels.rollouts.events import Events
+from dllm_kernels.rollouts.rollout import Rollout
 
 SELECTIONS = ("entropy", "uniform", "random")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """B completions of L tokens and their history; all tensors are small and detached.
-
-    Steps of a sequence count the model calls that it took part in, from 0. T is the largest number of steps.
-    """
-
-    # int64: prompts and completions, padded as the prompts were: on the left, or on the right where ragged
-    ids_BS: Tensor
-    completion_mask_BS: Tensor  # bool: the L tokens of each completion
-    commit_step_BL: Tensor  # int32: the step that committed each token; -1 if failed or filled up after EOS
-    commit_logp_BL: Tensor  # log-probability at its commit, at temperature 1, nats
-    commit_entropy_BL: Tensor  # entropy of its row at its commit, at temperature 1, nats
-    masked_entropy_BT: Tensor  # mean entropy of a step's candidate tokens; NaN where there was no step
-    steps_B: Tensor  # int64: model calls per sequence
-    failed_B: Tensor  # bool: hidden states were not finite; the completion is mask ids
-    sequence_ids_B: Tensor
-    mask_id: int
-    attention_mask_BS: Tensor | None = None  # bool, False at padding; None where there is none
-    # int64: the step of each token between the completion and the end of its last block, which later steps of the block saw, -1
-    # elsewhere; None where there is none
-    overhang_step_BS: Tensor | None = None
-    recorded: Events | None = None  # where the commit tensors above do not hold all `events`
-    # int32, on request: the likeliest completion before each step, decided tokens kept
-    greedy_BTL: Tensor | None = None
-    # int32, where `generate` kept keys and values: steps since those outside the active block were computed, 0 where all were, -1
-    # where there was no step
-    kept_age_BT: Tensor | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def approximate(self) -> bool:
-        """Whether steps saw keys and values of earlier states (`cache="prefix"` or `"dual"`): scoring gives other log-probs."""
-        return self.kept_age_BT is not None
-
-    def stale_at(self, step: int) -> Tensor:
-        """bool `[B, S]`: the positions whose keys and values `step` saw as an earlier step had made them."""
-        checks.count("step", step, 0)
-        stale_BS = torch.zeros_like(self.completion_mask_BS)
-        if self.kept_age_BT is None or step >= self.kept_age_BT.shape[1]:
-            return stale_BS
-        (B, L), size = self.commit_step_BL.shape, self.settings["block_length"]
-        place_L = torch.arange(L, device=stale_BS.device)
-        there_BL = self.commit_step_BL == step  # every step commits a token of its block
-        first_B1 = torch.where(there_BL, place_L, L).min(-1, keepdim=True).values // size * size
-        column_BL = self.completion_mask_BS.nonzero()[:, 1].view(B, L)
-        begin_B1 = column_BL.gather(1, first_B1.clamp(max=L - 1)) - self.settings["shift"]
-        column_S = torch.arange(stale_BS.shape[1], device=stale_BS.device)
-        stale_BS = column_S < begin_B1
-        if self.settings["cache"] == "dual":
-            stale_BS = stale_BS | (column_S >= begin_B1 + self.settings["shift"] + size)
-        if self.attention_mask_BS is not None:
-            stale_BS = stale_BS & self.attention_mask_BS
-        return stale_BS & (self.kept_age_BT[:, step, None] > 0)
-
-    @property
-    def completion_BL(self) -> Tensor:
-        B, L = self.commit_step_BL.shape
-        return self.ids_BS[self.completion_mask_BS].view(B, L)
-
-    @property
-    def step_map_BS(self) -> Tensor:
-        """int64: the step of each generated token, -1 elsewhere; tokens filled up after EOS get the last step."""
-        steps_BL = torch.where(self.commit_step_BL < 0, self.steps_B[:, None] - 1, self.commit_step_BL.long())
-        beyond_BS = torch.full_like(self.ids_BS, -1) if self.overhang_step_BS is None else self.overhang_step_BS
-        return beyond_BS.masked_scatter(self.completion_mask_BS, steps_BL)
-
-    @property
-    def text_mask_BS(self) -> Tensor | None:
-        """bool: prompts and completions, without what lies between a completion and the end of its block; None: all.
-
-        The attention mask of masks drawn by a law; that of the rollout's own states is `attention_mask_BS`.
-        """
-        if self.overhang_step_BS is None:
-            return self.attention_mask_BS
-        own_BS = self.overhang_step_BS < 0
-        return own_BS if self.attention_mask_BS is None else self.attention_mask_BS & own_BS
-
-    def state_at(self, step: int | Tensor) -> Tensor:
-        """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw in that step."""
-        if isinstance(step, Tensor):
-            checks.dtype("step", step, [torch.int64])
-            checks.shape("step", step, [len(self.ids_BS)])
-            step = step[:, None]
-        else:
-            checks.count("step", step, 0)
-        if self.edited:
-            before_B = step if isinstance(step, Tensor) else torch.full((len(self.ids_BS), 1), step, device=self.ids_BS.device)
-            return self.events.states(self.ids_BS, before_B[:, None].expand(-1, 1, self.ids_BS.shape[1]))[:, 0]
-        return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
-
-    @property
-    def events(self) -> Events:
-        """Every change of a token, by sequence, step and position; the commit tensors hold the last of each token."""
-        if self.recorded is not None:
-            return self.recorded
-        there_BL = (self.commit_step_BL >= 0) & ~self.failed_B[:, None]
-        sequence_E, place_E = there_BL.nonzero(as_tuple=True)
-        columns_BL = self.completion_mask_BS.nonzero()[:, 1].view(there_BL.shape)
-        at = sequence_E, place_E
-        old_E, new_E = torch.full_like(sequence_E, self.mask_id), self.completion_BL[at].long()
-        step_E, position_E = self.commit_step_BL[at].long(), columns_BL[at]
-        found = Events(sequence_E, step_E, position_E, old_E, new_E, self.commit_logp_BL[at], self.commit_entropy_BL[at])
-        return found.ordered(self.ids_BS.shape[1])
-
-    @property
-    def edited(self) -> bool:
-        """Whether a decided token was replaced."""
-        return self.recorded is not None and bool((self.recorded.old_id_E != self.mask_id).any())
-
-    def kept(self, index_N: Tensor) -> Rollout:
-        """The rollouts at these indices."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        parts: dict[str, Any] = {name: value[index_N] for name, value in values.items() if isinstance(value, Tensor)}
-        if self.recorded is not None:
-            parts["recorded"] = self.recorded.kept(index_N, len(self.ids_BS))
-        return replace(self, **parts)
 
 
 def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: int | None = None) -> Tensor:
@@ -168,12 +45,9 @@ def step_entropy(commit_entropy_BL: Tensor, commit_step_BL: Tensor, *, steps: in
         steps = max(1, int(commit_step_BL.max()) + 1) if commit_step_BL.numel() else 1
     checks.count("steps", steps)
     checks.in_range("commit_step_BL", commit_step_BL, -1, steps)
-    index_BL = commit_step_BL.long() + 1  # column 0: revealed by no step
-    total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1)
-    count_BT = torch.zeros_like(total_BT)
-    revealed_BL = index_BL > 0
-    total_BT.scatter_add_(1, index_BL, torch.where(revealed_BL, commit_entropy_BL, 0.0))
-    count_BT.scatter_add_(1, index_BL, revealed_BL.to(count_BT.dtype))
+    index_BL = commit_step_BL.long() + 1  # column 0: revealed by no step, and dropped
+    total_BT = commit_entropy_BL.new_zeros(len(index_BL), steps + 1).scatter_add_(1, index_BL, commit_entropy_BL)
+    count_BT = torch.zeros_like(total_BT).scatter_add_(1, index_BL, torch.ones_like(commit_entropy_BL))
     return (total_BT / count_BT)[:, 1:].t().float()
 
 
@@ -332,6 +206,8 @@ def trajectory_logp(rollout: Rollout, plan: MaskPlan, *, approximate: bool = Fal
             f"rollout must be exact, got one of cache={rollout.settings.get('cache')!r}: as old scores its log-probs would put "
             "the cache's error into every ratio; score its states (score_samples), or pass approximate=True to see them"
         )
+    if rollout.unscored:
+        raise ValueError("rollout must have log-probs, got one whose engine did not tell them: see score_rollout")
     if plan.law != "trace" or plan.options["shrink"] != 1:
         raise ValueError(f"plan must be of law 'trace' with shrink=1, got {plan.law!r} with {dict(plan.options)}")
     return rollout_logp(rollout, plan).sum(-1, dtype=torch.float64).t()
@@ -350,7 +226,7 @@ def event_states(
     if causal_block is not None:
         block_BS = blocks.grid(real_BS.bool(), rollout.completion_mask_BS, causal_block, "sequence")
     at = events.sequence_E, events.position_E
-    wanted_E = rollout.completion_mask_BS[at]
+    wanted_E = rollout.completion_mask_BS[at] & events.writes(rollout.mask_id)
     if last_only:
         wanted_E = wanted_E & events.last(ids_BS.shape)
     if steps_BJ is not None:
@@ -386,6 +262,5 @@ def rollout_logp(rollout: Rollout, plan: MaskPlan) -> Tensor:
             at = level.sequence_E, slice(None), level.position_E
             logp_BKS[at] = torch.where(steps_BKS[at] == level.step_E[:, None], level.logp_E[:, None], logp_BKS[at])
         return logp_BKS.transpose(0, 1)
-    filled_BS = torch.zeros_like(rollout.ids_BS, dtype=rollout.commit_logp_BL.dtype)
-    logp_BS = filled_BS.masked_scatter(rollout.completion_mask_BS, rollout.commit_logp_BL)
+    logp_BS = rollout.spread(rollout.commit_logp_BL, torch.zeros_like(rollout.ids_BS, dtype=rollout.commit_logp_BL.dtype))
     return torch.where(plan.scored, logp_BS, 0.0)

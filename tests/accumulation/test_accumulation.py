@@ -170,7 +170,8 @@ def test_any_coupling_equals_the_full_graph_however_the_work_is_cut(objective, s
         assert worst_gradient_error(got, want) < 1e-10, options
         assert float(report.loss) == pytest.approx(float(want_loss), rel=1e-10)
         cuts = math.ceil(samples / per_pass) * math.ceil(B / sequences)
-        two = objective is CENTRED or (objective is RATIO and per_pass < samples)
+        parts = per_pass < samples
+        two = (objective is RATIO and parts) or (objective is CENTRED and (parts or sequences < B))
         assert report.passes == 1 + two
         assert report.backwards == cuts
         assert report.forwards == cuts * report.passes
@@ -374,6 +375,10 @@ def test_an_error_names_the_argument():
         accumulate(model, plan, BGPO, good, samples_per_pass=0)
     with pytest.raises(ValueError, match=r"sequences_per_pass.*-1"):
         score_samples(model, plan, sequences_per_pass=-1)
+    in_backward = eurobert()
+    in_backward.model.norm.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"model.*optimizer in backward"):
+        accumulate(in_backward, plan, BGPO, good)
     with pytest.raises(ValueError, match="no_grad"), torch.no_grad():
         accumulate(model, plan, BGPO, good)
     with pytest.raises(ValueError, match="K=2, B=0"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from dllm_kernels import accumulate, estimate_elbo, make_mask_plan
+from dllm_kernels import accumulate, estimate_elbo, generate, headless, make_mask_plan
 from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.masks.layout import input_tokens
+from dllm_kernels.model.layouts import block_diffusion
 from dllm_kernels.objectives import BGPO, egspo_objective, trace_rl_objective
 from tests.rollouts.test_layouts import causal
 from tests.tiny import gradients, worst_gradient_error
@@ -101,6 +104,34 @@ def test_every_row_is_scored_given_clean_blocks_before_it_and_its_own_noisy_bloc
         for samples_per_pass in (1, 3):
             got = score_samples(model, plan, samples_per_pass=samples_per_pass, per_token=True)
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", ["shown", "hidden", "removed"])
+def test_short_prompts_early_ends_and_what_hides_nothing_are_scored_by_definition(model, tail):
+    """No prompt, one shorter than a block, EOS in the block that the prompt begins, no mask at all, more copies than samples."""
+    generator = torch.Generator().manual_seed(3)
+    prompts, lengths, eos = [0, 1, 2, 5, 3], [3, 2, 1, 6, 9], 2
+    B, S = len(prompts), 12
+    ids = torch.randint(3, int(model.config.vocab_size) - 1, (B, S), generator=generator)
+    place, first, count = torch.arange(S), torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]
+    completion, real = (place >= first) & (place < first + count), place < first + count
+    for b in (1, 3, 4):
+        ids[b, prompts[b] + b % 2] = eos
+    options = {"seed": 0, "sequence_ids": torch.arange(B), "mask_id": int(model.config.vocab_size) - 1, "causal_block": BLOCK}
+    options |= {"eos_id": eos, "tail": tail, "attention_mask_BS": real}
+    for law in ("exact_zero", "bernoulli"):  # the first may hide nothing of a sequence
+        plan = make_mask_plan(ids, completion, law=law, samples=3, **options)
+        with torch.no_grad():
+            want = by_definition(model, plan).transpose(0, 1)
+        got = score_samples(model, plan, samples_per_pass=8, per_token=True)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        accumulate(model, plan, NEGATIVE_ELBO, Batch(), samples_per_pass=2)
+        assert all(bool(g.isfinite().all()) for g in gradients(model).values())
+        model.zero_grad()
+    given = {name: value for name, value in options.items() if name not in ("tail", "eos_id")}
+    nothing = torch.zeros(2, B, S, dtype=torch.bool)
+    plan = make_mask_plan(ids, completion, law="given", samples=None, masked_KBS=nothing, **given)
+    assert not score_samples(model, plan, samples_per_pass=2).any()
 
 
 def test_the_old_form_conditions_on_noisy_history(model):
@@ -260,8 +291,52 @@ def test_a_step_map_that_is_no_order_of_its_blocks_is_told_in_a_sentence(model):
     for objective in (trace_rl_objective(), egspo_objective(tokens_per_step=1.0)):
         with pytest.raises(ValueError, match=r"^step_map_BS must decide tokens of one block in a step, where an objective"):
             accumulate(model, wrong, objective, batch)
+        backwards = plan_of(
+            model, "trace", step_map_BS=torch.where(plan.completion_mask_BS, 99 - torch.arange(plan.shape[2]), -1)
+        )
+        with pytest.raises(ValueError, match=r"^step_map_BS must decide a block before it begins the next, where an objective"):
+            accumulate(model, backwards, objective, batch)
     with pytest.raises(ValueError, match=r"^step_map_BS must be at least 0 where completion_mask_BS is True, got -1"):
         plan_of(model, "trace", step_map_BS=torch.full_like(step_map, -1))
+
+
+def test_a_model_whose_configuration_states_another_block_length_refuses_the_plan(model):
+    """SDAR's and Fast-dLLM v2's do, with no attribute of ours; a plan without blocks is the old form."""
+    other = {"sdar": {"block_size": 8}, "fast_dllm_qwen": {"bd_size": 8}}
+    for kind, config in other.items():
+        stated = copy.deepcopy(model)
+        stated.config.model_type = kind
+        for name, value in config.items():
+            setattr(stated.config, name, value)
+        plan = plan_of(model, "exact")
+        for score in (score_samples, lambda model, plan: accumulate(model, plan, NEGATIVE_ELBO, Batch())):
+            with pytest.raises(ValueError, match=r"^causal_block must be the model's 8, got a plan of 4$"):
+                score(stated, plan)
+        whole = plan_of(model, "exact", causal_block=None)
+        with pytest.raises(ValueError, match=r"^plan must have causal_block=8 for a block-causal model, which has never seen"):
+            score_samples(stated, whole)
+        with (
+            headless(stated) as body,
+            pytest.raises(ValueError, match=r"^causal_block must be the model's 8, got a layout of 4$"),
+        ):
+            block_diffusion(body, plan.layout(), {})
+        with pytest.raises(ValueError, match=r"^block_length must be the model's 8 for sampler='sdar', got 4$"):
+            generate(stated, torch.tensor([[3, 4]]), length=4, mask_id=9, sampler="sdar", steps=4, block_length=4)
+        score_samples(stated, plan_of(model, "exact", causal_block=8))
+
+
+def test_a_model_that_takes_no_mask_of_pairs_is_told_in_a_sentence(model):
+    plan = plan_of(model, "exact")
+    unseeing = copy.deepcopy(model)
+    unseeing.forward = lambda input_ids, position_ids=None: None
+    flash = copy.deepcopy(model)
+    flash.config._attn_implementation = "flash_attention_2"
+    for wrong, sentence in (
+        (unseeing, r"^model must take attention_mask, which says what each copy sees, but Qwen3ForCausalLM does not$"),
+        (flash, r"^model must attend by sdpa, eager or flex_attention, .* by flash_attention_2, which takes none$"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            score_samples(wrong, plan)
 
 
 def test_weights_of_a_sample_are_those_of_its_blocks(model):

@@ -5,12 +5,15 @@ the weights.
 import contextlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from dllm_kernels import accumulate
+from dllm_kernels.accumulation.micro_batches import in_step, make_cuts
+from dllm_kernels.accumulation.ranks import denominator
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.head import plans
 from dllm_kernels.objectives import (
@@ -161,6 +164,14 @@ def test_pairs_are_half_the_sequences():
     report, _ = run(model, plan, objective, Batch(entries))
     given, _ = run(model, plan, objective, Batch(entries), denominator=2.0)
     assert float(report.loss) == float(given.loss)
+    assert denominator(objective, plan_of([5, 4]), Batch(entries), None) == 1.0
+
+
+def test_one_unit_is_divided_by_one_and_none_too():
+    for lengths, want in (([5], 5.0), ([1], 1.0), ([0], 1.0)):
+        plan = plan_of(lengths, law="full", samples=1)
+        assert denominator(diffu_grpo_objective(), plan, Batch(), None) == want, "tokens"
+        assert denominator(BGPO, plan, Batch(), None) == 1.0, "sequences"
 
 
 def test_groups_that_cannot_be_counted_need_a_denominator():
@@ -279,6 +290,23 @@ def test_peft_s_adapters_are_switched_off():
 
 
 # --- ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [3, 5])
+def test_a_rank_with_fewer_cuts_makes_idle_calls_and_the_last_of_all_reduces(most):
+    told = []
+    shards = SimpleNamespace(most=lambda count: max(count, most), before_call=lambda **call: told.append(call))
+    idle = SimpleNamespace(shards=shards, idle=lambda tokens, kwargs, *, backward: told.append((tokens, kwargs, backward)))
+    plan = plan_of(LENGTHS, samples=4)
+    cuts = make_cuts(plan, Batch(), None, 1, None)
+    seen = list(in_step(cuts, idle, lambda cut: cut.samples.start != 1, backward=True, last=True))
+    assert [cut.samples.start for cut in seen] == [0, 1, 2, 3], "a cut that does not run is handed on without a call"
+    calls = [call for call in told if isinstance(call, dict)]
+    assert calls == [{"backward": True, "reduce": n == most - 1} for n in range(most)]
+    assert [call for call in told if isinstance(call, tuple)] == [(plan.shape[2], {}, True)] * (most - 3)
+    told.clear()
+    list(in_step(cuts, idle, lambda cut: True))
+    assert [call for call in told if isinstance(call, dict)] == [{"backward": False, "reduce": False}] * max(4, most)
 
 
 @pytest.mark.timeout(120)

@@ -63,7 +63,12 @@ void run(const dllm::Engine& engine, dllm::HeadProblem p, int64_t rows_at_once) 
 
 int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V, bool options) {
   const int64_t width = type == Type::f32 ? 4 : 2;
-  Values hidden(N * H, type), weight(V * H, type);
+  // with options an adapter too, of one tile or two, with B in the head's type or in fp32
+  const int64_t R = options ? H == 7 ? 17 : 5 : 0;
+  const Type low_type = N % 2 ? type : Type::f32;
+  Values hidden(N * H, type), weight(V * H, type), low_hidden(N * R, Type::f32), low_weight(V * R, low_type);
+  Array<float> low0(N * R), low1(N * R), dlow(V * R);
+  float* const into_dlow = R ? dlow.data : nullptr;
   Array<float> bias(V), temperature(N), coef(N), entropy_coef(N), logp(N), lse(N), entropy(N), top_logp(N), dweight(V * H), dbias(V);
   Array<int64_t> target(N), key(N), top_id(N), token(N);
   Array<uint8_t> excluded(V);
@@ -81,6 +86,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   }
   dllm::HeadProblem p{};
   static_cast<dllm::Operands&>(p) = {{hidden.data, type, H, 1}, {weight.data, type, H, 1}, nullptr, N, V, H};
+  p.low = {{low_hidden.data, Type::f32, R, 1}, {low_weight.data, low_type, R, 1}, R};
   p.options.temperature = 1;
   if (options) p.options = {bias.data, 3.0f, 1.0f, temperature.data, excluded.data};
   static_cast<dllm::Statistics&>(p) = {logp.data, lse.data, entropy.data, top_logp.data, top_id.data};
@@ -92,21 +98,23 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
 
   dllm::HeadProblem late = p;  // vectors and operands for coefficients to come
   late.gradient = true;
-  late.out = {{vector0.data, vector1.data}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true};
+  late.out = {{vector0.data, vector1.data}, {low0.data, low1.data}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, late, N);
+  for (const Array<float>* x : {&low0, &low1}) x->written();
   for (const Array<char>* x : {&vector0, &vector1, &operand0, &operand1}) x->written();
 
   dllm::HeadProblem known = p;  // coefficients known, all gradients, several chunks
   known.gradient = true;
   known.coef = coef.data;
   known.entropy_coef = options ? entropy_coef.data : nullptr;
-  known.out = {{vector0.data, nullptr}, {nullptr, nullptr}, dweight.data, dbias.data, H, type, true};
+  known.out = {{vector0.data, nullptr}, {low0.data, nullptr}, {nullptr, nullptr}, dweight.data, dbias.data, H, type, true, into_dlow, R};
   run(engine, known, 32);
-  for (const Array<float>* x : {&dweight, &dbias}) x->written();
+  for (const Array<float>* x : {&dweight, &dbias, &dlow, &low0}) x->written();
   vector0.written();
 
   dllm::HeadProblem kept{};  // from stored operands
   static_cast<dllm::Operands&>(kept) = p;
+  kept.low = p.low;
   kept.options.temperature = 1;
   kept.gradient = true;
   kept.coef = coef.data;
@@ -144,7 +152,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   for (const Array<float>* x : {&ids_logp, &best_logp}) x->written();
   best_id.written();
   scored.gradient = true;
-  scored.out = {{nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true};
+  scored.out = {{nullptr, nullptr}, {nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, scored, 32);
   for (const Array<char>* x : {&operand0, &operand1}) x->written();
   dllm::HeadProblem weighed = with_ids(known, own.data, nullptr);

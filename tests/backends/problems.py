@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.contract import HeadProblem, LowRank
 
 
 def to_float64(problem: HeadProblem) -> HeadProblem:
@@ -17,4 +17,5 @@ def to_float64(problem: HeadProblem) -> HeadProblem:
 
     p, options = problem, problem.options
     options = replace(options, bias=exact(options.bias), temperature=exact(options.temperature))
-    return replace(p, hidden_MH=p.hidden_MH.double(), weight_VH=p.weight_VH.double(), options=options)
+    low = None if p.low_rank is None else LowRank(*(operand.double() for operand in p.low_rank))
+    return replace(p, hidden_MH=p.hidden_MH.double(), weight_VH=p.weight_VH.double(), options=options, low_rank=low)

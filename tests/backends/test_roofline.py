@@ -46,6 +46,25 @@ def test_a_trainable_head_adds_a_product_and_its_fp32_buffer():
     assert known.traffic - frozen.traffic == pytest.approx((2 * (LOGITS + HIDDEN) + 4 * HEAD) / 5300e9)
 
 
+def test_an_adapter_on_a_frozen_head_is_a_pass_over_each_chunk_and_none_where_logits_are_not_made(monkeypatch):
+    """One chunk of 1024 rows: its fp32 logits are read and written, its 16-bit operand is read for dH and for dB."""
+    monkeypatch.delenv("DLLM_KERNELS_BACKEND", raising=False)
+    N, H, V = LLADA["rows"], LLADA["hidden_size"], LLADA["vocabulary"]
+    on = {"dtype": torch.bfloat16, "device": "meta"}
+    hidden, weight, target = torch.empty(N, H, **on), torch.empty(V, H, **on), torch.empty(N, dtype=torch.int64, device="meta")
+    low = torch.empty(16, H, **on).requires_grad_(), torch.empty(V, 16, **on).requires_grad_(), 1.0
+    more = {"coef": torch.empty(N, device="meta"), "low_rank": low, "device": "cuda"}
+    cost = explain(hidden.requires_grad_(), weight, target, **more)
+    without = explain(hidden, weight, target, coef=more["coef"], device="cuda")
+    assert cost.on("H200").traffic - without.on("H200").traffic == pytest.approx((8 + 2 + 2) * LOGITS / 4800e9)
+    assert cost.on("H200").arithmetic - without.on("H200").arithmetic == pytest.approx(3 * 2 * 16 * LOGITS / 989.4e12)
+    assert "one more pass" in cost.why
+    with torch.no_grad():
+        fused = explain(hidden, weight, target, low_rank=low, device="cuda")
+    assert "one more pass" not in fused.why
+    assert fused.on("H200").seconds < 1.02 * explain(**LLADA, wants_gradient=False).on("H200").seconds
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "more",

@@ -9,15 +9,42 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutants import AREAS, drawn, mutants
+from benchmarks.mutation.sources import AREAS, drawn, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '''"""Ünits of 1 < 2."""
-def scaled(x: "int | None", flag=True, *, dim: int = -1):
+Maybe = int | None
+def scaled(x: "int | None", flag=True, *, dim: int = -1, more=zip((), (), strict=True)):
     if x is None or not flag:
         raise ValueError(f"x must be above {1 + 1}")
     return (x - 1) * 0.5 if 0 < x <= 9 else x @ x
 '''
+HALVES = """
+TWO = 2.0
+def half(x):
+    return x / TWO
+def more(x):
+    return x + 1
+def countdown(n):
+    while n > 0:
+        n = n - 1
+    return n
+"""
+TESTS_OF_HALVES = """
+import subprocess
+import sys
+from dllm_kernels import half
+def test_by_import():
+    assert half.TWO == 2
+def test_half():
+    assert half.half(3) == 1.5
+def test_in_a_subprocess():
+    program = "from dllm_kernels.half import more; assert more(1) == 2"
+    subprocess.run([sys.executable, "-c", program], check=True)
+def test_countdown():
+    assert half.countdown(2) == 0
+"""
+LINES_THAT_NO_WEAK_TEST_RUNS = ("x + 1 -> (x - 1)", "1 -> 2", "n > 0 -> (n >= 0)", "0 -> 1", "n - 1 -> (n + 1)", "1 -> 2")
 
 
 def test_operators_comparisons_constants_and_flags_change_but_no_text_type_or_message() -> None:
@@ -51,24 +78,44 @@ def test_every_mutant_of_the_tree_is_another_program_and_the_draw_is_the_seed_s(
 
 @pytest.mark.timeout(300)
 def test_a_test_that_notices_kills_and_one_that_does_not_lets_live(tmp_path: Path) -> None:
+    """In the process, by a subprocess, at import, and by the clock; a test that runs no line of it is not asked."""
     (tmp_path / "tests").mkdir()
-    (tmp_path / "half.py").write_text("def half(x):\n    return x / 2\n")
-    (tmp_path / "tests" / "test_half.py").write_text("from half import half\ndef test_half():\n    assert half(0) == 0\n")
-    (tmp_path / "tests" / "test_more.py").write_text("from half import half\ndef test_more():\n    assert half(3) > 1.2\n")
+    (tmp_path / "dllm_kernels").mkdir()
+    (tmp_path / "dllm_kernels" / "__init__.py").write_text("")
+    (tmp_path / "dllm_kernels" / "half.py").write_text(HALVES)
+    (tmp_path / "tests" / "test_half.py").write_text(TESTS_OF_HALVES)
+    (tmp_path / "tests" / "test_weak.py").write_text(
+        "from dllm_kernels.half import half\ndef test_half():\n    assert half(0) == 0\n"
+    )
     program = """
 import sys
 from pathlib import Path
-from benchmarks.mutants import Area, Judge, mutants
-root = Path(sys.argv[1])
-judge = Judge(root, {"half": Area(("half.py",), ("tests",)), "weak": Area(("half.py",), ("tests/test_half.py",))})
-source = (root / "half.py").read_text()
-for area in ("half", "weak"):
-    seconds = judge.in_peace(area)
-    print([judge.verdict(area, mutant, seconds) for mutant in mutants("half.py", source)])
-assert (judge.tree / "half.py").read_text() == source
+from benchmarks.mutation.judge import Judge
+from benchmarks.mutation.sources import Area, mutants
+root, file = Path(sys.argv[1]), "dllm_kernels/half.py"
+areas = {"half": Area((file,), ("tests",)), "weak": Area((file,), ("tests/test_weak.py",))}
+judge = Judge(root, areas)
+source = (root / file).read_text()
+for area in areas:
+    for mutant in mutants(file, source):
+        reply = judge.verdict(area, mutant)
+        print(area, mutant.described(source).split(maxsplit=1)[1], reply.verdict, reply.test.partition("::")[2] or reply.test)
+assert (judge.tree / file).read_text() == source
 judge.close()
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines() == ["['survived', 'killed']", "['survived', 'survived']"]
+    assert process.stdout.splitlines() == [
+        "half 2.0 -> 4.0 killed test_by_import",
+        "half x / TWO -> (x * TWO) killed test_half",
+        "half x + 1 -> (x - 1) killed test_in_a_subprocess",
+        "half 1 -> 2 killed test_in_a_subprocess",
+        "half n > 0 -> (n >= 0) killed test_countdown",
+        "half 0 -> 1 killed test_countdown",
+        "half n - 1 -> (n + 1) killed, by the clock a crash",
+        "half 1 -> 2 survived ",
+        "weak 2.0 -> 4.0 survived ",
+        "weak x / TWO -> (x * TWO) survived ",
+        *[f"weak {change} survived no test runs this line" for change in LINES_THAT_NO_WEAK_TEST_RUNS],
+    ]

@@ -75,7 +75,7 @@ def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProces
             assert row["to_floor"] is not None or name in ("entropy", "rollout"), "the physical limit"
             assert row["errors"] or row["role"] == "floor"
     names = {row["case"].split()[0] for row in results["suites"]["head"]["rows"]}
-    assert names == {"forward", "unit", "coef", "keep", "recompute", "sample", "ids", "want_top", "z_loss"}
+    assert names == {"forward", "unit", "coef", "keep", "recompute", "sample", "ids", "want_top", "z_loss", "adapter"}
     assert {row["contestant"] for row in results["suites"]["bgpo"]["rows"]} >= {"ours", "ours (loop)", "full graph", "limit"}
     assert results["suites"]["bgpo"]["arithmetic"]
     assert {row["case"].split()[0] for row in results["suites"]["rollout"]["rows"]} == {

@@ -83,6 +83,18 @@ def test_a_row_of_coefficient_0_gets_exactly_no_gradient(backend, plan):
     assert (flat[case.rows[1::2]].abs().amax(-1) > 0).all()
 
 
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+def test_a_row_with_one_coefficient_of_three_has_its_gradient(backend, plan):
+    case = make_case(F64, backend.device)
+    ours, want = case.fresh(), case.fresh()
+    share = torch.eye(3, dtype=F64, device=backend.device).repeat(4, 1)[: len(case.target)].unbind(1)
+    scores, exact = ours.score(plan, want=("logp", "entropy", "lse")), want.oracle()
+    for found, case in ((vars(scores), ours), (exact, want)):
+        sum((found[name] * part).sum() for name, part in zip(("logp", "entropy", "lse"), share)).backward()
+        assert (case.grads["hidden"].view(-1, 6)[case.rows].abs().amax(-1) > 0).all()
+    torch.testing.assert_close(ours.grads, want.grads, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_late_coefficient_and_a_known_one_give_the_same_gradient(backend, plan):
     case = make_case(F64, backend.device, bias=True, trainable_head=plan != "unit")

@@ -30,6 +30,7 @@ class Head:
         self.group, self.ids = group, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         draw = lambda *size: torch.randn(size, generator=g).to(dtype)  # noqa: E731
         self.hidden, self.weight = draw(2, L, H), draw(V, H)
+        self.weight[[33, 24, 36]] = self.weight[[7, 10, 10]]  # equal logits on several ranks
         self.target, self.rows = torch.tensor([5, 30, 20, 19, 3, 4, 31, 20, 8]), torch.randperm(2 * L, generator=g)[:N]
         self.coef, self.entropy_coef = torch.randn(N, generator=g), torch.randn(N, generator=g)
         self.bias, self.down, self.up = draw(V), draw(2, H), draw(V, 2)
@@ -82,6 +83,50 @@ def score(head, *, frozen, coef, want=VECTORS, plan=None):
             head.same(name, gradient, whole_leaves[name].grad)
 
 
+def several(head, want_top, known):
+    """Ids of a row, on any rank and twice, and the likeliest ones, equal ones among them."""
+    ids = torch.randint(3, 20, (N, 4), generator=torch.Generator().manual_seed(6))
+    ids[:, 1], ids[:, 3] = head.target, 31
+    found = []
+    for group in (None, head.group):
+        leaves = head.leaves(group is not None)
+        for name in ("bias", "up"):  # equal logits need equal ones
+            leaves[name].data.zero_() if name == "bias" else leaves[name].data.fill_(0.1)
+        coef = torch.randn(N, 5, generator=torch.Generator().manual_seed(7))
+        more = {"coef": coef, "entropy_coef": head.entropy_coef} if known else {}
+        scores = score_tokens(
+            leaves["hidden"], leaves["weight"], head.target, ids=ids, want_top=want_top, rows=head.rows,
+            want=("logp", "lse", "top_logp", "top_id"), vocab_group=group, **more, **head.options(leaves, head.temperature),
+        )  # fmt: skip
+        loss = scores.weighted_sum
+        if not known:
+            loss = (coef[:, 0] * scores.logp + 0.2 * scores.lse).sum() + (coef[:, 1:] * scores.ids_logp).sum()
+            if want_top:
+                loss = loss + (scores.best_logp * (1 + torch.arange(want_top))).sum()
+        loss.backward()
+        found.append((scores, loss.detach(), leaves))
+    (whole, loss, whole_leaves), (split, split_loss, split_leaves) = found
+    for name in ("logp", "ids_logp", "lse", "top_logp", *(("best_logp",) if want_top else ())):
+        head.same(name, getattr(split, name), getattr(whole, name))
+    assert torch.equal(split.top_id, whole.top_id)
+    if want_top:
+        assert torch.equal(split.best_id, whole.best_id)
+        assert bool((split.best_logp.diff(dim=1) <= 0).all())
+    head.same("loss", split_loss, loss)
+    for name, leaf in split_leaves.items():
+        if leaf.numel():
+            head.same(name, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, whole_leaves[name].grad)
+
+
+def likeliest_alone(head):
+    mine = head.leaves(True)
+    arguments = {"want_top": 3, "rows": head.rows, "suppress": EXCLUDED}
+    found = score_tokens(mine["hidden"], mine["weight"], vocab_group=head.group, **arguments)
+    whole = score_tokens(head.hidden, head.weight, **arguments)
+    assert found.logp is None
+    assert torch.equal(found.best_id, whole.best_id)
+
+
 def gradients_in_buffers(head):
     found = []
     for group in (None, head.group):
@@ -100,7 +145,7 @@ def gradients_in_buffers(head):
 def losses(head):
     masked = torch.rand(2, L, generator=torch.Generator().manual_seed(2)) < 0.6
     target = torch.randint(4, 20, (2, L), generator=torch.Generator().manual_seed(3))
-    for loss in ("mean", "sequence", "bgpo", "bgpo off-policy"):
+    for loss in ("mean", "sequence", "smooth mean", "smooth none", "bgpo", "bgpo off-policy"):
         found = []
         for group in (None, head.group):
             leaves = head.leaves(group is not None)
@@ -111,7 +156,10 @@ def losses(head):
                     leaves["hidden"], leaves["weight"], target, masked, 2.0, old, torch.tensor([1.0, -0.5]), 4, **more
                 )
             else:
-                value = elbo_loss(leaves["hidden"], leaves["weight"], target, masked, 0.5, reduction=loss, **more).sum()
+                if loss.startswith("smooth"):  # of logits that are linear in the weight
+                    more |= {"softcap": None, "label_smoothing": 0.2}
+                reduction = loss.split()[-1]
+                value = elbo_loss(leaves["hidden"], leaves["weight"], target, masked, 0.5, reduction=reduction, **more).sum()
             value.backward()
             found.append((value.detach(), leaves))
         (whole, whole_leaves), (split, split_leaves) = found
@@ -134,6 +182,39 @@ def draws(head):
             head.same("entropy", split.entropy, whole.entropy)
 
 
+FILTERS = (
+    {"top_k": 1}, {"top_k": 3}, {"top_k": 30}, {"top_k": 100}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1 - 1e-12},
+    {"min_p": 0.2}, {"min_p": 1.0}, {"top_k": 9, "top_p": 0.8}, {"top_k": 4, "top_p": 0.8, "top_p_first": True},
+    {"top_k": 9, "top_p": 0.6, "min_p": 0.3},
+)  # fmt: skip
+
+
+def restricted_draws(head):
+    key = row_bits(3, Stream.TOKEN, torch.arange(N), torch.tensor(0), torch.arange(N))
+    mixed = torch.tensor([0.0, 0.3, 1.0, 2.5, 1.0, 1.0, 0.7, 3.0, 9.0])
+    for filters in FILTERS:
+        for temperature in (0.0, 1.5, mixed):
+            leaves, mine = head.leaves(False), head.leaves(True)
+            common = {"rows": head.rows, "temperature": temperature, **filters}
+            whole = sample_tokens(leaves["hidden"], leaves["weight"], key, **common, **head.options(leaves))
+            split = sample_tokens(mine["hidden"], mine["weight"], key, **common, **head.options(mine), vocab_group=head.group)
+            assert torch.equal(split.token, whole.token), (filters, temperature)
+            head.same("logp", split.logp, whole.logp)
+
+
+def draws_among_equals(head):
+    """All logits are equal, so which ids are left is known: the smallest that are not excluded."""
+    rows, weight = 40, head.weight[head.ids].clone()
+    key = row_bits(4, Stream.TOKEN, torch.arange(rows), torch.tensor(0), torch.arange(rows))
+    for dtype in (torch.float32, torch.float64):
+        hidden = torch.zeros(rows, H, dtype=dtype)
+        for filters, left in (({"top_k": 21}, 21), ({"top_p": 0.5}, 16), ({"top_p": 0.51}, 17), ({"min_p": 1.0}, 32)):
+            more = {**filters, "suppress": (0, 1, 2, 21, 22)}  # 32 ids are left
+            split = sample_tokens(hidden, weight.to(dtype), key, vocab_group=head.group, **more).token
+            assert torch.equal(split, sample_tokens(hidden, head.weight.to(dtype), key, **more).token), filters
+            assert int(split.max()) <= sorted(set(range(V)) - {0, 1, 2, 21, 22})[left - 1]
+
+
 def refusals(head):
     mine, group = head.leaves(True), head.group
     call = lambda hidden=head.hidden, weight=mine["weight"], target=head.target, **more: score_tokens(  # noqa: E731
@@ -143,23 +224,56 @@ def refusals(head):
         call(vocab_group="tp")
     with pytest.raises(ValueError, match=r"target must hold ids in 0\.\.36, got 37"):
         call(target=torch.full((N,), 37))
-    with pytest.raises(ValueError, match="id 20 has probability 0"):
-        call(suppress=(20,))
+    with pytest.raises(ValueError, match=r"target or ids must not hold .* id 20 has probability 0"):
+        call(ids=torch.full((N, 2), 20), suppress=(20,))
     with pytest.raises(ValueError, match=r"suppress must hold ids in 0\.\.36, got 99"):
         call(suppress=(99,))
     with pytest.raises(ValueError, match="got different first rows"):
         call(hidden=head.hidden + dist.get_rank(group))
     with pytest.raises(ValueError, match="plan must not be 'coef'"):
         call(plan="coef", coef=head.coef)
-    with pytest.raises(ValueError, match="vocab_group goes with target alone"):
-        call(target=None, want_top=2)
+    with pytest.raises(ValueError, match=r"want_top must be in 0\.\.37"):
+        call(want_top=38)
     with pytest.raises(ValueError, match="take_dweight must be None"):
         call(take_dweight=print)
-    with pytest.raises(ValueError, match="top_k, top_p, min_p and want must be left out"):
-        sample_tokens(head.hidden, mine["weight"], head.target, rows=head.rows, top_k=3, vocab_group=group)
+    with pytest.raises(ValueError, match="want must be empty with vocab_group"):
+        sample_tokens(head.hidden, mine["weight"], head.target, rows=head.rows, want=("margin",), vocab_group=group)
+
+
+def what_one_rank_refuses(head):
+    """Every rank raises it, none waits for the one that raised, and the next call is right."""
+    group, last = head.group, dist.get_world_size(head.group) - 1
+    mine, wrong = head.leaves(True), dist.get_rank(head.group) == last
+    weight = mine["weight"].detach()
+    outs = {"dweight_out": torch.zeros(len(weight) + wrong, H)}
+    key = row_bits(3, Stream.TOKEN, torch.arange(N), torch.tensor(0), torch.arange(N))
+    score = lambda weight=weight, **more: score_tokens(head.hidden, weight, head.target, rows=head.rows, **more)  # noqa: E731
+    draw = lambda weight=weight, **more: sample_tokens(head.hidden, weight, key, rows=head.rows, **more)  # noqa: E731
+    back = lambda **more: head_backward(head.hidden, weight, Rows(head.rows, head.target), head.coef, **more)  # noqa: E731
     masked = torch.ones(2, L, dtype=torch.bool)
-    with pytest.raises(ValueError, match="label_smoothing must be 0 with vocab_group"):
-        elbo_loss(head.hidden, mine["weight"], torch.ones(2, L).long(), masked, 0.5, label_smoothing=0.1, vocab_group=group)
+    loss = lambda **more: elbo_loss(head.hidden, weight, torch.ones(2, L).long(), masked, 0.5, **more)  # noqa: E731
+    bad = weight.double() if wrong else weight
+    broken = weight * torch.nan if wrong else weight
+    bias = {"bias": torch.zeros(len(weight) + wrong)}
+    for call, more, kind, sentence in (
+        (score, {"weight": bad}, TypeError, "weight must have hidden's dtype"),
+        (score, {"weight": broken}, ValueError, "must give finite logits"),
+        (score, {"weight": broken, "want_top": 2}, ValueError, "must give finite logits"),
+        (score, bias, ValueError, "bias must have shape"),
+        (score, {"want": ("entropy", "no") if wrong else ("entropy",)}, ValueError, "want must be one of"),
+        (score, {"coef": head.coef[: N - wrong]}, ValueError, "coef must have shape"),
+        (draw, {"weight": bad}, TypeError, "weight must have hidden's dtype"),
+        (draw, {"top_k": 0 if wrong else 1}, ValueError, "top_k must be at least 1"),
+        (draw, bias, ValueError, "bias must have shape"),
+        (back, outs, ValueError, "dweight_out must have shape"),
+        (loss, {"label_smoothing": 0.1, **bias}, ValueError, "bias must have shape"),
+    ):
+        with pytest.raises(kind, match=rf"{sentence}.* \(rank {last} of vocab_group\)"):
+            call(vocab_group=group, **more)
+    with pytest.raises(ValueError, match="suppress and valid_vocab must be equal on all ranks"):
+        score(suppress=(0,) if wrong else (1,), vocab_group=group)
+    whole = score_tokens(head.hidden, head.weight, head.target, rows=head.rows).logp
+    head.same("logp", score(vocab_group=group).logp, whole)
 
 
 def sharded_tensors(world):
@@ -199,6 +313,8 @@ def run(rank: int, store: str, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     head = Head(dist.group.WORLD, SIZES[world], valid=32)  # of four ranks the last one's ids are beyond
     draws(head)
+    restricted_draws(head)
+    several(head, 5, known=False)
     gradients_in_buffers(head)
     head = Head(dist.group.WORLD, SIZES[world])
     score(head, frozen=False, coef=False)
@@ -208,7 +324,13 @@ def run(rank: int, store: str, world: int) -> None:
     gradients_in_buffers(head)
     losses(head)
     draws(head)
+    several(head, 20, known=False)
+    several(head, 0, known=True)
+    likeliest_alone(head)
+    restricted_draws(head)
+    draws_among_equals(head)
     refusals(head)
+    what_one_rank_refuses(head)
     sharded_tensors(world)
     dist.barrier()
     dist.destroy_process_group()

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from dllm_kernels import backends, explain, score_tokens
-from tests.head_suite import PLANS, make_case
+from dllm_kernels.backends import reference
+from dllm_kernels.head import plans
+from tests.head_suite import LATE_PLANS, PLANS, make_case
 
 MB = 2**20
 V, H, N = 32768, 256, 1024
@@ -31,15 +33,14 @@ def inputs(V, H, N):
     trains = plan in ("coef", "keep", "recompute")
     hidden = torch.randn(2 * N if rows else N, H).to(dtype).requires_grad_(plan != "forward")
     weight = torch.randn(V, H).to(dtype).requires_grad_(trains)
-    return hidden, weight, torch.randint(V, (N,)), torch.arange(N) * 2 if rows else None
+    low = [torch.randn(*size).to(dtype).requires_grad_(trains) for size in ((R, H), (V, R))] if R else []
+    return hidden, weight, torch.randint(V, (N,)), torch.arange(N) * 2 if rows else None, *low
 
-def call(hidden, weight, target, index):
+def call(hidden, weight, target, index, *low):
     more = {"coef": torch.ones(len(target))} if plan == "coef" else {"plan": plan}
     ids = torch.randint(len(weight), (len(target), M)) if M else None
-    if R:
-        trains = weight.requires_grad
-        low = torch.randn(R, hidden.shape[-1]).to(dtype), torch.randn(len(weight), R).to(dtype)
-        more["low_rank"] = *(x.requires_grad_(trains) for x in low), 0.5
+    if low:
+        more["low_rank"] = *low, 0.5
     want = ("logp", "entropy")
     scores = score_tokens(hidden, weight, target, ids=ids, want_top=min(k, 3 * len(weight) // 4), rows=index, want=want, **more)
     if plan == "coef":
@@ -124,11 +125,30 @@ def test_the_predicted_peak_of_several_ids_is_the_measured_one(plan, M, k, monke
     assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+@pytest.mark.parametrize("plan", ["coef", *(pytest.param(p, marks=pytest.mark.slow) for p in ("forward", *LATE_PLANS))])
+def test_the_predicted_peak_of_a_head_with_an_adapter_is_the_measured_one(plan, monkeypatch):
+    if "cpu" not in backends.names():
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rows = plan in ("recompute", "unit")
+    want, got = predicted(plan, torch.bfloat16, rows, R=64), measured("cpu", plan, torch.bfloat16, rows, R=64)
+    assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
+def test_an_adapter_makes_neither_logits_nor_a_merged_weight():
+    """LLaDA's vocabulary, statistics alone: a chunk of logits has 123 MiB, B in fp32 8."""
+    if "cpu" not in backends.names():
+        pytest.skip("the extension is not built")
+    assert measured("cpu", "forward", torch.bfloat16, False, V=126464, H=32, N=512, R=16) <= 6 * MB
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc holds the peak on Linux alone")
 @pytest.mark.parametrize("plan", ["forward", *PLANS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_head_with_an_adapter_stays_below_its_prediction(plan, dtype, monkeypatch):
+def test_the_reference_with_an_adapter_stays_below_its_prediction(plan, dtype, monkeypatch):
     monkeypatch.setenv("DLLM_KERNELS_BACKEND", "reference")
     want, got = predicted(plan, dtype, False, R=64), measured("reference", plan, dtype, False, R=64)
     assert want / 2 - 16 * MB <= got <= want + 16 * MB, f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
@@ -234,3 +254,27 @@ def test_the_words_and_the_roofline():
 def test_what_cannot_be_explained_is_named(arguments, error, words):
     with pytest.raises(error, match=words):
         explain(**arguments)
+
+
+def test_a_second_pass_takes_the_rows_that_have_any_coefficient_however_they_add_up():
+    logp, entropy = torch.tensor([0.0, 1.0, 0.0, 0.0, -2.0]), torch.tensor([0.0, -1.0, 3.0, 0.0, 2.0])
+    of_ids = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, -1.0], [0.0, 0.0]])
+    assert plans.live_rows(logp).tolist() == [1, 4]
+    assert plans.live_rows(logp, entropy).tolist() == [1, 2, 4]
+    assert plans.live_rows(of_ids).tolist() == [3]
+    assert plans.live_rows(None, entropy, of_ids).tolist() == [1, 2, 3, 4]
+    assert plans.live_rows(logp, torch.ones(5)) is None
+
+
+def test_a_16_bit_weight_is_upcast_a_slab_at_a_time_and_gives_the_same_result(monkeypatch):
+    monkeypatch.setenv("DLLM_KERNELS_BACKEND", "reference")
+    case = make_case(torch.bfloat16, shape=(40,), H=24, V=67, rows=None)
+    whole, whole_grads = case.run("coef")
+    monkeypatch.setattr(reference, "SLAB_BYTES", 7 * 24 * 4 + 3)
+    slabs = reference._slabs(case.weight, torch.float32)
+    assert [span.stop - span.start for span, _ in slabs] == [len(slab) for _, slab in slabs] == [7] * 9 + [4]
+    assert reference._slabs(case.weight, torch.bfloat16)[0][1] is case.weight, "no copy where none is needed"
+    parts, parts_grads = case.run("coef")
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    for name, gradient in whole_grads.items():
+        torch.testing.assert_close(parts_grads[name], gradient, rtol=2**-7, atol=1e-3)

@@ -23,8 +23,10 @@ def inputs(seed=0, rows=ROWS):
     return hidden, weight, noise.row_bits(seed, Stream.TOKEN, zero, zero, torch.arange(rows))
 
 
-def allowed(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Row by row, in the order of the published samplers: temperature, top_k, top_p."""
+def allowed(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> torch.Tensor:
+    """Row by row, in the order of the published samplers: temperature, top_k, top_p, min_p."""
     keep = torch.zeros_like(logits, dtype=torch.bool)
     for row, z in enumerate(logits.tolist()):
         order = sorted(range(len(z)), key=lambda v: (-z[v], v))[:top_k]
@@ -33,18 +35,22 @@ def allowed(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: 
         for v, m in zip(order, mass, strict=True):
             if top_p is not None and reached / sum(mass) >= top_p:
                 break
-            keep[row, v] = True
+            keep[row, v] = min_p is None or m >= min_p
             reached += m
     return keep
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (3, None), (V, None), (100, None), (None, 0.5), (None, 1.0), (5, 0.8)])
-def test_draws_are_the_largest_perturbed_logits_among_the_ids_left(temperature, top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(1, None, None), (3, None, None), (V, None, None), (100, None, None), (None, 0.5, None), (None, 1.0, None), (5, 0.8, None),
+     (None, None, 0.3), (None, 0.6, 0.3), (9, 0.8, 0.5)],
+)  # fmt: skip
+def test_draws_are_the_largest_perturbed_logits_among_the_ids_left(temperature, top_k, top_p, min_p):
     hidden, weight, key = inputs()
-    drawn = sample_tokens(hidden, weight, key, step=2, temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = sample_tokens(hidden, weight, key, step=2, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = (hidden.double() @ weight.double().t()).float()
-    keep = allowed(logits, temperature, top_k, top_p)
+    keep = allowed(logits, temperature, top_k, top_p, min_p)
     perturbed = (logits.double() / temperature + noise.gumbel(key, V, step=2)).masked_fill(~keep, -math.inf)
     assert torch.equal(drawn.token, perturbed.argmax(-1))
     logps = logits.double().log_softmax(-1)
@@ -63,6 +69,8 @@ def test_equal_logits_leave_exactly_k_the_smallest_ids():
     key = inputs(rows=2000)[2]
     drawn = sample_tokens(torch.zeros(2000, 8), torch.ones(V, 8), key, top_k=3).token
     assert drawn.unique().tolist() == [0, 1, 2]
+    half = sample_tokens(torch.zeros(2000, 8), torch.ones(4, 8), key, top_p=0.5).token
+    assert half.unique().tolist() == [0, 1], "the shortest run that reaches the mass"
 
 
 def test_suppressed_ids_and_other_rows_stay_out_and_temperature_0_takes_the_largest():

@@ -1,6 +1,7 @@
 """`DiffusionSFTTrainer` is the Trainer with the usual loss on full logits, whatever the cut, the law and the schedule."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,33 @@ def test_a_block_causal_model_has_the_loss_of_its_blocks(origin, tmp_path):
         make(tmp_path, packed=True, **blocks)
 
 
+def test_a_schedule_has_a_level_and_a_weight_for_each_block(tmp_path):
+    """BD3-LM trains under other schedules than the linear one, whose plan is that of the law itself."""
+    blocks = {"causal_block": 2, "samples": 2, "law_options": {"t_min": 0.01}}
+    trainer = make(tmp_path, **blocks)
+    batch = trainer.data_collator(trainer.train_dataset[:4])
+    want = trainer.plan(batch, samples=2, seed=0)
+    plan = make(tmp_path, schedule=lambda t: (t, 1 / t), **blocks).plan(batch, samples=2, seed=0)
+    assert plan.law == "given"
+    assert torch.equal(plan.masked, want.masked)
+    assert_close(plan.rows.weight, want.rows.weight, rtol=1e-6, atol=0)
+    curved = make(tmp_path, schedule=cosine, **blocks)
+    plan = curved.plan(batch, samples=500, seed=0)
+    drawn = trainer.plan(batch, samples=500, seed=0)
+    _, weight_KU = cosine(drawn.level.t_KB)
+    weight_KBS = drawn.units.at_tokens(weight_KU)
+    assert_close(plan.dense(plan.rows.weight)[plan.scored], weight_KBS[plan.scored].float())
+    assert float(plan.scored.sum() / plan.completion_mask_BS.sum() / 500) == pytest.approx(2 / math.pi, abs=0.02)
+    curved.compute_loss(curved.model, batch).backward()
+    found = gradients(curved.model)
+    curved.model.zero_grad()
+    mask = {"attention_mask": batch["attention_mask"]}
+    plan, length = curved.plan(batch, samples=2, seed=curved.args.seed), float((batch["labels"] != -100).sum())
+    elbo_loss = replace(NEGATIVE_ELBO, contributions=lambda logp, plan, batch: -plan.score(logp).sum())
+    accumulate(curved.model, plan, elbo_loss, Batch(), denominator=length, model_kwargs=mask)
+    assert worst_gradient_error(gradients(curved.model), found) < 1e-6
+
+
 def test_masks_change_with_the_step_and_the_loss_falls(tmp_path):
     model = eurobert(dtype=torch.float32)
     trainer = make(tmp_path, model=model, max_steps=25, learning_rate=3e-3, optim="adamw_torch", per_device_train_batch_size=8)
@@ -182,6 +210,8 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         make(tmp_path, reduction="mean")
     with pytest.raises(ValueError, match=r"^law must be 'bernoulli' where a schedule is given, got 'exact'"):
         make(tmp_path, law="exact", schedule=cosine)
+    with pytest.raises(ValueError, match=r"^law_options must have no weight where a schedule is given"):
+        make(tmp_path, law_options={"weight": "L/count"}, schedule=cosine)
     with pytest.raises(ValueError, match=r"^mask_id must be in 0..10, got 128002, of the model's config"):
         make(tmp_path, mask_id=None)
     packing = make(tmp_path, packed=True)

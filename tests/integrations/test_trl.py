@@ -268,6 +268,26 @@ def test_log_probs_of_d1_s_trainers_are_those_of_full_logits(folder):
         host._get_per_token_logps(model, ids, 4, [5])
 
 
+def test_a_block_causal_model_learns_from_the_states_of_its_blocks(folder, tmp_path):
+    from tests.rollouts.test_layouts import causal
+
+    cached = {"rollout": {"sampler": "sdar", "steps": 4, "block_length": 4, "cache": True}, "max_completion_length": 6}
+    options = {"algorithm": "trace_rl", "algorithm_options": {"shrink": 1}, "samples": None, **cached}
+    trainer = make(folder, tmp_path, model=causal("Qwen3", torch.float32), causal_block=4, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    after = weights(trainer)
+    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    (plan, _), rollout = trainer._update[0], trainer._rollout
+    assert plan.causal_block == 4
+    assert plan.shape[0] == 4 < int(rollout.steps_B.max()), "a sample holds a state of each block"
+    with pytest.raises(ValueError, match=r"^causal_block must be the block_length of rollouts with cache=True, .* None and 4"):
+        make(folder, tmp_path, model=causal("Qwen3", torch.float32), **options)
+    stated = causal("Qwen3", torch.float32)
+    stated.causal_block = 8
+    with pytest.raises(ValueError, match=r"^causal_block must be 8, the block length of the model, got 4"):
+        make(folder, tmp_path, model=stated, causal_block=4, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

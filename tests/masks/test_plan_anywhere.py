@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_kernels import MaskPlan, make_mask_plan, noise, score_tokens
+from dllm_kernels.masks.tails import check_removed
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import BGPO, Batch
 from tests.masks import masks_on_ranks
@@ -91,6 +92,25 @@ def test_a_hidden_tail_of_coupled_masks_is_hidden_once_in_each_pair_as_published
     assert plan.masked[0][TAILED_COMPLETION].all()
     assert (plan.masked[1] ^ plan.masked[2])[TAILED_COMPLETION].all()
     assert not plan.scored[:, TAIL].any()
+
+
+def test_what_a_model_must_not_see_of_a_removed_tail():
+    removed = torch.tensor([[False, False, True], [False, False, False]])
+    sees = (~removed)[:, None, :].expand(2, 3, 3).clone()
+    sees[0, 2] = True  # what is removed may see itself
+    heads = torch.stack([sees, sees], 1)
+    additive = torch.zeros(2, 3, 3).masked_fill(~sees, -1e4)
+    for hides in (~removed, (~removed).long(), sees, sees.long(), heads, additive, additive[:, None]):
+        check_removed(removed, hides)
+    check_removed(None, None)
+    one_head = heads.clone()
+    one_head[0, 1, 0, 2] = True
+    for shows in (None, torch.ones(2, 3), one_head, one_head[:, 1].long(), additive.clamp(min=-9999.0), additive[:, None] / 2):
+        with pytest.raises(ValueError, match=r"that shows 1 token\(s\)"):
+            check_removed(removed, shows)
+    for shape in ([2], [3, 2], [2, 2, 3], [3, 3, 3], [2, 1, 1, 3, 3]):
+        with pytest.raises(ValueError, match="attention_mask must have shape"):
+            check_removed(removed, torch.ones(shape))
 
 
 def test_removed_tails_are_padding_of_plans_of_blocks():
@@ -393,6 +413,7 @@ def test_describe_counts_the_logits_that_are_avoided():
     assert "1024 expected" in text.replace(",", "")
     assert f"{2 * 1024 * 4096 * 126464:.3g} FLOPs" in text
     assert f"{1024 * 126464 * 2 / 2**20:.4g} MiB" in text
+    assert "noisy ids 8 KiB, masks 1 KiB, rows 36 KiB" in text, "four int64 and an fp32 a row"
 
 
 class Operations(TorchDispatchMode):

@@ -9,6 +9,8 @@ Written from the public semantics, not from `dllm_kernels`; of the library only 
     Fast-dLLM      NVlabs/Fast-dLLM llada/generate.py: the surest token, and all that are not below the threshold
     SDAR           JetAstra/SDAR generate.py: blocks of the whole sequence, the last to its end, counts of a whole block, top-k
                    before top-p, probabilities of what is drawn from, strictly above the threshold
+                   dynamic: DMPO's copy of it, get_transfer_index_dynamic; Dream: dream/model/generation_utils.py, _block.py
+    roar           yuchen-zhu-zyc/DMPO dmpo_trainer.py: a random order of each block, a token a step
     entropy bound  arXiv 2505.24857; transformers diffusion_gemma: ascending entropies of what is drawn from, cumulated less own
                    at most the bound
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
+from tests.rollouts import taking_back
 
 Look = Callable[[Tensor], Tensor]  # ids of a completion [L] to its logits [L, V]
 
@@ -45,6 +48,7 @@ class Seen:
     drawn_logp: float  # of what is drawn from
     drawn_entropy: float
     margin: float
+    z: Tensor  # its logits
 
 
 def restricted(z: Tensor, top_k: int | None, top_p: float | None, *, top_p_first: bool) -> Tensor:
@@ -91,7 +95,7 @@ class Canvas:
         top_p_first: bool = False,
         suppress: Sequence[int] = (),
     ) -> None:
-        self.look, self.length, self.temperature = look, length, temperature
+        self.look, self.length, self.temperature, self.mask_id = look, length, temperature, mask_id
         self.top_k, self.top_p, self.top_p_first, self.suppress = top_k, top_p, top_p_first, list(suppress)
         self.ids = torch.full((length,), mask_id)
         self.step = torch.full((length,), -1)  # by calls of the model
@@ -115,7 +119,7 @@ class Canvas:
         masked = self.step < 0
         self.greedy.append(torch.where(masked, z_LV.argmax(-1), self.ids).tolist())
         seen = [self._seen(place, z_LV[place], number) for place in self.masked(places)]
-        self.masked_entropy.append(sum(s.entropy for s in seen) / len(seen))
+        self.masked_entropy.append(sum(s.entropy for s in seen) / len(seen) if seen else math.nan)
         return seen
 
     def _seen(self, place: int, z: Tensor, number: int) -> Seen:
@@ -128,11 +132,12 @@ class Canvas:
         return Seen(
             place,
             token,
-            float(z.log_softmax(-1)[token]),
+            float(z.log_softmax(-1)[token].detach()),
             entropy(z),
             float(tempered.log_softmax(-1)[token]),
             entropy(tempered),
             float(best[0] - best[1]),
+            z,
         )
 
     def commit(self, chosen: Sequence[Seen]) -> None:
@@ -141,6 +146,11 @@ class Canvas:
             self.ids[seen.place] = seen.token
             self.step[seen.place] = len(self.states) - 1
             self.logp[seen.place], self.entropy[seen.place] = seen.logp, seen.entropy
+
+    def take_back(self, places: Sequence[int]) -> None:
+        for place in places:
+            assert self.step[place] >= 0
+            self.ids[place], self.step[place], self.logp[place], self.entropy[place] = self.mask_id, -1, 0.0, 0.0
 
     def ended(self, eos_id: int | None) -> bool:
         """After a block: whether it holds the end; if so, everything undecided becomes the end too."""
@@ -160,7 +170,16 @@ def best(seen: list[Seen], most: int, rank: Callable[[Seen], float]) -> list[See
 
 
 def blocks_of(length: int, block_length: int) -> list[range]:
-    return [range(start, start + block_length) for start in range(0, length, block_length)]
+    return [range(start, min(start + block_length, length)) for start in range(0, length, block_length)]
+
+
+def roar(canvas: Canvas, *, block_length: int, steps: int | None = None, eos_id: int | None = None) -> None:
+    """A token a step, in a random order of each block."""
+    for block in blocks_of(canvas.length, block_length):
+        for inner, place in enumerate(sorted(block, key=lambda place: -int(canvas.order[place]))):
+            canvas.commit([s for s in canvas.call(block, block.start + inner) if s.place == place])
+        if canvas.ended(eos_id):
+            return
 
 
 def llada(
@@ -170,6 +189,7 @@ def llada(
     block_length: int,
     remasking: str = "low_confidence",
     commit_last: Sequence[int] = (),
+    renormalise: bool = False,
     eos_id: int | None = None,
 ) -> None:
     blocks = blocks_of(canvas.length, block_length)
@@ -178,10 +198,16 @@ def llada(
     def rank(seen: Seen) -> float:
         if remasking == "random":
             return int(canvas.order[seen.place])
+        if renormalise:  # ids that are committed last have no probability when confidence is taken
+            z = seen.z.clone()
+            z[list(commit_last)] = -math.inf
+            return float(z.softmax(-1)[seen.token])
         return -math.inf if seen.token in commit_last else seen.logp
 
     for b, block in enumerate(blocks):
-        for inner, tokens in enumerate(share_out(block_length, per_block)):
+        for inner, tokens in enumerate(share_out(len(block), per_block)):
+            if tokens == 0:
+                continue
             seen = canvas.call(block, b * per_block + inner)
             canvas.commit(best(seen, tokens, rank))
         if canvas.ended(eos_id):
@@ -197,7 +223,18 @@ def dream_counts(length: int, steps: int, eps: float) -> list[int]:
     return counts
 
 
-def dream(canvas: Canvas, *, steps: int, alg: str = "origin", eps: float = 1e-3, alg_temp: float = 0.0) -> None:
+def dream(
+    canvas: Canvas,
+    *,
+    steps: int,
+    alg: str = "origin",
+    eps: float = 1e-3,
+    alg_temp: float = 0.0,
+    threshold: float = 0.9,
+    eos_id: int | None = None,
+) -> None:
+    if alg == "confidence_threshold":
+        return dream_threshold(canvas, steps=steps, threshold=threshold, eos_id=eos_id)
     places, t = range(canvas.length), torch.linspace(1, eps, steps + 1)
     ranks: dict[str, Callable[[Seen], float]] = {
         "maskgit_plus": lambda seen: math.exp(seen.drawn_logp),
@@ -211,6 +248,8 @@ def dream(canvas: Canvas, *, steps: int, alg: str = "origin", eps: float = 1e-3,
             drawn = [place for place in canvas.masked(places) if _chance(canvas.order[place], i) < share]
             if drawn:
                 canvas.commit(canvas.call(drawn, i))
+                if _cut(canvas, eos_id):
+                    return None
             continue
         if counts[i] == 0:
             continue  # the published loop calls the model and drops what it says
@@ -220,6 +259,67 @@ def dream(canvas: Canvas, *, steps: int, alg: str = "origin", eps: float = 1e-3,
             canvas.commit(best(seen, counts[i], lambda s, lots=lots: lots[s.place]))
         else:
             canvas.commit(best(seen, counts[i], ranks[alg]))
+        if _cut(canvas, eos_id):
+            return None
+    return None
+
+
+def dream_threshold(canvas: Canvas, *, steps: int, threshold: float, eos_id: int | None) -> None:
+    """Fast-dLLM's: of the surest `tokens a step + put off`, those that are sure enough; the first always."""
+    counts, put_off, i = share_out(canvas.length, steps), 0, 0  # published for lengths that the steps divide
+    while canvas.masked(range(canvas.length)):
+        tokens, put_off = (counts[i] if i < steps else 0) + put_off, 0
+        chosen = best(canvas.call(range(canvas.length), i), tokens, lambda s: s.drawn_logp)
+        sure = [s for s in chosen if s is chosen[0] or math.exp(s.drawn_logp) >= threshold]
+        put_off = len(chosen) - len(sure)
+        canvas.commit(sure)
+        i += 1
+        if _cut(canvas, eos_id):
+            return
+
+
+def _cut(canvas: Canvas, eos_id: int | None) -> bool:
+    """Without blocks: whether an EOS has nothing undecided before it; if so, all that is left reads EOS."""
+    for place in range(canvas.length):
+        if canvas.step[place] < 0:
+            return False
+        if canvas.ids[place] == eos_id:
+            canvas.ids[canvas.step < 0] = eos_id
+            return True
+    return True
+
+
+def fast_dream(
+    canvas: Canvas,
+    *,
+    block_length: int,
+    alg: str = "confidence_threshold",
+    threshold: float = 0.9,
+    steps: int | None = None,
+    eps: float = 1e-3,
+    alg_temp: float = 0.0,
+    eos_id: int | None = None,
+) -> None:
+    """A block's first token by itself, from a call on everything; then by threshold, or by Dream's times and entropies."""
+    blocks = blocks_of(canvas.length, block_length)
+    per_block = 0 if steps is None else steps // len(blocks)
+    t = torch.linspace(1, eps, per_block + 1)
+    for b, block in enumerate(blocks):
+        first = b * per_block if per_block else block.start
+        canvas.commit(canvas.call(block[:1], first))
+        for i in count(1):
+            left = len(canvas.masked(block))
+            if left == 0:
+                break
+            if alg == "entropy":
+                tokens = int(torch.tensor(left) / 1 * (1 - t[i + 1] / t[i])) if i < per_block - 1 else left
+                if tokens:
+                    canvas.commit(best(canvas.call(block, first + i), tokens, lambda s: -s.drawn_entropy))
+                continue
+            seen = best(canvas.call(block, first + i), left, lambda s: s.drawn_logp)
+            canvas.commit([s for s in seen if s is seen[0] or math.exp(s.drawn_logp) >= threshold])
+        if canvas.ended(eos_id):
+            return
 
 
 def _chance(key: Tensor, step: int) -> float:
@@ -232,6 +332,7 @@ def fast_dllm(
     *,
     block_length: int,
     threshold: float = 0.9,
+    factor: float | None = None,
     commit_last: Sequence[int] = (),
     eos_id: int | None = None,
 ) -> None:
@@ -240,11 +341,26 @@ def fast_dllm(
             if not canvas.masked(block):
                 break
             seen = canvas.call(block, number)
+            if factor is not None:
+                canvas.commit(by_factor(seen, factor))
+                continue
             sure = {s.place: 0.0 if s.token in commit_last else math.exp(s.logp) for s in seen}
             (surest,) = best(seen, 1, lambda s, sure=sure: sure[s.place])
             canvas.commit([s for s in seen if s is surest or sure[s.place] >= threshold])
         if canvas.ended(eos_id):
             return
+
+
+def by_factor(seen: list[Seen], factor: float) -> list[Seen]:
+    """The n surest, n as large as the confidence of each of them allows: 1 - factor / (n + 1) of the n-th, for n > 1.
+
+    Where all but the last do, the published loop takes the last too.
+    """
+    seen = best(seen, len(seen), lambda s: s.logp)
+    n = 1
+    while n < len(seen) and math.exp(seen[n].logp) >= 1 - factor / (n + 2):
+        n += 1
+    return seen if n == len(seen) - 1 else seen[:n]
 
 
 def sdar(
@@ -322,7 +438,15 @@ def entropy_bound(
             return
 
 
-SAMPLERS = {"llada": llada, "dream": dream, "fast_dllm": fast_dllm, "sdar": sdar, "entropy_bound": entropy_bound}
+SAMPLERS = {
+    "llada": llada,
+    "roar": roar,
+    "dream": dream,
+    "fast_dllm": fast_dllm,
+    "fast_dream": fast_dream,
+    "sdar": sdar,
+    "entropy_bound": entropy_bound,
+}
 
 
 def bidirectional(model, prompt: Tensor, *, mask_id: int, shift: int = 0, guidance: float = 0.0) -> Look:
@@ -368,6 +492,27 @@ def block_causal(
     return look
 
 
+def shadowed(model, prompt: Tensor, *, mask_id: int, suppress: Sequence[int]):
+    """Logits `[b, V]` of a block whose tokens stand beside themselves as masks: WINO's positions and 4-d mask."""
+
+    def verify(completion: Tensor, block: range) -> Tensor:
+        P, b = len(prompt), len(block)
+        S = P + len(completion)
+        ids = torch.cat([prompt, completion, torch.full((b,), mask_id)])
+        position = torch.cat([torch.arange(S), torch.arange(P + block.start, P + block.stop)])
+        allowed = torch.ones(S + b, S + b, dtype=torch.bool)
+        allowed[:S, S:] = False
+        for n in range(b):
+            allowed[S + n, P + block.start + n] = False
+        dtype = next(model.parameters()).dtype
+        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        z = model(ids[None], attention_mask=bias[None, None], position_ids=position[None]).logits[0].double()[S:].clone()
+        z[:, list(suppress)] = -math.inf
+        return z
+
+    return verify
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -402,10 +547,12 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            top_p_first=sampler == "dream",
+            top_p_first=sampler in ("dream", "fast_dream", "rcr", "remdm"),
             suppress=[*suppress, mask_id] if suppress_mask else suppress,
         )
         more = {"prompt_length": len(prompt)} if sampler == "sdar" else {}
-        SAMPLERS[sampler](canvas, **options, **more)
+        if sampler == "wino":
+            more["verify"] = shadowed(model, prompt, mask_id=mask_id, suppress=canvas.suppress)
+        ({**SAMPLERS, **taking_back.SAMPLERS})[sampler](canvas, **options, **more)
         done.append(canvas)
     return done

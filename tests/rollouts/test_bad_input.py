@@ -16,6 +16,7 @@ LIST = list(PROMPT)
 SDAR = {"sampler": "sdar", "block_length": 4, "steps": 2}
 DREAM = {"sampler": "dream", "block_length": None, "steps": 3, "alg": "entropy"}
 FAST = {"sampler": "fast_dllm", "steps": None}
+REMDM = {"sampler": "remdm", "block_length": None, "steps": 3, "sequence_ids": IDS}
 BOUND = {"sampler": "entropy_bound", "steps": None}
 
 
@@ -103,7 +104,7 @@ def short_model():
         ({"mask_id": 3}, ValueError, ["prompt_ids", "mask_id=3"]),
         ({"prompt_ids": LIST, "mask_id": 9}, ValueError, ["prompt_ids", "mask_id=9"]),
         ({"eos_id": 11}, ValueError, ["eos_id", "11", "10"]),
-        ({**DREAM, "eos_id": 3}, ValueError, ["eos_id", "dream", "3"]),
+        ({**REMDM, "eos_id": 3}, ValueError, ["eos_id", "remdm", "3"]),
         ({"shift": 5}, ValueError, ["prompt_ids", "shift=5"]),
         ({"shift": -1}, ValueError, ["shift", "-1"]),
         ({"length": 60, "block_length": 60}, ValueError, ["length", "48", "64"]),

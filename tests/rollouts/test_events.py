@@ -47,6 +47,16 @@ def test_log_probs_at_rollout_with_the_cache_are_those_of_the_layout(model, reci
     assert plan.shape[0] < int(rollout.steps_B.max()), "a sample holds a state of every block"
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_editing_near_the_end_is_scored_as_it_was_rolled_out(model, length):
+    """Completions that end inside their first block, beside others that go on."""
+    rollout = rollout_of(model, EDITING, length=length, shift=1)
+    assert rollout.edited
+    plan = trajectory_rows(rollout)
+    scored = score_samples(model, plan, suppress=(MASK,), per_token=True, samples_per_pass=3).transpose(0, 1)
+    torch.testing.assert_close(scored, rollout_logp(rollout, plan), rtol=0, atol=1e-5)
+
+
 def test_replayed_states_are_what_the_model_was_given(model):
     """The ids of every call, caught on the way, without the cache."""
     seen = []

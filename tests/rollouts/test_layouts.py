@@ -257,6 +257,19 @@ def test_the_cache_changes_nothing_of_a_block_causal_rollout(cached_model, block
     assert len(shapes) >= int(rollout.steps_B.max())
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_completion_that_ends_inside_its_first_block_is_written_where_it_belongs(cached_model, length):
+    """Beside others that go on, whose places it lacks: they once overwrote its last token with the mask."""
+    options = {"sampler": "sdar", "block_length": 4, "steps": 3, "threshold": 0.4, "length": length, "temperature": 0.7}
+    ids = torch.arange(len(LENGTHS))
+    together = generate(cached_model, LENGTHS, cache=True, mask_id=MASK, sequence_ids=ids, **options)
+    for b, prompt in enumerate(LENGTHS):
+        alone = generate(cached_model, [prompt], cache=True, mask_id=MASK, sequence_ids=ids[b : b + 1], **options)
+        assert torch.equal(alone.completion_BL[0], together.completion_BL[b])
+        assert torch.equal(alone.commit_step_BL[0], together.commit_step_BL[b])
+        torch.testing.assert_close(alone.commit_logp_BL[0], together.commit_logp_BL[b], rtol=0, atol=1e-5)
+
+
 def test_the_cache_takes_left_padded_prompts_and_ends_early(cached_model):
     options = {
         "sampler": "sdar",

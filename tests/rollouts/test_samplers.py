@@ -5,14 +5,18 @@ entropies, states, greedy.
 from __future__ import annotations
 
 import itertools
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels import generate
-from dllm_kernels.rollouts import samplers
+from dllm_kernels import Rollout, generate, trajectory_rows
+from dllm_kernels.accumulation.scores import score_samples
+from dllm_kernels.rollouts import schedules
+from dllm_kernels.rollouts.samplers import SAMPLERS
 from tests.rollouts import published
 from tests.rollouts.compare import IDS, MASK, RAGGED, V, both
 from tests.tiny import eurobert
@@ -39,6 +43,20 @@ RECIPES = {
     "sdar entropy": {"sampler": "sdar", "block_length": 4, "remasking": "entropy_bounded", "bound": 1.0},
     "sdar sequential": {"sampler": "sdar", "block_length": 4, "steps": 3, "remasking": "sequential"},
     "entropy_bound": {"sampler": "entropy_bound", "block_length": 4, "bound": 2.0},
+    "roar": {"sampler": "roar", "block_length": 4},
+    "fast_dllm factor": {"sampler": "fast_dllm", "block_length": 8, "factor": 2.0},
+    "dream threshold": {"sampler": "dream", "steps": 4, "alg": "confidence_threshold", "threshold": 0.25, "top_p": 0.9},
+    "fast_dream": {"sampler": "fast_dream", "block_length": 4, "threshold": 0.25, "shift": 1},
+    "fast_dream entropy": {"sampler": "fast_dream", "block_length": 4, "steps": 6, "alg": "entropy", "shift": 1},
+}
+TAKING_BACK = {
+    "rcr": {"sampler": "rcr", "block_length": 4, "steps": 6},
+    "rcr margin": {"sampler": "rcr", "block_length": 8, "steps": 5, "alg": "topk_margin", "top_k": 5},
+    "wino": {"sampler": "wino", "block_length": 8, "threshold": 0.2, "threshold_back": 0.5},
+    "remdm cap": {"sampler": "remdm", "steps": 6, "eta": 0.3},
+    "remdm rescale": {"sampler": "remdm", "steps": 6, "eta": 0.5, "strategy": "rescale"},
+    "remdm conf": {"sampler": "remdm", "steps": 6, "strategy": "conf"},
+    "remdm loop": {"sampler": "remdm", "steps": 9, "strategy": "loop", "eta": 0.1},
 }
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
@@ -47,6 +65,23 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @each_recipe
 def test_every_sampler_equals_its_published_loop_on_ragged_prompts(model, recipe, temperature):
     both(model, temperature=temperature, seed=3, **recipe)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("recipe", TAKING_BACK.values(), ids=TAKING_BACK)
+def test_and_those_that_take_tokens_back(model, recipe, temperature):
+    rollout, _ = both(model, temperature=temperature, seed=3, length=8, **recipe)
+    assert rollout.edited or recipe.get("alg")
+
+
+@pytest.mark.parametrize("recipe", TAKING_BACK.values(), ids=TAKING_BACK)
+def test_whose_padding_and_company_change_nothing_either(model, recipe):
+    options = {"temperature": 0.7, "length": 8, **recipe}
+    left, _ = both(model, layout="left", **options)
+    for micro_batch in (1, 2):
+        ragged = generate(model, RAGGED, mask_id=MASK, sequence_ids=IDS, micro_batch=micro_batch, **options)
+        assert torch.equal(ragged.completion_BL, left.completion_BL)
+        assert torch.equal(ragged.commit_step_BL, left.commit_step_BL)
 
 
 @each_recipe
@@ -126,7 +161,7 @@ def test_any_entropy_bound(model, bound):
 
 @given(length=st.integers(1, 400), steps=st.integers(1, 500), eps=st.floats(1e-5, 0.5))
 def test_dream_commits_the_published_numbers_of_tokens(length, steps, eps):
-    counts = samplers.times_commit(length, steps, eps)
+    counts = schedules.times_commit(length, steps, eps)
     assert counts == published.dream_counts(length, steps, eps)
     assert sum(counts) == length
 
@@ -164,6 +199,53 @@ def test_tokens_of_commit_last_wait_until_nothing_else_is_left(model, recipe, te
     rollout, _ = both(model, commit_last=(late,), **options)
     assert (rollout.completion_BL == late).any()
     assert not torch.equal(rollout.commit_step_BL, plain.commit_step_BL)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_committed_last_may_be_left_out_of_the_confidence_of_others(temperature):
+    """LLaDA's `confidence_eos_eot_inf`: the others' probabilities are those without it, which changes their order."""
+    drawn, same_order = set(), set()
+    for seed in range(6):
+        model = eurobert(layers=1, hidden=16, seed=seed)
+        options = {"temperature": temperature, "remasking": "low_confidence", "block_length": 8, "steps": 8}
+        late = both(model, **options)[0].completion_BL.flatten().mode().values.item()
+        last, _ = both(model, commit_last=(late, 3), **options)
+        rollout, _ = both(model, commit_last=(late, 3), renormalise=True, **options)
+        drawn.add(bool((rollout.completion_BL == late).any()))
+        same_order.add(torch.equal(rollout.commit_step_BL, last.commit_step_BL))
+    assert True in drawn
+    assert False in same_order
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 1.7, 5.0])
+def test_any_factor(model, factor):
+    for block_length in (2, 4, 8):
+        both(model, sampler="fast_dllm", block_length=block_length, factor=factor, temperature=1.0)
+
+
+def test_random_order_a_token_a_step_gives_the_elbo_on_average():
+    """DMPO's roar: the mean over all orders of the exact log-probability given the order is the ELBO (AO-ARM)."""
+    model, L = eurobert(layers=1, hidden=16), 4
+    prompt, ids = torch.tensor([3, 9, 4]), torch.tensor([5, 1, 7, 5])
+    orders = list(itertools.permutations(range(L)))
+    states = Rollout.from_steps([prompt] * len(orders), [ids] * len(orders), orders, mask_id=MASK)
+    exact = score_samples(model, trajectory_rows(states), suppress=(MASK,)).sum(-1).mean()
+    subsets = [list(s) for n in range(1, L + 1) for s in itertools.combinations(range(L), n)]
+    noisy = torch.stack([torch.cat([prompt, ids]) for _ in subsets])
+    for row, hidden in enumerate(subsets):
+        noisy[row, [3 + place for place in hidden]] = MASK
+    with torch.no_grad():
+        z = model(noisy).logits[:, 3:].double()
+    z[..., MASK] = -torch.inf
+    logp = z.log_softmax(-1).gather(-1, ids.expand(len(subsets), L)[..., None])[..., 0]
+    weights = [1 / len(s) / math.comb(L, len(s)) for s in subsets]
+    elbo = sum(w * float(logp[row, s].sum()) for row, (w, s) in enumerate(zip(weights, subsets, strict=True)))
+    assert float(exact) == pytest.approx(elbo, abs=1e-6)
+    rollout = generate(model, [prompt] * 6, length=L, block_length=L, sampler="roar", mask_id=MASK, temperature=1.0,
+                       sequence_ids=torch.arange(6))  # fmt: skip
+    assert rollout.steps_B.tolist() == [L] * 6
+    trace = trajectory_rows(rollout)
+    torch.testing.assert_close(score_samples(model, trace, suppress=(MASK,)).sum(-1), rollout.commit_logp_BL.double().sum(-1))
 
 
 def test_suppressed_ids_are_never_drawn_and_change_what_the_others_weigh(model):
@@ -226,3 +308,34 @@ def test_the_prompt_stays_and_the_settings_are_told(model):
     assert rollout.settings["steps"] == 3
     assert rollout.settings["temperature"] == 0.0
     assert rollout.settings["remasking"] == "low_confidence"
+
+
+def test_every_sampler_and_option_is_told_and_compared():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rollouts.md").read_text()
+    compared = {recipe.get("sampler", "llada") for recipe in (*RECIPES.values(), *TAKING_BACK.values())} | {"llada2"}
+    for sampler in SAMPLERS.values():
+        assert f"| `{sampler.name}`" in page
+        assert f"        {sampler.name} " in generate.__doc__
+        assert sampler.name in compared
+        for option in sampler.options:
+            assert f"{option}=" in generate.__doc__ or option in generate.__doc__, option
+
+
+def test_default_numbers_are_those_of_the_sources_that_the_table_names():
+    numbers = {
+        name: {option: value for option, value in sampler.options.items() if type(value) in (int, float)}
+        for name, sampler in SAMPLERS.items()
+    }
+    assert numbers == {
+        "llada": {},
+        "dream": {"eps": 1e-3, "threshold": 0.9},
+        "roar": {},
+        "fast_dllm": {"threshold": 0.9},
+        "fast_dream": {"eps": 1e-3, "threshold": 0.9},
+        "rcr": {},
+        "wino": {"threshold": 0.6, "threshold_back": 0.9},
+        "remdm": {"eta": 0.02, "eps": 1e-5, "t_on": 0.55, "t_off": 0.05, "alpha_on": 0.9},
+        "sdar": {"threshold": 0.85, "bound": 0.1},
+        "llada2": {"threshold": 0.95, "max_post_steps": 16},
+        "entropy_bound": {"bound": 0.1},
+    }

@@ -1,5 +1,6 @@
 """Who does what; what needs several processes is in tests/model/test_sharded.py."""
 
+import socket
 import subprocess
 import sys
 
@@ -88,3 +89,19 @@ def test_torchrun_starts_the_ranks_and_ends_them_all_when_one_fails():
     assert failed.returncode != 0
     assert "dllm-kernels: the loss became nan" in failed.stderr
     assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("address", ["taken", "missing", "not a number"])
+def test_ranks_that_cannot_meet_say_so_in_a_sentence(address, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        port = {"taken": str(taken.getsockname()[1]), "not a number": "x", "missing": None}[address]
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        if port is not None:
+            monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(UserError, match=r"^rank 0 cannot meet the others at 127\.0\.0\.1:"):
+            distributed.start()

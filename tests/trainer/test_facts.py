@@ -118,6 +118,8 @@ def test_a_block_causal_model_may_be_declared_bidirectional_and_back() -> None:
         config("llada"), NO_TOKENS, "x", {"topology": "block_causal", "block_length": 8, "attention_mask": "bool"}
     )
     assert declared.block_length == 8
+    with pytest.raises(UserError, match=r"model\.facts\.block_length must be the 16 that the configuration of x states, got 8"):
+        facts_of(config("sdar", block_size=16), NO_TOKENS, "x", {"block_length": 8})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ EXAMPLES = 3
 
 
 def describe_task(config: RunConfig) -> str:
-    """Three training examples, each with its prompt as the model sees it, and the rewards of a right and a wrong answer."""
+    """Three training examples, each with its prompt as the model sees it, and the rewards of a right and a wrong answer.
+
+    Where a demonstration is not right, as those of the toys' careless solvers, that is said in place of "right answer".
+    """
     task = make_task(config.task, seed=config.task_seed)
     tokenizer = _tokenizer(config, task)
     rewards = {"correct": task.correct, **task.rewards}
@@ -28,6 +31,7 @@ def describe_task(config: RunConfig) -> str:
         f"{task.name}: {len(task.train):,} training examples, {len(task.demonstrations):,} of them with answers shown in SFT; "
         f"tests: {tests}",
         f"tokenizer of {len(tokenizer):,} tokens; completions of {length}; rl.reward is {config.rl.reward}",
+        *task.notes(),
     ]
     system = task.system if config.prompt.instructions else ""
     if not config.prompt.chat_template:
@@ -36,13 +40,14 @@ def describe_task(config: RunConfig) -> str:
     for example in task.train[:EXAMPLES]:
         (ids,) = encode(tokenizer, [example], system=system, shots=shots, longest=config.prompt.max_length)
         lines += ["", f"example {example.id}, a prompt of {len(ids)} tokens", *_indented(tokenizer.decode(ids))]
-        answers = {"right": example.answer, "wrong": _wrong(task, example)}
-        for name, answer in answers.items():
+        is_right = example.answer and _score(task.correct, example, example.answer)
+        shown = "right answer" if is_right or not example.answer else "demonstration, which is not right"
+        for name, answer in ((shown, example.answer), ("wrong answer", _wrong(task, example))):
             if answer:
                 scores = ", ".join(f"{key} {_score(reward, example, answer):g}" for key, reward in rewards.items())
-                lines += [f"{name} answer: {scores}", *_indented(answer)]
+                lines += [f"{name}: {scores}", *_indented(answer)]
             else:
-                lines.append(f"{name} answer: none is known")
+                lines.append(f"{name}: none is known")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..errors import UserError
 from ..tasks import Example, Task
 from .loading import Loaded
 
+_LOOKED_AT = 8  # longest texts of each set
+
 
 class Codec:
     """`length` is L, the tokens of a completion."""
@@ -29,6 +32,8 @@ class Codec:
         self._options: dict[str, Any] = {"system": system, "shots": task.train[: config.few_shot], "longest": config.max_length}
         self._mask_id = loaded.facts.mask_id
         self._context = context_length(loaded.model)
+        # whether completions fill the middle of a text, not its end
+        self.infills = any(example.suffix for part in (task.train, *task.tests.values()) for example in part)
         if not config.chat_template:
             self._tokenizer.chat_template = None
 
@@ -43,12 +48,37 @@ class Codec:
                 raise UserError(f"{what} is empty")
             if self._mask_id in ids:
                 raise UserError(f"{what} holds the mask token, which marks what is to be written")
-            if self._context is not None and len(ids) + self.length > self._context:
+            more = len(self._suffix(example)) if self.infills else 0
+            if self._context is not None and len(ids) + self.length + more > self._context:
                 raise UserError(
-                    f"{what} has {len(ids)} tokens, with a completion of {self.length} more than the model's context of "
+                    f"{what} has {len(ids) + more} tokens, with a completion of {self.length} more than the model's context of "
                     f"{self._context}; nothing is ever cut"
                 )
         return [torch.tensor(ids) for ids in encoded]
+
+    def asked(self, examples: Sequence[Example]) -> tuple[list[Tensor], dict[str, None]]:
+        """What `generate` is given: prompts, or, where completions fill the middle, canvases, and the keyword that says so.
+
+        Raises as `prompts`.
+        """
+        prompts = self.prompts(examples)
+        if not self.infills:
+            return prompts, {}
+        middle = torch.full((self.length,), self._mask_id)
+        suffixes = self.suffixes(examples) or []
+        return [torch.cat([p, middle, s]) for p, s in zip(prompts, suffixes, strict=True)], {"length": None}
+
+    def suffixes(self, examples: Sequence[Example]) -> list[Tensor] | None:
+        """int64 `[Q_b]` each, which follow the completions; None where nothing does."""
+        if not self.infills:
+            return None
+        return [torch.tensor(self._suffix(example), dtype=torch.int64) for example in examples]
+
+    def _suffix(self, example: Example) -> list[int]:
+        ids = _ids(self._tokenizer, example.suffix, example, "suffix") if example.suffix else []
+        if self._mask_id in ids:
+            raise UserError(f"the suffix of example {example.id} holds the mask token, which marks what is to be written")
+        return ids
 
     def answers(self, examples: Sequence[Example]) -> Tensor:
         """int64 `[B, L]`: the demonstrations, filled up with EOS."""
@@ -58,18 +88,34 @@ class Codec:
                 raise UserError(f"the answer of example {example.id} holds the mask token, which marks what is to be written")
         return torch.tensor(encoded)
 
+    def look_ahead(self, task: Task, *, shown: bool) -> None:
+        """Raises UserError for what training would stumble over hours later: the longest texts, answers that are missing.
+
+        `shown`: whether there is supervised training.
+        """
+        levels = [task.train] if task.curriculum is None else task.curriculum.levels
+        for examples in (*levels, *task.tests.values()):
+            self.prompts(heapq.nlargest(_LOOKED_AT, examples, key=lambda example: len(example.prompt)))
+        if shown:
+            self.answers([example for example in task.demonstrations if not example.answer][:1])
+            self.answers(heapq.nlargest(_LOOKED_AT, task.demonstrations, key=lambda example: len(example.answer)))
+
     def texts(self, completions_BL: Tensor) -> list[str]:
         return decode(self._tokenizer, completions_BL.cpu(), eos_id=self._eos)
 
 
-def joined(prompts: Sequence[Tensor], answers_BL: Tensor, pad_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Prompts and answers padded on the right: ids `[B, S]`, mask of answers, mask of real tokens or None."""
-    rows = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers_BL, strict=True)]
+def joined(
+    prompts: Sequence[Tensor], answers_BL: Tensor, pad_id: int, suffixes: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Prompts, answers and what follows them, padded on the right: ids `[B, S]`, mask of answers, mask of real tokens or None."""
+    suffixes = [answers_BL.new_zeros(0)] * len(prompts) if suffixes is None else suffixes
+    rows = [torch.cat(parts) for parts in zip(prompts, answers_BL, suffixes, strict=True)]
     ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     first_B1 = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     place_S = torch.arange(ids_BS.shape[1])
-    real_BS = place_S < first_B1 + answers_BL.shape[1]
-    return ids_BS, real_BS & (place_S >= first_B1), None if bool(real_BS.all()) else real_BS
+    end_B1 = first_B1 + answers_BL.shape[1]
+    real_BS = place_S < end_B1 + torch.tensor([len(suffix) for suffix in suffixes])[:, None]
+    return ids_BS, (place_S >= first_B1) & (place_S < end_B1), None if bool(real_BS.all()) else real_BS
 
 
 def encode(

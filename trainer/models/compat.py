@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 import transformers.utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,9 +24,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dllm_kernels.model.block_attention import BlockMask
 
 from ..distributed import find_blocks
+from ..errors import UserError
 from ..facts import Facts
 
 FORM = "_dllm_attention_form"
+
+
+def eurobert() -> tuple[Any, Any]:
+    """Configuration and model of EuroBERT, a Llama without the causal mask. Raises UserError where transformers has none."""
+    if not hasattr(transformers, "EuroBertForMaskedLM"):
+        raise UserError(
+            f"model.checkpoint must be a folder or an id of the hub under transformers {transformers.__version__}: a model from "
+            f"scratch or of known sizes is a EuroBERT, which came with 5.3 (pip install 'transformers>=5.3')"
+        )
+    return transformers.EuroBertConfig, transformers.EuroBertForMaskedLM
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -193,13 +205,12 @@ def adapt_forward(model: PreTrainedModel, facts: Facts) -> None:
 
     The forward of the class is wrapped, not hooked, since peft calls the forward of the model that it wraps.
     """
+    block_length = facts.block_length if facts.topology == "block_causal" else None
+    model.causal_block = block_length  # type: ignore[assignment]  # for the library, which scores such models by blocks
     if facts.attention_mask == "int" and facts.topology == "bidirectional":
         return
     if facts.attention_mask == "int":  # two dimensions cannot express what a block sees
         raise ValueError("attention_mask must be bool, float, bias or none for a block-causal model, got 'int'")
-    block_length = facts.block_length if facts.topology == "block_causal" else None
-    if block_length is not None:
-        model.causal_block = block_length  # type: ignore[assignment]  # for the library, which scores such models by blocks
     setattr(model, FORM, AttentionForm(facts.attention_mask, block_length))
     cls = type(model)
     if not hasattr(cls.forward, FORM):

@@ -115,8 +115,7 @@ def recognise(
 ) -> tuple[Any, PreTrainedTokenizerBase, Facts, type[PreTrainedModel]]:
     """A checkpoint's configuration, tokenizer, facts and class, without weights. Raises as `load` does."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    if _is_path(name) and not Path(name).expanduser().is_dir():
-        raise UserError(f"model: there is no folder {name}; a checkpoint is a folder, or an id of the hub such as org/name")
+    check_place(name)
     label = Path(name).resolve().name if Path(name).is_dir() else name
     with _sentences(name):
         with compat.removed_names():
@@ -128,6 +127,12 @@ def recognise(
             facts_of(config, tokenizer, label, facts),
             _model_class(config, name, revision, trusted=trust_remote_code),
         )
+
+
+def check_place(name: str) -> None:
+    """Raises UserError for what can be no id of the hub and is no folder; asked before a task's data are made."""
+    if _is_path(name) and not Path(name).expanduser().is_dir():
+        raise UserError(f"model: there is no folder {name}; a checkpoint is a folder, or an id of the hub such as org/name")
 
 
 def _is_path(name: str) -> bool:
@@ -198,8 +203,7 @@ def _add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """Random weights, a function of (config, seed); leaves the global random state alone."""
-    from transformers import EuroBertConfig, EuroBertForMaskedLM  # since transformers 5.3; checkpoints load without
-
+    EuroBertConfig, EuroBertForMaskedLM = compat.eurobert()
     settings = EuroBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

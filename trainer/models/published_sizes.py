@@ -1,4 +1,4 @@
-"""Sizes of published models, for a memory plan without the hub: each is a Llama without the causal mask.
+"""Sizes of published models, for a plan without the hub: each is a Llama without the causal mask.
 
 Figures are those of the published configurations. What else is true of a family is in `facts.py`.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..facts import FAMILIES, Facts
+from . import compat
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Sizes:
     key_value_heads: int
     intermediate_size: int
     vocabulary: int
+    idle: int = 0  # parameters of the experts that a token does not go through; the others are one wide layer
 
     def facts(self) -> Facts:
         row = next(row for row in FAMILIES if row.name == self.family)
@@ -27,7 +29,7 @@ class Sizes:
 
     def model(self) -> tuple[Any, Any]:
         """Class and configuration of transformers' EuroBERT of these sizes, which has the same matrices."""
-        from transformers import EuroBertConfig, EuroBertForMaskedLM
+        EuroBertConfig, EuroBertForMaskedLM = compat.eurobert()
 
         return EuroBertForMaskedLM, EuroBertConfig(
             vocab_size=self.vocabulary,
@@ -47,6 +49,10 @@ class Sizes:
 LLADA = Sizes("llada", 4096, 32, 32, 32, 12288, 126464)
 DREAM = Sizes("dream", 3584, 28, 28, 4, 18944, 152064)
 
+SDAR = Sizes("sdar", 4096, 36, 32, 8, 12288, 151936)
+# 8 of 256 experts of 512 and one that is shared, in 19 of the 20 layers
+LLADA2 = Sizes("llada2", 2048, 20, 16, 4, 9 * 512, 157184, idle=19 * 248 * 3 * 2048 * 512)
+
 # ids of the hub in lower case
 PUBLISHED = {
     "gsai-ml/llada-8b-base": LLADA,
@@ -57,4 +63,8 @@ PUBLISHED = {
     "apple/diffucoder-7b-base": DREAM,
     "apple/diffucoder-7b-instruct": DREAM,
     "apple/diffucoder-7b-cpgrpo": DREAM,
+    "jetlm/sdar-8b-chat": SDAR,
+    "gen-verse/trado-8b-instruct": SDAR,
+    "inclusionai/llada2.0-mini": LLADA2,
+    "inclusionai/llada2.1-mini": LLADA2,
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_kernels import headless, noise, score_tokens
 from dllm_kernels.model.kept import check_kept
-from dllm_kernels.model.layouts import takes_cache
+from dllm_kernels.model.layouts import takes, takes_cache
 from dllm_kernels.noise import Stream
 from dllm_kernels.rollouts.samplers import check_steps
 
@@ -93,19 +93,39 @@ def shift_self_test(
     return verdict
 
 
-def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int) -> None:
-    """Raises UserError for what `generate` would refuse of this config and model, before anything is trained."""
+def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int, *, infills: bool = False) -> None:
+    """Raises UserError for what `generate` would refuse of this config and model, before anything is trained.
+
+    `infills`: completions fill the middle of a text.
+    """
     sampler = rollout.resolved()
+    if infills and (loaded.facts.block_length is not None or sampler.blocks == "sequence"):
+        raise UserError(
+            "a task with suffixes needs a model and a sampler that see what follows a block, and sdar and llada2 do not"
+        )
+    if infills and (rollout.stop_at_eos or rollout.cache):
+        raise UserError(
+            "rollout.stop_at_eos and rollout.cache must be false for a task with suffixes, which follow the completion"
+        )
     try:
         check_steps(sampler, length, rollout.steps, rollout.block_length)
     except (TypeError, ValueError) as error:
         raise UserError(f"rollout.{error}") from error
-    if rollout.stop_at_eos and sampler.blocks is None:
-        raise UserError(f"rollout.stop_at_eos must be false for sampler {sampler.name}, which finishes no block before the end")
+    if rollout.stop_at_eos and sampler.take_back is not None:
+        raise UserError(f"rollout.stop_at_eos must be false for sampler {sampler.name}, which may take an EOS back")
+    if sampler.take_back == "verified":
+        if loaded.facts.shift:
+            raise UserError(
+                f"rollout.sampler must not be {sampler.name} for a model with a shift, got shift={loaded.facts.shift}"
+            )
+        with headless(loaded.model) as body:
+            if not takes(body, "position_ids"):
+                name = type(loaded.model).__name__
+                raise UserError(f"rollout.sampler must not be {sampler.name} for {name}, which takes no position_ids")
     if rollout.refresh is not None and isinstance(rollout.cache, bool):
         raise UserError(f"rollout.refresh must be null with rollout.cache={str(rollout.cache).lower()}, got {rollout.refresh}")
     if isinstance(rollout.cache, str):
-        if sampler.blocks != "completion":
+        if sampler.blocks != "completion" or sampler.take_back is not None:
             raise UserError(f"rollout.cache={rollout.cache} is for samplers with blocks of the completion, got {sampler.name}")
         if loaded.facts.block_length is not None:
             raise UserError(f"rollout.cache must be true or false for a block-causal model, got {rollout.cache}")

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "*.save_every",
     "*.micro_batch",
     "rl.samples_per_pass",
+    "rl.memory_budget",
     "*timeout",
     "checkpoints.*",
     "evaluation.*",

@@ -41,6 +41,7 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, summed over resumes
     before: dict[str, Any] | None = None  # eval_before.json, once RL began
     curriculum: dict[str, Any] = field(default_factory=dict)  # where RL stands in it
+    passes: dict[str, int] = field(default_factory=dict)  # the micro-batch that was found to fit rl.memory_budget
 
     @classmethod
     def read(cls, saved: Checkpoint) -> State:
@@ -53,8 +54,10 @@ class State:
             "seconds": dict,
             "before": (dict, type(None)),
             "curriculum": dict,
+            "passes": dict,
         }
-        values.setdefault("curriculum", {})  # checkpoints of earlier versions have none
+        for name in ("curriculum", "passes"):  # checkpoints of earlier versions have none
+            values.setdefault(name, {})
         wrong = sorted(values.keys() ^ kinds.keys()) or [key for key, kind in kinds.items() if not isinstance(values[key], kind)]
         if wrong or values["phase"] not in PHASES or not isinstance(saved.state.get("facts"), dict):
             raise UserError(f"{saved.path}: its trainer_state.json cannot be used (field {(wrong or ['phase or facts'])[0]})")

@@ -5,10 +5,12 @@ The reward is the share of tests that a completion's program passes, each run in
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +29,6 @@ SYSTEM = "Answer with one Python function in a block that begins with ```python 
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _TOY_INPUTS = range(6)
-_TOY_SHOWN = 3  # values of the first inputs in the prompt; the tests ask for all
 _TOY_LENGTH = 7  # (x+1)*2
 
 
@@ -51,7 +52,7 @@ def make(config: CodeConfig, *, seed: int) -> Task:
         correct=solved,
         metrics={"tests": share, **({} if toy else {"format": well_formed})},
         completion_length=_TOY_LENGTH if toy else config.completion_length,
-        alphabet="0123456789+-*()x,=" if toy else None,
+        alphabet="0123456789+-*()x=" if toy else None,
         system="" if toy else SYSTEM,
     )
 
@@ -143,42 +144,54 @@ _FORMAT = 0.1
 
 
 def toy_examples(config: CodeConfig, name: str, *, seed: int) -> list[Example]:
-    """Expressions in x by their values: `08,10,12=` for (x+4)*2, or 2*x+8, which is as right.
+    """Programs of a stack machine to be written as Python: `x4+2*=` is `(x+4)*2`, or any other program of the same values.
 
-    A hash of the values decides whether a problem is held out. A share of the training demonstrations leaves the
-    parentheses out, as if precedence did not matter.
+    A hash of the problem decides whether it is held out. A share of the training demonstrations leaves the parentheses out,
+    as if precedence did not matter; in every problem of the toy it does.
     """
     count = config.train_problems if name == "train" else config.test_problems
-    kinds = [kind for kind in _toy_kinds() if _held_out(kind[1]) == (name != "train")]
+    problems = [problem for problem in _toy_problems() if _held_out(problem) == (name != "train")]
     if name != "train":
-        kinds = kinds[:count]
-        if len(kinds) < count:
-            raise ConfigError(f"task.test_problems must be at most {len(kinds)}, the held-out problems of the toy, got {count}")
+        if len(problems) < count:
+            raise ConfigError(
+                f"task.test_problems must be at most {len(problems)}, the held-out problems of the toy, got {count}"
+            )
+        problems = problems[:count]
     sequence = torch.tensor(noise.sequence_id(f"code/{name}"))
     draws = noise.uniform(noise.row_bits(seed, Stream.DATA, sequence, torch.arange(count)[:, None], torch.arange(2))).tolist()
     found = []
     for index, (which, quality) in enumerate(draws):
-        text, values = kinds[int(which * len(kinds)) if name == "train" else index]
+        problem = problems[int(which * len(problems)) if name == "train" else index]
+        tests = [f"assert f({x}) == {value}" for x, value in zip(_TOY_INPUTS, problem.values, strict=True)]
         careless = name == "train" and quality < config.careless_share
-        tests = [f"assert f({x}) == {value}" for x, value in zip(_TOY_INPUTS, values, strict=True)]
-        answer = text.replace("(", "").replace(")", "") if careless else text
-        shown = ",".join(f"{value:02d}" for value in values[:_TOY_SHOWN])
-        found.append(Example(str(index), f"{shown}=", answer, {"tests": tests, "setup": ""}))
+        answer = problem.careless if careless else problem.right
+        found.append(Example(str(index), f"{problem.asked}=", answer, {"tests": tests, "setup": ""}))
     return found
 
 
-def _toy_kinds() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every (x+a)*b, x*b+a and x*x+a once per list of values, in a fixed order that mixes them."""
-    found: dict[tuple[int, ...], str] = {}
-    texts = [f"(x+{a})*{b}" for b in range(2, 10) for a in range(1, 10)]
-    texts += [text for a in range(1, 61) for text in (f"x*x+{a}", *(f"x*{b}+{a}" for b in range(2, 10)))]
-    for text in texts:
-        values = tuple(eval(text, {"x": x}) for x in _TOY_INPUTS)  # of the lines above, never a model's
-        if max(values[:_TOY_SHOWN]) < 100:
-            found.setdefault(values, text)
-    for values in sorted(found, key=lambda values: noise.sequence_id(f"code/order/{values}")):
-        yield found[values], values
+class _Problem(NamedTuple):
+    asked: str  # for a stack machine
+    right: str
+    careless: str  # without parentheses
+    values: tuple[int, ...]
 
 
-def _held_out(values: tuple[int, ...]) -> bool:
-    return noise.sequence_id(f"code/{values}") % 4 == 0
+@functools.cache
+def _toy_problems() -> list[_Problem]:
+    """(a+b)*c, a*(b+c), a-(b+c) and the like, of x and digits, where parentheses matter; in a fixed order that mixes them."""
+    leaves, found = "x123456789", []
+    for a, b, c in itertools.product(leaves, repeat=3):
+        for first, second in itertools.product("+-*", repeat=2):
+            for asked, right in (
+                (f"{a}{b}{first}{c}{second}", f"({a}{first}{b}){second}{c}"),
+                (f"{a}{b}{c}{second}{first}", f"{a}{first}({b}{second}{c})"),
+            ):
+                careless = right.replace("(", "").replace(")", "")
+                values, others = ([eval(text, {"x": x}) for x in _TOY_INPUTS] for text in (right, careless))  # texts of ours
+                if "x" in asked and values != others:
+                    found.append(_Problem(asked, right, careless, tuple(values)))
+    return sorted(found, key=lambda problem: noise.sequence_id(f"code/order/{problem.asked}"))
+
+
+def _held_out(problem: _Problem) -> bool:
+    return noise.sequence_id(f"code/{problem.asked}") % 4 == 0

@@ -81,6 +81,7 @@ class FileConfig(Section):
     tests: dict[str, Text] = Field({})  # name of the test set -> path
     prompt_column: Text = "prompt"  # column of the prompts
     answer_column: Text | None = "answer"  # None: no demonstrations, RL only
+    suffix_column: Text | None = None  # of what follows each completion, which then fills the middle; None: nothing does
     id_column: Text | None = None  # None: the row's number
     train_rows: Rows = None  # the first rows of the training data; null: all
     test_rows: Rows = None  # the same, of each test set
@@ -107,6 +108,15 @@ class CodeConfig(Section):
     memory_mib: Annotated[int, Field(ge=64)] = 256  # of each process
     processes: Annotated[int, Field(ge=1, le=256)] = 8  # that a program may start
     workers: Positive | None = None  # programs at once; None: the cores of this process
+
+    @model_validator(mode="after")
+    def _check(self) -> CodeConfig:
+        if self.style == "characters" and (self.train is not None or self.tests):
+            key = "tests" if self.train is None else "train"
+            raise ValueError(
+                f"{key} must not be given with style characters, a toy with problems of its own, got {getattr(self, key)}"
+            )
+        return self
 
 
 class GymDataset(Section):

@@ -10,6 +10,7 @@ import csv
 import importlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -31,7 +32,8 @@ def make(config: FileConfig, *, seed: int) -> Task:
             answer = "" if config.answer_column is None else text_of(row, config.answer_column, where)
             name = id_of(row, config.id_column, where, len(found))
             facts = {"answer": answer, **{key: value for key, value in row.items() if key != "answer"}}
-            found.append(Example(name, text_of(row, config.prompt_column, where), answer, facts))
+            suffix = "" if config.suffix_column is None else text_of(row, config.suffix_column, where)
+            found.append(Example(name, text_of(row, config.prompt_column, where), answer, facts, suffix))
         return distinct(found, source)
 
     rewards = {"exact_match": exact_match} if config.answer_column is not None else {}
@@ -87,6 +89,8 @@ def text_of(row: Row, column: str, where: str) -> str:
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: column {column!r} must be a text, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):  # as a column of numbers with gaps has in parquet
+        raise UserError(f"{where}: column {column!r} must be a text or a finite number, got {value}")
     text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: column {column!r} holds half of a character (a lone surrogate)")

@@ -13,7 +13,7 @@ def reading(style: Style, examples: Iterable[Example], vocabulary: int, more: Se
     """Fields of `Task` that say it, of prompts and answers and `more` texts."""
     if style == "words":
         return {}
-    texts = [*more, *(text for example in examples for text in (example.prompt, example.answer))]
+    texts = [*more, *(text for example in examples for text in (example.prompt, example.answer, example.suffix))]
     if style == "bpe":
         return {"corpus": texts, "vocabulary": vocabulary}
     return {"alphabet": "".join(sorted(set().union(*texts)))}

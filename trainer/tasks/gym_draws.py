@@ -39,13 +39,14 @@ def main() -> None:
     answers.close()
 
 
-def draw(config: ReasoningGymConfig, seed: int) -> tuple[dict[str, list[Example]], list[list[Example]]]:
-    """Test sets by name, and training examples by level."""
+def draw(config: ReasoningGymConfig, seed: int) -> tuple[dict[str, list[Example]], list[list[Example]], int]:
+    """Test sets by name, training examples by level, and how many were drawn beside these that ask a test set's question."""
     levels = [_Mixture(config, level) for level in range(config.levels)]
     names = [f"level_{level}" for level in range(config.levels)] if config.levels > 1 else ["unseen"]
     tests = {name: mixture.test_set() for name, mixture in zip(names, levels, strict=True)}
     held_out = {example.prompt for test in tests.values() for example in test}
-    return tests, [mixture.training_set(seed, held_out) for mixture in levels]
+    trains = [mixture.training_set(seed, held_out) for mixture in levels]
+    return tests, trains, sum(mixture.left_out for mixture in levels)
 
 
 class _Mixture:
@@ -53,6 +54,7 @@ class _Mixture:
 
     def __init__(self, config: ReasoningGymConfig, level: int):
         self.config, self.level = config, level
+        self.left_out = 0  # instances drawn for training that are held out
         self.names = list(config.datasets)
         self.options = {name: _options(name, config, level) for name in self.names}
         total = sum(config.datasets[name].weight for name in self.names)
@@ -78,6 +80,7 @@ class _Mixture:
                 if entry["question"] not in without:
                     break
                 fruitless += 1
+                self.left_out += not distinct
                 if fruitless >= _FRUITLESS:
                     what = "distinct ones" if distinct else "questions that are in no test set"
                     raise ConfigError(

@@ -29,7 +29,7 @@ _CHECKED = 16
 
 
 def make(config: ReasoningGymConfig, *, seed: int) -> Task:
-    tests, trains = _drawn(config, seed)
+    tests, trains, left_out = _drawn(config, seed)
     if config.question == "short":
         cut = _constant_ends(itertools.chain(*tests.values(), *trains))
         tests = {name: [cut(example) for example in test] for name, test in tests.items()}
@@ -39,8 +39,11 @@ def make(config: ReasoningGymConfig, *, seed: int) -> Task:
     everything = [*itertools.chain(*tests.values(), *trains)] if config.style != "words" else []
     length = config.completion_length or (256 if config.style == "words" else longest(everything))
     shown = [example for example in trains[0][: config.demonstrations] if example.answer]
+    questions = [example.prompt for train in trains for example in train]
     return Task(
         name="reasoning_gym",
+        note=f"{len(set(questions)):,} of {len(questions):,} training questions are distinct; {left_out:,} more were drawn and "
+        "left out, as they are held out for tests",
         train=trains[0],
         tests=tests,
         rewards={"score": scored, "solved": _solved(scored)},
@@ -68,7 +71,7 @@ def _solved(scored: Reward) -> Reward:
     return solved
 
 
-def _drawn(config: ReasoningGymConfig, seed: int) -> tuple[dict[str, list[Example]], list[list[Example]]]:
+def _drawn(config: ReasoningGymConfig, seed: int) -> tuple[dict[str, list[Example]], list[list[Example]], int]:
     """`gym_draws.draw` in a process of its own."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
@@ -83,8 +86,8 @@ def _drawn(config: ReasoningGymConfig, seed: int) -> tuple[dict[str, list[Exampl
     kind, found = pickle.loads(done.stdout)
     if kind != "drawn":
         raise (ConfigError if kind == "config" else UserError)(found)
-    tests, trains = found
-    return tests, trains
+    tests, trains, left_out = found
+    return tests, trains, left_out
 
 
 def _constant_ends(examples: Iterable[Example]) -> Callable[[Example], Example]:
@@ -92,15 +95,22 @@ def _constant_ends(examples: Iterable[Example]) -> Callable[[Example], Example]:
     words: dict[str, list[list[str]]] = {}
     for example in examples:
         words.setdefault(example.facts["dataset"], []).append(example.prompt.split(" "))
-    ends = {name: (_common(rows), _common([row[::-1] for row in rows])) for name, rows in words.items()}
+    ends = {name: _ends(rows) for name, rows in words.items()}
 
     def cut(example: Example) -> Example:
         name, row = example.facts["dataset"], example.prompt.split(" ")
         first, last = ends[name]
-        rest = " ".join(row[first : max(first + 1, len(row) - last)])
+        rest = " ".join(row[first : len(row) - last])
         return dataclasses.replace(example, prompt=rest if len(ends) == 1 else f"{name}: {rest}")
 
     return cut
+
+
+def _ends(rows: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """Words to take off at the beginning and at the end, which leave each question one at least, and different ones different."""
+    shortest = min(map(len, rows))
+    first = min(_common(rows), shortest - 1)
+    return first, min(_common([row[::-1] for row in rows]), shortest - 1 - first)
 
 
 def _common(rows: Sequence[Sequence[str]]) -> int:

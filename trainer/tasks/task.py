@@ -13,6 +13,7 @@ class Example:
     prompt: str  # the user's turn, without chat template
     answer: str = ""  # the demonstration for SFT; "" if there is none
     facts: Mapping[str, Any] = field(default_factory=dict)  # for rewards; plain, picklable values
+    suffix: str = ""  # what follows the completion, which then fills the gap between the two
 
 
 # one finite number per completion; completions are texts without special tokens
@@ -43,8 +44,20 @@ class Task:
     system: str = ""  # instructions for the answer's format; "" if the prompt has them
     shown: Sequence[Example] | None = None  # the examples of SFT where they are not all of `train`
     curriculum: Curriculum | None = None
+    note: str = ""  # what a run says of how its examples were made
 
     @property
     def demonstrations(self) -> Sequence[Example]:
         """The examples of SFT."""
         return self.train if self.shown is None else self.shown
+
+    def notes(self) -> list[str]:
+        """`note`, and how many training questions stand in a test set, where any do."""
+        levels = [self.train] if self.curriculum is None else self.curriculum.levels
+        asked = [example.prompt for level in levels for example in level]
+        found = [self.note] if self.note else []
+        for name, test in self.tests.items():
+            held_out = {example.prompt for example in test}
+            if seen := sum(prompt in held_out for prompt in asked):
+                found.append(f"warning: {seen:,} of {len(asked):,} training examples ask a question of the test set {name}")
+        return found

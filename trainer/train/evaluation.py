@@ -47,13 +47,13 @@ def evaluate(
         mine = part[ranks.share(len(part))]
         asked = mine or part[:1]  # every rank calls the model; whose share is empty throws the answer away
         with ranks.together():
-            prompts = setup.codec.prompts(asked)
+            prompts, how = setup.codec.asked(asked)
         sampled = generate(
             setup.model,
             [prompt.to(ranks.device) for prompt in prompts],
             seed=seed,
             sequence_ids=noise.sequence_ids([f"{name}/{e.id}" for e in asked]).to(ranks.device),
-            **options,
+            **{**options, **how},
         )
         with ranks.together():
             guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing

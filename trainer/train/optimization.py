@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +34,32 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     return torch.optim.AdamW(of_groups, lr=config.lr, betas=(beta1, beta2), fused=True)
 
 
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps times a decay from 1 to `final_lr_share` over `total`; or transformers' schedule."""
-    if config.schedule not in ("constant", "linear", "cosine"):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
-        scheduler = get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=total)
-        return config.lr * float(scheduler.lr_lambdas[0](step))
-    done = step / total
-    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
-    floor = config.final_lr_share if config.schedule != "constant" else 0.0
-    warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    return config.lr * warmup * (floor + (1.0 - floor) * decay)
+def learning_rates(phase: Literal["sft", "rl"], config: OptimizerConfig, total: int) -> Callable[[int], float]:
+    """step (0 to total - 1) -> learning rate, by `transformers.get_scheduler`.
+
+    Raises ConfigError where the phases of a schedule do not fit into `total`, and where no step has a rate above 0.
+
+    Example:
+        >>> from dllm_trainer.config import load_config
+        >>> keys = ["sft.lr=0.1", "sft.warmup=2", "sft.schedule=linear"]
+        >>> rate = learning_rates("sft", load_config(overrides=keys).sft, 6)
+        >>> [round(rate(step), 4) for step in range(6)]
+        [0.0, 0.05, 0.1, 0.075, 0.05, 0.025]
+    """
+    name, options = config.schedule, dict(config.schedule_options)
+    steps = f"{phase}.{'steps' if phase == 'sft' else 'updates'}"
+    parts = config.warmup + options.get("num_decay_steps", 0) + (options.get("num_stable_steps") or 0)
+    if name == "warmup_stable_decay" and parts > total:
+        raise ConfigError(
+            f"{phase}.warmup, num_stable_steps and num_decay_steps must be at most {steps}={total} together, got {parts}"
+        )
+    known_as = "constant_with_warmup" if name == "constant" else name  # transformers' own `constant` passes over a warm-up
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+    scheduler = get_scheduler(known_as, optimizer, config.warmup, total, options)
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    if total and all(factor(step) == 0 for step in range(total)):
+        raise ConfigError(f"{phase}.warmup must be 0 for {steps}={total}, as {name} begins at a rate of 0, got {config.warmup}")
+    return lambda step: config.lr * float(factor(step))
 
 
 def batch_indices(name: str, seed: int, size: int, batch: int, step: int) -> tuple[Tensor, int]:

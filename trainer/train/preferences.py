@@ -13,7 +13,7 @@ from dllm_kernels.masks import layout
 from ..models.codec import joined
 from ..tasks.pairs import split
 from .algorithms import Scores, make_batches, step_figures
-from .optimization import batch_indices, guarded_step, learning_rate
+from .optimization import batch_indices, guarded_step, learning_rates
 from .rl import prepare_rl
 from .setup import Setup
 from .window import window_of
@@ -24,6 +24,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
     config, ranks, facts = setup.config.rl, setup.ranks, setup.facts
     window = window_of(config, facts)
     algorithm, _ = prepare_rl(setup)
+    rate = learning_rates("rl", config, config.updates)
     for update in range(start, config.updates):
         started = time.perf_counter()
         index, epoch = batch_indices("rl", setup.config.seed, len(setup.task.train), config.prompts, update)
@@ -50,18 +51,19 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         ).to(ranks.device)
         attention = window.attention(ids, completion, real)
         attention = None if attention is None else attention.to(ranks.device)
+        setup.fit(plan, algorithm.objective, attention, off_policy=False)
         options = setup.scoring_options(attention, config, as_rolled_out=False)
         scores = Scores(setup.model, setup.reference, options)
         pair_ids = torch.arange(mine.start, mine.stop, device=ranks.device)
         entries = {"chosen": torch.tensor(members, device=ranks.device) == 0, "group_ids": torch.cat([pair_ids, pair_ids])}
         (batch,) = make_batches(algorithm.objective, [plan], entries, scores.old, scores.ref)
-        lr = learning_rate(config, update, config.updates)
+        lr = rate(update)
         denominator = float(config.prompts)
         report = accumulate(setup.model, plan, algorithm.objective, batch, denominator=denominator, group=ranks.group, **options)
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         seconds = time.perf_counter() - started
-        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, config.samples_per_pass)
+        seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, options["samples_per_pass"])
         tokens = ranks.total(float(seen * (report.passes + scores.passes)))
         yield {
             **step_figures(algorithm, report, plan, batch, ranks),

@@ -27,7 +27,7 @@ from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_
 from .curriculum import Climb
 from .forward_counts import Calls
 from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
-from .optimization import batch_indices, guarded_step, learning_rate
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 from .window import Window, window_of
 
@@ -43,6 +43,7 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     batch_indices("rl", setup.config.seed, len(task.train), config.prompts, 0)
     if total > MOST_ROLLOUTS:
         raise ConfigError(f"rl.prompts x rl.group must be at most {MOST_ROLLOUTS:,} rollouts, got {total:,}")
+    learning_rates("rl", config, config.updates)
     window_of(config, setup.facts)
     check_layouts(setup.loaded)
     if config.law == "block" and setup.facts.block_length is not None:
@@ -72,6 +73,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
     window = window_of(config, setup.facts)
     total = config.prompts * config.group
     climb = Climb(task, setup.curriculum)
+    rate = learning_rates("rl", config, config.updates)
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
     for update in range(start, config.updates):
         calls.reset()
@@ -83,14 +85,14 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         examples = [climb.examples[i] for i in index[mine].tolist()]
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
         with ranks.together():
-            prompts = setup.codec.prompts(examples)
+            prompts, how = setup.codec.asked(examples)
         with calls:
             sampled = generate(
                 setup.model,
                 [prompt.to(ranks.device) for prompt in prompts],
                 sequence_ids=sequence_ids.to(ranks.device),
                 seed=setup.config.seed,
-                **setup.generate_options(greedy=algorithm.recipe.greedy),
+                **{**setup.generate_options(greedy=algorithm.recipe.greedy), **how},
             )
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
@@ -109,7 +111,7 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         if len(found.kept_N):
             reward_of = partial(_rewards_of, setup, reward, examples)
             with calls:
-                figures |= _learn(setup, optimizer, algorithm, window, sampled, mine, everyone, found, reward_of, update)
+                figures |= _learn(setup, optimizer, algorithm, window, sampled, mine, everyone, found, reward_of, rate(update))
             figures["tokens"] += figures.pop("tokens_scored")
         for name in ("forwards", "backwards", "flops"):  # the check of the gap is no training, and not among them
             figures[name] = ranks.total(getattr(calls, name))
@@ -131,7 +133,7 @@ def _learn(
     rewards: Rewards,
     found: Signal,
     reward_of: Callable[[Tensor, Tensor], Tensor],
-    number: int,
+    lr: float,
 ) -> dict[str, float]:
     """The optimizer steps on one set of rollouts."""
     config, ranks, objective = setup.config.rl, setup.ranks, algorithm.objective
@@ -160,6 +162,7 @@ def _learn(
     plans = [plan_of(iteration) for iteration in range(config.inner_iterations)]
     seen_BS = kept.text_mask_BS if states is None else kept.attention_mask_BS
     attention_BS = window.attention(kept.ids_BS, kept.completion_mask_BS, seen_BS)
+    setup.fit(plans[0], objective, attention_BS, off_policy=len(plans) > 1)
     options = setup.scoring_options(attention_BS, config, as_rolled_out=states is not None)
     scores = Scores(setup.model, setup.reference, options)
     update = Update(
@@ -176,7 +179,6 @@ def _learn(
     # scored before the first step, under the policy that made the rollouts
     batches = make_batches(objective, plans, entries, scores.old, scores.ref, states=states, off_policy=len(plans) > 1)
     passes = scores.passes
-    lr = learning_rate(config, number, config.updates)
     denominator = found.denominator
     if denominator is None:  # steps: what the plans of all ranks hold
         denominator = max(1.0, ranks.total(float(steps.number(plans[0]))))
@@ -188,7 +190,7 @@ def _learn(
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
         figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
     known = plans[0].shape, plans[0].completion_mask_BS, plans[0].block_BS
-    scored = layout.input_tokens(*known, config.samples_per_pass) * passes
+    scored = layout.input_tokens(*known, options["samples_per_pass"]) * passes
     return {**figures, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_scored": ranks.total(float(scored))}
 
 

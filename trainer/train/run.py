@@ -19,7 +19,7 @@ from ..distributed import Ranks
 from ..errors import ConfigError, Stopped, UserError, visible
 from ..models import compat, lora
 from ..models.codec import Codec, joined
-from ..models.loading import Loaded, from_scratch, load, parameter_count
+from ..models.loading import Loaded, check_place, from_scratch, load, parameter_count
 from ..models.self_tests import check_mask_id, check_positions, check_rollout, shift_self_test
 from ..records import samples
 from ..records.checkpoints import Checkpoint, Checkpoints
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     check_mask_id(loaded)
     check_positions(loaded)
     codec = Codec(loaded, task, config.prompt, config.rollout.length)
-    check_rollout(config.rollout, loaded, codec.length)
+    check_rollout(config.rollout, loaded, codec.length, infills=codec.infills)
     if model_config.gradient_checkpointing:
         compat.checkpoint_blocks(loaded.model)
     trained: nn.Module = loaded.model
@@ -105,7 +105,8 @@ def self_test(setup: Setup) -> str:
     examples = [example for example in setup.task.train[:_SELF_TEST_EXAMPLES] if example.answer]
     if not examples or setup.ranks.group is not None:
         return ""
-    ids, _, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), setup.facts.pad_id or 0)
+    codec = setup.codec
+    ids, _, real = joined(codec.prompts(examples), codec.answers(examples), setup.facts.pad_id or 0, codec.suffixes(examples))
     device = setup.ranks.device
     mask = None if real is None else real.to(device)
     return str(shift_self_test(setup.loaded, ids.to(device), seed=setup.config.seed, attention_mask_BS=mask))
@@ -153,14 +154,18 @@ class Run:
             with ranks.together():
                 if ranks.is_first:
                     announce_code(config)
+                if config.model.checkpoint is not None and self._saved is None:
+                    check_place(config.model.checkpoint)
                 if ranks.is_first and self.in_rl:
                     self._check_beginning()
             with ranks.together():
                 task = make_task(config.task, seed=config.task_seed)
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
+                self.setup.codec.look_ahead(task, shown=config.sft.steps > 0)
             with ranks.together():
                 self.setup.curriculum = self.state.curriculum
+                self.setup.passes = self.state.passes
                 if config.rl.updates:
                     prepare_rl(self.setup)
             self._spend("data", started)
@@ -169,6 +174,8 @@ class Run:
                 f"{parameter_count(self.setup.trained):,} parameters; {len(task.train):,} training examples; "
                 f"tests: {tests or 'none'}; files: {folder.path}"
             )
+            for note in task.notes():
+                self._say(note)
             if config.guard.shift_test and config.model.checkpoint is not None and (verdict := self_test(self.setup)):
                 self._say(f"shift self-test: {verdict}")
             self.stop.nothing_to_lose = False

@@ -9,8 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dllm_kernels import fit_passes
+from dllm_kernels.accumulation.objective import Batch, Objective
+from dllm_kernels.masks.plan import MaskPlan
+
 from ..config import RlConfig, RolloutConfig, RunConfig
 from ..distributed import Ranks
+from ..errors import ConfigError
 from ..facts import Facts
 from ..models.codec import Codec
 from ..models.loading import Loaded
@@ -27,6 +32,7 @@ class Setup:
     ranks: Ranks
     trained: nn.Module  # the model, or the adapters around it
     curriculum: dict[str, Any] = field(default_factory=dict)  # state of `curriculum.Climb`
+    passes: dict[str, int] = field(default_factory=dict)  # what `fit` found, for rl.samples_per_pass=auto
     reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
 
     @property
@@ -69,10 +75,31 @@ class Setup:
 
     def scoring_options(self, attention_mask_BS: Tensor | None, config: RlConfig, *, as_rolled_out: bool) -> dict[str, Any]:
         """Keywords of `accumulate` and `score_samples`. `as_rolled_out`: without the mask id, as the rollout draws."""
-        suppressed = self.loaded.suppressed
+        suppressed, fitted = self.loaded.suppressed, config.samples_per_pass == "auto"
         return {
             "suppress": (*suppressed, self.facts.mask_id) if as_rolled_out else suppressed,
             "model_kwargs": self.loaded.call_kwargs(attention_mask_BS) or None,
-            "sequences_per_pass": config.micro_batch,
-            "samples_per_pass": config.samples_per_pass,
+            "sequences_per_pass": self.passes.get("sequences", 1) if fitted else config.micro_batch,
+            "samples_per_pass": self.passes.get("samples", 1) if fitted else config.samples_per_pass,
         }
+
+    def fit(self, plan: MaskPlan, objective: Objective, attention_mask_BS: Tensor | None, *, off_policy: bool) -> None:
+        """For rl.samples_per_pass=auto: find the micro-batch that fits rl.memory_budget, once in a run and on all ranks."""
+        config = self.config.rl
+        if config.samples_per_pass != "auto" or self.passes.get("budget") == config.memory_budget:
+            return
+        assert config.memory_budget is not None
+        try:
+            found = fit_passes(
+                self.model,
+                plan,
+                objective,
+                None if off_policy else Batch(),
+                memory_budget=config.memory_budget << 20,
+                model_kwargs=self.loaded.call_kwargs(attention_mask_BS) or None,
+                group=self.ranks.group,
+            )
+        except ValueError as error:
+            raise ConfigError(f"rl.{error}") from error
+        told = {"budget": config.memory_budget, "samples": found.samples_per_pass, "sequences": found.sequences_per_pass}
+        self.passes.update(told)

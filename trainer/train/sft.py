@@ -16,7 +16,7 @@ from dllm_kernels.masks.plan import MaskPlan
 from ..errors import ConfigError
 from ..models.codec import joined
 from ..models.self_tests import check_layouts
-from .optimization import batch_indices, guarded_step, learning_rate
+from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 
 
@@ -28,12 +28,15 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
     shown = task.demonstrations
     check_layouts(setup.loaded)
     pad_id = facts.pad_id if facts.pad_id is not None else facts.eos_id or 0
+    rate = learning_rates("sft", config, config.steps)
     for step in range(start, config.steps):
         started = time.perf_counter()
         chosen, epoch = batch_indices("sft", setup.config.seed, len(shown), config.batch, step)
         examples = [shown[i] for i in chosen[ranks.share(config.batch)].tolist()]
         with ranks.together():
-            ids, completion, real = joined(setup.codec.prompts(examples), setup.codec.answers(examples), pad_id)
+            ids, completion, real = joined(
+                setup.codec.prompts(examples), setup.codec.answers(examples), pad_id, setup.codec.suffixes(examples)
+            )
         plan = make_mask_plan(
             ids,
             completion,
@@ -49,7 +52,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
         ).to(ranks.device)
         value = _accumulate(setup, plan, None if real is None else real.to(ranks.device))
         value = ranks.total(value)
-        lr = learning_rate(config, step, config.steps)
+        lr = rate(step)
         norm = guarded_step(setup.model, optimizer, value, config, lr)
         seconds = time.perf_counter() - started
         tokens = ranks.total(layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, 1))

@@ -50,6 +50,8 @@ CONFIGS: dict[str, tuple[Config, Config]] = {
     "gfx942": (Config(128, 128, 32, 8, 2, piece=128), Config(64, 64, 64, 8, 2)),
 }
 
+ADAPTER_DRAWS = {"sm_80": Config(32, 64, 32, 8, 4)}  # where an adapter's product beside the draw would spill registers
+
 
 @functools.cache
 def architecture(device: torch.device, interpreted: bool) -> str:
@@ -62,8 +64,14 @@ def architecture(device: torch.device, interpreted: bool) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # plain loads and little memory: also for sm_120
 
 
-def config_for(device: torch.device, *, draw: bool, interpreted: bool) -> Config:
-    return CONFIGS[architecture(device, interpreted)][int(draw)]
+def config_for(device: torch.device, *, draw: bool, interpreted: bool, adapter: bool = False) -> Config:
+    return form(architecture(device, interpreted), draw=draw, adapter=adapter)
+
+
+def form(name: str, *, draw: bool, adapter: bool) -> Config:
+    """Of an architecture."""
+    usual = CONFIGS[name][int(draw)]
+    return ADAPTER_DRAWS.get(name, usual) if draw and adapter else usual
 
 
 def row_stride(vocabulary: int) -> int:

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dllm_kernels.backends.contract import HeadProblem
+from dllm_kernels.backends.contract import NO_LOW, HeadProblem, Low
+from dllm_kernels.backends.triton import low_rank
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
 from dllm_kernels.backends.triton.configs import CONFIGS, Config
 from dllm_kernels.backends.triton.rows import flat, interpreted
@@ -85,14 +86,19 @@ def _take(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "segments", "plane", "softcap", "temperature", "step", "inverse"])
 def fused_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, index, bias, excluded, temperature_N, softcap, temperature, target, key, target_z, parts, part_ids,
+    hidden, weight, index, low_hidden, low_weight, bias, excluded, temperature_N, softcap, temperature,
+    target, key, target_z, parts, part_ids,
     rows, vocabulary, width, segments,
-    hidden_stride, hidden_step, weight_stride, weight_step, plane,
+    hidden_stride, hidden_step, weight_stride, weight_step, plane, rank, low_hidden_plane, low_weight_plane,
     step, inverse,
     ENTROPY: tl.constexpr, TOP: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    LOW_PLANES: tl.constexpr, BR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Rows [m BM, ..) x columns of one segment. With `key` the draw takes part, with `target` it stays out of the sums.
+
+    An adapter's `low_hidden` and `low_weight` add their product to the logits: planes of bfloat16 that sum to its operands,
+    those of `low_hidden` in the rows' order, `rank` in whole BR; pairs of planes beyond fp32's digits are left out.
 
     Planes of `parts`: max, sum, sum of exp times its logarithm; with a draw best and its logit. Of `part_ids`: the id of
     the max; with a draw of the best. The target's logit goes to `target_z` at once.
@@ -131,6 +137,22 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     for v0 in range(first, min(first + TILES * BN, vocabulary), BN):
         v = v0 + tl.arange(0, BN)
         z = tl.zeros([BM, BN], tl.float32)
+        if low_hidden is not None:
+            low_hidden_at = low_hidden + tl.cast(m0, tl.int64) * rank
+            low_weight_at = low_weight + tl.cast(v0, tl.int64) * rank
+            for r0 in tl.range(0, rank, BR, num_stages=1):
+                r = r0 + tl.arange(0, BR)
+                for i in tl.static_range(LOW_PLANES):
+                    b_at = low_weight_at + i * low_weight_plane + ((tl.arange(0, BN) * rank)[None, :] + r[:, None])
+                    b = tl.load(b_at, mask=(v < vocabulary)[None, :], other=0.0)
+                    if UPCAST:
+                        b = b.to(tl.float32)
+                    for j in tl.static_range(3 - i):
+                        a_at = low_hidden_at + j * low_hidden_plane + ((tl.arange(0, BM) * rank)[:, None] + r[None, :])
+                        a = tl.load(a_at, mask=inside[:, None], other=0.0)
+                        if UPCAST:
+                            a = a.to(tl.float32)
+                        z = tl.dot(a, b, z)
         if DESCRIPTORS:
             for k0 in range(0, width, BK):
                 a = hidden.load([m0, k0])
@@ -239,12 +261,13 @@ def rows_at_once(rows: int, vocabulary: int, width: int, itemsize: int, config: 
     return min(rows, max(config.BM, most // config.BM * config.BM))
 
 
-def largest_parts(rows: int, vocabulary: int, width: int, itemsize: int) -> int:
+def largest_parts(rows: int, vocabulary: int, width: int, itemsize: int, low: Low = NO_LOW) -> int:
     """Memory of one launch beside its results, the largest of all configurations."""
 
     def one(config: Config) -> int:
         at_once = rows_at_once(rows, vocabulary, width, itemsize, config)
         gathered = at_once * width * itemsize if config.descriptors else 0
+        gathered += low_rank.fused_bytes(at_once, vocabulary, low)
         return at_once * (28 * triton.cdiv(vocabulary, config.segment) + 4) + gathered
 
     return max(one(config) for pair in CONFIGS.values() for config in pair)
@@ -270,6 +293,7 @@ def fused(
     parts = torch.empty(5, at_once, segments, dtype=torch.float32, device=device)
     target_z = None if sampling else torch.full((at_once,), float("nan"), dtype=torch.float32, device=device)
     part_ids = torch.empty(2, at_once, segments, dtype=torch.int32, device=device)
+    low_PVR = None if p.low_rank is None else low_rank.planes(p.low_rank.weight_VR)
     for start in range(0, rows, at_once):
         span = slice(start, min(start + at_once, rows))
         count = span.stop - span.start
@@ -284,14 +308,21 @@ def fused(
                 TensorDescriptor.from_tensor(hidden_MH, [config.BM, config.BK]),
                 TensorDescriptor.from_tensor(p.weight_VH, [config.BN, config.BK]),
             )
+        low_PNR = None
+        if p.low_rank is not None:
+            own_MR = p.low_rank.hidden_MR
+            own_NR = own_MR[span] if p.index_N is None else own_MR.index_select(0, p.index_N[span])
+            low_PNR = low_rank.planes(own_NR, low_rank.DIGITS)
         target_N = None if sampling else p.target_N[span]
         fused_kernel[(triton.cdiv(count, config.BM) * segments,)](
-            *operands, index_N, *flat(p.options.of_rows(span), vocabulary, device), target_N,
+            *operands, index_N, low_PNR, low_PVR, *flat(p.options.of_rows(span), vocabulary, device), target_N,
             key_N[span] if drawn and key_N is not None else None, target_z, parts, part_ids,
             count, vocabulary, width, segments, *hidden_MH.stride(), *p.weight_VH.stride(), parts.stride(0),
+            *((0, 0, 0) if low_PNR is None or low_PVR is None else (low_PVR.shape[2], low_PNR.stride(0), low_PVR.stride(0))),
             step if drawn else 0, 1.0 / temperature if drawn else 0.0,
             ENTROPY="entropy" in result, TOP="top_id" in result or (sampling and not drawn), DESCRIPTORS=described,
-            EVEN=width % config.BK == 0, UPCAST=interpreted() and p.hidden_MH.dtype == torch.bfloat16, **config.kernel,
+            EVEN=width % config.BK == 0, UPCAST=interpreted() and (p.hidden_MH.dtype == torch.bfloat16 or low_PNR is not None),
+            LOW_PLANES=0 if low_PVR is None else len(low_PVR), BR=low_rank.DEPTH, **config.kernel,
         )  # fmt: skip
         whole = triton.next_power_of_2(segments)
         at = {name: vector[span] for name, vector in result.items()}

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dllm_kernels.backends.divergence.problem import KINDS
-from dllm_kernels.backends.triton import divergence, fused, noise, rows
-from dllm_kernels.backends.triton.configs import CONFIGS, Config
+from dllm_kernels.backends.triton import divergence, fused, low_rank, noise, rows
+from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,15 @@ def _options(names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, None]]:
 
 
 def _fused(
-    label: str, config: Config, dtype: str, options: tuple[str, ...], *, draw: bool, all_statistics: bool, quick: bool
+    label: str,
+    config: Config,
+    dtype: str,
+    options: tuple[str, ...],
+    *,
+    draw: bool,
+    all_statistics: bool,
+    quick: bool,
+    low_planes: int = 0,
 ) -> Variant:
     types, constants = _options(options)
     types |= dict.fromkeys(("rows", "vocabulary", "width", "segments", "weight_stride", "plane", "step"), "i32")
@@ -96,13 +104,19 @@ def _fused(
         constants["index"] = None
     else:
         types |= {"hidden": f"*{dtype}", "weight": f"*{dtype}", "index": "*i64"}
+    low: dict[str, Any] = dict.fromkeys(("low_hidden", "low_weight"))
+    if low_planes:
+        types |= {"low_hidden": "*bf16", "low_weight": "*bf16"}
+        low = {}
+    types |= dict.fromkeys(("rank", "low_hidden_plane", "low_weight_plane"), "i32")
     types |= {"key": "*i64"} if draw else {"target": "*i64", "target_z": "*fp32"}
     absent: tuple[str, ...] = ("target", "target_z") if draw else ("key",)
     fixed = {"hidden_step": 1, "weight_step": 1, "ENTROPY": all_statistics or draw, "TOP": all_statistics and not draw}
     fixed |= {"DESCRIPTORS": config.descriptors, "EVEN": True, "UPCAST": False}
+    fixed |= {"LOW_PLANES": low_planes, "BR": low_rank.DEPTH}
     tiles = {name: value for name, value in config.kernel.items() if name.isupper()}
     launch = {"num_warps": config.warps, "num_stages": config.stages}
-    known = {**constants, **dict.fromkeys(absent), **fixed, **tiles}
+    known = {**constants, **low, **dict.fromkeys(absent), **fixed, **tiles}
     return Variant(f"fused {label} {dtype}", fused.fused_kernel, types, known, launch, matrix=True, quick=quick)
 
 
@@ -139,6 +153,12 @@ def variants(architecture: str) -> Iterator[Variant]:
         yield _fused("all, every option", statistics, dtype, every, draw=False, all_statistics=True, quick=False)
         yield _fused("draw", drawing, dtype, usual, draw=True, all_statistics=False, quick=False)
         yield _fused("draw, every option", drawing, dtype, every, draw=True, all_statistics=False, quick=False)
+        for draw in (False, True):
+            config = form(architecture, draw=draw, adapter=True)
+            for count in (1, 3):  # an adapter of bfloat16, of float32
+                name, first = f"{'draw' if draw else 'all'}, adapter of {count}", own and count == 1 and not draw
+                shared: Any = {"draw": draw, "all_statistics": not draw, "low_planes": count}
+                yield _fused(name, config, dtype, every, **shared, quick=first)
     target, plain = {"target": "*i64"}, {"operand": "*bf16", "target": "*i64"}
     top = {"entropy": "*fp32", "top_logp": "*fp32", "top_id": "*i64"}
     both = {"coef": "*fp32", "entropy_coef": "*fp32"}
@@ -197,9 +217,9 @@ def _divergences() -> Iterator[Variant]:
         given = {**both, **levels, "mean": "*fp32", "factor": "*fp32", "beta": "fp32", "rest": "fp32"}
         for label, more, absent in (("bf16", {"out": "*bf16"}, {"squeeze": None}), ("fp32, softcap", {"squeeze": "*fp32"}, {})):
             types = {**given, "out": "*fp32", **more}
-            known = {**sizes, **absent, "KIND": number, "ROUND": False}
+            fixed: dict[str, Any] = {**sizes, **absent, "KIND": number, "ROUND": False}
             quick = number == 2 and bool(absent)
-            yield Variant(f"operand {kind} {label}", divergence.operand_kernel, types, known, launch, quick=quick)
+            yield Variant(f"operand {kind} {label}", divergence.operand_kernel, types, fixed, launch, quick=quick)
     yield Variant(
         "mix", divergence.mix_kernel, {**both, **levels, **part, "beta": "fp32", "rest": "fp32"}, sizes, launch, quick=True
     )
@@ -223,6 +243,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
                 "width",
                 "hidden_stride",
                 "weight_stride",
+                "rank",
+                "low_hidden_plane",
+                "low_weight_plane",
                 "stride",
                 "operand_stride",
                 "entropy_stride",

@@ -16,9 +16,20 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import reference, targets
-from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, HeadProblem, allocate, check, zero
-from dllm_kernels.backends.reference import Adapter
-from dllm_kernels.backends.triton import fused, products, rows
+from dllm_kernels.backends.contract import (
+    BEST,
+    LOW,
+    NO_LOW,
+    STATISTICS,
+    VECTORS,
+    HeadOptions,
+    HeadProblem,
+    Low,
+    allocate,
+    check,
+    zero,
+)
+from dllm_kernels.backends.triton import fused, low_rank, products, rows
 from dllm_kernels.backends.triton.configs import ROW_BLOCK, chunk_rows, row_stride, spans
 from dllm_kernels.backends.triton.tuning import choose
 
@@ -51,7 +62,7 @@ class _Chunk:
         self._logits = torch.empty(size, columns, dtype=torch.float32, device=device)
         self._second = torch.zeros(size, columns, dtype=self.dtype, device=device) if second else None
         self._hidden = torch.zeros(size, width, dtype=self.dtype, device=device)
-        self.adapter = Adapter(p, size)
+        self.adapter = low_rank.Walk(p, size)
 
     def load(self, start: int, count: int, padded: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, their memory as an operand, hidden states and the second operand, for rows of which `count` are real."""
@@ -161,7 +172,7 @@ def run(
     p = _plain(problem)
     total, device = p.rows, p.hidden_MH.device
     result = allocate(p, outputs)
-    combined = "dhidden" in outputs or dweight_VH is not None or dbias_V is not None
+    combined = "dhidden" in outputs or any(buffer is not None for buffer in (dweight_VH, dbias_V, dlow_VR))
     second = "entropy_unit" in outputs or "entropy_operand" in outputs
     gradient = combined or second or "unit" in outputs or "operand" in outputs
     if total == 0:
@@ -172,7 +183,7 @@ def run(
     stats = {name: result[name] for name in made if name in result}
     for name in ("logp", "lse", *(("entropy",) if entropy_coef_N is not None else ())):
         stats.setdefault(name, torch.empty(total, device=device))
-    chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.low_rank is not None or p.several
+    chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.several
     config = None if chunked else choose(p, draw=False)
     if config is not None:
         fused.fused(p, stats, config)
@@ -209,10 +220,11 @@ def run(
         for name, source_CV in (("operand", operand_CV), ("entropy_operand", second_CV)):
             if name in result and source_CV is not None:
                 result[name][span] = source_CV[:count]
-        for name, source_CV in (("unit", operand_CV), ("dhidden", operand_CV), ("entropy_unit", second_CV)):
+        for name, source_CV in zip(VECTORS, (operand_CV, operand_CV, second_CV)):
             if name in result and source_CV is not None:
-                vectors_CH = products.vectors(source_CV, p.weight_VH)
-                result[name][span] = chunk.adapter.vectors(vectors_CH, source_CV)[:count]
+                result[name][span] = products.vectors(source_CV, p.weight_VH)[:count]
+                if LOW + name in result:
+                    result[LOW + name][span] = chunk.adapter.vectors(source_CV)[:count]
         products.add_head_gradient(operand_CV[:count], hidden_CH[:count], dweight_VH, dbias_V, overwrite=overwrite and start == 0)
         chunk.adapter.add_gradient(operand_CV[:count], dlow_VR, overwrite=overwrite and start == 0)
     return result
@@ -229,7 +241,7 @@ def from_operands(
     dlow_VR: Tensor | None = None,
     given_NM: Tensor | None = None,
     overwrite: bool = False,
-) -> Tensor | None:
+) -> dict[str, Tensor]:
     """`reference.from_operands`, for operands that `run` of this backend stored: one pass over a chunk of them, two products."""
     p = problem
     if p.hidden_MH.dtype not in _TYPES:
@@ -245,7 +257,7 @@ def from_operands(
         )
     total, vocabulary = p.rows, len(p.weight_VH)
     device, dtype = p.hidden_MH.device, p.hidden_MH.dtype
-    out_NH = torch.empty(total, p.width, dtype=dtype, device=device) if dhidden else None
+    result = allocate(p, ("dhidden",) if dhidden else ())
     if total == 0 and overwrite:
         zero(dweight_VH, dbias_V, dlow_VR)
     stored = [(operand_NV.t(), coef_N.float().contiguous()) for operand_NV, coef_N in operands]
@@ -253,7 +265,7 @@ def from_operands(
     cuts = spans(total, chunk_rows(vocabulary, p.hidden_MH.element_size(), device.type))
     size = max((padded for *_, padded in cuts), default=0)
     scaled_VC = torch.zeros(vocabulary, size, dtype=dtype, device=device)
-    adapter = Adapter(p, size)
+    adapter = low_rank.Walk(p, size)
     for start, count, padded in cuts:
         span = slice(start, start + count)
         rows.combine([(operand_VN[:, span], coef_N[span]) for operand_VN, coef_N in stored], scaled_VC[:, :count])
@@ -261,9 +273,11 @@ def from_operands(
             target_MC = p.target_N[span].t()
             values_MC = given_NM[span].t() * stored[0][0][:, span].gather(0, target_MC).float()
             scaled_VC[:, :count].scatter_(0, target_MC, values_MC.to(dtype))
-        if out_NH is not None:
+        if dhidden:
             scaled_CV = scaled_VC[:, :padded].t()
-            out_NH[span] = adapter.vectors(products.vectors(scaled_CV, p.weight_VH), scaled_CV)[:count]
+            result["dhidden"][span] = products.vectors(scaled_CV, p.weight_VH)[:count]
+            if p.low_rank is not None:
+                result[LOW + "dhidden"][span] = adapter.vectors(scaled_CV)[:count]
         hidden_CH = None
         if dweight_VH is not None:
             hidden_CH = p.hidden_MH[span] if p.index_N is None else p.hidden_MH.index_select(0, p.index_N[span])
@@ -271,7 +285,7 @@ def from_operands(
         if dlow_VR is not None:
             adapter.load(span)
             adapter.add_gradient(scaled_VC[:, :count].t(), dlow_VR, overwrite=overwrite and start == 0)
-    return out_NH
+    return result
 
 
 @_on_its_device
@@ -300,7 +314,7 @@ def sample(
     if total == 0:
         return result
     key_N = key_N.contiguous()
-    if number is not None and p.hidden_MH.dtype != torch.float32 and p.low_rank is None and (not drawn or total <= FEW_ROWS):
+    if number is not None and p.hidden_MH.dtype != torch.float32 and (not drawn or total <= FEW_ROWS):
         config = choose(p, draw=drawn)
         if config is not None:
             fused.fused(p, result, config, key_N=key_N, step=step, temperature=number)
@@ -326,20 +340,24 @@ def workspace_bytes(
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
+    low: Low = NO_LOW,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits, gathered rows, one product's fp32 result; or parts."""
     if dtype not in _TYPES:
-        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, gradient=gradient, several=several, best=best)
+        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     if rows == 0:
         return 0
     if not gradient and dtype != torch.float32 and several is None:
-        return fused.largest_parts(rows, vocabulary, hidden_size, dtype.itemsize)
+        return fused.largest_parts(rows, vocabulary, hidden_size, dtype.itemsize, low)
     chunk = chunk_rows(vocabulary, 4, "cuda")
     size = chunk if rows >= chunk else ROW_BLOCK
     item: Any = dtype.itemsize
+    # of an adapter, operands in fp32 and, beside bfloat16 ones, as parts; the gradient of B by parts
+    adapter = 4 * low.rank * (vocabulary * ((low.dtype != torch.float32) + 2 * gradient + 2 * low.gradient) + 3 * size)
     if best:  # final logits beside the raw ones, which of them are taken, and their ranks
-        return size * (20 * row_stride(vocabulary) + hidden_size * item)
-    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden)))
+        return size * (20 * row_stride(vocabulary) + hidden_size * item) + adapter
+    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden))) + adapter
 
 
 def warmup(

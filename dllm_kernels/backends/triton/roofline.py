@@ -64,29 +64,45 @@ def bound(phases: Sequence[Phase], device: str, itemsize: int) -> Bound:
 
 
 def phases(
-    plan: str, rows: int, hidden_size: int, vocabulary: int, itemsize: int, *, dhidden: bool, dweight: bool, vectors: int
+    plan: str,
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    itemsize: int,
+    *,
+    dhidden: bool,
+    dweight: bool,
+    vectors: int,
+    rank: int = 0,
+    dlow: bool = False,
 ) -> tuple[Phase, ...]:
-    """What a plan of `dllm_kernels.head.plans` runs, forward and backward; `vectors` as of `plans.late_vectors`."""
+    """What a plan of `dllm_kernels.head.plans` runs, forward and backward; `vectors` as of `plans.late_vectors`.
+
+    rank, dlow: of an adapter, whose product goes over each chunk of logits once more, and whether its B gets a gradient.
+    """
     N, H, V, item = rows, hidden_size, vocabulary, itemsize
     flops = 2 * N * H * V
     second = vectors > 1 and plan in ("unit", "keep")
     cuts = spans(N, chunk_rows(V, 4 + item * second, "cuda"))
     walks = len(cuts)  # each reads the whole weight once per product
-    logits = Phase("logits", flops, N * H * item + walks * V * H * item + 4 * N * V)
+    low = 2 * N * rank * V
+    logits: tuple[Phase, ...] = (Phase("logits", flops, N * H * item + walks * V * H * item + 4 * N * V),)
+    logits += (Phase("logits of the adapter", low, 8 * N * V),) * (rank > 0)
     statistics = Phase("row kernel", 0, 4 * N * V)
     operands = Phase("row kernel", 0, N * V * (SECOND_READ + item * (1 + second)))
-    vector = Phase("dH", flops, N * V * item + walks * V * H * item + 4 * N * H)
+    vector: tuple[Phase, ...] = (Phase("dH", flops, N * V * item + walks * V * H * item + 4 * N * H),)
+    vector += (Phase("dH by the adapter", low, N * V * item),) * (rank > 0)
     weight = Phase("dW", flops, N * V * item + N * H * item + 4 * V * H * max(2 * walks - 1, 0))
-    gradients = (vector,) * dhidden + (weight,) * dweight
+    gradients = vector * dhidden + (weight,) * dweight + (Phase("dB", low, N * V * item),) * dlow
     if plan == "forward" or plan == "recompute":
         parts = -(-V // SEGMENT) * 28 * N
-        fused = (Phase("fused", flops, (N + V) * H * item + parts), Phase("merge", 0, parts))
-        once = fused if item == 2 else (logits, statistics)
-        return once if plan == "forward" else (*once, logits, operands, *gradients)
+        fused = (Phase("fused", flops + 3 * low, (N + V) * H * item + parts), Phase("merge", 0, parts))
+        once = fused if item == 2 else (*logits, statistics)
+        return once if plan == "forward" else (*once, *logits, operands, *gradients)
     if plan == "unit":
-        return (logits, operands, *((vector,) * vectors * dhidden))
+        return (*logits, operands, *(vector * (vectors * dhidden)))
     if plan == "coef":
-        return (logits, operands if gradients else statistics, *gradients)
+        return (*logits, operands if gradients else statistics, *gradients)
     stored = Phase("operand to memory", 0, 2 * N * V * item * vectors)
     combined = Phase("operands times coefficients", 0, N * V * item * (vectors + 1))
-    return (logits, operands, stored, combined, *gradients)
+    return (*logits, operands, stored, combined, *gradients)

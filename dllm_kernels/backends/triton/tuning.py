@@ -27,8 +27,9 @@ MEASURED_ROWS = {False: 4096, True: 64}  # by whether it is a draw
 def choose(problem: HeadProblem, *, draw: bool) -> Config | None:
     """The fused kernel's configuration, or None for chunks of logits."""
     p = problem
-    static = config_for(p.hidden_MH.device, draw=draw, interpreted=rows.interpreted())
-    if os.environ.get("DLLM_KERNELS_AUTOTUNE") != "1" or rows.interpreted():
+    adapter = p.low_rank is not None  # which is not measured: the fused kernel alone makes no logits of it
+    static = config_for(p.hidden_MH.device, draw=draw, interpreted=rows.interpreted(), adapter=adapter)
+    if os.environ.get("DLLM_KERNELS_AUTOTUNE") != "1" or rows.interpreted() or adapter:
         return static
     return _tuned(p.hidden_MH.device, p.hidden_MH.dtype, *p.weight_VH.shape, draw, static)
 

@@ -8,8 +8,8 @@ import torch
 
 from dllm_kernels import noise
 from dllm_kernels.backends import reference
-from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem
-from dllm_kernels.backends.triton import fused, head
+from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, LowRank
+from dllm_kernels.backends.triton import fused, head, products
 from dllm_kernels.backends.triton.configs import CONFIGS
 from tests.backends.problems import to_float64
 
@@ -46,6 +46,41 @@ def fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descr
             for name in STATISTICS:
                 torch.testing.assert_close(got[name].to(want[name].dtype), want[name], rtol=2e-5, atol=2e-5)
         assert all(torch.equal(found[0][name], found[1][name]) for name in STATISTICS)
+
+
+def with_adapter(p: HeadProblem, rank: int, dtype: torch.dtype) -> HeadProblem:
+    g = torch.Generator().manual_seed(rank)
+    u_MR = torch.randn(len(p.hidden_MH), rank, generator=g)
+    return replace(p, low_rank=LowRank(u_MR, torch.randn(len(p.weight_VH), rank, generator=g).to(dtype)))
+
+
+def an_adapter_joins_the_fused_kernel_in_fp32_and_its_gradients_need_no_fp32_operands() -> None:
+    usual = products.logits_, fused.PARTS_BYTES
+    for rank, own, dtype in (
+        (1, torch.bfloat16, torch.bfloat16),
+        (16, torch.bfloat16, torch.bfloat16),
+        (19, torch.float32, torch.bfloat16),
+        (5, torch.float16, torch.float16),
+    ):
+        p = with_adapter(problem(70, 40, 193, dtype, options=True), rank, own)
+        exact = to_float64(p)
+        fused.PARTS_BYTES, products.logits_ = 1, None  # several launches; and no chunk of logits
+        got, key = head.run(p, STATISTICS), torch.arange(40) * 0x9E3779B97F4A7C15 >> 1
+        few = replace(p, target_N=p.target_N[:40], index_N=p.index_N[:40], options=p.options.of_rows(slice(40)))
+        drawn = head.sample(few, key, step=1, temperature=0.7)
+        products.logits_, fused.PARTS_BYTES = usual
+        want = reference.run(exact, STATISTICS)
+        for name in STATISTICS:
+            torch.testing.assert_close(got[name].to(want[name].dtype), want[name], rtol=2e-5, atol=2e-5)
+        assert torch.equal(drawn["token"], reference.sample(to_float64(few), key, step=1, temperature=0.7)["token"])
+        coef_N, found = torch.linspace(-1, 1, 70), []
+        for backend, q in ((head, p), (reference, exact)):
+            statistics = q.statistics_dtype
+            dlow_VR = torch.ones(193, rank, dtype=statistics)
+            vectors = backend.run(q, ("dhidden",), coef_N=coef_N.to(statistics), dlow_VR=dlow_VR)
+            found.append((vectors["low_dhidden"].double(), dlow_VR.double() - 1))
+        for ours, true in zip(*found):
+            assert float((ours - true).norm() / true.norm()) < torch.finfo(dtype).eps
 
 
 def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
@@ -90,6 +125,7 @@ def everything_compiles_ahead() -> None:
 
 CHECKS = (
     fused_statistics_equal_the_float64_reference_with_plain_loads_and_with_descriptors,
+    an_adapter_joins_the_fused_kernel_in_fp32_and_its_gradients_need_no_fp32_operands,
     draws_are_those_of_the_unscreened_reference_fused_and_by_rows,
     equal_logits_go_to_the_smallest_id_and_a_row_without_ids_ends,
     many_rows_are_launched_in_parts_with_the_same_bits,

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dllm_trainer.commands import memory_plan
+from dllm_trainer.commands import memory_plan, planned_calls
 from dllm_trainer.commands.memory_plan import describe_plan
 from dllm_trainer.config import load_config, shipped_configs
 from dllm_trainer.errors import UserError
 from dllm_trainer.models.published_sizes import LLADA
 from dllm_trainer.models.tokenizer import make_tokenizer
+from dllm_trainer.train.setup import Setup
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
+from dllm_kernels import explain
 from tests.trainer.conftest import tiny_config
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
@@ -83,6 +85,57 @@ def test_terms_are_those_of_the_parameters(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is written, nothing loaded"
 
 
+def test_the_peak_is_that_of_the_call_that_holds_most_and_calls_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works: list[planned_calls.Work] = []
+    setups: list[Setup] = []
+    of_run = memory_plan.works_of
+
+    def watched(setup: Setup, *more: int) -> list[planned_calls.Work]:
+        works[:], setups[:] = of_run(setup, *more), [setup]
+        return works
+
+    monkeypatch.setattr(memory_plan, "works_of", watched)
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 100 << 20)
+    keys = ["model.hidden_size=256", "model.intermediate_size=512", "sft.batch=17", "sft.micro_batch=4", "rollout.block_length=8"]
+    keys += ["rl.prompts=3", "rl.group=5", "rl.micro_batch=4", "rl.samples_per_pass=2", "rl.samples=4", "rl.algorithm=rspo"]
+    config = tiny_config(tmp_path, *keys)
+    text = describe_plan(config, ranks=4)
+    calls = {work.name: (work.sequences, work.tokens, work.rows) for work in works}
+    rows = calls["rl gradient"][2]
+    assert calls == {
+        "sft": (4, 33, 4 * 17 // 2),  # of 16 tokens half, and a half of one more where a level is never 0
+        "rl gradient": (4 * 2, 33, rows),  # two samples of each at a time
+        "evaluation": (4, 33, 4 * 8),  # rows of a block
+        "rl rollout": (4, 33, 4 * 8),
+    }
+    assert 4 * 2 * 16 / 3 < rows < 4 * 2 * 16
+    (row_bytes,) = {work.logits / (work.sequences * work.tokens * (3 if work.trains else 1)) for work in works}
+    assert row_bytes % 4 == 0
+    for work in works:
+        assert work.peak == max(work.activations, work.kept + work.head)
+        assert work.peak_with_logits == max(work.activations, work.kept + work.logits)
+        assert work.activations >= work.kept >= work.sequences * work.tokens * 256 * 4, "the last hidden states live on"
+    sizes = {"rows": 32, "hidden_size": 256, "vocabulary": int(row_bytes) // 4, "dtype": torch.float32}
+    forward = explain(**sizes, trainable_head=False, coef_known=False, wants_gradient=False)
+    assert [work.head for work in works if not work.trains] == [forward.peak_bytes] * 2
+    vast = dataclasses.replace(works[0], head=0, logits=works[0].activations)
+    assert vast.peak_with_logits == vast.kept + vast.activations > vast.peak
+    first, later = (planned_calls.measure_call(setups[0], "", 4, 33, 68, trains=True, again=again) for again in (False, True))
+    assert first.activations <= later.activations, "gradients that a first backward makes are a term of their own"
+    assert later.head - first.head == row_bytes * 256, "and so is the head's, which a later one adds to"
+    terms = ("weights", "gradients", "optimiser", "reference policy", "heap fragmentation", "gathered layers")
+    total = 100.0 + sum(term(text, name) for name in terms)
+    assert term(text, "framework and data") == 100.0
+    assert term(text, "activations and head") == pytest.approx(max(work.peak for work in works) / 2**20, abs=0.06)
+    assert term(text, "predicted peak") == pytest.approx(total + term(text, "activations and head"), abs=0.4)
+    with_logits = max(work.peak_with_logits for work in works) / 2**20
+    assert term(text, "with full logits in place of our kernels:") == pytest.approx(total + with_logits, abs=0.4)
+    adapted = describe_plan(tiny_config(tmp_path, *keys, "model.lora.rank=2"))
+    assert "reference policy" not in adapted, "with adapters it is the model with them off"
+
+
 def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "model.hidden_size=512", "model.intermediate_size=1024", "sft.batch=16")
     one, four = (describe_plan(config, ranks=ranks) for ranks in (1, 4))
@@ -113,7 +166,7 @@ def test_neither_data_nor_hub_are_needed_for_a_published_model(monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(memory_plan, "_capacity", lambda device: 1 << 50)
     one_layer = dataclasses.replace(LLADA, layers=1)  # 32 take their time, as fake ones too
-    monkeypatch.setitem(memory_plan.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
+    monkeypatch.setitem(planned_calls.PUBLISHED, "gsai-ml/llada-8b-instruct", one_layer)
     config = load_config(shipped_configs()["llada-8b-gdpo"], ["model.lora.rank=0", "model.gradient_checkpointing=false"])
     text = describe_plan(config, ranks=8)
     parameters, V, H = int(text.split()[0].replace(",", "")), 126464, 4096

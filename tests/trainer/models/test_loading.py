@@ -5,6 +5,7 @@ sentence.
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dllm_trainer.config import load_config
 from dllm_trainer.errors import UserError
 from dllm_trainer.facts import Facts
+from dllm_trainer.models import compat
 from dllm_trainer.models.loading import Loaded, _add_mask_token, build_model, from_scratch, load, parameter_count
 from dllm_trainer.models.tokenizer import make_tokenizer
 from dllm_trainer.tasks import make_task
@@ -25,6 +27,12 @@ from tests.trainer.models.tiny_checkpoints import make_tokenizer as tiny_tokeniz
 
 ALPHABET = "01234="
 TEXT = "0103020400103000=4123341223411234"
+
+
+def test_a_transformers_without_eurobert_is_told_when_a_model_from_scratch_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "transformers", SimpleNamespace(__version__="4.57.6"))
+    with pytest.raises(UserError, match=r"model\.checkpoint .*4\.57\.6.*'transformers>=5\.3'"):
+        build_model(load_config("demo", []).model, make_tokenizer(ALPHABET), seed=0)
 
 
 def test_the_tokenizer_survives_saving_and_reads_its_own_writing(tmp_path: Path) -> None:

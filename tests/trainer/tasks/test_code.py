@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dllm_trainer.errors import UserError
+from dllm_trainer.config import load_config
+from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.tasks import make_task
 from dllm_trainer.tasks.code import SHIPPED, program, read
 from dllm_trainer.tasks.config import CodeConfig
@@ -209,6 +210,11 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path: Path, row: di
     assert said in str(caught.value)
 
 
+def test_the_toy_takes_no_data_that_it_would_pass_over() -> None:
+    with pytest.raises(ConfigError, match=r"task: train must not be given with style characters, .* got mine\.jsonl"):
+        load_config(overrides=["task.kind=code", "task.style=characters", "task.train=mine.jsonl"])
+
+
 def test_without_a_sandbox_programs_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     _working.cache_clear()
@@ -224,6 +230,12 @@ def test_the_toy_holds_out_values_and_its_expressions_are_right() -> None:
     some = task.train[:10]
     assert task.correct(some, [e.answer for e in some]) == [1.0] * 10
     assert task.rewards["tests"](some[:2], ["", "x("]) == [0.0, 0.0]
+    careless = make_task(CodeConfig(style="characters", careless_share=1.0, train_problems=200), seed=0).train
+    for right, wrong in zip(task.train, careless, strict=True):
+        assert right.prompt == wrong.prompt
+        values, others = ([eval(e.answer, {"x": x}) for x in range(6)] for e in (right, wrong))
+        assert right.facts["tests"] == [f"assert f({x}) == {value}" for x, value in enumerate(values)]
+        assert values != others, "parentheses matter in every problem"
     assert all(
         len(e.answer) <= task.completion_length and set(e.prompt + e.answer) <= set(task.alphabet or "") for e in task.train
     )

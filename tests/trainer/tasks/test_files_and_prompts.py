@@ -59,6 +59,7 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, suffix: st
         (b'{"prompt": "1"}\n', ":1: there is no column 'answer'; there are 'prompt'"),
         (b'{"prompt": null, "answer": "2"}\n', ":1: column 'prompt' must be a text, got NoneType"),
         (b'{"prompt": "1", "answer": ["2"]}\n', ":1: column 'answer' must be a text, got list"),
+        (b'{"prompt": "1", "answer": NaN}\n', ":1: column 'answer' must be a text or a finite number, got nan"),
         (b'{"prompt": "1", "answer": "2"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text (byte 13 is 0xff)"),
         (b"[" * 100_000, ":1: not JSON (nested too deeply)"),
         (b"", ": there is no row in it"),

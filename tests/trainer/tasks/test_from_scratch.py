@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from dllm_trainer.cli import app
 from dllm_trainer.config import load_config
-from dllm_trainer.errors import ConfigError
+from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.models.loading import tokenizer_of
 from dllm_trainer.models.tokenizer import train_tokenizer
 from dllm_trainer.records.run_dir import RunDir
@@ -89,3 +90,50 @@ def test_task_shows_prompts_and_the_rewards_of_a_right_and_a_wrong_answer() -> N
 def test_wrong_styles_are_named(keys: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         load_config(overrides=["task.kind=file", "task.train=x.jsonl", *keys])
+
+
+def test_completions_fill_the_middle_from_rows_to_rl(tmp_path: Path) -> None:
+    """What follows a gap is given: SFT is shown it, rollouts see it, and rewards are of the middle alone."""
+    rows = [{"prompt": f"{a}+", "answer": f"{b}", "rest": f"={a + b:02d}!"} for a in range(10) for b in range(10)]
+    for name, own in {"train": rows[:90], "test": rows[90:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    keys = ["task.kind=file", f"task.train={tmp_path / 'train.jsonl'}", f"task.tests.held={tmp_path / 'test.jsonl'}"]
+    keys += ["task.style=characters", "task.suffix_column=rest", f"out={tmp_path / 'run'}"]
+    config = load_config(overrides=[*TINY, *keys, "task.completion_length=1", "rollout.steps=1", "rollout.block_length=1"])
+    seen: list[list[int]] = []
+    run = Run(RunDir.create(Path(config.out)), config, Console(quiet=True))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten().tolist()) if isinstance(module, torch.nn.Embedding) else None
+    )
+    run.execute()
+    hook.remove()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rl = [record for record in records if record.get("phase") == "rl" and "reward" in record]
+    assert len(rl) == 1
+    assert rl[0]["on_policy_gap"] < 1e-4
+    alphabet = "".join(sorted(set("".join(row[key] for row in rows for key in row))))
+    mask = max(max(ids) for ids in seen if ids)
+    texts = {"".join(alphabet[i] if i < len(alphabet) else "?" for i in ids[:7]) for ids in seen if len(ids) >= 7}
+    assert mask >= len(alphabet)
+    assert any(re.fullmatch(r"\d\+\?=\d\d!", text) for text in texts), f"a gap between what is given, got {sorted(texts)[:5]}"
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert {len(sample["tokens"]) for sample in samples} == {1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["rollout.stop_at_eos=true"], "rollout.stop_at_eos and rollout.cache must be false for a task with suffixes"),
+        (["rollout.cache=dual"], "rollout.stop_at_eos and rollout.cache must be false for a task with suffixes"),
+        (["rollout.sampler=sdar"], "a sampler that see what follows a block"),
+        (["task.suffix_column=end"], "there is no column 'end'"),
+    ],
+)
+def test_what_does_not_go_with_a_middle_is_said_before_anything_is_trained(
+    tmp_path: Path, keys: list[str], sentence: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+", "answer": "2", "rest": "=3"}) + "\n")
+    common = ["task.kind=file", f"task.train={tmp_path / 'train.jsonl'}", "task.style=characters", "task.suffix_column=rest"]
+    config = load_config(overrides=[*TINY, *common, f"out={tmp_path / 'run'}", *keys])
+    with pytest.raises(UserError, match=sentence):
+        Run(RunDir.create(Path(config.out)), config, Console(quiet=True)).execute()

@@ -1,5 +1,9 @@
 """reasoning-gym as a task: mixtures, levels, held-out sets, its own scores, and what is refused."""
 
+import dataclasses
+import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +15,11 @@ from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.tasks import Example, Task, gym_scores, make_task, reasoning_gym
 from dllm_trainer.tasks.config import ReasoningGymConfig
 from dllm_trainer.tasks.gym_draws import draw
+
+HERE = importlib.util.find_spec("reasoning_gym") is not None
+if not HERE and any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+    raise RuntimeError("reasoning-gym is not installed: pip install '.[gym]'")
+packaged = pytest.mark.skipif(not HERE, reason="reasoning-gym needs a C compiler for its pycosat, and there is none")
 
 SMALL = {"train_problems": 60, "test_problems": 12}
 
@@ -26,6 +35,7 @@ def mixture() -> Task:
     return make_task(config(datasets, levels=2, style="characters", question="short", demonstrations=20), seed=0)
 
 
+@packaged
 def test_a_mixture_has_its_weights_options_and_levels(mixture: Task) -> None:
     counts = Counter(example.facts["dataset"] for example in mixture.train)
     assert counts["chain_sum"] > 1.5 * counts["spell_backward"] > 0
@@ -38,6 +48,7 @@ def test_a_mixture_has_its_weights_options_and_levels(mixture: Task) -> None:
     assert len(mixture.demonstrations) == 20
 
 
+@packaged
 def test_a_model_from_scratch_can_read_all_of_it(mixture: Task) -> None:
     assert mixture.curriculum is not None
     for example in (*mixture.curriculum.levels[0], *mixture.curriculum.levels[1], *mixture.tests["level_1"]):
@@ -47,6 +58,7 @@ def test_a_model_from_scratch_can_read_all_of_it(mixture: Task) -> None:
         assert "final answer" not in example.prompt, "what all questions share is left out"
 
 
+@packaged
 def test_scores_are_the_packages_own(mixture: Task) -> None:
     examples = [e for e in mixture.train if e.facts["dataset"] == "spell_backward"][:2]
     texts = [e.answer for e in examples]
@@ -58,17 +70,35 @@ def test_scores_are_the_packages_own(mixture: Task) -> None:
     assert mixture.rewards["solved"](examples[:1], [f"{texts[0][:-1]}?"]) == [0.0]
 
 
+@packaged
 def test_nothing_held_out_is_trained_on_and_tests_are_the_same_for_every_seed() -> None:
     wanted = config({"gcd": {"options": {"min_value": 1, "max_value": 12}}}, train_problems=300)
     drawn = [draw(wanted, seed) for seed in (0, 1)]
-    (tests, (train,)), (same, (other,)) = drawn
+    (tests, (train,), left_out), (same, (other,), _) = drawn
     assert tests == same
     assert train != other
     held = [example.prompt for example in tests["unseen"]]
     assert len(set(held)) == len(held) == 12
     assert not {example.prompt for example in (*train, *other)} & set(held)
+    assert left_out > 0, "12 of 78 questions are held out, so that a draw of 300 meets them"
 
 
+@packaged
+def test_what_was_held_out_is_told_and_so_is_what_was_not(mixture: Task) -> None:
+    (note,) = mixture.notes()
+    assert re.match(r"\d+ of 120 training questions are distinct; \d+ more were drawn and left out, as they are held out", note)
+    leaking = dataclasses.replace(mixture, note="", tests={"unseen": mixture.train[:1], "other": mixture.tests["level_1"]})
+    (warning,) = leaking.notes()
+    assert re.match(r"warning: [1-9]\d* of 120 training examples ask a question of the test set unseen$", warning)
+
+
+def test_short_questions_stay_different_where_their_ends_overlap() -> None:
+    examples = [Example(str(n), " ".join(["a"] * n), "", {"dataset": "x"}) for n in (2, 3, 4)]
+    cut = reasoning_gym._constant_ends(examples)
+    assert len({cut(example).prompt for example in examples}) == 3
+
+
+@packaged
 @pytest.mark.slow
 def test_examples_do_not_depend_on_the_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """isomorphic_strings walks through sets of texts: drawn in this process, every rank would have its own."""
@@ -80,6 +110,7 @@ def test_examples_do_not_depend_on_the_hash_seed(monkeypatch: pytest.MonkeyPatch
     assert found[0] == found[1]
 
 
+@packaged
 @pytest.mark.parametrize(
     ("datasets", "more", "sentence"),
     [

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +206,34 @@ def test_dmpo_s_weights_are_of_the_policy_and_the_reference_and_sum_to_1_in_a_gr
     delta = (score_samples(reference, plan) - score_samples(model, plan)).mean(1) + rewards / 0.04
     torch.testing.assert_close(weights.view(2, 2), delta.view(2, 2).softmax(1))
     assert (effective_sample_size(weights, groups) >= 0.5).all()
+
+
+@pytest.mark.parametrize("mode", ["code", "paper"])
+def test_figures_of_a_step_are_those_of_what_it_scored(mode: str) -> None:
+    algorithm = chosen("gdpo", f"rl.options.mode={mode}", "rl.options.beta=0.1", "rl.options.epsilon=0.2")
+    plan, ranks = plan_of([5, 4, 0, 8], samples=2), Ranks()
+    elbo = [[-6.0, -4.0], [-3.0, math.nan], [0.0, 0.0], [-9.0, -5.0]]  # a sample was dropped
+    old, ref, lengths = [-5.5, -2.0, -0.1, -7.9], [-8.0, -1.0, 0.5, -7.0], [5, 4, 1, 8]  # an empty one counts as 1
+    report: Any = SimpleNamespace(sample_elbo_BK=torch.tensor(elbo, dtype=F64))
+    batch = Batch({"old_elbo": torch.tensor(old, dtype=F64), "ref_elbo": torch.tensor(ref, dtype=F64)})
+    found = algorithms.step_figures(algorithm, report, plan, batch, ranks)
+    score = [sum(x for x in row if x == x) / 2 for row in elbo]
+    delta = [(s - o) / (n if mode == "code" else 1) for s, o, n in zip(score, old, lengths)]
+    known = [x for row in elbo for x in row if x == x]
+    assert found == pytest.approx(
+        {
+            "elbo": sum(known) / len(known),
+            "mask_ratio": sum(int(plan.counts[k, b]) / lengths[b] for k in range(2) for b in range(4)) / 8,
+            "kl": sum((s - r) / n for s, r, n in zip(score, ref, lengths)) / 4,
+            "largest_ratio": math.exp(max(map(abs, delta))),
+            "clip_fraction": sum(not 0.8 <= math.exp(d) <= 1.2 for d in delta) / 4,
+        },
+        rel=1e-6,
+    )
+    nothing: Any = SimpleNamespace(sample_elbo_BK=torch.full([4, 2], math.nan, dtype=F64))
+    samples = Batch({}, {"old_sample_elbo": torch.zeros(4, 2, dtype=F64)})
+    none = algorithms.step_figures(chosen("bgpo"), nothing, plan, samples, ranks)
+    assert none == {"largest_ratio": 1.0, "elbo": 0.0, "mask_ratio": pytest.approx(found["mask_ratio"]), "clip_fraction": 0.0}
 
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "unbias"])

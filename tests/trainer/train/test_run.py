@@ -11,9 +11,9 @@ from dllm_trainer.errors import GuardError, Stopped
 from dllm_trainer.records.checkpoints import latest
 from dllm_trainer.train import rl
 from dllm_trainer.train.evaluation import paired_gain
-from dllm_trainer.train.optimization import batch_indices, guarded_step, learning_rate
+from dllm_trainer.train.optimization import batch_indices, guarded_step
 from dllm_trainer.train.run import Run
-from transformers import AutoModelForMaskedLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.trainer.conftest import lines, new_run, resumed, tiny_config
 
@@ -239,27 +239,6 @@ def test_every_example_comes_once_an_epoch_in_a_new_order() -> None:
     assert not torch.equal(epochs[0], epochs[1])
     assert batch_indices("sft", 0, 20, 5, 4)[1] == 1
     assert not torch.equal(batch_indices("rl", 0, 20, 5, 0)[0], epochs[0][:5])
-
-
-def test_the_learning_rate_warms_up_and_decays_to_its_floor() -> None:
-    for schedule in ("linear", "cosine", "constant"):
-        config = load_config(overrides=[f"sft.schedule={schedule}", "sft.warmup=10", "sft.lr=0.1", "sft.final_lr_share=0.2"]).sft
-        rates = [learning_rate(config, step, 1000) for step in range(1000)]
-        assert rates[0] == pytest.approx(0.01, rel=1e-3)
-        assert rates[9] == pytest.approx(0.1, rel=1e-2)
-        assert rates[-1] == pytest.approx(0.1 if schedule == "constant" else 0.02, rel=1e-2)
-        assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.mark.parametrize("schedule", ["cosine_with_restarts", "polynomial", "inverse_sqrt"])
-def test_transformers_schedules_are_those_of_its_own_trainer(schedule: str) -> None:
-    config = load_config(overrides=[f"sft.schedule={schedule}", "sft.warmup=5", "sft.lr=0.1"]).sft
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=5, num_training_steps=20)
-    for step in range(20):
-        assert learning_rate(config, step, 20) == pytest.approx(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
 
 
 def test_the_paired_interval_is_that_of_the_differences() -> None:
