@@ -59,9 +59,10 @@ class Sizes:
 
     def flops(self, *, backward: bool) -> int:
         """Of the matrix products of one half of the call."""
-        logit_rows = self.course.logit_rows(self.rows)
-        if backward:
+        if backward:  # where nothing is made again, operands come empty
             logit_rows = self.rows if self.plan == "recompute" else 0
+        else:
+            logit_rows = self.course.logit_rows(self.rows)
         logits = logit_rows * (self.width + self.rank + self.teacher_width)
         needs, gradients = self.needs, 0
         if self.plan == "recompute" if backward else self.plan in ("coef", "unit"):
