@@ -39,6 +39,7 @@ from benchmarks.mutation.judge import Judge
 from benchmarks.mutation.sources import AREAS, Mutant, drawn, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
+Draw = Sequence[tuple[str, Mutant]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--share", default="0/1", metavar="K/N", help="every N-th mutant from the K-th on")
     parser.add_argument("--show", metavar="MUTANT", help="as the state names it: print its difference and judge it")
     parser.add_argument("--again", action="store_true", help="judge survivors without a reason anew")
-    parser.add_argument("--quick", type=float, default=4.0, metavar="SECONDS", help="of the first round; 0: no first round")
+    parser.add_argument("--quick", type=float, default=3.0, metavar="SECONDS", help="of the first round; 0: no first round")
     parser.add_argument("--minutes", type=float, help="start no further mutant after so many")
     parser.add_argument("--state", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the score and the survivors there too")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         path = arguments.state or ROOT / "runs" / f"mutants-{arguments.seed}{suffix}.json"
         chosen = drawn(ROOT, list(AREAS), arguments.count, arguments.seed)
         share = [(area, m) for area, m in chosen[int(part) :: int(parts)] if area in (arguments.area or AREAS)]
-        _campaign(judge, share, path, arguments)
+        _campaign(judge, chosen, share, path, arguments)
         if arguments.out:
             states = sorted(path.parent.glob(f"mutants-{arguments.seed}*.json")) if arguments.state is None else [path]
             _write(arguments.out, [json.loads(state.read_text()) for state in states], len(chosen), arguments.seed)
@@ -82,14 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _campaign(judge: Judge, share: Sequence[tuple[str, Mutant]], path: Path, arguments: argparse.Namespace) -> None:
+def _campaign(judge: Judge, chosen: Draw, share: Draw, path: Path, arguments: argparse.Namespace) -> None:
     written = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
     reasons = written.get("survivors", {})
     state: dict[str, dict[str, Any]] = dict(written.get("verdicts", {}))
     state |= json.loads(path.read_text()) if path.is_file() else {}
+    sources = {file: (ROOT / file).read_text() for file in {mutant.file for _, mutant in chosen}}
+    names = {mutant.described(sources[mutant.file]) for _, mutant in chosen}
+    state = {name: verdict for name, verdict in state.items() if name in names}  # of other sources there may be more
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * (arguments.minutes or 1e9)
-    sources = {file: (ROOT / file).read_text() for file in {mutant.file for _, mutant in share}}
     for _, mutant in share:
         known = state.get(mutant.described(sources[mutant.file]))
         if known and known["verdict"] == "killed":

@@ -88,10 +88,15 @@ class Judge:
         for (_, test), count in self.kills.items():
             kills_of_area[test] += count
 
-        def rank(test: str) -> tuple[bool, int, bool, bool, float]:
+        able, turn, seen = list(able), dict[str, int](), Counter[str]()
+        for test in able:  # one case of each test, then the second of each
+            seen[test.partition("[")[0]] += 1
+            turn[test] = seen[test.partition("[")[0]]
+
+        def rank(test: str) -> tuple[bool, int, bool, float]:
             own = Path(test.partition("::")[0]).stem == f"test_{Path(mutant.file).stem}"
-            seconds = self.seconds.get(test, 0.3) * (1.0 if own else 4.0) / (1 + kills_of_area[test])
-            return test not in changed, -self.kills[mutant.file, test], bool(runs) and test not in runs, not own, seconds
+            seconds = turn[test] * self.seconds.get(test, 0.3) * (1.0 if own else 4.0) / (1 + kills_of_area[test])
+            return test not in changed, -self.kills[mutant.file, test], bool(runs) and test not in runs, seconds
 
         while True:
             chosen = sorted((test for test in able if self.alone.get(test, True)), key=rank)

@@ -29,7 +29,7 @@ AREAS: Mapping[str, Area] = {
     "model": Area(("dllm_kernels/model/*.py",), ("tests/model",)),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation",)),
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
-    "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts",)),
+    "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),
     "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),
     "costs": Area(("trainer/commands/*_plan.py", "trainer/commands/planned_calls.py"), ("tests/trainer/commands",)),
 }
