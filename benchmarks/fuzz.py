@@ -101,12 +101,12 @@ def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = Fal
     state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas, what)
     if (state["seed"], state["isas"], state.get("what", "head")) != (seed, isas, what):
         raise SystemExit(f"error: {path} is of seed {state['seed']} on {', '.join(state['isas'])}")
-    state["source"] = source()
+    fuzzed = source()
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     child = None
     while state["cases"] < cases and not (stop and state["wrong_cases"]):
-        started, first = time.monotonic(), state["next_problem"]
+        started, first, state["source"] = time.monotonic(), state["next_problem"], fuzzed
         if child is None or not child[0].is_alive():
             ours, theirs = context.Pipe()
             child = context.Process(target=work, args=(seed, isas, what, theirs), daemon=True), ours

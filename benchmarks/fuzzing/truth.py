@@ -62,7 +62,7 @@ class Truth:
             tanh_NV = torch.tanh(z_NV / cap)
             slope_NV, z_NV = 1 - tanh_NV**2, cap * tanh_NV
             flat_NV = 4 * self.eps * (1 + size_NV / cap)  # a slope near 0 is the difference of two numbers near 1
-        excluded_V = torch.zeros(self.V, dtype=torch.bool)
+        self.excluded_V = excluded_V = torch.zeros(self.V, dtype=torch.bool)
         excluded_V[list(options.get("suppress", ()))] = True
         excluded_V[options.get("valid_vocab", self.V) :] = True
         self.z_NV = (z_NV / T_N1).masked_fill(excluded_V, -torch.inf)
