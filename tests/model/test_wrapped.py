@@ -91,6 +91,7 @@ def test_steps_in_deepspeed_equal_plain_cross_entropy_and_what_cannot_be_right_i
     check_refusals(ranks[0]["deepspeed refusals"], said)
 
 
+@pytest.mark.skipif(not FSDP2, reason="torch 2.6 cannot compile the masks of transformers 5")
 def test_ten_contexts_of_a_compiled_model_are_one_graph():
     graphs = []
 
