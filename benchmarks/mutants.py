@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         _campaign(judge, chosen, share, path, arguments)
         if arguments.out:
             states = sorted(path.parent.glob(f"mutants-{arguments.seed}*.json")) if arguments.state is None else [path]
-            _write(arguments.out, [json.loads(state.read_text()) for state in states], len(chosen), arguments.seed)
+            _write(arguments.out, [json.loads(state.read_text()) for state in states], chosen, arguments)
     finally:
         judge.close()
     return 0
@@ -129,12 +129,16 @@ def _show(judge: Judge, name: str) -> int:
     return 2
 
 
-def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: int, seed: int) -> None:
-    """Counts by area and the survivors, with the reasons that stood in the file before."""
+def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], chosen: Draw, arguments: argparse.Namespace) -> None:
+    """Counts by area and the survivors, with the reasons that stood in the file before.
+
+    No share is told before all are judged: those that are killed quickly come first.
+    """
     from dllm_trainer.records.environment import environment
 
     before = json.loads(out.read_text())["survivors"] if out.is_file() else {}
-    verdicts = {name: verdict for state in states for name, verdict in state.items()}
+    drawn_now = {mutant.name for _, mutant in chosen}
+    verdicts = {name: verdict for state in states for name, verdict in state.items() if name in drawn_now}
     undecided = {name for name, verdict in verdicts.items() if verdict["verdict"] == "undecided"}
     verdicts = {name: verdict for name, verdict in verdicts.items() if name not in undecided}
     counts: dict[str, dict[str, int]] = {}
@@ -144,19 +148,19 @@ def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: i
     killed = sum(count["killed"] for count in counts.values())
     found = {
         "schema": 1,
-        "command": f"python benchmarks/mutants.py --count {planned} --seed {seed}",
+        "command": f"python benchmarks/mutants.py --count {arguments.count} --seed {arguments.seed}",
         "environment": environment(),
-        "planned": planned,
+        "drawn": len(chosen),
         "judged": len(verdicts),
         "undecided": sorted(undecided),  # by the first round; the second is still to come
         "killed": killed,
-        "killed_share": round(killed / max(1, len(verdicts)), 4),
+        "killed_share": round(killed / len(verdicts), 4) if len(verdicts) == len(chosen) else None,
         "by_area": dict(sorted(counts.items())),
         "survivors": {n: before.get(n, "") for n, v in sorted(verdicts.items()) if v["verdict"] == "survived"},
         "verdicts": dict(sorted(verdicts.items())),
     }
     out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{killed} of {len(verdicts)} killed ({found['killed_share']:.1%}); {out}")
+    print(f"{killed} of {len(verdicts)} judged killed, of {len(chosen)} drawn; {out}")
 
 
 if __name__ == "__main__":
