@@ -146,7 +146,8 @@ def _within(value: Tensor, wanted: Bounded) -> bool:
 
 
 def _complaint(name: str, value: Tensor, wanted: Bounded) -> str:
-    excess = ((value.detach().double() - wanted.exact).abs() / wanted.bound).nan_to_num(torch.inf)
+    error = (value.detach().double() - wanted.exact).abs()
+    excess = torch.where(error == 0, 0.0, error / wanted.bound).nan_to_num(torch.inf)
     place = int(excess.argmax())
     flat = [float(x.detach().double().expand(wanted.exact.shape).reshape(-1)[place]) for x in (value, wanted.exact, wanted.bound)]
     return f"{name}[{place}] is {flat[0]:.9g}, exactly {flat[1]:.9g}, allowed +- {flat[2]:.2g}"

@@ -37,6 +37,12 @@ class Problem:
         return self.hidden.dtype
 
     @property
+    def shape(self) -> str:
+        """Sizes and options, for a complaint."""
+        sizes = f"hidden {list(self.hidden.shape)}, V {len(self.weight)}, rows {len(self.target)}"
+        return f"{sizes}, {', '.join(self.options) or 'no options'}"
+
+    @property
     def index(self) -> Tensor:
         """Flat rows of hidden that are scored."""
         return torch.arange(self.hidden.numel() // self.hidden.shape[-1]) if self.rows is None else self.rows

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_every_sampler_equals_its_published_loop_on_ragged_prompts(model, recipe
 def test_and_those_that_take_tokens_back(model, recipe, temperature):
     rollout, _ = both(model, temperature=temperature, seed=3, length=8, **recipe)
     assert rollout.edited or recipe.get("alg")
+
+
+@pytest.mark.parametrize("recipe", TAKING_BACK.values(), ids=TAKING_BACK)
+def test_whose_padding_and_company_change_nothing_either(model, recipe):
+    options = {"temperature": 0.7, "length": 8, **recipe}
+    left, _ = both(model, layout="left", **options)
+    for micro_batch in (1, 2):
+        ragged = generate(model, RAGGED, mask_id=MASK, sequence_ids=IDS, micro_batch=micro_batch, **options)
+        assert torch.equal(ragged.completion_BL, left.completion_BL)
+        assert torch.equal(ragged.commit_step_BL, left.commit_step_BL)
 
 
 @each_recipe
@@ -297,6 +308,17 @@ def test_the_prompt_stays_and_the_settings_are_told(model):
     assert rollout.settings["steps"] == 3
     assert rollout.settings["temperature"] == 0.0
     assert rollout.settings["remasking"] == "low_confidence"
+
+
+def test_every_sampler_and_option_is_told_and_compared():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rollouts.md").read_text()
+    compared = {recipe.get("sampler", "llada") for recipe in (*RECIPES.values(), *TAKING_BACK.values())} | {"llada2"}
+    for sampler in SAMPLERS.values():
+        assert f"| `{sampler.name}`" in page
+        assert f"        {sampler.name} " in generate.__doc__
+        assert sampler.name in compared
+        for option in sampler.options:
+            assert f"{option}=" in generate.__doc__ or option in generate.__doc__, option
 
 
 def test_default_numbers_are_those_of_the_sources_that_the_table_names():

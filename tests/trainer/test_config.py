@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from dllm_trainer.config import RunConfig, allowed_keys, load_config, shipped_configs
+from dllm_trainer.config import RolloutConfig, RunConfig, allowed_keys, load_config, shipped_configs
 from dllm_trainer.errors import ConfigError
 from omegaconf import OmegaConf
+
+from dllm_kernels.rollouts.samplers import SAMPLERS
 
 
 def test_the_demo_s_config_says_what_is_trained_and_how_and_leaves_what_other_models_need() -> None:
@@ -52,6 +54,17 @@ def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
     config = load_config(overrides=["seed=9", "rl.lr=0.000025", "sft.law=bernoulli"])
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_every_option_of_every_sampler_has_a_key_and_reaches_it() -> None:
+    keys = set(RolloutConfig.model_fields)
+    for sampler in SAMPLERS.values():
+        assert set(sampler.options) <= keys, sampler.name
+    config = load_config(
+        overrides=["rollout.sampler=remdm", "rollout.block_length=null", "rollout.remasking=null", "rollout.eta=0.3"]
+    )
+    assert config.rollout.resolved().options["eta"] == 0.3
+    assert config.rollout.generate_options(8, None)["eta"] == 0.3
 
 
 @pytest.mark.parametrize(
