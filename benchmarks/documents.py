@@ -15,8 +15,8 @@
     comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/compare-sudoku
                  rl.updates=60
 
-The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`
-and `benchmarks.studies.block_learning`. "measured" is made of
+The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
+`benchmarks.studies.block_rates` and `benchmarks.studies.block_learning`. "measured" is made of
 the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
 benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
@@ -395,11 +395,12 @@ def blocks(table: str) -> dict[str, str]:
 
         return {"tasks table": tasks.table(result_of("tasks-cpu"))}
     if table == "blocks":
-        from benchmarks.studies import block_cost, block_learning
+        from benchmarks.studies import block_cost, block_learning, block_rates
 
         return {
             "block cost": block_cost.table(result_of("block-cost-cpu")),
             "block learning": block_learning.table(result_of("block-learning-cpu")),
+            "block rates": block_rates.table(result_of("block-rates-cpu")),
         }
     if table == "fuzz":
         from benchmarks import fuzz

@@ -3,6 +3,7 @@
     python benchmarks/fuzz.py --cases 100000 --seed 0      go on to 100,000 cases in all
     python benchmarks/fuzz.py --case 4711 --seed 0         one drawn problem again, in this process
     python benchmarks/fuzz.py --cases 1000000 --out benchmarks/results/fuzz.json
+    python benchmarks/fuzz.py --what distillation --cases 20000
 
 A case is one call (`score_tokens` under a plan, `head_backward`, `sample_tokens`, a loss) of one drawn problem on one
 instruction set. Inputs and results lie between forbidden pages, the engine's workspace holds NaN or 1e30 or what the
@@ -10,8 +11,9 @@ call before left, one problem in forty is bad and must be refused. What came out
 rounding (benchmarks/fuzzing/truth.py). The same seed draws the same problems on every machine.
 
 A process of its own makes the calls: one that dies is a wrong case, and the next goes on after it. The state is kept in
---state (default runs/fuzz-<seed>.json) and a run that was cut off goes on from there; counts are told apart by the commit
-of csrc/ that was fuzzed. Exit codes: 0 nothing is wrong; 1 something is; 2 bad arguments.
+--state (default runs/fuzz-<seed>.json, for distillation runs/fuzz-distillation-<seed>.json) and a run that was cut off goes on
+from there; counts are told apart by the commit of csrc/ that was fuzzed. Exit codes: 0 nothing is wrong; 1 something is; 2 bad
+arguments.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="in all, those of earlier runs of the state included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--what", choices=("head", "distillation"), default="head", help="`distillation_loss`, or all the others")
     parser.add_argument("--isa", action="append", help="these instruction sets alone; default all that this CPU has")
     parser.add_argument("--case", type=int, metavar="PROBLEM", help="judge one problem, here, and keep no state")
     parser.add_argument("--again", action="store_true", help="first judge the state's wrong problems once more, after a mend")
@@ -60,13 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --cases must be at least 1 and --isa one of {', '.join(allowed) or '(no engine)'}", file=sys.stderr)
         return 2
     if arguments.case is not None:
-        found = judged(arguments.seed, arguments.case, isas)
+        found = judged(arguments.seed, arguments.case, isas, arguments.what)
         print("\n".join(found["wrong"]) or f"{sum(found['by_engine'].values())} cases, nothing is wrong")
         return int(bool(found["wrong"]))
-    path = arguments.state or ROOT / "runs" / f"fuzz-{arguments.seed}.json"
+    name = "fuzz" if arguments.what == "head" else f"fuzz-{arguments.what}"
+    path = arguments.state or ROOT / "runs" / f"{name}-{arguments.seed}.json"
     if arguments.again and path.exists():
         judge_again(path)
-    state = fuzz(arguments.cases, arguments.seed, isas, path, stop=arguments.stop)
+    state = fuzz(arguments.cases, arguments.seed, isas, path, stop=arguments.stop, what=arguments.what)
     if arguments.out is not None:
         from dllm_trainer.records.environment import environment
 
@@ -76,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(state["wrong_cases"]))
 
 
-def fresh(seed: int, isas: list[str]) -> State:
+def fresh(seed: int, isas: list[str], what: str = "head") -> State:
     told: State = {"cases": 0, "wrong_cases": 0, "wrong": [], "seconds": 0.0, "source": "", "sources": {}}
+    told |= {} if what == "head" else {"what": what}
     return {"schema": 2, "seed": seed, "isas": isas, "next_problem": 0, **told}
 
 
@@ -91,20 +96,20 @@ def source() -> str:
     return said[0] + " changed" * bool(said[1])
 
 
-def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = False) -> State:
+def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = False, what: str = "head") -> State:
     """Goes on from the state in `path` until `cases` cases are judged or, with `stop`, one is wrong."""
-    state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas)
-    if (state["seed"], state["isas"]) != (seed, isas):
+    state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas, what)
+    if (state["seed"], state["isas"], state.get("what", "head")) != (seed, isas, what):
         raise SystemExit(f"error: {path} is of seed {state['seed']} on {', '.join(state['isas'])}")
-    state["source"] = source()
+    fuzzed = source()
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     child = None
     while state["cases"] < cases and not (stop and state["wrong_cases"]):
-        started, first = time.monotonic(), state["next_problem"]
+        started, first, state["source"] = time.monotonic(), state["next_problem"], fuzzed
         if child is None or not child[0].is_alive():
             ours, theirs = context.Pipe()
-            child = context.Process(target=work, args=(seed, isas, theirs), daemon=True), ours
+            child = context.Process(target=work, args=(seed, isas, what, theirs), daemon=True), ours
             child[0].start()
             theirs.close()
         enough = -(-(cases - state["cases"]) // len(isas))
@@ -129,7 +134,7 @@ def judge_again(path: Path) -> None:
     if state["wrong_cases"] > sum(len(entry["what"]) for entry in state["wrong"]):
         raise SystemExit(f"error: {path} does not describe all of its {state['wrong_cases']} wrong cases: start anew")
     for entry in state["wrong"]:
-        left = judged(state["seed"], entry["problem"], state["isas"])["wrong"]
+        left = judged(state["seed"], entry["problem"], state["isas"], state.get("what", "head"))["wrong"]
         state["sources"][entry["source"]]["wrong_cases"] -= len(entry["what"]) - len(left)
         entry["what"] = left
     state["wrong"] = [entry for entry in state["wrong"] if entry["what"]]
@@ -171,7 +176,7 @@ def note(state: State, number: int, wrong: list[str], found: State) -> None:
             worst |= {"ours": ours, "of_problem": number}
 
 
-def work(seed: int, isas: list[str], parent: Connection) -> None:
+def work(seed: int, isas: list[str], what: str, parent: Connection) -> None:
     """The child: judges ranges of problems until the parent is gone."""
     while True:
         try:
@@ -179,34 +184,36 @@ def work(seed: int, isas: list[str], parent: Connection) -> None:
         except EOFError:
             return
         for number in range(first, end):
-            parent.send(judged(seed, number, isas))
+            parent.send(judged(seed, number, isas, what))
 
 
-def judged(seed: int, number: int, isas: list[str]) -> State:
+def judged(seed: int, number: int, isas: list[str], what: str = "head") -> State:
     """Counts, and a sentence for each call that is wrong, of one problem on these instruction sets."""
-    from benchmarks.fuzzing import calls, problems
+    from benchmarks.fuzzing import calls, distillation, problems
     from benchmarks.fuzzing.guards import Guarded
     from benchmarks.fuzzing.truth import Truth
 
     if not _PAGES:
         _PAGES.extend((Guarded(), Guarded()))
-    problem, guarded = problems.draw(seed, number), _PAGES[1]
+    guarded = _PAGES[1]
+    problem: Any = (problems if what == "head" else distillation).draw(seed, number)
+    judge: Any = calls if what == "head" else distillation
     inputs = calls.Inputs(problem, _PAGES[0])
-    truth = None if problem.bad else Truth(problem)
+    truth: Any = None if problem.bad else (Truth if what == "head" else distillation.Truth)(problem)
     float64 = problem.dtype.itemsize == 8  # runs in PyTorch, whatever the instruction set
     engines = [calls.REFERENCE] if float64 else isas
     dtype = str(problem.dtype).removeprefix("torch.")
     wrong, errors = [], {}
     for place, engine in enumerate(engines):
         try:
-            said = calls.judge(problem, truth, engine, POISONS[(number + place) % 3], inputs, guarded)
+            said = judge.judge(problem, truth, engine, POISONS[(number + place) % 3], inputs, guarded)
         except Exception:
             said = [traceback.format_exc(limit=-3)]
         if said:
-            shape = f"hidden {list(problem.hidden.shape)}, V {len(problem.weight)}, rows {len(problem.target)}"
-            wrong.append(f"{problem.call} {dtype} on {engine}, {shape}, {', '.join(problem.options) or 'no options'}: {said}")
-    if truth is not None and number % MEASURED == 0 and problem.call in ("unit", "coef", "keep", "recompute") and not wrong:
-        for name, pair in calls.gradient_errors(problem, truth, engines[0], inputs, guarded).items():
+            wrong.append(f"{problem.call} {dtype} on {engine}, {problem.shape}: {said}")
+    measured = what != "head" or problem.call in ("unit", "coef", "keep", "recompute")
+    if truth is not None and number % MEASURED == 0 and measured and not wrong:
+        for name, pair in judge.gradient_errors(problem, truth, engines[0], inputs, guarded).items():
             errors[f"{dtype} {problem.call} {name}"] = pair
     wrong += inputs.release()
     count = len(engines)
@@ -221,15 +228,19 @@ def judged(seed: int, number: int, isas: list[str]) -> State:
 
 
 def table(state: State) -> str:
-    """The worst gradients by dtype and plan of the newest source, as docs/loop.md shows them."""
-    errors = state["sources"][state["source"]]["gradient_errors"]
-    lines = ["| dtype | plan | measured | ours, at most | eager's, at most |", "|---|---|---|---|---|"]
+    """The worst gradients of the newest source by dtype and plan, of distillation by kind, as docs/loop.md shows them."""
+    errors, distils = state["sources"][state["source"]]["gradient_errors"], state.get("what") == "distillation"
+    calls = ("forward_kl", "reverse_kl", "jsd") if distils else ("unit", "coef", "keep", "recompute")
+    lines = [
+        f"| dtype | {'kind' if distils else 'plan'} | measured | ours, at most | eager's, at most |",
+        "|---|---|---|---|---|",
+    ]
     for dtype in ("float32", "bfloat16", "float16", "float64"):
-        for plan in ("unit", "coef", "keep", "recompute"):
-            found = [x for key, x in errors.items() if key.startswith(f"{dtype} {plan} ")]
+        for call in calls:
+            found = [x for key, x in errors.items() if key.startswith(f"{dtype} {call} ")]
             if found:
                 ours, eager = (max(x[who] for x in found) for who in ("ours", "eager"))
-                lines.append(f"| {dtype} | `{plan}` | {sum(x['measured'] for x in found)} | {ours:.0e} | {eager:.0e} |")
+                lines.append(f"| {dtype} | `{call}` | {sum(x['measured'] for x in found)} | {ours:.0e} | {eager:.0e} |")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/mutants.py --count 600 --seed 0                    go on to 600 mutants in all
     python benchmarks/mutants.py --area masks --count 40                 of one area
-    python benchmarks/mutants.py --show 'masks/draws.py:88:14 + -> -'    one mutant's difference, and its verdict anew
+    python benchmarks/mutants.py --show '| 7: w / 2 -> (w * 2)'           one mutant's difference, and its verdict anew
     python benchmarks/mutants.py --again --out benchmarks/results/mutants.json    judge survivors without a reason anew
 
 A mutant lives in a copy of the tree. It is killed by a failing test of its area's fast tests, and by one that takes ten
@@ -13,7 +13,8 @@ anew. Each mutant first meets the likeliest tests for --quick CPU seconds. Those
 notice them: the tests that run the mutant's line, subprocesses included, which is recorded once for the area; of a line that
 runs at import, all of the area.
 
-The same seed draws the same mutants of the same sources. Verdicts are kept in --state (default runs/mutants-<seed>.json) and
+The same seed draws the same mutants of the same sources, and an edit of them changes the draw by what it edits alone.
+Verdicts are kept in --state (default runs/mutants-<seed>.json) and
 in --out, and a run that was cut off goes on from there. --share 0/2 and --share 1/2 are two halves of the work for two
 processes, each with a state of its own; the last one with --out puts them together. A survivor's reason, the sentence why it
 means nothing, is written by hand into --out and kept there.
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--area", action="append", choices=tuple(AREAS), help="may be given several times; default all")
     parser.add_argument("--share", default="0/1", metavar="K/N", help="every N-th mutant from the K-th on")
-    parser.add_argument("--show", metavar="MUTANT", help="as the state names it: print its difference and judge it")
+    parser.add_argument("--show", metavar="MUTANT", help="the end of its name in the state: print its difference and judge it")
     parser.add_argument("--again", action="store_true", help="judge survivors without a reason anew")
     parser.add_argument("--quick", type=float, default=3.0, metavar="SECONDS", help="of the first round; 0: no first round")
     parser.add_argument("--minutes", type=float, help="start no further mutant after so many")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         _campaign(judge, chosen, share, path, arguments)
         if arguments.out:
             states = sorted(path.parent.glob(f"mutants-{arguments.seed}*.json")) if arguments.state is None else [path]
-            _write(arguments.out, [json.loads(state.read_text()) for state in states], len(chosen), arguments.seed)
+            _write(arguments.out, [json.loads(state.read_text()) for state in states], chosen, arguments)
     finally:
         judge.close()
     return 0
@@ -88,20 +89,19 @@ def _campaign(judge: Judge, chosen: Draw, share: Draw, path: Path, arguments: ar
     reasons = written.get("survivors", {})
     state: dict[str, dict[str, Any]] = dict(written.get("verdicts", {}))
     state |= json.loads(path.read_text()) if path.is_file() else {}
-    sources = {file: (ROOT / file).read_text() for file in {mutant.file for _, mutant in chosen}}
-    names = {mutant.described(sources[mutant.file]) for _, mutant in chosen}
+    names = {mutant.name for _, mutant in chosen}
     state = {name: verdict for name, verdict in state.items() if name in names}  # of other sources there may be more
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * (arguments.minutes or 1e9)
     for _, mutant in share:
-        known = state.get(mutant.described(sources[mutant.file]))
+        known = state.get(mutant.name)
         if known and known["verdict"] == "killed":
             judge.kills[mutant.file, known["test"]] += 1
     order = list(AREAS)
     share = sorted(share, key=lambda one: order.index(one[0]))  # an area is collected and recorded once it has its turn
     for quick in (True, False):
         for area, mutant in share:
-            name = mutant.described(sources[mutant.file])
+            name = mutant.name
             verdict = state.get(name, {"verdict": ""})["verdict"]
             again = arguments.again and verdict == "survived" and not reasons.get(name)
             if (verdict not in ("", "undecided") and not again) or time.monotonic() > ends:
@@ -119,7 +119,7 @@ def _show(judge: Judge, name: str) -> int:
         for file in sorted(file for pattern in described.sources for file in ROOT.glob(pattern)):
             source = file.read_text()
             for mutant in mutants(str(file.relative_to(ROOT)), source):
-                if mutant.described(source).endswith(name):
+                if mutant.name.endswith(name):
                     before, after = source.splitlines(), mutant.applied(source).splitlines()
                     print("\n".join(difflib.unified_diff(before, after, lineterm="", n=4)))
                     reply = judge.verdict(area, mutant)
@@ -129,12 +129,16 @@ def _show(judge: Judge, name: str) -> int:
     return 2
 
 
-def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: int, seed: int) -> None:
-    """Counts by area and the survivors, with the reasons that stood in the file before."""
+def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], chosen: Draw, arguments: argparse.Namespace) -> None:
+    """Counts by area and the survivors, with the reasons that stood in the file before.
+
+    No share is told before all are judged: those that are killed quickly come first.
+    """
     from dllm_trainer.records.environment import environment
 
     before = json.loads(out.read_text())["survivors"] if out.is_file() else {}
-    verdicts = {name: verdict for state in states for name, verdict in state.items()}
+    drawn_now = {mutant.name for _, mutant in chosen}
+    verdicts = {name: verdict for state in states for name, verdict in state.items() if name in drawn_now}
     undecided = {name for name, verdict in verdicts.items() if verdict["verdict"] == "undecided"}
     verdicts = {name: verdict for name, verdict in verdicts.items() if name not in undecided}
     counts: dict[str, dict[str, int]] = {}
@@ -144,19 +148,19 @@ def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], planned: i
     killed = sum(count["killed"] for count in counts.values())
     found = {
         "schema": 1,
-        "command": f"python benchmarks/mutants.py --count {planned} --seed {seed}",
+        "command": f"python benchmarks/mutants.py --count {arguments.count} --seed {arguments.seed}",
         "environment": environment(),
-        "planned": planned,
+        "drawn": len(chosen),
         "judged": len(verdicts),
         "undecided": sorted(undecided),  # by the first round; the second is still to come
         "killed": killed,
-        "killed_share": round(killed / max(1, len(verdicts)), 4),
+        "killed_share": round(killed / len(verdicts), 4) if len(verdicts) == len(chosen) else None,
         "by_area": dict(sorted(counts.items())),
         "survivors": {n: before.get(n, "") for n, v in sorted(verdicts.items()) if v["verdict"] == "survived"},
         "verdicts": dict(sorted(verdicts.items())),
     }
     out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{killed} of {len(verdicts)} killed ({found['killed_share']:.1%}); {out}")
+    print(f"{killed} of {len(verdicts)} judged killed, of {len(chosen)} drawn; {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-#include "head_problem.h"
+#include "divergence.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +15,7 @@
 #define DLLM_PAIRS 0
 #define DLLM_DOT DLLM_FMA
 #include "head.inc"
+#include "divergence.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

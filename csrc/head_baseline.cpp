@@ -1,4 +1,4 @@
-#include "head_problem.h"
+#include "divergence.h"
 
 #define DLLM_ISA baseline
 #define DLLM_NATIVE 4
@@ -8,3 +8,4 @@
 #define DLLM_PAIRS 0
 #define DLLM_DOT DLLM_FMA
 #include "head.inc"
+#include "divergence.inc"

@@ -20,9 +20,11 @@
 #include <sys/mman.h>
 #endif
 
+#include "divergence.h"
 #include "head_problem.h"
 
 void bind_noise(pybind11::module_& m);  // noise.cpp
+void bind_divergence(pybind11::module_& m, const dllm::Divergence& (*current)());  // divergence.cpp
 
 namespace {
 
@@ -34,6 +36,7 @@ struct Isa {
   bool supported;
   const dllm::Engine* engine;
   const dllm::Engine* pairs;  // for bfloat16 problems, or null
+  const dllm::Divergence* divergence;
 
   const dllm::Engine& of(const HeadProblem& p) const {
     const bool fits = p.hidden.type == Type::bf16 && p.weight.type == Type::bf16 && p.hidden.column == 1 && p.weight.column == 1;
@@ -47,13 +50,14 @@ const std::vector<Isa>& isas() {  // best first; what is only for tests last
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine});
-    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr});
-    t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr});
+    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence});
+    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence});
+    t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr,
+                 &dllm::avx2::divergence});
 #endif
-    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr});
+    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr, &dllm::baseline::divergence});
 #if defined(__x86_64__)
-    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine});
+    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine, &dllm::avx512::divergence});
 #endif
     return t;
   }();
@@ -230,8 +234,10 @@ dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
 
 using Addresses = std::pair<uintptr_t, uintptr_t>;
 
-dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight, int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
-  return {{address<void>(vectors.first), address<void>(vectors.second)}, {address<float>(low_vectors.first), address<float>(low_vectors.second)},
+dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight,
+                          int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
+  return {{address<void>(vectors.first), address<void>(vectors.second)},
+          {address<float>(low_vectors.first), address<float>(low_vectors.second)},
           {address<void>(operands.first), address<void>(operands.second)},
           address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
 }
@@ -263,7 +269,7 @@ void head(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::
   run(p, threads, budget);
 }
 
-void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uintptr_t target, const dllm::Several& several, std::pair<uintptr_t, uintptr_t> stored,
+void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uintptr_t target, const dllm::Several& several, const Addresses& stored,
                    const Coefficients& coef, const dllm::Gradients& out, int64_t threads) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, low, coef, out);
@@ -275,8 +281,8 @@ void from_operands(const dllm::Operands& operands, const dllm::LowRank& low, uin
   run(p, threads, 0);
 }
 
-void sample(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, const dllm::Statistics& statistics, const dllm::Draw& draw,
-            int64_t threads) {
+void sample(const dllm::Operands& operands, const dllm::LowRank& low, const dllm::Options& options, const dllm::Statistics& statistics,
+            const dllm::Draw& draw, int64_t threads) {
   pybind11::gil_scoped_release release;
   HeadProblem p = problem(operands, low, {}, {});
   static_cast<dllm::Statistics&>(p) = statistics;
@@ -325,9 +331,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "dllm-kernels: the CPU head engine. Addresses are not checked here; use dllm_kernels.backends.cpu.";
   set_isa(supported_isas().front());
   bind_noise(m);
+  bind_divergence(m, []() -> const dllm::Divergence& { return *current.load()->divergence; });
   namespace py = pybind11;
   py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
-  py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank));
+  py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank)).def(py::init([] { return dllm::LowRank{}; }));
   py::class_<dllm::Options>(m, "Options").def(py::init(&options));
   py::class_<dllm::Statistics>(m, "Statistics").def(py::init(&statistics));
   py::class_<dllm::Draw>(m, "Draw").def(py::init(&draw));

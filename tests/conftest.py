@@ -22,7 +22,11 @@ settings.register_profile("few", derandomize=True, max_examples=5, **_quiet)  # 
 settings.register_profile("explore", max_examples=1000, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 pytest.register_assert_rewrite(
-    "tests.head_suite", "tests.head.head_relations", "tests.head.head_callers", "tests.head.head_several"
+    "tests.head_suite",
+    "tests.head.head_relations",
+    "tests.head.head_callers",
+    "tests.head.head_several",
+    "tests.head.head_distillation",
 )
 
 from tests.head_suite import Target  # noqa: E402 (its tests take the profile that is loaded when they are defined)

@@ -300,3 +300,4 @@ def test_the_table_of_tasks_is_that_of_the_committed_runs():
     assert documents.in_document((ROOT / "docs" / "tasks.md").read_text(), "tasks table") == tasks.table(result)
     seeds = {(run["task"], run["seed"]) for run in result["runs"] if run["updates"]}
     assert len(seeds) == 12, "four tasks, three seeds"
+    assert seeds == {(run["task"], run["seed"]) for run in result["runs"] if not run["updates"]}, "each with its control"

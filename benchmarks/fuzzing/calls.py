@@ -146,7 +146,8 @@ def _within(value: Tensor, wanted: Bounded) -> bool:
 
 
 def _complaint(name: str, value: Tensor, wanted: Bounded) -> str:
-    excess = ((value.detach().double() - wanted.exact).abs() / wanted.bound).nan_to_num(torch.inf)
+    error = (value.detach().double() - wanted.exact).abs()
+    excess = torch.where(error == 0, 0.0, error / wanted.bound).nan_to_num(torch.inf)
     place = int(excess.argmax())
     flat = [float(x.detach().double().expand(wanted.exact.shape).reshape(-1)[place]) for x in (value, wanted.exact, wanted.bound)]
     return f"{name}[{place}] is {flat[0]:.9g}, exactly {flat[1]:.9g}, allowed +- {flat[2]:.2g}"
@@ -484,7 +485,7 @@ def eager(problem: Problem, truth: Truth, terms: Terms, lse_coef: Tensor | None)
         z_NV = cap * torch.tanh(z_NV / cap)
     temperature = options.get("temperature", 1.0)
     z_NV = z_NV / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    z_NV = z_NV.masked_fill(truth.z_NV == -torch.inf, -torch.inf)
+    z_NV = z_NV.masked_fill(truth.excluded_V, -torch.inf)  # not those of bias -inf, whose slope stays
     logp_NV = z_NV.log_softmax(-1)
     finite_NV = logp_NV.masked_fill(logp_NV == -torch.inf, 0.0)
     entropy_N = -(finite_NV.exp() * finite_NV).masked_fill(logp_NV == -torch.inf, 0.0).sum(-1)

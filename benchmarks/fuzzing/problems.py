@@ -37,6 +37,12 @@ class Problem:
         return self.hidden.dtype
 
     @property
+    def shape(self) -> str:
+        """Sizes and options, for a complaint."""
+        sizes = f"hidden {list(self.hidden.shape)}, V {len(self.weight)}, rows {len(self.target)}"
+        return f"{sizes}, {', '.join(self.options) or 'no options'}"
+
+    @property
     def index(self) -> Tensor:
         """Flat rows of hidden that are scored."""
         return torch.arange(self.hidden.numel() // self.hidden.shape[-1]) if self.rows is None else self.rows
@@ -144,6 +150,12 @@ def _enrich(problem: Problem, allowed: Tensor, rng: random.Random) -> None:
         if rng.random() < 0.3:
             p.more["temperature"] = torch.tensor((0.0, 0.3, 1.0, 2.5))[torch.randint(4, (N,), generator=g)]
         p.more["min_p"] = rng.choice((None,) * 8 + (0.0, 0.2, 1.0))
+    if p.call == "coef" and p.coef is not None and N and "softcap" not in p.options and "bias" in p.options:
+        never = allowed[p.options["bias"][allowed] == -torch.inf]
+        if len(never) and rng.random() < 0.5:  # a target of probability 0, whose coefficient is 0
+            row = rng.randrange(N)
+            p.target, p.coef = p.target.clone(), p.coef.clone()
+            p.target[row], p.coef[row] = never[0], 0.0
 
 
 def _options(rng: random.Random, g: torch.Generator, N: int, V: int, loss: bool, call: str) -> dict[str, Any]:

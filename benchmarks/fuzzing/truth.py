@@ -62,7 +62,7 @@ class Truth:
             tanh_NV = torch.tanh(z_NV / cap)
             slope_NV, z_NV = 1 - tanh_NV**2, cap * tanh_NV
             flat_NV = 4 * self.eps * (1 + size_NV / cap)  # a slope near 0 is the difference of two numbers near 1
-        excluded_V = torch.zeros(self.V, dtype=torch.bool)
+        self.excluded_V = excluded_V = torch.zeros(self.V, dtype=torch.bool)
         excluded_V[list(options.get("suppress", ()))] = True
         excluded_V[options.get("valid_vocab", self.V) :] = True
         self.z_NV = (z_NV / T_N1).masked_fill(excluded_V, -torch.inf)
@@ -201,9 +201,13 @@ class Truth:
             error_A = abs(scale) * error_NR.t() @ absolute_h + (narrow + grow_W) * size_A
             dB, size_B = operand_NV.t() @ projected_NR, whole_NV.t() @ absolute_NR
             error_B = error_NV.t() @ absolute_NR + (narrow + grow_W + self.eps * self.H**0.5) * size_B
-            types = [torch.finfo(x.dtype) for x in self.problem.options["low_rank"][:2]]
-            flushed_A, flushed_B = (1e-30 + kind.smallest_normal * kind.eps for kind in types)
-            found = {"low_rank_A": Bounded(dA, error_A + flushed_A), "low_rank_B": Bounded(dB, error_B + flushed_B)}
+            for name, exact, error, x in zip(
+                "AB", (dA, dB), (error_A, error_B), self.problem.options["low_rank"][:2], strict=False
+            ):
+                kind = torch.finfo(x.dtype)
+                bound = error + 1e-30 + kind.smallest_normal * kind.eps
+                # what a float16 leaf cannot hold may be infinite
+                found["low_rank_" + name] = Bounded(exact, bound.masked_fill(exact.abs() + bound > kind.max, torch.inf))
         dhidden = Bounded(exact_NH, bound_NH + least * (1 + biggest), size_NH)
         dweight = Bounded(operand_NV.t() @ self.h_NH, error_NV.t() @ absolute_h + grow_W * size_VH + least, size_VH)
         # the bias is in float32 whatever the dtype of hidden

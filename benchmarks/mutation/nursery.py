@@ -86,7 +86,7 @@ def _run_pytest(tree: Path, files: Sequence[str], plugin: object) -> NoReturn:
                 module.MAPPING[package] = str(tree / Path(folder).name)
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(tree)]
+    options = ["-q", "--timeout=0", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(tree)]
     code = 1
     try:
         code = int(pytest.main([*options, f"--basetemp={tree.parent / 'temporary'}", *files], plugins=[plugin]))
@@ -103,6 +103,9 @@ class _Server:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failed = report.nodeid
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        _untimed(items)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -203,6 +206,12 @@ def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
             yield from _pairs(*pair)
 
 
+def _untimed(items: Sequence[pytest.Item]) -> None:
+    """CPU seconds are limited here: those of the clock say as much of what else runs."""
+    for node in {node for item in items for node in item.listchain()}:
+        node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "timeout"]
+
+
 def caches() -> list[Any]:
     """Of all functions of ours and of the tests that keep what they have returned."""
     kind = functools._lru_cache_wrapper
@@ -227,6 +236,9 @@ class _Recording:
         self.fixtures: dict[str, float] = {}  # context: seconds
         self.tests: dict[str, dict[str, Any]] = {}
         self.kept: list[Any] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        _untimed(items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.recorder.leave()

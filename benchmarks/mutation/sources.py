@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import math
-import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ AREAS: Mapping[str, Area] = {
     "model": Area(("dllm_kernels/model/*.py",), ("tests/model",)),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation",)),
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
-    "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts",)),
+    "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),
     "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),
     "costs": Area(("trainer/commands/*_plan.py", "trainer/commands/planned_calls.py"), ("tests/trainer/commands",)),
 }
@@ -66,12 +67,11 @@ class Mutant:
     start: int  # characters of the file that are replaced
     end: int
     text: str  # by this
+    change: str  # in words
+    name: str  # by file, text of the line and place in it, so that edits elsewhere leave it
 
     def applied(self, source: str) -> str:
         return source[: self.start] + self.text + source[self.end :]
-
-    def described(self, source: str) -> str:
-        return f"{self.file}:{self.line}:{self.column} {' '.join(source[self.start : self.end].split())} -> {self.text}"
 
 
 def mutants(file: str, source: str) -> Iterator[Mutant]:
@@ -79,10 +79,11 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
 
     `strict` only says aloud that two sequences have one length, which they have wherever the code is right.
     """
-    offsets = [0]
-    for line in source.splitlines(keepends=True):
-        offsets.append(offsets[-1] + len(line))
     lines = source.splitlines(keepends=True)
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line))
+    seen: Counter[str] = Counter()
 
     def place(row: int, byte: int) -> int:
         return offsets[row - 1] + len(lines[row - 1].encode()[:byte].decode())
@@ -94,7 +95,12 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
             assert node.end_lineno is not None
             assert node.end_col_offset is not None
             start, end = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
-            yield Mutant(file, node.lineno, node.col_offset, start, end, text)
+            change = f"{' '.join(source[start:end].split())} -> {text}"
+            line = lines[node.lineno - 1]
+            name = f"{file} | {line.strip()} | {node.col_offset - len(line) + len(line.lstrip())}: {change}"
+            seen[name] += 1
+            name = name if seen[name] == 1 else f"{name} #{seen[name]}"
+            yield Mutant(file, node.lineno, node.col_offset, start, end, text, change, name)
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.expr]:
@@ -142,18 +148,19 @@ def _changes(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def drawn(root: Path, areas: Sequence[str], count: int, seed: int) -> list[tuple[str, Mutant]]:
-    """Each area's share is as its number of possible mutants, but at least three per cent of all; rounded up."""
+    """Each area's share is as its number of possible mutants, but at least three per cent of all; rounded up.
+
+    The order is that of hashes of seed and name: an edit of the sources changes the draw by what it edits alone.
+    """
     found: dict[str, list[Mutant]] = {}
     for area in areas:
         files = sorted({file for pattern in AREAS[area].sources for file in root.glob(pattern)})
-        found[area] = [m for file in files for m in mutants(str(file.relative_to(root)), file.read_text())]
-        random.Random(f"{seed} {area}").shuffle(found[area])
+        every = [m for file in files for m in mutants(str(file.relative_to(root)), file.read_text())]
+        found[area] = sorted(every, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.name}".encode()).digest())
     total = sum(map(len, found.values()))
     share = {area: max(count * len(many) / total, 0.03 * count) for area, many in found.items()}
     scale = count / sum(share.values())
-    chosen = [(area, m) for area, many in found.items() for m in many[: math.ceil(share[area] * scale)]]
-    random.Random(seed).shuffle(chosen)  # a run that is cut off has seen all areas
-    return chosen
+    return [(area, m) for area, many in found.items() for m in many[: math.ceil(share[area] * scale)]]
 
 
 @dataclass(frozen=True)

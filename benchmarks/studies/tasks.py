@@ -2,7 +2,7 @@
 
 for t in gym-spell-backward gym-chain-sum gym-gcd code-toy; do for s in 0 1 2; do
   dllm-kernels demo --config $t seed=$s --out runs/$t-$s
-  dllm-kernels demo --config $t seed=$s --out runs/$t-$s-control rl.updates=0 sft.steps=600  # code-toy: 800
+  dllm-kernels demo --config $t seed=$s --out runs/$t-$s-control rl.updates=0 sft.steps=600
 done; done
 python benchmarks/documents.py collect tasks runs/gym-* runs/code-toy-* --out benchmarks/results/tasks-cpu.json
 """

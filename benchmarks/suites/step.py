@@ -54,7 +54,7 @@ from benchmarks.suites.step_inputs import (
 from benchmarks.suites.step_published import WRITTEN, complete, published_step
 from dllm_kernels import Rollout, accumulate, generate
 from dllm_kernels.objectives import RECIPES
-from dllm_kernels.rollouts.samplers import commits_per_step
+from dllm_kernels.rollouts.schedules import commits_per_step
 
 # B sequences in groups of G; prompts of P, completions of L tokens in blocks of R and T denoising steps; K
 # samples or states

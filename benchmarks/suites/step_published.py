@@ -25,7 +25,7 @@ from dllm_kernels import Rollout, noise
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.noise import Stream
 from dllm_kernels.objectives import RECIPES
-from dllm_kernels.rollouts.samplers import commits_per_step
+from dllm_kernels.rollouts.schedules import commits_per_step
 
 NOISE_ROWS = 32  # at once: our noise in PyTorch takes a dozen int64 tensors of its size
 

@@ -90,10 +90,10 @@ class _Call:
         self.target_N, index_N = p.target_N.contiguous(), _vector(p.index_N, torch.int64)
         bias_V, excluded_V = _vector(options.bias), p.excluded_V
         temperature_N = _vector(options.temperature) if isinstance(options.temperature, Tensor) else None
-        low = [_narrow(operand) for operand in p.low_rank or (p.hidden_MH[:, :0], p.weight_VH[:, :0])]
+        low = [_narrow(operand) for operand in p.low_rank or ()]
         self._held = index_N, bias_V, temperature_N, excluded_V, *low
         self.operands = _C.Operands(_strided(p.hidden_MH), _strided(p.weight_VH), _address(index_N), p.rows, *p.weight_VH.shape)
-        self.low_rank = _C.LowRank(*(_strided(operand) for operand in low), low[1].shape[1])
+        self.low_rank = _C.LowRank(*(_strided(operand) for operand in low), low[1].shape[1]) if low else _C.LowRank()
         self.options = _C.Options(
             _address(bias_V),
             options.softcap or 0.0,

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from dllm_kernels import backends, checks
 from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low
+from dllm_kernels.backends.divergence.problem import KINDS
 from dllm_kernels.backends.triton import roofline
-from dllm_kernels.head import plans, several
+from dllm_kernels.head import distil, plans, several
+from dllm_kernels.head.distil import Teacher
+from dllm_kernels.head.distil_cost import Sizes
+from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments
 
 _MB = 1e6
@@ -106,6 +110,11 @@ def explain(
     coef_known: bool = False,
     wants_gradient: bool = True,
     device: str | torch.device = "cpu",
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_size: int | None = None,
+    kind: str = "forward_kl",
+    reduction: str = "mean",
 ) -> Cost:
     """Which plan `score_tokens` takes, why, and what it costs. Nothing runs and no value is read.
 
@@ -114,6 +123,9 @@ def explain(
     `wants_gradient`, `trainable_head`, `coef_known`. `want`, `want_top` and `plan` belong to both; `device` is where it
     will run, for numbers and meta tensors. The peak counts forward and backward with an upstream gradient of 1, and a
     `.grad` that is empty before.
+
+    With `teacher_hidden` and `teacher_weight`, in place of a target, or with the width `teacher_size` beside numbers, it is
+    `distillation_loss` that is explained, of that `kind` and `reduction`; a product with the teacher's head has its own width.
 
     Raises ValueError or TypeError as `score_tokens` does, and for a plan that cannot run.
 
@@ -126,8 +138,17 @@ def explain(
         >>> cost = explain(hidden, weight, target, coef=torch.empty(1024, device="meta"))
         >>> print(str(cost).split(" on ")[0])
         plan 'coef'
+        >>> cost = explain(rows=256, hidden_size=1024, vocabulary=126464, trainable_head=True, teacher_size=4096, kind="jsd")
+        >>> cost.plan, cost.forward_gemms, cost.backward_gemms
+        ('coef', 4, 0)
     """
     checks.names("want", want, STATISTICS)
+    distils = teacher_hidden is not None or teacher_weight is not None or teacher_size is not None
+    if distils:
+        checks.choice("kind", kind, KINDS)
+        checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        if plan is not None or ids is not None or want_top:
+            raise TypeError("plan, ids and want_top go with a target, got a teacher")
     R, need_down, need_up = 0, False, False
     if hidden is None and weight is None and target is None:
         for name, given in (("rows", rows), ("ids", ids)):
@@ -142,14 +163,18 @@ def explain(
         indexed = False
         if low_rank is not None:
             raise TypeError("low_rank goes with hidden, weight and target, got numbers instead")
-    elif hidden is None or weight is None or (target is ids is None and not want_top):
+        if distils:
+            K, teacher_dtype = checks.count("teacher_size", teacher_size), dtype
+    elif hidden is None or weight is None or (target is ids is None and not want_top and not distils):
         raise TypeError("explain takes hidden, weight and target together, or none of them and numbers instead")
     else:
         hidden, weight = autocast_operands(hidden, weight)
         if isinstance(rows, int) or isinstance(ids, int):
             raise TypeError("rows and ids must be tensors where hidden is one, got int")
         options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
-        N = several.check(hidden, target, ids, rows)
+        N = hidden.numel() // max(1, hidden.shape[-1]) if rows is None else rows.numel()
+        if not distils:
+            N = several.check(hidden, target, ids, rows)
         check_arguments(hidden, weight, rows, N, options)
         (V, H), dtype, T = weight.shape, hidden.dtype, (target is not None) + (0 if ids is None else ids.shape[1])
         M, indexed = hidden.numel() // H, rows is not None
@@ -162,7 +187,22 @@ def explain(
             R, need_down, need_up = len(down), grad and down.requires_grad, grad and up.requires_grad
         if not hidden.is_meta:
             device = hidden.device
+        if distils:
+            if teacher_hidden is None or teacher_weight is None:
+                raise TypeError("teacher_hidden and teacher_weight go together, beside hidden and weight")
+            other = autocast_operands(teacher_hidden, teacher_weight)
+            distil.check_teacher(hidden, weight, Teacher(*other, None, None, kind, 0.5), valid_vocab)
+            K, teacher_dtype = other[0].shape[-1], other[0].dtype
 
+    if distils:
+        needs = Needs(need_hidden, need_weight, need_bias, bool(R) and (need_hidden or need_down), need_up)
+        trains = need_weight or need_bias or need_up
+        chosen = distil.choose(need_hidden or need_down or trains, trains, reduction != "none")
+        where, low_dtype = torch.device(device), None if low_rank is None else low_rank[1].dtype
+        sizes = Sizes(N, M, H, K, R, V, valid_vocab or V, dtype, teacher_dtype, low_dtype, needs, indexed, where, kind, chosen)
+        found = sizes.cost("reference" if dtype == torch.float64 else backends.for_device(where).NAME)
+        found["flops"] += 2 * (1 + need_hidden + need_down) * M * H * R  # of s h A^T and its gradients
+        return Cost(**found)
     several.check_want_top(want_top, V, options)
     more = ids is not None or want_top > 0
     recorded = plans.recorded(want, coef_known, more)

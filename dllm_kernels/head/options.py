@@ -6,6 +6,7 @@ to read values (`backend.check`, `check_finite`) runs inside the op.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,27 +26,8 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
         if options.low_rank is not None:
             _refuse_transforms(low_rank=options.low_rank[0])
             _refuse_transforms(low_rank=options.low_rank[1])
-    checks.dtype("hidden", hidden, checks.FLOATS)
-    checks.dtype("weight", weight, checks.FLOATS)
-    if type(weight) is not Tensor or type(hidden) is not Tensor:
-        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-            if type(tensor).__name__ == "DTensor":
-                raise TypeError(
-                    f"{name} must be a plain tensor, got a DTensor: "
-                    f"gather it first, once per optimizer step, with {name}.full_tensor()"
-                )
-    weight_shape, hidden_shape = weight.shape, hidden.shape
-    if len(weight_shape) != 2:
-        checks.shape("weight", weight, [None, None])
-    vocabulary, hidden_size = weight_shape
-    if len(hidden_shape) < 1 or hidden_shape[-1] != hidden_size:
-        raise ValueError(
-            f"hidden must have shape [..., {hidden_size}] to match weight {list(weight_shape)}, got {list(hidden_shape)}"
-        )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}")
-    if vocabulary == 0 or hidden_size == 0:
-        raise ValueError(f"weight must have at least one row and one column, got {list(weight_shape)}")
+    check_head(hidden, weight, bias, options.softcap)
+    hidden_size, vocabulary = weight.shape[1], weight.shape[0]
     if rows is None:
         available = hidden.numel() // hidden_size
         if count != available:
@@ -53,11 +35,6 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
     else:
         checks.dtype("rows", rows, [torch.int64])
         checks.shape("rows", rows, [count])
-    if bias is not None:
-        checks.dtype("bias", bias, checks.FLOATS)
-        checks.shape("bias", bias, [vocabulary])
-    if options.softcap is not None:
-        checks.number("softcap", options.softcap, above=0)
     if isinstance(temperature, Tensor):
         checks.shape("temperature", temperature, [count])
     elif not (type(temperature) is float and 0 < temperature < float("inf")):  # checks.number, but for what is common
@@ -70,6 +47,46 @@ def check_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None, count: 
         low_rank.check(options.low_rank, hidden, weight)
     if options.suppress or options.valid_vocab is not None:
         _check_excluded(options, vocabulary)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, of: str = "") -> None:
+    """Raise TypeError or ValueError for what is no head and its rows; `of` comes before the arguments' names."""
+    checks.dtype(f"{of}hidden", hidden, checks.FLOATS)
+    checks.dtype(f"{of}weight", weight, checks.FLOATS)
+    if type(weight) is not Tensor or type(hidden) is not Tensor:
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if type(tensor).__name__ == "DTensor":
+                raise TypeError(
+                    f"{of}{name} must be a plain tensor, got a DTensor: "
+                    f"gather it first, once per optimizer step, with {of}{name}.full_tensor()"
+                )
+    weight_shape, hidden_shape = weight.shape, hidden.shape
+    if len(weight_shape) != 2:
+        checks.shape(f"{of}weight", weight, [None, None])
+    vocabulary, hidden_size = weight_shape
+    if len(hidden_shape) < 1 or hidden_shape[-1] != hidden_size:
+        raise ValueError(
+            f"{of}hidden must have shape [..., {hidden_size}] to match {of}weight {list(weight_shape)}, got {list(hidden_shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{of}weight must have {of}hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if vocabulary == 0 or hidden_size == 0:
+        raise ValueError(f"{of}weight must have at least one row and one column, got {list(weight_shape)}")
+    if bias is not None:
+        checks.dtype(f"{of}bias", bias, checks.FLOATS)
+        checks.shape(f"{of}bias", bias, [vocabulary])
+    if softcap is not None:
+        checks.number(f"{of}softcap", softcap, above=0)
+
+
+def coefficient(name: str, coef: Tensor | None, shape: Sequence[int], hidden: Tensor) -> Tensor | None:
+    """A tensor of coefficients, detached; raises TypeError or ValueError where it is none of this shape."""
+    if coef is None:
+        return None
+    checks.dtype(name, coef, checks.FLOATS)
+    checks.shape(name, coef, shape)
+    checks.same_device(name, coef, "hidden", hidden)
+    return coef.detach() if coef.requires_grad else coef
 
 
 def _refuse_transforms(**arguments: Any) -> None:
@@ -133,13 +150,11 @@ def check_temperature(temperature: float | Tensor) -> None:
             raise ValueError("temperature must be above 0 at every row")
 
 
-def check_finite(lse_N: Tensor, problem: HeadProblem) -> None:
+def check_finite(lse_N: Tensor, problem: HeadProblem, whose: str = "hidden, weight, bias") -> None:
     """Raise ValueError naming the first row whose logits are not finite; reads values, see `checks.may_read`."""
     if checks.may_read(lse_N) and (row := checks.first_not_finite(lse_N)) is not None:
         place = row if problem.index_N is None else int(problem.index_N[row])
-        raise ValueError(
-            f"hidden, weight, bias must give finite logits (or -inf), got logsumexp {float(lse_N[row])} at row {place} of hidden"
-        )
+        raise ValueError(f"{whose} must give finite logits (or -inf), got logsumexp {float(lse_N[row])} at row {place} of hidden")
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

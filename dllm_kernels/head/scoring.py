@@ -26,7 +26,7 @@ from dllm_kernels.head import forward_backward, ops, plans, several, vocab_paral
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
-from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
+from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
 from dllm_kernels.rows import Rows
 
 _FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `Scores`
@@ -148,7 +148,7 @@ def score(
         if take_dweight is not None:
             raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
         given = hidden, weight, target, rows, options, coef, entropy_coef, want, plan, ids, want_top
-        return Scores(**vocab_parallel.score(score, _coefficient, *given, vocab_group))
+        return Scores(**vocab_parallel.score(score, coefficient, *given, vocab_group))
     checks.names("want", want, STATISTICS)
     checks.require_tensor("hidden", hidden)
     hidden, weight = autocast_operands(hidden, weight)
@@ -169,8 +169,8 @@ def score(
     more = ids is not None or want_top > 0
     late = more or ("lse" in want and wants and not known)
     targets = several.joined(target, ids, count, hidden.device) if late or target is None else target
-    coef = _coefficient("coef", coef, targets.shape if ids is not None else (count,), hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, (count,), hidden)
+    coef = coefficient("coef", coef, targets.shape if ids is not None else (count,), hidden)
+    entropy_coef = coefficient("entropy_coef", entropy_coef, (count,), hidden)
     coef = coef if coef is None else coef.view(targets.shape)
 
     wants_gradient = wants and plans.recorded(want, known, more)
@@ -263,8 +263,8 @@ def head_backward(
     options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
     check_arguments(hidden, weight, index, target.numel(), options)
     checks.same_device("target", target, "hidden", hidden)
-    known = _coefficient("coef", coef, target.shape, hidden)
-    entropy_coef = _coefficient("entropy_coef", entropy_coef, target.shape, hidden)
+    known = coefficient("coef", coef, target.shape, hidden)
+    entropy_coef = coefficient("entropy_coef", entropy_coef, target.shape, hidden)
     assert known is not None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     down_out, up_out = dlow_rank_out
@@ -328,7 +328,7 @@ def _split_backward(
 
     def check(own: Tensor) -> None:
         for name, given in (("coef", coef), ("entropy_coef", entropy_coef)):
-            if _coefficient(name, given, rows.target.shape, hidden) is not None:
+            if coefficient(name, given, rows.target.shape, hidden) is not None:
                 checks.finite(name, given)  # type: ignore[arg-type]
         _check_buffers(hidden, own, options.low_rank, *outs)
 
@@ -343,12 +343,3 @@ def _split_backward(
             of_shard, score, check, hidden, weight, rows, options, coef, entropy_coef, *outs, group
         )
     return dhidden.to(like.dtype)
-
-
-def _coefficient(name: str, coef: Tensor | None, shape: Sequence[int], hidden: Tensor) -> Tensor | None:
-    if coef is None:
-        return None
-    checks.dtype(name, coef, checks.FLOATS)
-    checks.shape(name, coef, shape)
-    checks.same_device(name, coef, "hidden", hidden)
-    return coef.detach() if coef.requires_grad else coef

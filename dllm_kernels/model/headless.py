@@ -151,6 +151,8 @@ class Body:
         if isinstance(mask, Tensor) and mask.dim() <= input_ids.dim():  # a mask of pairs is passed through
             kwargs["attention_mask"] = kwargs["attention_mask"].expand(input_ids.shape).reshape(flat.shape)
         self._tap.hidden = None
+        if self.shards is not None and self.shards.refresh():
+            self.whole.check_step()
         own_embedding = isinstance(self.head, nn.Embedding)
         with warnings.catch_warnings(), _LinearTap(self.parameter, self._tap) if own_embedding else nullcontext():
             if self.shards is not None:  # warns of views changed in place later; these are not
@@ -180,10 +182,8 @@ class Body:
     @contextmanager
     def accumulating(self, *, reduce_last: bool) -> Iterator[None]:
         """Within the context, gradients are summed over ranks, whatever the wrapper does otherwise; then it does so again."""
-        self.whole.collect()
         with self.wrapper.accumulating(reduce_last=reduce_last):
             yield
-            self.whole.collect()
 
     def idle(self, length: int, model_kwargs: Mapping[str, Tensor], *, backward: bool = False) -> None:
         """A call that adds exactly 0 to every gradient, to keep step with ranks that have more to do."""

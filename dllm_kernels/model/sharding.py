@@ -67,6 +67,7 @@ class Shards(Wrapper):
         self.modules, self.mesh = modules, mesh  # FSDP modules, parents first
         self.carrier = modules[0] if modules else None  # FSDP's root must output hidden states to notice their backward
         self._units = [unit for module in modules for unit in _units(module)]
+        self._versions: list[tuple[int, int]] | None = None  # of all parameters at the last call
         self.unreduced = False  # whether unsharded gradients wait for a reducing backward
         self._reduces = True
 
@@ -90,6 +91,23 @@ class Shards(Wrapper):
     def reshard(self) -> None:
         for module in self.modules:
             module.reshard()
+
+    def refresh(self) -> bool:
+        """Whether an optimizer stepped since the last call; what that left gathered is freed: FSDP would use it as it is."""
+        versions = [_version(held.sharded_param) for unit in self._units for held in unit.fsdp_params]
+        stepped = self._versions is not None and versions != self._versions
+        if stepped:
+            self.reshard()
+        self._versions = versions
+        return stepped
+
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether a gradient is wanted. While FSDP has a parameter gathered, the flag that users set is that of the copy."""
+        for unit in self._units:
+            for held in unit.fsdp_params:
+                if held.sharded_param is parameter and held.sharded_state.name == "UNSHARDED":
+                    return bool(held._unsharded_param.requires_grad)
+        return parameter.requires_grad
 
     def divisor(self, parameter: Tensor) -> float:
         """What the sum of a parameter's gradients over ranks is divided by at present: 1 where FSDP is not at work.
@@ -186,6 +204,10 @@ class WholeHead:
         self._whole: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int]] = {}
+        self._trained: set[str] = set()  # by this context; the same names on all ranks
+
+    def _trains(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad if self._shards is None else self._shards.trains(parameter)
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
         """The parameter; a sharded one is gathered again after an update or for another dtype. A collective.
@@ -197,20 +219,24 @@ class WholeHead:
             return None
         if not is_sharded(parameter):
             return self._wrapper.stand_in(parameter)
-        version = parameter._version, _local(parameter)._version  # of the DTensor and of its shard
+        version = _version(parameter)
         known = self._whole.get(name)
         if known is not None and self._versions[name] == version and dtype in (None, known.dtype):
-            return known
-        dtype = dtype or (parameter.dtype if known is None else known.dtype)
-        self._collect(name)
-        # detached again, as with one rank it is a view of the shard
-        whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]
-        if parameter.requires_grad:
-            whole.requires_grad_(True)
-            whole.register_hook(self._check_open)
-            if dtype not in _WIDE:  # gradients that autograd delivers must not accumulate in 16 bits
-                whole.register_post_accumulate_grad_hook(lambda _: self._collect(name))
-        self._whole[name], self._versions[name] = whole, version
+            whole = known
+        else:
+            dtype = dtype or (parameter.dtype if known is None else known.dtype)
+            # detached again, as with one rank it is a view of the shard
+            whole = parameter.detach().to(dtype).full_tensor().detach()  # type: ignore[attr-defined]
+            self._whole[name], self._versions[name] = whole, version
+        trains = self._trains(parameter)
+        if trains == whole.requires_grad:
+            return whole
+        if not trains:  # peft freezes an adapter while it is switched off
+            return whole.detach()
+        self._trained.add(name)
+        whole.requires_grad_(True)
+        whole.register_hook(self._check_open)
+        whole.register_post_accumulate_grad_hook(functools.partial(self._move, name))
         return whole
 
     def copy_of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,8 +249,9 @@ class WholeHead:
     def taker(self, name: str) -> WeightGradient | None:
         """What takes the gradient of a gathered parameter, in fp32 whatever its own dtype is; None for a plain tensor."""
         parameter = self.parameters[name]
-        if parameter is None or not is_sharded(parameter) or not parameter.requires_grad:
+        if parameter is None or not is_sharded(parameter) or not self._trains(parameter):
             return None
+        self._trained.add(name)
         return functools.partial(self._take, name)
 
     def _take(self, name: str, gradient: Tensor) -> None:
@@ -247,18 +274,20 @@ class WholeHead:
         else:
             self._buffers[name] = gradient
 
-    def collect(self) -> None:
-        """Add up what autograd delivered so far, divided by what FSDP divides by at present."""
-        for name in self.parameters:
-            self._collect(name)
+    def check_step(self) -> None:
+        """Raise ValueError where an optimizer has stepped without the head's gradient."""
+        if self._buffers:
+            raise ValueError(
+                "model is sharded: no optimizer may step between a backward and the end of the outermost headless context, "
+                "when the head's gradient is reduced; open one for each step"
+            )
 
     def close(self) -> None:
         self._closed = True
 
-    def _collect(self, name: str) -> None:
-        """Move what autograd accumulated on the copy into the buffer."""
-        whole = self._whole.get(name)
-        if whole is not None and whole.grad is not None:
+    def _move(self, name: str, whole: Tensor) -> None:
+        """From a copy into the buffer, in fp32 and divided by what FSDP divides by at present."""
+        if whole.grad is not None:  # None where `taker` took it
             self._add(name, whole.grad)
             whole.grad = None
 
@@ -270,9 +299,8 @@ class WholeHead:
         from torch.distributed.tensor import DTensor, Partial
 
         for name, parameter in self.parameters.items():
-            if parameter is None or not is_sharded(parameter) or not parameter.requires_grad:
+            if parameter is None or name not in self._trained:
                 continue
-            self._collect(name)
             buffer = self._buffers.pop(name, None)
             if not shards.most(int(buffer is not None)):
                 continue
@@ -317,5 +345,6 @@ def _waits(unit: Any) -> bool:
     )
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.detach().to_local()  # type: ignore[attr-defined, no-any-return]
+def _version(parameter: Tensor) -> tuple[int, int]:
+    """Of the DTensor and of its shard."""
+    return parameter._version, parameter.detach().to_local()._version  # type: ignore[attr-defined]

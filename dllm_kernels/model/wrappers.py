@@ -202,11 +202,8 @@ def find_outer(model: nn.Module) -> Wrapper:
 
 
 def _composed(module: nn.Module) -> bool:
-    if "torch.distributed._composable.replicate" not in sys.modules:
-        return False
-    from torch.distributed._composable_state import _get_module_state
-
-    return type(_get_module_state(module)).__name__ == "_ReplicateState"
+    replicate = sys.modules.get("torch.distributed._composable.replicate")
+    return replicate is not None and isinstance(module, replicate.DDP)
 
 
 def check_head(head: nn.Module) -> None:

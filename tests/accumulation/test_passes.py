@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from dllm_kernels import accumulate
 from dllm_kernels.accumulation.micro_batches import in_step, make_cuts
+from dllm_kernels.accumulation.ranks import denominator
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.head import plans
 from dllm_kernels.objectives import (
@@ -163,6 +164,14 @@ def test_pairs_are_half_the_sequences():
     report, _ = run(model, plan, objective, Batch(entries))
     given, _ = run(model, plan, objective, Batch(entries), denominator=2.0)
     assert float(report.loss) == float(given.loss)
+    assert denominator(objective, plan_of([5, 4]), Batch(entries), None) == 1.0
+
+
+def test_one_unit_is_divided_by_one_and_none_too():
+    for lengths, want in (([5], 5.0), ([1], 1.0), ([0], 1.0)):
+        plan = plan_of(lengths, law="full", samples=1)
+        assert denominator(diffu_grpo_objective(), plan, Batch(), None) == want, "tokens"
+        assert denominator(BGPO, plan, Batch(), None) == 1.0, "sequences"
 
 
 def test_groups_that_cannot_be_counted_need_a_denominator():

@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "head_problem.h"
+#include "divergence.h"
 
 #if defined(__has_feature)
 #if __has_feature(memory_sanitizer)
@@ -164,20 +164,61 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   return 9;
 }
 
+// The passes over two slabs of logits, of all kinds.
+int divergences(const dllm::Divergence& divergence, int64_t N, int64_t V, bool options) {
+  Array<float> student(V * N), teacher(V * N), out(V * N), bias(V), of_rows(4 * N), squeeze(N);
+  Array<uint8_t> excluded(V);
+  Array<double> look(2 * dllm::kLookSums * N), mix(2 * dllm::kMixSums * N);
+  for (int64_t i = 0; i < V * N; ++i) {
+    student.data[i] = 3 * number();
+    teacher.data[i] = 3 * number();
+  }
+  for (int64_t v = 0; v < V; ++v) {
+    bias.data[v] = number();
+    excluded.data[v] = v % 5 == 4;
+  }
+  for (int64_t i = 0; i < 4 * N; ++i) of_rows.data[i] = 1.5f + number();
+  for (int64_t i = 0; i < N; ++i) squeeze.data[i] = 0.1f * number();
+  const float *const one = of_rows.data, *const two = one + N, *const three = two + N, *const four = three + N;
+  const auto together = [](auto body) { dllm::Team::run(1, [&](dllm::Team& team, int) { body(team); }); };
+  int made = 0;
+  for (float* z : {student.data, teacher.data}) {
+    dllm::RawLogits raw{z, V, N, N, 0, {}};
+    raw.options.temperature = 0.7f;
+    if (options) raw.options = {bias.data, 3.0f, 1.0f, one, excluded.data};
+    together([&](dllm::Team& team) { divergence.finish(raw, team); });
+    ++made;
+  }
+  for (dllm::Kind kind : {dllm::Kind::forward_kl, dllm::Kind::reverse_kl, dllm::Kind::jsd}) {
+    for (int64_t i = 0; i < look.count; ++i) look.data[i] = i / N % dllm::kLookSums % 2 == 0 && i / N % dllm::kLookSums < 4 ? -1e30 : 0;
+    for (int64_t i = 0; i < mix.count; ++i) mix.data[i] = 0;
+    const dllm::DivergenceSlab slab{student.data, teacher.data, V, N, kind, 0.3f, 0.7f, one, two};
+    together([&](dllm::Team& team) { divergence.look(slab, look.data, 2, team); });
+    together([&](dllm::Team& team) { divergence.mix(slab, mix.data, 2, team); });
+    together([&](dllm::Team& team) { divergence.operand(slab, three, four, options ? squeeze.data : nullptr, out.data, team); });
+    look.written();
+    mix.written();
+    out.written();
+    made += 3;
+  }
+  return made;
+}
+
 }  // namespace
 
 int main() {
   struct Named {
     const dllm::Engine* engine;
+    const dllm::Divergence* divergence;
     bool pairs, here;
   };
-  std::vector<Named> engines = {{&dllm::baseline::engine, false, true}};
+  std::vector<Named> engines = {{&dllm::baseline::engine, &dllm::baseline::divergence, false, true}};
 #if defined(__x86_64__)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  engines.push_back({&dllm::avx2::engine, false, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
-  engines.push_back({&dllm::avx512::engine, false, avx512});
-  engines.push_back({&dllm::avx512bf16_emulated::engine, true, avx512});
+  engines.push_back({&dllm::avx2::engine, &dllm::avx2::divergence, false, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  engines.push_back({&dllm::avx512::engine, &dllm::avx512::divergence, false, avx512});
+  engines.push_back({&dllm::avx512bf16_emulated::engine, nullptr, true, avx512});
 #endif
   int made = 0;
   for (const Named& e : engines)
@@ -188,5 +229,10 @@ int main() {
           for (int64_t V : {1, 6, 33, 470})
             for (bool options : {false, true}) made += calls(*e.engine, type, N, H, V, options && V > 1);
     }
+  for (const Named& e : engines)
+    for (int64_t N : {1, 3, 16, 33, 300})
+      for (int64_t V : {1, 6, 33, 470})
+        for (bool options : {false, true})
+          if (e.here && e.divergence) made += divergences(*e.divergence, N, V, options);
   std::printf("%d calls\n", made);
 }

@@ -48,7 +48,7 @@ LINES_THAT_NO_WEAK_TEST_RUNS = ("x + 1 -> (x - 1)", "1 -> 2", "n > 0 -> (n >= 0)
 
 
 def test_operators_comparisons_constants_and_flags_change_but_no_text_type_or_message() -> None:
-    found = {mutant.described(SOURCE).split(maxsplit=1)[1] for mutant in mutants("x.py", SOURCE)}
+    found = {mutant.change for mutant in mutants("x.py", SOURCE)}
     assert found == {
         "True -> False",
         "-1 -> 1",
@@ -71,9 +71,18 @@ def test_every_mutant_of_the_tree_is_another_program_and_the_draw_is_the_seed_s(
     assert {area for area, _ in chosen} == set(AREAS)
     for _, mutant in chosen:
         source = (ROOT / mutant.file).read_text()
-        assert ast.dump(ast.parse(mutant.applied(source))) != ast.dump(ast.parse(source)), mutant.described(source)
+        assert ast.dump(ast.parse(mutant.applied(source))) != ast.dump(ast.parse(source)), mutant.name
     assert drawn(ROOT, list(AREAS), 120, seed=3) == chosen
+    assert 120 <= len(chosen) == len({mutant.name for _, mutant in chosen}) <= 130
     assert all(list(ROOT.glob(pattern)) for area in AREAS.values() for pattern in (*area.sources, *area.tests))
+
+
+def test_an_edit_elsewhere_leaves_the_names_of_mutants() -> None:
+    names = [mutant.name for mutant in mutants("x.py", SOURCE)]
+    assert len(set(names)) == len(names)
+    assert [mutant.name for mutant in mutants("x.py", "import math\n\n" + SOURCE)][: len(names)] == names
+    twice = [mutant.name for mutant in mutants("x.py", SOURCE + SOURCE)]
+    assert twice == [*names, *(f"{name} #2" for name in names)]
 
 
 @pytest.mark.timeout(300)
@@ -99,7 +108,7 @@ source = (root / file).read_text()
 for area in areas:
     for mutant in mutants(file, source):
         reply = judge.verdict(area, mutant)
-        print(area, mutant.described(source).split(maxsplit=1)[1], reply.verdict, reply.test.partition("::")[2] or reply.test)
+        print(area, mutant.change, reply.verdict, reply.test.partition("::")[2] or reply.test)
 assert (judge.tree / file).read_text() == source
 judge.close()
 """

@@ -25,7 +25,8 @@ INSIDE = {
     ("dllm_kernels/head/ops.py", "_problem"),
     *(("dllm_kernels/backends/triton/rows.py", name) for name in ("_logit", "row_kernel")),
     *(("dllm_kernels/backends/triton/fused.py", name) for name in ("_final", "_take", "fused_kernel")),
-    *(("dllm_kernels/backends/triton/gate.py", name) for name in ("", "variants")),
+    ("dllm_kernels/backends/triton/divergence.py", "finish_kernel"),
+    *(("dllm_kernels/backends/triton/gate.py", name) for name in ("", "variants", "_divergences")),
 }
 
 LISTED = {

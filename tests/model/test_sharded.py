@@ -13,6 +13,9 @@ from tests.tiny import worst_gradient_error
 pytestmark = [
     pytest.mark.xdist_group("sharded"),  # one worker: what its fixtures make is made once
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed"),
+    pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8), reason="FSDP2 of torch up to 2.7 does not sum in float64"
+    ),
     pytest.mark.timeout(600),
 ]
 

@@ -47,8 +47,10 @@ def check_refusals(found, said):
 
 
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
-    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "refusals"])
+    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "reference", "refusals"])
     check(ranks, QUICK)
+    *differences, moved = ranks[0]["reference"].values()
+    assert max(differences) < 1e-6 < 0.1 < moved
     said = {
         "beside ddp": r"inside its DistributedDataParallel",
         "beside ddp, frozen body": r"inside its DistributedDataParallel",
@@ -59,6 +61,7 @@ def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_rig
     }
     if FSDP2:
         said |= {"late": r"backward must run inside", "waiting": r"not reduced yet"}
+        said["stepped"] = r"no optimizer may step"
         said["tied, in backward"] = r"tied head with an optimizer in backward"
         assert ranks[0]["in backward"]["steps"] < 1e-6
         assert ranks[0]["in backward"]["moved"] > 0.02
@@ -88,6 +91,7 @@ def test_steps_in_deepspeed_equal_plain_cross_entropy_and_what_cannot_be_right_i
     check_refusals(ranks[0]["deepspeed refusals"], said)
 
 
+@pytest.mark.skipif(not FSDP2, reason="torch 2.6 cannot compile the masks of transformers 5")
 def test_ten_contexts_of_a_compiled_model_are_one_graph():
     graphs = []
 

@@ -312,6 +312,33 @@ def in_backward():
     }
 
 
+def reference():
+    """LoRA on the head, its reference the model without adapters: from plain cross-entropy in DDP, in one context a step."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    found = {}
+    for kind in ("plain", "ddp", *(["fsdp2"] if FSDP2 else [])):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model_of("untied"), config)
+        start = whole(model)
+        inner, model = model, fsdp2(model) if kind == "fsdp2" else ddp(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=rate(kind), momentum=0.5)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            data = batch(dist.get_rank(), step, 0)
+            with nullcontext() if kind == "plain" else headless(model) as body:
+                work = functools.partial(plain_loss, model) if kind == "plain" else functools.partial(headless_loss, body)
+                with torch.no_grad(), inner.disable_adapter():
+                    before = work(*data)
+                (work(*data) * (1 + before)).backward()
+            optimizer.step()
+        found[kind] = whole(model)
+    differences = {kind: worst(found[kind], found["plain"]) for kind in found}
+    return differences | {"moved": worst(found["plain"], start)}
+
+
 def refusals():
     """The sentence with which each of these is refused."""
     plan, of_all = rl_case()
@@ -325,6 +352,13 @@ def refusals():
         with headless(sharded) as body:
             loss = headless_loss(body, *batch(0, 0, 0))
         loss.backward()
+
+    def stepped():
+        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+        with headless(sharded) as body:
+            for step in range(2):
+                headless_loss(body, *batch(0, step, 0)).backward()
+                optimizer.step()
 
     def waiting():
         sharded.set_requires_gradient_sync(False)
@@ -351,7 +385,7 @@ def refusals():
         "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),
     }
     if FSDP2:
-        tries |= {"late": late, "waiting": waiting}
+        tries |= {"late": late, "stepped": stepped, "waiting": waiting}
         tied = fsdp2(model_of("tied"))
         InBackward(tied)
         tries["tied, in backward"] = lambda: inside(tied)
@@ -389,7 +423,12 @@ def _rank(rank, size, store, names, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     found = {}
     for name in names:
-        kinds = {"refusals": refusals, "in backward": in_backward, "deepspeed refusals": deepspeed_refusals}
+        kinds = {
+            "refusals": refusals,
+            "in backward": in_backward,
+            "reference": reference,
+            "deepspeed refusals": deepspeed_refusals,
+        }
         found[name] = kinds[name]() if name in kinds else case(name)
         gc.collect()
     torch.save(found, f"{out}.{rank}")

@@ -74,6 +74,16 @@ def test_and_those_that_take_tokens_back(model, recipe, temperature):
     assert rollout.edited or recipe.get("alg")
 
 
+@pytest.mark.parametrize("recipe", TAKING_BACK.values(), ids=TAKING_BACK)
+def test_whose_padding_and_company_change_nothing_either(model, recipe):
+    options = {"temperature": 0.7, "length": 8, **recipe}
+    left, _ = both(model, layout="left", **options)
+    for micro_batch in (1, 2):
+        ragged = generate(model, RAGGED, mask_id=MASK, sequence_ids=IDS, micro_batch=micro_batch, **options)
+        assert torch.equal(ragged.completion_BL, left.completion_BL)
+        assert torch.equal(ragged.commit_step_BL, left.commit_step_BL)
+
+
 @each_recipe
 def test_and_on_left_padded_prompts_as_if_there_were_no_padding(model, recipe):
     both(model, layout="left", temperature=0.7, **recipe)
@@ -309,3 +319,23 @@ def test_every_sampler_and_option_is_told_and_compared():
         assert sampler.name in compared
         for option in sampler.options:
             assert f"{option}=" in generate.__doc__ or option in generate.__doc__, option
+
+
+def test_default_numbers_are_those_of_the_sources_that_the_table_names():
+    numbers = {
+        name: {option: value for option, value in sampler.options.items() if type(value) in (int, float)}
+        for name, sampler in SAMPLERS.items()
+    }
+    assert numbers == {
+        "llada": {},
+        "dream": {"eps": 1e-3, "threshold": 0.9},
+        "roar": {},
+        "fast_dllm": {"threshold": 0.9},
+        "fast_dream": {"eps": 1e-3, "threshold": 0.9},
+        "rcr": {},
+        "wino": {"threshold": 0.6, "threshold_back": 0.9},
+        "remdm": {"eta": 0.02, "eps": 1e-5, "t_on": 0.55, "t_off": 0.05, "alpha_on": 0.9},
+        "sdar": {"threshold": 0.85, "bound": 0.1},
+        "llada2": {"threshold": 0.95, "max_post_steps": 16},
+        "entropy_bound": {"bound": 0.1},
+    }

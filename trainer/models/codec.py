@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..config import PromptConfig
 from ..errors import UserError
 from ..tasks import Example, Task
 from .loading import Loaded
+
+_LOOKED_AT = 8  # longest texts of each set
 
 
 class Codec:
@@ -84,6 +87,18 @@ class Codec:
             if self._mask_id in ids:
                 raise UserError(f"the answer of example {example.id} holds the mask token, which marks what is to be written")
         return torch.tensor(encoded)
+
+    def look_ahead(self, task: Task, *, shown: bool) -> None:
+        """Raises UserError for what training would stumble over hours later: the longest texts, answers that are missing.
+
+        `shown`: whether there is supervised training.
+        """
+        levels = [task.train] if task.curriculum is None else task.curriculum.levels
+        for examples in (*levels, *task.tests.values()):
+            self.prompts(heapq.nlargest(_LOOKED_AT, examples, key=lambda example: len(example.prompt)))
+        if shown:
+            self.answers([example for example in task.demonstrations if not example.answer][:1])
+            self.answers(heapq.nlargest(_LOOKED_AT, task.demonstrations, key=lambda example: len(example.answer)))
 
     def texts(self, completions_BL: Tensor) -> list[str]:
         return decode(self._tokenizer, completions_BL.cpu(), eos_id=self._eos)

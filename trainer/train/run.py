@@ -162,6 +162,7 @@ class Run:
                 task = make_task(config.task, seed=config.task_seed)
             with ranks.together():
                 self.setup = prepare(config, task, ranks, self._saved)
+                self.setup.codec.look_ahead(task, shown=config.sft.steps > 0)
             with ranks.together():
                 self.setup.curriculum = self.state.curriculum
                 self.setup.passes = self.state.passes

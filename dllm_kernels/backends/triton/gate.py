@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllm_kernels.backends.triton import fused, low_rank, noise, rows
+from dllm_kernels.backends.divergence.problem import KINDS
+from dllm_kernels.backends.triton import divergence, fused, low_rank, noise, rows
 from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
 
 
@@ -200,6 +201,35 @@ def variants(architecture: str) -> Iterator[Variant]:
     yield Variant("combine two", rows.combine_kernel, {**one, "second": "*bf16", "second_coef": "*fp32"}, tile, launch)
     key = {"key": "*i64", "step": "*i64", "out": "*i64", "step_stride": "i32", "tokens": "i32", "tag": "i32"}
     yield Variant("noise", noise._element_bits_kernel, key, {"BLOCK": 1024}, launch)
+    yield from _divergences()
+
+
+def _divergences() -> Iterator[Variant]:
+    """The passes over two slabs: each kind, an operand in fp32 and in 16 bits, and raw logits with every option."""
+    tile = divergence.tile(interpreter=False)
+    launch, sizes = {"num_warps": tile["num_warps"], "num_stages": 3}, {"R": tile["R"], "C": tile["C"]}
+    both = {"student": "*fp32", "teacher": "*fp32", "rows": "i32", "ids": "i32"}
+    levels = {"student_lse": "*fp32", "teacher_lse": "*fp32"}
+    part = {"sums": "*fp32", "part": "i32"}
+    for number, kind in enumerate(KINDS):
+        known = {**sizes, "KIND": number}
+        yield Variant(f"look {kind}", divergence.look_kernel, {**both, **part}, known, launch, quick=number == 0)
+        given = {**both, **levels, "mean": "*fp32", "factor": "*fp32", "beta": "fp32", "rest": "fp32"}
+        for label, more, absent in (("bf16", {"out": "*bf16"}, {"squeeze": None}), ("fp32, softcap", {"squeeze": "*fp32"}, {})):
+            types = {**given, "out": "*fp32", **more}
+            fixed: dict[str, Any] = {**sizes, **absent, "KIND": number, "ROUND": False}
+            quick = number == 2 and bool(absent)
+            yield Variant(f"operand {kind} {label}", divergence.operand_kernel, types, fixed, launch, quick=quick)
+    yield Variant(
+        "mix", divergence.mix_kernel, {**both, **levels, **part, "beta": "fp32", "rest": "fp32"}, sizes, launch, quick=True
+    )
+    raw = dict.fromkeys(("rows", "ids", "first", "stride"), "i32") | {"logits": "*fp32"}
+    for label, names in (
+        ("every option", ("bias", "excluded", "temperature_N", "softcap")),
+        ("usual", ("excluded", "temperature")),
+    ):
+        types, constants = _options(names)
+        yield Variant(f"finish {label}", divergence.finish_kernel, {**raw, **types}, {**constants, **sizes}, launch)
 
 
 def compile_variant(variant: Variant, target: Target) -> Compiled:

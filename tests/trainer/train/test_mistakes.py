@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from tests.trainer.conftest import TINY
 
 ANY_TASK = [key for key in TINY if not key.startswith("task.")]
-FILE = ["task.kind=file", "task.train=d.jsonl", "model.checkpoint=/nowhere"]
+FILE = ["task.kind=file", "task.train=d.jsonl", "model.checkpoint=nobody/nothing"]  # data come first
 GOOD = '{"prompt": "1", "answer": "2"}\n'
 
 
@@ -94,6 +94,24 @@ def test_a_jsonl_file_that_is_wrong(content: str | None, words: str, tmp_path: P
     if content is not None:
         (tmp_path / "d.jsonl").write_text(content)
     refused(tmp_path, FILE, words)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "1=", "answer": "1" * 1000}, "the answer of example 500 has 1000 tokens, more than the completion's 4"),
+        (
+            {"prompt": "1" * 1000, "answer": "1"},
+            "the prompt of example 500 has 1000 tokens, with a completion of 4 more than",
+        ),
+        ({"prompt": "1=", "answer": ""}, "example 500 has no answer to be shown in supervised training"),
+    ],
+)
+def test_a_row_that_a_run_would_reach_hours_later_is_told_at_once(row: dict[str, str], words: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n % 10}=", "answer": "2"} for n in range(500)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*rows, row)))
+    keys = ["task.kind=file", "task.style=characters", "task.train=d.jsonl", "task.completion_length=4", "rl.reward=exact_match"]
+    refused(tmp_path, [*keys, "rollout.steps=4", "rollout.block_length=4"], words)
 
 
 @pytest.mark.parametrize(
