@@ -368,6 +368,23 @@ def test_head_backward_equals_autograd_and_adds_into_its_buffers(backend, dtype)
     assert (dhidden.reshape(-1, dhidden.shape[-1])[untouched.to(dhidden.device)] == 0).all()
 
 
+def test_rows_that_nobody_scores_may_hold_nan(backend):
+    """As padding that attends to nothing does: no gradient reads them, that of an adapter's A included."""
+    case = make_case(torch.float32, backend.device, **VARIANTS["low_rank"])
+    padded = torch.ones(case.hidden.shape[:-1], dtype=torch.bool, device=backend.device)
+    padded.view(-1)[case.rows] = False
+    assert padded.any()
+    down, up, scale = case.options["low_rank"]
+    found = []
+    for anything in (0.0, math.nan):
+        hidden = case.hidden.detach().masked_fill(padded[..., None], anything)
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, case.weight, down, up)]
+        adapter = (*leaves[2:], scale)
+        score_tokens(*leaves[:2], case.target, rows=case.rows, low_rank=adapter).logp.sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_head_backward_without_buffers_returns_dhidden_alone(backend):
     case = make_case(device=backend.device, rows=5)
     dhidden = head_backward(case.hidden.requires_grad_(), case.weight, as_rows(case), case.coef)

@@ -86,8 +86,9 @@ def project_backward(
             rows_NR = gradient_MR[span].to(dtype)
             if need_dhidden:
                 dhidden_MH[span] = rows_NR @ wide_RH
-            if need_ddown:
-                ddown_RH.addmm_(rows_NR.t(), hidden_MH[span].to(dtype), alpha=scale)
+            if need_ddown:  # a row that nobody scored may hold anything, and 0 times NaN is NaN
+                rows_NH = hidden_MH[span].to(dtype).masked_fill((rows_NR == 0).all(1, keepdim=True), 0.0)
+                ddown_RH.addmm_(rows_NR.t(), rows_NH, alpha=scale)
     return (dhidden_MH.view(hidden.shape) if need_dhidden else dhidden_MH), ddown_RH.to(down_RH.dtype)
 
 

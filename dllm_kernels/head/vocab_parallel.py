@@ -179,7 +179,7 @@ def score(
     )
     chosen, best_NK = "forward", None
     if dead:  # takes part in what the ranks do together, with nothing of its own
-        nothing = key_NK.new_zeros(N) + 0.0 * entered.reshape(-1)[:1].sum().to(dtype)
+        nothing = key_NK.new_zeros(N) + _zero(entered, weight, options.bias, *(low or ())[1:2]).to(dtype)
         logp_NT, lse_N, entropy_N = nothing[:, None].expand(N, target_NT.shape[1]), nothing - torch.inf, nothing
     else:
         if not alone:
@@ -211,6 +211,12 @@ def score(
         values = {name: None if vector is None else vector.detach() for name, vector in values.items()}
     kept = {"ids_logp", "best_logp", "best_id", *want}
     return {"plan": chosen, "weighted_sum": weighted_sum} | {name: value for name, value in values.items() if name in kept}
+
+
+def _zero(*tensors: Tensor | None) -> Tensor:
+    """0, whose backward pass goes through all tensors as on the other ranks. Reads no value: 0 times infinity is none."""
+    empty = [tensor.reshape(-1)[:0].sum() for tensor in tensors if tensor is not None]
+    return torch.stack([each.to(empty[0].dtype) for each in empty]).sum()
 
 
 @torch.no_grad()
@@ -245,7 +251,7 @@ def above_mean(hidden: Tensor, weight: Tensor, target_N: Tensor, rows: Tensor, o
     def share() -> Tensor:
         shard.check_ids("target", target_N)
         if shard.some_id is None:
-            return 0.0 * entered.reshape(-1)[:1].sum() * torch.ones(len(target_N), device=hidden.device)
+            return _zero(entered, weight, options.bias, *(low or ())[1:2]).expand(len(target_N))
         h, w = autocast_operands(entered, weight)
         check_arguments(h, w, rows, len(target_N), own)
         of_target_N = single_logits.target_logits(h, w, shard.own(target_N), rows, own)

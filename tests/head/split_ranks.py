@@ -215,6 +215,34 @@ def draws_among_equals(head):
             assert int(split.max()) <= sorted(set(range(V)) - {0, 1, 2, 21, 22})[left - 1]
 
 
+def ranks_without_an_id(head):
+    """They put nothing of their own into a result, rows that nobody scores included, and `backward` runs there too."""
+    rows, target = torch.arange(1, 2 * L), torch.arange(2 * L - 1) % 3
+    suppress = tuple(range(SIZES[dist.get_world_size(head.group)][0], V))  # all but the first rank's
+    masked = torch.ones(2, L, dtype=torch.bool)
+    masked[0, 0] = False
+    for trained in (("weight",), ("up",), ("hidden", "down")):
+        for smoothing in (None, 0.2):
+            found = []
+            for group in (None, head.group):
+                leaves = {name: x if name in trained else x.detach() for name, x in head.leaves(group is not None).items()}
+                hidden = leaves["hidden"].clone()
+                hidden[0, 0] = torch.nan
+                common = {"suppress": suppress, "vocab_group": group, "low_rank": (leaves["down"], leaves["up"], 0.5)}
+                if smoothing is None:
+                    loss = score_tokens(hidden, leaves["weight"], target, rows=rows, **common).logp.sum()
+                else:
+                    common["label_smoothing"] = smoothing
+                    loss = elbo_loss(hidden, leaves["weight"], torch.ones(2, L).long(), masked, 0.5, **common)
+                loss.backward()
+                found.append((loss.detach(), leaves))
+            (whole, whole_leaves), (split, split_leaves) = found
+            head.same("loss", split, whole)
+            for name in trained:
+                if split_leaves[name].numel():
+                    head.same(name, split_leaves[name].grad, whole_leaves[name].grad)
+
+
 def refusals(head):
     mine, group = head.leaves(True), head.group
     call = lambda hidden=head.hidden, weight=mine["weight"], target=head.target, **more: score_tokens(  # noqa: E731
@@ -329,6 +357,7 @@ def run(rank: int, store: str, world: int) -> None:
     likeliest_alone(head)
     restricted_draws(head)
     draws_among_equals(head)
+    ranks_without_an_id(head)
     refusals(head)
     what_one_rank_refuses(head)
     sharded_tensors(world)
