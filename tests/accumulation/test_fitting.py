@@ -42,7 +42,7 @@ def test_padding_of_any_sequence_is_counted():
         found.append(fit_passes(model, plan, BGPO, memory_budget=1 << 30, model_kwargs={"attention_mask": seen}).saved_bytes)
         saved = _Saved()
         with headless(model) as body, saved.counted():
-            body(plan.noisy_ids, attention_mask=given)
+            body(plan.noisy_ids, attention_mask=seen)
         real.append(saved.bytes(model))
     assert found[0] - found[1] == real[0] - real[1] > 0
 
