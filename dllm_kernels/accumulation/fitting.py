@@ -16,6 +16,7 @@ from dllm_kernels.head.explain import explain
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.model.headless import Body, headless
 from dllm_kernels.model.layouts import check_blocks
+from dllm_kernels.model.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def fit_passes(
     micro-batch holds them all, and two where it does not; so all samples of as many sequences as fit are preferred for those, and
     as many sequences as fit for the others. Bytes are those that autograd saves in a forward of the smallest cut, counted by
     `saved_tensors_hooks` (each storage once, parameters left out), times the cut, plus what `explain` says of the head; of
-    block-diffusion plans, whose samples share a clean copy, cuts of 1, 2, 4 ... samples are tried.
+    block-diffusion plans, whose samples share a clean copy, cuts of 1, 2, 4 ... samples are tried, up to the first above the
+    budget.
 
     Args:
         model, plan, model_kwargs, group: as for `accumulate`. All ranks that share the model must call this, and get the same
@@ -76,14 +78,14 @@ def fit_passes(
     check_blocks(model, plan, model_kwargs or {})
     known = batch or Batch()
     coupling = objective.coupling if batch is None or not objective.is_on_policy(known) else objective.on_policy_coupling
-    with headless(model) as body:
+    with headless(model) as body, body.wrapper.aside():
         group = group or body.wrapper.group
-        sizes = _Sizes(body, plan, model_kwargs or {}, group)
-        return _largest(sizes, coupling, memory_budget, shared=group is not None)
+        sizes = _Sizes(body, plan, model_kwargs or {}, group, memory_budget)
+        return _largest(sizes, coupling, shared=group is not None)
 
 
-def _largest(sizes: _Sizes, coupling: Coupling, budget: int, *, shared: bool) -> Fit:
-    K, B = sizes.K, sizes.B
+def _largest(sizes: _Sizes, coupling: Coupling, *, shared: bool) -> Fit:
+    K, B, budget = sizes.K, sizes.B, sizes.budget
     if sizes.needs(1, 1) > budget:
         raise ValueError(
             f"memory_budget must be at least {sizes.needs(1, 1):,} bytes, what one sample of one sequence needs, got {budget:,}"
@@ -112,8 +114,10 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 class _Sizes:
     """Bytes of cuts; the same on all ranks."""
 
-    def __init__(self, body: Body, plan: MaskPlan, model_kwargs: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-        self.body, self.plan, self.group = body, plan, group
+    def __init__(
+        self, body: Body, plan: MaskPlan, model_kwargs: dict[str, Tensor], group: dist.ProcessGroup | None, budget: int
+    ) -> None:
+        self.body, self.plan, self.group, self.budget = body, plan, group, budget
         self.model_kwargs = model_kwargs
         counts_KB = plan.counts
         self.K, self.B = (self._agreed(size) for size in counts_KB.shape)
@@ -134,21 +138,28 @@ class _Sizes:
             trainable_head=trains,
             coef_known=False,
             wants_gradient=True,
+            device=self.body.parameter.device,
         )
         return max(0, cost.peak_bytes - V * H * 4 * trains)
 
     def saved(self, samples: int) -> int:
-        """Of one sequence. Samples of a plan without blocks are sequences of their own."""
+        """Of one sequence, at least, where that is above the budget. Samples of a plan without blocks are sequences too."""
         if self.plan.block_BS is None:
             return samples * self._probed(1)
-        if samples in self._known:
-            return self._known[samples]
-        below = 1 << (samples.bit_length() - 1)  # a power of two, from which on bytes grow at most with the square
-        if below == samples or samples == self.K:
+        below = 1  # a power of two, from which on bytes grow at most with the square
+        while 2 * below <= samples and self._in_budget(below):  # none far above the budget is tried
+            below *= 2
+        low = self._probed(below)
+        if below == samples or not self._in_budget(below):
+            return low
+        if samples == self.K:
             return self._probed(samples)
         above = min(self.K, 2 * below)
-        low, high = self._probed(below), self._probed(above)
+        high = self._probed(above)
         return low + -(-(high - low) * (samples - below) // (above - below))
+
+    def _in_budget(self, samples: int) -> bool:
+        return self._probed(samples) + self.head(samples, 1) <= self.budget
 
     def _probed(self, samples: int) -> int:
         if samples not in self._known:
@@ -156,11 +167,15 @@ class _Sizes:
         return self._known[samples]
 
     def _forward(self, samples: int) -> int:
-        """Bytes that autograd saves in a forward of so many samples of the sequence that is widest."""
+        """Bytes that autograd saves in a forward of so many samples of the sequence that takes most."""
         if self.plan.shape[1] == 0 or len(self.plan.sample_K) == 0:
             self.body.idle(1, {}, backward=False)
             return 0
-        widest = int(self.plan.completion_mask_BS.sum(-1).argmax())
+        widest_B = self.plan.completion_mask_BS.sum(-1)
+        mask = self.model_kwargs.get("attention_mask")
+        if self.plan.block_BS is None and mask is not None and mask.dim() == 2:
+            widest_B = -mask.sum(-1)  # all are as long; of one without padding, models drop the mask
+        widest = int(widest_B.argmax())
         cut = self.plan.cut(samples=slice(0, samples), sequences=slice(widest, widest + 1))
         kwargs = {name: tensor[widest : widest + 1] for name, tensor in self.model_kwargs.items()}
         if cut.block_BS is None:
@@ -168,11 +183,12 @@ class _Sizes:
             chosen = Selection(cut.noisy_ids.view(K * B, S), kwargs, cut.rows.index, cut.rows.target)
         else:
             chosen = next(iter(make_cuts(cut, Batch(), kwargs, samples, 1))).select()
-        counter = _Saved(self.body.model)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
+        saved, device = _Saved(), self.body.parameter.device
+        rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # for a model with dropout
+        with torch.enable_grad(), rng, saved.counted():
             hidden = chosen.hidden(self.body)
         del hidden
-        return counter.bytes
+        return saved.bytes(self.body.model)
 
     def _agreed(self, size: int) -> int:
         if self.group is None:
@@ -184,20 +200,24 @@ class _Sizes:
 
 
 class _Saved:
-    def __init__(self, model: nn.Module) -> None:
-        self._seen = {_storage(parameter) for parameter in model.parameters()}
-        self.bytes = 0
+    """Storages that autograd saves, held here so that none is taken for another."""
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        key = _storage(tensor)
-        if key not in self._seen:
-            self._seen.add(key)
-            self.bytes += tensor.untyped_storage().nbytes()
+    def __init__(self) -> None:
+        self._held: dict[int, torch.UntypedStorage] = {}
+
+    def counted(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def bytes(self, model: nn.Module) -> int:
+        """After the forward, when FSDP has freed what it gathered, or has it for the model's parameters."""
+        own = {_storage(parameter)._cdata for parameter in model.parameters()}
+        return sum(storage.nbytes() for key, storage in self._held.items() if key not in own)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        self._held[storage._cdata] = storage
         return tensor.detach()  # an output that were kept as it is would hold its own graph
 
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
 
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.detach().to_local() if is_sharded(tensor) else tensor).untyped_storage()  # type: ignore[attr-defined]

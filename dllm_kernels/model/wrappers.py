@@ -54,6 +54,11 @@ class Wrapper:
         """Within the context, backwards add to gradients that are summed over ranks, once; then all is as before."""
         yield
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the context, forwards with a gradient but without a backward go past what waits for one."""
+        yield
+
 
 class Replicas(Wrapper):
     """DistributedDataParallel: a copy on every rank; each backward after a forward through it averages gradients."""
@@ -98,6 +103,14 @@ class Replicas(Wrapper):
             for parameter, earlier in zip(parameters, before):
                 if earlier is not None:
                     parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        before, self._direct = self._direct, True
+        try:
+            yield
+        finally:
+            self._direct = before
 
     def _sum(self, parameters: list[nn.Parameter]) -> None:
         device = next(iter(parameters)).device

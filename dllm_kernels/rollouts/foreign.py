@@ -169,7 +169,8 @@ def tensors(rows: list[Row], mask_id: int, sequence_ids: Tensor | None) -> dict[
         n = row.length
         ids_BS[b, : len(row.ids)], keep_BS[b, : len(row.ids)] = torch.tensor(row.ids), True
         completion_BS[b, row.places[:n]] = True
-        overhang_BS[b, row.places[n:]] = torch.tensor(row.steps[n:], dtype=torch.int64)
+        # what was filled up after EOS has no step of its own, and is shown when the last one is over
+        overhang_BS[b, row.places[n:]] = torch.tensor([row.calls - 1 if s < 0 else s for s in row.steps[n:]], dtype=torch.int64)
         step_BL[b, :n] = torch.tensor(row.steps[:n], dtype=torch.int32)
         unset_n = step_BL[b, :n] < 0
         for into_BL, values in ((logp_BL, row.logp), (entropy_BL, row.entropy)):

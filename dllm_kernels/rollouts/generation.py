@@ -24,6 +24,7 @@ from dllm_kernels.model.layouts import (
     takes,
     takes_cache,
 )
+from dllm_kernels.model.sharding import Shards
 from dllm_kernels.rollouts import canvas, running
 from dllm_kernels.rollouts.denoising import Decoding, Denoiser, OnStep
 from dllm_kernels.rollouts.events import Events
@@ -218,6 +219,8 @@ def generate(
             raise ValueError(
                 f"sampler must be another than {sampler!r} for {type(body.model).__name__}, which takes no position_ids"
             )
+        if body.shards is not None and not _alike(body.shards, static, longest):
+            static = False  # such ranks ask no other before a call or at the end, and queues would wait for them
         per_round = micro_batch if static or in_rounds else B
         rounds = -(-B // per_round)
         idle, uneven = 0, False
@@ -297,6 +300,11 @@ def generate(
         "causal_block": block_length if cache is True else causal_block(model),
     }
     return _assemble(parts, prompts, lengths, sequence_ids, mask_id, settings)
+
+
+def _alike(shards: Shards, static: bool, longest: int) -> bool:
+    """Whether all ranks that share the model take the same steps, known beforehand."""
+    return shards.most(int(not static)) == 0 and shards.most(longest) == -shards.most(-longest)
 
 
 def _check_cache(cache: bool | str, refresh: int | None, sampler: Sampler, model: nn.Module, *, greedy: bool) -> bool:

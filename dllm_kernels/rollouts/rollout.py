@@ -219,8 +219,15 @@ class Rollout:
             checks.count("step", step, 0)
         if self.edited:
             before_B = step if isinstance(step, Tensor) else torch.full((len(self.ids_BS), 1), step, device=self.ids_BS.device)
-            return self.events.states(self.ids_BS, before_B[:, None].expand(-1, 1, self.ids_BS.shape[1]))[:, 0]
+            return self.states(before_B[:, None].expand(-1, 1, self.ids_BS.shape[1]))[:, 0]
         return torch.where(self.step_map_BS >= step, self.mask_id, self.ids_BS)
+
+    def states(self, before_BKS: Tensor) -> Tensor:
+        """Ids `[B, K, S]` before the given step of each token, replayed from the events."""
+        events, never_BS = self.events, self.step_map_BS >= 0
+        never_BS[events.sequence_E, events.position_E] = False  # filled up after EOS, when the last step was over
+        masked_BKS = never_BS[:, None] & (before_BKS < self.steps_B[:, None, None])
+        return torch.where(masked_BKS, self.mask_id, events.states(self.ids_BS, before_BKS))
 
     @property
     def events(self) -> Events:

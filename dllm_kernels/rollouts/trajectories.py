@@ -249,7 +249,7 @@ def event_states(
     written_BKS = torch.zeros_like(steps_BKS)
     goal = chosen.sequence_E, rank_G[group_E], chosen.position_E
     steps_BKS[goal], written_BKS[goal] = chosen.step_E, chosen.new_id_E
-    shown_BKS = events.states(ids_BS, before_BKS)
+    shown_BKS = rollout.states(before_BKS)
     return {"shown_BKS": shown_BKS, "event_steps_BKS": steps_BKS, "event_ids_BKS": written_BKS}
 
 

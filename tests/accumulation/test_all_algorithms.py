@@ -17,7 +17,8 @@ def predicted(objective, plan, batch, samples_per_pass, sequences_per_pass):
     """(passes, cuts that hold a scored token)."""
     K, B, _ = plan.shape
     coupling = objective.on_policy_coupling if objective.is_on_policy(batch) else objective.coupling
-    two = coupling == "batch" or (coupling == "sequence" and samples_per_pass < K)
+    whole = {"sequence": samples_per_pass >= K, "batch": samples_per_pass >= K and sequences_per_pass >= B}
+    two = not whole.get(coupling, True)
     cuts = sum(
         bool(plan.counts[k : k + samples_per_pass, b : b + sequences_per_pass].any())
         for k in range(0, K, samples_per_pass)

@@ -16,11 +16,11 @@ from tests.tiny import eurobert, worst_gradient_error
 def really_saved(model, plan, samples, sequences) -> int:
     """Bytes of a forward of the first cut, by hooks around the whole call."""
     cut = plan.cut(samples=slice(0, samples), sequences=slice(0, sequences))
-    counter = _Saved(model)
-    with headless(model) as body, torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
+    saved = _Saved()
+    with headless(model) as body, saved.counted():
         kept = body(cut.noisy_ids.flatten(0, 1))
     del kept
-    return counter.bytes
+    return saved.bytes(model)
 
 
 def test_what_a_cut_saves_is_what_was_said():
@@ -30,6 +30,31 @@ def test_what_a_cut_saves_is_what_was_said():
         measured = really_saved(model, plan, fit.samples_per_pass, fit.sequences_per_pass)
         # what does not grow with the batch, such as rotary tables, is counted for each of its sequences
         assert measured <= fit.saved_bytes <= 1.1 * measured + 4096 * fit.samples_per_pass * fit.sequences_per_pass
+
+
+def test_padding_of_any_sequence_is_counted():
+    """Models drop the mask of a batch without padding, and the longest completion may have none."""
+    model, plan = eurobert(), plan_of(4)
+    mask = torch.ones(plan.shape[1:], dtype=torch.int64)
+    mask[1, :2] = 0
+    found, real = [], []
+    for seen in (mask, torch.ones_like(mask)):
+        found.append(fit_passes(model, plan, BGPO, memory_budget=1 << 30, model_kwargs={"attention_mask": seen}).saved_bytes)
+        saved = _Saved()
+        with headless(model) as body, saved.counted():
+            body(plan.noisy_ids, attention_mask=seen)
+        real.append(saved.bytes(model))
+    assert found[0] - found[1] == real[0] - real[1] > 0
+
+
+def test_a_look_draws_no_random_number():
+    model, plan = eurobert(attention_dropout=0.5).train(), plan_of(4)
+    before = torch.get_rng_state()
+    fit_passes(model, plan, BGPO, memory_budget=1 << 30)
+    assert torch.equal(before, torch.get_rng_state())
+    with headless(model) as body:
+        body(plan.noisy_ids)
+    assert not torch.equal(before, torch.get_rng_state()), "a forward draws some"
 
 
 def least(model, plan, objective) -> int:
@@ -106,6 +131,11 @@ def test_samples_of_blocks_share_a_clean_copy_and_are_counted_so():
     fits = [fit_passes(model, plan, GDPO, memory_budget=budget) for budget in (1 << 26, 2 * least(model, plan, GDPO))]
     assert (fits[0].samples_per_pass, fits[0].sequences_per_pass) == (8, 2)
     assert fits[1].samples_per_pass < 8
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    fit_passes(model, plan, GDPO, memory_budget=least(model, plan, GDPO))
+    hook.remove()
+    assert max(sizes) == 12 + 2 * 8, "no more than the first cut above the budget is tried"
     assert fits[0].saved_bytes / 2 < 8 * fits[1].saved_bytes / fits[1].samples_per_pass, "the clean copy is there once"
 
 

@@ -185,13 +185,19 @@ def curves(ranks, steps=20):
 
 
 def rollouts(ranks):
-    """Drawn tokens of seven prompts, two at a time: some ranks need one call fewer."""
+    """Drawn tokens of seven prompts, a few at a time: some ranks need fewer calls, or could do without a queue."""
     prompts, ids = torch.arange(B)[:, None] + torch.arange(3), noise.sequence_ids([f"rl/{i}" for i in range(B)])
     mine = ranks.share(B)
     model = shard(model_of("untied"), ranks)
-    options = {"length": 8, "steps": 4, "block_length": 4, "mask_id": 99, "temperature": 1.0, "micro_batch": 2}
-    sampled = generate(model, prompts[mine], sequence_ids=ids[mine], **options)
-    return ranks.gather(sampled.completion_BL)[0]
+    few = {"length": 8, "steps": 4, "block_length": 4, "micro_batch": 2}
+    all_of_some_ranks = {"length": 8, "steps": 4, "block_length": 4, "micro_batch": 3, "eos_id": 5}
+    lengths = [5, 8, 5, 8, 6, 6, 6][mine]
+    uneven_in_some_ranks = {"length": lengths, "steps": 6, "sampler": "dream", "alg": "maskgit_plus"}
+    found = []
+    for options in (few, all_of_some_ranks, uneven_in_some_ranks):
+        made = generate(model, prompts[mine], sequence_ids=ids[mine], mask_id=99, temperature=1.0, **options).completion_BL
+        found.append(torch.nn.functional.pad(made, (0, 8 - made.shape[1]), value=99))
+    return ranks.gather(torch.cat(found, 1))[0]
 
 
 def supervised(ranks):

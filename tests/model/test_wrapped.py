@@ -39,6 +39,17 @@ def check(ranks, names):
             assert all(difference < largest for key, difference in steps.items() if key != "moved"), (name, steps)
 
 
+def check_fits(ranks):
+    """`fit_passes` under a wrapper finds what it finds without one, on all ranks, and the step after it is as before."""
+    for found in (rank["fitted"] for rank in ranks):
+        plain = found["plain"][0]
+        for kind in ("ddp", *(["fsdp2"] if FSDP2 else [])):
+            (_, want, _), (fit, got, same) = found[kind, False], found[kind, True]
+            assert fit == plain
+            assert same
+            assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 def check_refusals(found, said):
     assert found.keys() == said.keys()
     for name, pattern in said.items():
@@ -47,8 +58,9 @@ def check_refusals(found, said):
 
 
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
-    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "reference", "refusals"])
+    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "reference", "fitted", "refusals"])
     check(ranks, QUICK)
+    check_fits(ranks)
     *differences, moved = ranks[0]["reference"].values()
     assert max(differences) < 1e-6 < 0.1 < moved
     said = {

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dllm_kernels import accumulate, elbo_loss, headless
+from dllm_kernels import accumulate, elbo_loss, fit_passes, headless
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.objectives import BGPO
 from tests.plans import plan_of
@@ -339,6 +339,23 @@ def reference():
     return differences | {"moved": worst(found["plain"], start)}
 
 
+def fitted():
+    """What `fit_passes` finds, the last rank without a sequence, and the gradient of a step after it."""
+    plan, of_all = rl_case()
+    mine = slice(0, 0 if dist.get_rank() else None)
+    plan, of_mine = plan.cut(sequences=mine), of_all.cut(sequences=mine)
+    found = {"plain": (fit_passes(model_of("untied"), rl_case()[0], BGPO, memory_budget=1 << 30), None, True)}
+    for kind in ("ddp", *(["fsdp2"] if FSDP2 else [])):
+        for looks in (False, True):
+            model, drawn = (fsdp2 if kind == "fsdp2" else ddp)(model_of("untied")), torch.get_rng_state()
+            fits = [fit_passes(model, plan, BGPO, memory_budget=1 << 30) for _ in range(2 * looks)]
+            same = torch.equal(drawn, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
+            accumulate(model, plan, BGPO, of_mine, sequences_per_pass=2)
+            gradients = {name: _full(p.grad) for name, p in model.named_parameters()}
+            found[kind, looks] = fits[-1] if fits else None, gradients, same
+    return found
+
+
 def refusals():
     """The sentence with which each of these is refused."""
     plan, of_all = rl_case()
@@ -427,6 +444,7 @@ def _rank(rank, size, store, names, out):
             "refusals": refusals,
             "in backward": in_backward,
             "reference": reference,
+            "fitted": fitted,
             "deepspeed refusals": deepspeed_refusals,
         }
         found[name] = kinds[name]() if name in kinds else case(name)

@@ -16,6 +16,7 @@ from dllm_kernels import Rollout, generate, select_steps, step_entropy, trajecto
 from dllm_kernels.accumulation.scores import score_samples
 from tests.rollouts.compare import IDS, MASK, RAGGED, left_padded
 from tests.rollouts.test_samplers import RECIPES, each_recipe
+from tests.tiny import eurobert
 
 F64 = torch.float64
 
@@ -268,6 +269,37 @@ def test_what_follows_eos_is_neither_scored_nor_seen(model):
             if step < int(rollout.steps_B[b]):
                 state = rollout.state_at(step)[b][rollout.completion_mask_BS[b]]
                 assert (state[filled_BL[b]] == MASK).all(), "the model never saw what was filled up"
+
+
+@pytest.mark.parametrize("score", ["last", "all_events"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"sampler": "llada", "steps": 12, "block_length": 4},
+        {"sampler": "sdar", "steps": 5, "block_length": 5, "threshold": 0.3},
+        {"sampler": "llada2", "block_length": 5, "threshold": 0.3, "editing_threshold": 0.3},
+    ],
+    ids=["llada", "sdar", "llada2-editing"],
+)
+def test_what_was_filled_up_after_eos_was_masked_in_every_state(recipe, score, tmp_path):
+    """Also in the last block beyond the completion, and read from a file."""
+    model = eurobert(layers=1, hidden=16)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)  # what a state shows matters
+    options = {**recipe, "length": 12, "temperature": 1.0, "sequence_ids": torch.arange(12), "mask_id": MASK}
+    prompts = [torch.arange(2, 5 + n % 3) for n in range(12)]
+    eos = int(generate(model, prompts, **options).completion_BL[:, :3].flatten().mode().values)
+    made = generate(model, prompts, eos_id=eos, **options)
+    assert (made.commit_step_BL < 0).any(-1).sum() > 1
+    made.to_jsonl(tmp_path / "rollouts.jsonl")
+    for rollout in (made, Rollout.from_jsonl(tmp_path / "rollouts.jsonl")):
+        plan = trajectory_rows(rollout, score=score)
+        kwargs = {"attention_mask": rollout.attention_mask_BS.long()}
+        scored = score_samples(model, plan, suppress=(MASK,), model_kwargs=kwargs)
+        torch.testing.assert_close(scored, trajectory_logp(rollout, plan), rtol=0, atol=1e-5)
+        for step in range(int(made.steps_B.max())):
+            filled_BL = (rollout.commit_step_BL < 0) & (step < rollout.steps_B[:, None])
+            shown_BL = rollout.state_at(step).gather(1, rollout.column_BL)
+            assert (shown_BL[filled_BL] == MASK).all()
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 6])
