@@ -1,5 +1,5 @@
 // What the dispatcher hands to an instruction set for the divergence of two heads: slabs of logits that the vendor's products
-// have made. The specification is dllm_kernels/backends/divergence_reference.py.
+// have made. The specification is dllm_kernels/backends/divergence/reference.py.
 #pragma once
 
 #include <type_traits>
