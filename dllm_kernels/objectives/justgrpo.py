@@ -99,7 +99,8 @@ def _left_to_right(rollout: Rollout, options: object, seed: int) -> States:
         attention_mask_BS=rollout.attention_mask_BS,
         eos_id=settings.get("eos_id"),
         causal_block=settings.get("causal_block"),
-        step_map_BS=torch.where(completion_BS, completion_BS.cumsum(-1) - 1, -1),
+        # what lies between a completion and the end of its block comes after all of its tokens
+        step_map_BS=torch.where(completion_BS, completion_BS.cumsum(-1) - 1, (rollout.step_map_BS >= 0).long() * length - 1),
         segments=length,
         total_steps=length,
     )

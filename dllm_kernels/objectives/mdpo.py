@@ -197,7 +197,7 @@ def _draft_states(rollout: Rollout, options: Options, seed: int) -> States:
         eos_id=settings.get("eos_id"),
         shown_BKS=shown_BTS,
         event_steps_BKS=torch.where(hidden_BTS, step_T1, -1),
-        event_ids_BKS=shown_BTS.masked_scatter(completion_BS[:, None].expand(shown_BTS.shape), drafts_BTL),
+        event_ids_BKS=torch.stack([rollout.spread(drafts_BTL[:, t], shown_BTS[:, t]) for t in range(T)], dim=1),
     )
     return States(rollout, plan, step_T1.t().expand(B, T), replayed=False)
 

@@ -184,12 +184,14 @@ def _weighted_states(rollout: Rollout, options: Options, seed: int) -> States:
     settings, completion_BS = rollout.settings, rollout.completion_mask_BS
     eos, step_BS = settings.get("eos_id"), rollout.step_map_BS
     counts_BS = completion_BS if eos is None else completion_BS & ~eos_tail(rollout.ids_BS, completion_BS, eos)
-    inside_BL = counts_BS[completion_BS].view(rollout.commit_step_BL.shape)
+    inside_BL = rollout.place_BL & counts_BS.gather(1, rollout.column_BL)
     committed_BL = torch.where(inside_BL, rollout.commit_step_BL, -1)
     surprise_TB = step_entropy(-rollout.commit_logp_BL, committed_BL, steps=rollout.masked_entropy_BT.shape[1])
     k, temperature, ids_B = options.selected_steps, options.temperature, rollout.sequence_ids_B
     steps_BJ = weighted_steps(surprise_TB.t(), k, temperature=temperature, seed=seed, sequence_ids=ids_B)
-    hidden_BJS = (steps_BJ[:, :, None] >= 0) & (step_BS[:, None] >= steps_BJ[:, :, None])
+    before_BJS = steps_BJ[:, :, None].expand(-1, -1, step_BS.shape[1])
+    shown_BJS = rollout.states(torch.where(before_BJS < 0, torch.iinfo(torch.int64).max, before_BJS))
+    hidden_BJS = (shown_BJS == rollout.mask_id) & (step_BS >= 0)[:, None]
     plan = make_mask_plan(
         rollout.ids_BS,
         completion_BS,
@@ -202,7 +204,7 @@ def _weighted_states(rollout: Rollout, options: Options, seed: int) -> States:
         prompt_noise=0.0,
         attention_mask_BS=rollout.attention_mask_BS,
         eos_id=eos,
-        shown_BKS=torch.where(hidden_BJS, rollout.mask_id, rollout.ids_BS[:, None]).long(),
+        shown_BKS=shown_BJS,
         event_steps_BKS=torch.where(hidden_BJS & completion_BS[:, None], step_BS[:, None], -1),
         event_ids_BKS=rollout.ids_BS[:, None].long().expand(hidden_BJS.shape),
     )

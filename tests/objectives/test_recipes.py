@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 
-from dllm_kernels import objectives
+from dllm_kernels import generate, objectives
 from dllm_kernels.masks.laws import LAWS
 from dllm_kernels.objectives.advantages import KINDS
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import plan_of
+from tests.tiny import eurobert
 
 
 def loss_of(name):
@@ -134,3 +135,69 @@ def test_every_objective_as_published_goes_by_its_name_in_capitals():
         assert getattr(objectives, name.upper()).name == recipe.make().name
     with pytest.raises(AttributeError, match="GPDO"):
         _ = objectives.GPDO
+
+
+@pytest.fixture(scope="module")
+def model():
+    return eurobert(layers=1, vocab=12)
+
+
+def shown_and_scored(plan, b, columns):
+    """What each state with something scored shows of a sequence, and what it scores where."""
+    found = []
+    for k in range(plan.shape[0]):
+        scored_S = plan.scored[k, b]
+        if bool(scored_S.any()):
+            target_S = plan.input_ids_BS[b] if plan.target_BKS is None else plan.target_BKS[b, k]
+            found.append(
+                (plan.noisy_ids[k, b, :columns].tolist(), scored_S.nonzero()[:, 0].tolist(), target_S[scored_S].tolist())
+            )
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def uneven(model):
+    """Rollouts of completions of different lengths, together and each alone: behind prompts, in holes, and with take-backs."""
+    ids, behind, lengths = torch.arange(4), [torch.arange(1, 4 + n) for n in range(4)], [2, 6, 3, 5]
+    canvases = [torch.tensor(c) for c in ([1, 11, 3, 11, 5], [11] * 7 + [4], [2, 11, 2], [1, 2, 11, 11, 11, 6])]
+    found = {}
+    for kind, prompts, own in (("lengths", behind, lengths), ("holes", canvases, None), ("taken back", canvases, None)):
+        options = {"steps": 3, "mask_id": 11, "temperature": 1.0, "greedy": True}
+        options |= {"sampler": "remdm", "eta": 0.5} if kind == "taken back" else {"sampler": "dream", "alg": "maskgit_plus"}
+        parts = [slice(0, 4), *(slice(b, b + 1) for b in range(4))]
+        found[kind] = [
+            generate(model, prompts[part], length=own and own[part], sequence_ids=ids[part], **options) for part in parts
+        ]
+    assert found["taken back"][0].edited
+    return found
+
+
+TRAJECTORIES = [name for name, recipe in objectives.RECIPES.items() if recipe.trajectory is not None]
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_states_do_not_depend_on_the_lengths_of_other_completions(uneven, name):
+    recipe = objectives.RECIPES[name]
+    for kind, (together, *alone) in uneven.items():
+        if kind == "taken back" and name in ("d2", "trace_rl"):
+            with pytest.raises(ValueError, match="edited"):
+                recipe.trajectory.states(together, recipe.choose({}), 0)
+            continue
+        plan = recipe.trajectory.states(together, recipe.choose({}), 0).plan
+        for b, one in enumerate(alone):
+            assert torch.equal(one.completion_BL[0], together.completion_BL[b][together.place_BL[b]])
+            want = shown_and_scored(recipe.trajectory.states(one, recipe.choose({}), 0).plan, 0, one.ids_BS.shape[1])
+            assert shown_and_scored(plan, b, one.ids_BS.shape[1]) == want
+            assert want
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_no_state_shows_what_lies_between_a_completion_and_the_end_of_its_block_too_early(model, name):
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    options = {"sampler": "sdar", "steps": 4, "block_length": 4, "remasking": "sequential", "temperature": 1.0, "greedy": True}
+    rollout = generate(model, prompts, length=4, mask_id=11, sequence_ids=torch.arange(2), **options)
+    recipe = objectives.RECIPES[name]
+    plan = recipe.trajectory.states(rollout, recipe.choose({}), 0).plan
+    for b, prompt in enumerate(prompts):
+        for shown, _, _ in shown_and_scored(plan, b, 8):
+            assert shown[len(prompt) + 4 :] == [11] * (4 - len(prompt)), "from left to right, it is written last"
