@@ -175,9 +175,11 @@ class Passes:
         return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=body.take_dweight)
 
     def _weighed(self, cut: Cut) -> Tensor:
-        """bool `[N]`: rows of samples with a nonzero weight; sequences without one were left out before."""
+        """bool `[N]`: rows of samples with a nonzero weight, all where samples are coupled, as the others depend on them;
+        sequences without a weight were left out before.
+        """
         rows, scale = cut.plan.rows, self.objective.scale
-        if scale is None or scale not in cut.batch.per_sample:
+        if scale is None or scale not in cut.batch.per_sample or self.objective.coupling in ("sequence", "batch"):
             return torch.ones_like(rows.index, dtype=torch.bool)
         weighed_BK = (cut.batch.per_sample[scale] != 0).unsqueeze(-1).flatten(2).any(-1)
         return weighed_BK[rows.sequence, rows.sample]

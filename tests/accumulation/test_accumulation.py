@@ -430,3 +430,23 @@ def test_scores_of_thousands_of_nats_are_summed_in_float64(samples_per_pass):
     assert worst_gradient_error(got, want) < 1e-6
     assert float(report.loss) == pytest.approx(float(want_loss.detach()), rel=1e-12)
     assert report.sample_elbo_BK.dtype == old_B.dtype == F64
+
+
+@pytest.mark.parametrize("coupling", ["sequence", "batch"])
+def test_a_sample_without_weight_still_counts_for_those_it_is_coupled_with(coupling):
+    model, plan = eurobert(), plan_of(4)
+    weight_BK = torch.ones(B, 4, dtype=F64)
+    weight_BK[0, 1] = weight_BK[2, 3] = 0.0
+
+    def contributions(logp_N, plan, batch):
+        elbo_BK = plan.elbo(logp_N)
+        mean = elbo_BK.mean() if coupling == "batch" else elbo_BK.mean(1, keepdim=True)
+        return (batch.per_sample["weight"] * (elbo_BK - mean) ** 2).sum()
+
+    objective = Objective("spread", contributions, coupling, coupling, "sequences", None, per_sample=("weight",), scale="weight")
+    batch = Batch({}, {"weight": weight_BK})
+    want_loss, want = full_graph(model, lambda logp: contributions(logp, plan, batch) / B, plan)
+    for samples in (1, 4):
+        report, got = run(model, plan, objective, batch, samples_per_pass=samples)
+        assert float(report.loss) == pytest.approx(float(want_loss), rel=1e-10)
+        assert worst_gradient_error(got, want) < 1e-10

@@ -38,11 +38,11 @@ def test_padding_of_any_sequence_is_counted():
     mask = torch.ones(plan.shape[1:], dtype=torch.int64)
     mask[1, :2] = 0
     found, real = [], []
-    for seen in (mask, torch.ones_like(mask)):
-        found.append(fit_passes(model, plan, BGPO, memory_budget=1 << 30, model_kwargs={"attention_mask": seen}).saved_bytes)
+    for shown in (mask, torch.ones_like(mask)):
+        found.append(fit_passes(model, plan, BGPO, memory_budget=1 << 30, model_kwargs={"attention_mask": shown}).saved_bytes)
         saved = _Saved()
         with headless(model) as body, saved.counted():
-            body(plan.noisy_ids, attention_mask=seen)
+            body(plan.noisy_ids, attention_mask=shown)
         real.append(saved.bytes(model))
     assert found[0] - found[1] == real[0] - real[1] > 0
 
