@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,14 @@ def works_of(setup: Setup, ranks: int, prompt_tokens: int) -> list[Work]:
         works.append(measure_call(setup, "sft", sequences, seen, late, trains=True, again=sequences < share))
     if config.rl.updates:
         share = -(-config.rl.prompts * config.rl.group // ranks)
-        sequences = min(share, config.rl.micro_batch or share)
+        budget = config.rl.memory_budget  # with samples_per_pass=auto: as much as it holds, at least one sequence
+        sequences = min(share, config.rl.micro_batch or share) if budget is None else 1
         scored = rows_of(setup, sequences)
         if setup.facts.block_length is None:
             sequences *= scored.together
         seen = trained_tokens(setup, prompt_tokens, scored.together)
-        works.append(measure_call(setup, "rl gradient", sequences, seen, scored.most, trains=True, again=True))
+        work = measure_call(setup, "rl gradient", sequences, seen, scored.most, trains=True, again=True)
+        works.append(work if budget is None else replace(work, activations=max(work.activations, budget << 20)))
     generated = [("evaluation", config.evaluation.batch)]
     if config.rl.updates:
         generated.append(("rl rollout", config.rl.prompts * config.rl.group))
@@ -253,7 +255,7 @@ def rows_of(setup: Setup, sequences: int) -> Rows:
 
 
 def _together(config: RlConfig) -> int:
-    """Samples of a pass. With auto that depends on bytes which a plan does not measure, and it is planned as the least."""
+    """Samples of a pass. With auto that depends on bytes which a plan does not measure: the least, which each budget holds."""
     return 1 if config.samples_per_pass == "auto" else config.samples_per_pass
 
 

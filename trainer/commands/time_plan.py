@@ -200,7 +200,8 @@ def _of_rl(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
     if any(name.startswith("ref_") for name in names) and RECIPES[config.algorithm].wants_reference(config.options):
         yield Phase("rl update", "reference scores", "score", calls, scored, **shape)
     coupling = objective.coupling if off_policy else objective.on_policy_coupling
-    if coupling == "batch" or (coupling == "sequence" and passes > 1):
+    one_cut = passes == 1 and whole <= B and ranks == 1
+    if (coupling == "batch" and not one_cut) or (coupling == "sequence" and passes > 1):
         yield Phase("rl update", "first pass", "score", calls, scored, **shape)
     yield Phase("rl update", "gradient", "learn", calls, learned, **shape)
     yield Phase("rl update", "optimizer", "optimizer", config.inner_iterations)

@@ -175,3 +175,12 @@ def test_neither_data_nor_hub_are_needed_for_a_published_model(monkeypatch: pyte
     assert "3 x 768 tokens" in text
     assert "prompts are taken to have 512 tokens, as prompt.max_length allows" in text
     assert "not here, and not read: hub:openai/gsm8k:main:train" in text
+
+
+def test_with_auto_an_update_is_planned_to_hold_its_budget(tmp_path: Path) -> None:
+    for budget in (1, 300):
+        config = tiny_config(tmp_path, "rl.samples_per_pass=auto", f"rl.memory_budget={budget}")
+        setup, _ = planned_calls.skeleton(config, planned_calls.planned_task(config)[0], 1)
+        (work,) = (work for work in planned_calls.works_of(setup, 1, 8) if work.name == "rl gradient")
+        assert work.sequences == 1, "not all of the update, which a budget may not hold"
+        assert budget << 20 <= work.peak < (budget + 1) << 20
