@@ -506,6 +506,7 @@ def main() -> None:
         if options.long:
             result["stall"] = stall(folder)
             result["long"] = long_run(folder, options.long)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
         for kind in itertools.cycle(chosen):
             if time.monotonic() > end:
                 break

@@ -86,6 +86,7 @@ def test_an_edit_elsewhere_leaves_the_names_of_mutants() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow  # a toy package, its nursery and its rounds: 10 s
 def test_a_test_that_notices_kills_and_one_that_does_not_lets_live(tmp_path: Path) -> None:
     """In the process, by a subprocess, at import, and by the clock; a test that runs no line of it is not asked."""
     (tmp_path / "tests").mkdir()
