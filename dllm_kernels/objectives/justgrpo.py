@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.accumulation.objective import Batch, Objective
-from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.recipe import Recipe, Trajectory
 from dllm_kernels.objectives.surrogates import check_clip, check_mask, check_policy, check_values, dense_logp
 from dllm_kernels.objectives.tokens import old_and_reference, token_terms
 from dllm_kernels.objectives.update import Rewards, Signal, States, signal_of
 from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import plan_of_states
 
 __all__ = ["justgrpo", "justgrpo_objective"]
 
@@ -84,21 +84,14 @@ def justgrpo_objective(*, epsilon: float = 0.2) -> Objective:
 
 def _left_to_right(rollout: Rollout, options: object, seed: int) -> States:
     """A state for each token, whatever the order in which the rollout decided them."""
-    settings, completion_BS = rollout.settings, rollout.completion_mask_BS
+    completion_BS = rollout.completion_mask_BS
     length = rollout.commit_step_BL.shape[1]
-    plan = make_mask_plan(
-        rollout.ids_BS,
-        completion_BS,
-        law="segments",  # not "trace": the scores of the rollout are of its own order
-        samples=None,
+    plan = plan_of_states(
+        rollout,
+        "segments",  # not "trace": the scores of the rollout are of its own order
         seed=seed,
-        sequence_ids=rollout.sequence_ids_B,
-        mask_id=rollout.mask_id,
-        shift=settings.get("shift", 0),
         prompt_noise=0.0,
-        attention_mask_BS=rollout.attention_mask_BS,
-        eos_id=settings.get("eos_id"),
-        causal_block=settings.get("causal_block"),
+        causal_block=rollout.settings.get("causal_block"),
         # what lies between a completion and the end of its block comes after all of its tokens
         step_map_BS=torch.where(completion_BS, completion_BS.cumsum(-1) - 1, (rollout.step_map_BS >= 0).long() * length - 1),
         segments=length,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dllm_kernels import checks
 from dllm_kernels.accumulation.objective import Batch, Objective
-from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives.advantages import group_advantages
 from dllm_kernels.objectives.recipe import Recipe, Trajectory
@@ -33,6 +32,7 @@ from dllm_kernels.objectives.surrogates import (
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference, old_and_reference
 from dllm_kernels.objectives.update import States, Update, later_signal
 from dllm_kernels.rollouts.rollout import Rollout
+from dllm_kernels.rollouts.trajectories import plan_of_states
 
 __all__ = ["mdpo", "mdpo_objective", "mdpo_step_values"]
 
@@ -178,23 +178,16 @@ def _drafts(rollout: Rollout) -> Tensor:
 
 def _draft_states(rollout: Rollout, options: Options, seed: int) -> States:
     """Every step's state, and the draft of its hidden tokens; which steps are trained on follows from rewards."""
-    settings, completion_BS, drafts_BTL = rollout.settings, rollout.completion_mask_BS, _drafts(rollout)
+    completion_BS, drafts_BTL = rollout.completion_mask_BS, _drafts(rollout)
     B, T, _ = drafts_BTL.shape
     shown_BTS = torch.stack([rollout.state_at(step) for step in range(T)], dim=1).long()
     hidden_BTS = completion_BS[:, None] & (shown_BTS == rollout.mask_id)
     step_T1 = torch.arange(T, device=shown_BTS.device)[:, None]
-    plan = make_mask_plan(
-        rollout.ids_BS,
-        completion_BS,
-        law="trace",
-        samples=None,
+    plan = plan_of_states(
+        rollout,
+        "trace",
         seed=seed,
-        sequence_ids=rollout.sequence_ids_B,
-        mask_id=rollout.mask_id,
-        shift=settings.get("shift", 0),
         prompt_noise=0.0,
-        attention_mask_BS=rollout.attention_mask_BS,
-        eos_id=settings.get("eos_id"),
         shown_BKS=shown_BTS,
         event_steps_BKS=torch.where(hidden_BTS, step_T1, -1),
         event_ids_BKS=torch.stack([rollout.spread(drafts_BTL[:, t], shown_BTS[:, t]) for t in range(T)], dim=1),

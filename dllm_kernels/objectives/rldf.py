@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dllm_kernels import checks, noise
 from dllm_kernels.accumulation.objective import Batch, Objective
-from dllm_kernels.masks.make import make_mask_plan
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.masks.tails import eos_tail
 from dllm_kernels.noise import Stream
@@ -26,7 +25,7 @@ from dllm_kernels.objectives.surrogates import check_mask, check_policy, check_v
 from dllm_kernels.objectives.tokens import check_ratio_options, check_reference, old_and_reference, token_terms
 from dllm_kernels.objectives.update import States
 from dllm_kernels.rollouts.rollout import Rollout
-from dllm_kernels.rollouts.trajectories import step_entropy
+from dllm_kernels.rollouts.trajectories import plan_of_states, step_entropy
 
 __all__ = ["rldf", "rldf_objective", "weighted_steps"]
 
@@ -181,8 +180,8 @@ class Options:
 
 def _weighted_states(rollout: Rollout, options: Options, seed: int) -> States:
     """All hidden tokens of the drawn states, each with its own step; the states see the tail as the rollout did."""
-    settings, completion_BS = rollout.settings, rollout.completion_mask_BS
-    eos, step_BS = settings.get("eos_id"), rollout.step_map_BS
+    completion_BS, step_BS = rollout.completion_mask_BS, rollout.step_map_BS
+    eos = rollout.settings.get("eos_id")
     counts_BS = completion_BS if eos is None else completion_BS & ~eos_tail(rollout.ids_BS, completion_BS, eos)
     inside_BL = rollout.place_BL & counts_BS.gather(1, rollout.column_BL)
     committed_BL = torch.where(inside_BL, rollout.commit_step_BL, -1)
@@ -192,18 +191,11 @@ def _weighted_states(rollout: Rollout, options: Options, seed: int) -> States:
     before_BJS = steps_BJ[:, :, None].expand(-1, -1, step_BS.shape[1])
     shown_BJS = rollout.states(torch.where(before_BJS < 0, torch.iinfo(torch.int64).max, before_BJS))
     hidden_BJS = (shown_BJS == rollout.mask_id) & (step_BS >= 0)[:, None]
-    plan = make_mask_plan(
-        rollout.ids_BS,
-        completion_BS,
-        law="trace",
-        samples=None,
+    plan = plan_of_states(
+        rollout,
+        "trace",
         seed=seed,
-        sequence_ids=rollout.sequence_ids_B,
-        mask_id=rollout.mask_id,
-        shift=settings.get("shift", 0),
         prompt_noise=0.0,
-        attention_mask_BS=rollout.attention_mask_BS,
-        eos_id=eos,
         shown_BKS=shown_BJS,
         event_steps_BKS=torch.where(hidden_BJS & completion_BS[:, None], step_BS[:, None], -1),
         event_ids_BKS=rollout.ids_BS[:, None].long().expand(hidden_BJS.shape),

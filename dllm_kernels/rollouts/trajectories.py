@@ -166,19 +166,25 @@ def trajectory_rows(
         options = event_states(rollout, causal_block, steps_BJ, last_only=score == "last")
     else:
         options |= {"shrink": shrink, "steps_BJ": steps_BJ} if segments is None else {"segments": segments}
+    facts: dict[str, Any] = {"shift": shift, "eos_id": eos_id, "causal_block": causal_block, "prompt_noise": prompt_noise}
+    return plan_of_states(rollout, "trace" if segments is None else "segments", **options, **facts)
+
+
+def plan_of_states(rollout: Rollout, law: str, *, seed: int | None = None, **options: Any) -> MaskPlan:
+    """`make_mask_plan` of states that `options` name, with what is true of the rollout where they do not say otherwise."""
+    settings = rollout.settings
+    for name, usual in (("shift", 0), ("eos_id", None)):
+        if options.get(name) is None:
+            options[name] = settings.get(name, usual)
     return make_mask_plan(
         rollout.ids_BS,
         rollout.completion_mask_BS,
-        law="trace" if segments is None else "segments",
+        law=law,
         samples=None,
-        seed=rollout.settings.get("seed", 0),
+        seed=settings.get("seed", 0) if seed is None else seed,
         sequence_ids=rollout.sequence_ids_B,
         mask_id=rollout.mask_id,
-        shift=rollout.settings.get("shift", 0) if shift is None else shift,
-        eos_id=rollout.settings.get("eos_id") if eos_id is None else eos_id,
         attention_mask_BS=rollout.attention_mask_BS,
-        causal_block=causal_block,
-        prompt_noise=prompt_noise,
         **options,
     )
 
