@@ -94,7 +94,7 @@ def check_embedding(hidden: Tensor, weight: Tensor, embedding: Tensor) -> None:
             "embedding must be a plain tensor, got a DTensor: "
             "gather it first, once per optimizer step, with embedding.full_tensor()"
         )
-    checks.shape("embedding", embedding, [len(weight), None])
+    checks.shape("embedding", embedding, [weight.shape[0], None])
     if not embedding.shape[1]:
         raise ValueError(f"embedding must have at least one column, got {list(embedding.shape)}")
     checks.same_device("embedding", embedding, "hidden", hidden)

@@ -187,7 +187,7 @@ def test_diffusion_gemma_s_own_soft_embeddings_are_the_expected_embeddings_of_it
     hook = decoder.self_conditioning.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     with torch.no_grad(), headless(model) as body:
         hidden = body(prompt, decoder_input_ids=canvas)
-        soft = expected_embedding(hidden, body.weight, temperature=0.6, **body.options)
+        soft = expected_embedding(hidden, body.weight, **{**body.options, "temperature": 0.6})
         soft = (soft * decoder.embed_tokens.embed_scale).view(2, 4, 16)
     with torch.no_grad():
         logits = model(input_ids=prompt, decoder_input_ids=canvas).logits
