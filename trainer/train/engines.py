@@ -49,6 +49,8 @@ class OwnEngine:
         with setup.ranks.together():
             prompts, how = setup.codec.asked(examples)
         options: dict[str, Any] = {**setup.generate_options(greedy=greedy, rollout=decoding), **how}
+        if how and setup.config.rollout.resolved().blocks == "completion" and options["steps"] is not None:
+            options["steps"] //= -(-setup.length // options["block_length"])  # of canvases they are those of a block
         ids = [prompt.to(device) for prompt in prompts]
         return generate(setup.model, ids, sequence_ids=sequence_ids.to(device), seed=setup.config.seed, **options)
 
