@@ -329,6 +329,8 @@ def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ra
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint, calls=["task.correct"])
     resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"updates": 0})})
+    if resolved.rollout.engine != "ours":
+        raise UserError("rollout.engine must be ours, as a checkpoint is looked at in this process, got sglang")
     if ranks.is_first:
         announce_code(resolved)
     return prepare(resolved, make_task(resolved.task, seed=resolved.task_seed), ranks)

@@ -44,6 +44,20 @@ def drop_others(layers: Sequence[DictConfig], choice: str, first: str, section: 
             OmegaConf.update(layer, section, {}, merge=False)
 
 
+def drop_keys_of_others(layers: Sequence[DictConfig], choice: str, first: str, keys: Mapping[str, Sequence[str]]) -> None:
+    """Takes from the section of a choice the keys of what layers chose, at first `first`, and is not chosen in the end."""
+    section = choice.rpartition(".")[0]
+    choices = [OmegaConf.select(layer, choice) for layer in layers]
+    last = next((made for made in reversed(choices) if made is not None), first)
+    current = first
+    for layer, made in zip(layers, choices, strict=True):
+        current = current if made is None else made
+        node = OmegaConf.select(layer, section)
+        if current != last and isinstance(node, DictConfig):
+            for key in set(keys.get(current, ())) & set(node):
+                del node[key]
+
+
 def defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
     """The recipe of an algorithm that these layers choose: its law, samples and advantages, which their other keys override."""
     name = OmegaConf.select(OmegaConf.merge(*layers), "rl.algorithm")

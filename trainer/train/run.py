@@ -41,6 +41,7 @@ from .guards import NoSignal
 from .optimization import make_optimizer
 from .preferences import pair_updates
 from .rl import prepare_rl, rl_updates
+from .served import Served
 from .setup import Setup
 from .sft import sft_steps
 from .stop import Moments, StopRequest
@@ -60,6 +61,7 @@ def is_finished(folder: RunDir, config: RunConfig) -> bool:
 def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | None = None) -> Setup:
     """The model that a run starts with, or the one it had saved, with adapters, gradient checkpointing and sharding."""
     model_config, options = config.model, config.model.lora
+    served = Served(config, ranks) if config.rollout.engine == "sglang" else None  # one that is not there is told at once
     # adapters lie beside the weights they are of
     source = model_config.checkpoint if saved is None or options.rank else str(saved.path)
     loaded: Loaded
@@ -97,7 +99,7 @@ def prepare(config: RunConfig, task: Task, ranks: Ranks, saved: Checkpoint | Non
     else:
         again = config.parallel.reshard_after_forward
         distributed.shard(trained, ranks, replicas=config.parallel.replicas, dtype=dtype, reshard_after_forward=again)
-    return Setup(config, loaded, task, codec, ranks, trained)
+    return Setup(config, loaded, task, codec, ranks, trained, served=served)
 
 
 def self_test(setup: Setup) -> str:
@@ -187,6 +189,8 @@ class Run:
                 self._train("rl")
                 self._evaluate("eval_after.json", "after RL")
             self._save_model("checkpoint", again=True)
+            if self.setup.served is not None:
+                self.setup.served.forget()
             self._finish()
 
     def evaluate_as_it_is(self) -> None:
