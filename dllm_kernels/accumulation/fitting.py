@@ -140,7 +140,7 @@ class _Sizes:
             wants_gradient=True,
             device=self.body.parameter.device,
         )
-        return max(0, cost.peak_bytes - V * H * 4 * trains)
+        return max(0, cost.peak_bytes - (V * H * self.body.weight.dtype.itemsize + cost.weight_sum_bytes) * trains)
 
     def saved(self, samples: int) -> int:
         """Of one sequence, at least, where that is above the budget. Samples of a plan without blocks are sequences too."""
