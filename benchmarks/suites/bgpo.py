@@ -8,8 +8,8 @@ published laws the largest of more samples is larger).
     ours         `accumulate`: one sample at a time; in one pass for BGPO, after a pass of scores for the
                  others
     ours (fits)  the others: in the micro-batch that `fit_passes` finds for the bytes that autograd saves in the
-                 full graph: one pass
-    ours (half)  for half of these bytes: one pass or two, as the note says
+                 full graph
+    ours (half)  for half of these bytes; the note says of both what fits, and whether in one pass or two
     ours (loop)  BGPO: `bgpo_loss` in a loop written by hand
     full graph   pure PyTorch as the published sequence-level trainers (d1, GDPO, ESPO) score: logits of every
                  position, the graphs of all samples alive until one backward; the losses of BGPO, GDPO and

@@ -8,9 +8,11 @@ The number of passes over the model follows from what the coefficients `d loss /
     batch                   everything, on all ranks: two passes, one where a single micro-batch holds it
 
 With two passes, the first scores all rows without a gradient, autograd on these small vectors gives the
-coefficients, and the second runs forward and backward sample by sample. Both must agree, so active dropout is
-refused. Whatever has no gradient skips the model: sequences whose `scale` is 0, samples without a scored
-token, and rows whose coefficient is 0. Loss and gradient do not change; the ELBOs of skipped samples are NaN.
+coefficients, and the second runs forward and backward sample by sample. Where nothing of the head trains, the
+first keeps the vectors that the coefficients multiply, up to 256 MiB of them, and the second does without the
+head. Both must agree, so active dropout is refused. Whatever has no gradient skips the model: sequences whose
+`scale` is 0, samples without a scored token, and rows whose coefficient is 0. Loss and gradient do not change;
+the ELBOs of skipped samples are NaN.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ CONFIGS: dict[str, tuple[Config, Config, Config]] = {
     "sm_100": (
         Config(128, 128, 64, 8, 4, True, piece=32),
         Config(64, 64, 64, 8, 4, True, piece=32),
-        Config(128, 128, 64, 8, 4, True),
+        Config(128, 128, 64, 8, 4, True, piece=32),
     ),
     "gfx942": (Config(128, 128, 32, 8, 2, piece=128), Config(64, 64, 64, 8, 2, piece=32), Config(128, 128, 32, 8, 2, piece=32)),
 }

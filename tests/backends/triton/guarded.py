@@ -8,6 +8,7 @@ What reads or writes beside them kills the process. The interpreter does what a 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -132,6 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     InterpretedFunction.run = guarded_launch
+    os.environ["DLLM_KERNELS_BACKEND"] = "triton"
     if sys.argv[1:] == ["beyond"]:
         beyond()
     whole = "whole" in sys.argv[1:]
