@@ -96,30 +96,30 @@ def compare_algorithms(
             "config": _shared(configure([])),
         }
         _keep_settings(folder, settings)
-        cells = CellFile(out)
+        cells, finals, told = CellFile(out), range(1, seeds + 1), environment()
+
+        def report() -> dict[str, Any]:
+            found = {"rates": grid, "seeds": list(finals), "environment": told, "cells": list(cells.found.values())}
+            result = {**settings, "algorithms": names, **found}
+            folder.write_json("compare.json", result)
+            folder.write_text("compare.md", describe(result))
+            return result
 
         def run(wanted: Iterable[Cell]) -> None:
             pending = [cell for cell in wanted if cell not in cells.found]
             configs = {cell: configure(overrides(cell, base.task_seed)) for cell in pending}
             budgets = {cell: settings["sweep_budget"] if cell.of_sweep else budget for cell in pending}
-            _run_all(configs, budgets, cells, jobs, console)
+            _run_all(configs, budgets, cells, jobs, console, report)
 
-        finals = range(1, seeds + 1)
         if len(grid) > 1:
             run(Cell("sweep", name, rate, 0) for name in names for rate in grid)
         run(Cell("checkpoint", CHECKPOINT, None, seed) for seed in finals)
         found = list(cells.found.values())
         best = {name: grid[0] if len(grid) == 1 else chosen(found, name, grid) for name in names}
         run(Cell("final", name, rate, seed) for seed in finals for name, rate in best.items() if rate is not None)
-        result = {
-            **settings,
-            "algorithms": names,
-            "rates": grid,
-            "seeds": list(finals),
-            "environment": environment(),
-            "cells": list(cells.found.values()),
-        }
-        write(folder, result)
+        result = report()
+        if drawn := curves(result):
+            draw_rewards(drawn, out / "rewards.png")
     finally:
         folder.close()
     text = describe(result)
@@ -127,13 +127,6 @@ def compare_algorithms(
     if lacking := missing(result):
         raise UserError(f"{len(lacking)} cells ended without a result, {lacking[0]} first; the same command makes them again")
     return result
-
-
-def write(folder: RunDir, result: dict[str, Any]) -> None:
-    folder.write_json("compare.json", result)
-    folder.write_text("compare.md", describe(result))
-    if drawn := curves(result):
-        draw_rewards(drawn, folder.path / "rewards.png")
 
 
 @telling_of_algorithms()
@@ -196,9 +189,17 @@ def _keep_settings(folder: RunDir, settings: Mapping[str, Any]) -> None:
 
 
 def _run_all(
-    configs: Mapping[Cell, RunConfig], budgets: Mapping[Cell, int], cells: CellFile, jobs: int, console: Console
+    configs: Mapping[Cell, RunConfig],
+    budgets: Mapping[Cell, int],
+    cells: CellFile,
+    jobs: int,
+    console: Console,
+    report: Callable[[], object],
 ) -> None:
-    """`jobs` at once, each in a process that has computed nothing before; one that dies leaves no entry."""
+    """`jobs` at once, each in a process that has computed nothing before; one that dies leaves no entry.
+
+    `report` is called after each, so that a comparison that is stopped has one.
+    """
     if not configs:
         return
     method = "spawn" if sys.platform == "win32" else "forkserver"
@@ -217,6 +218,7 @@ def _run_all(
                 if entry["phase"] == CHECKPOINT and entry["failed"] is not None:  # then nothing can be compared
                     raise UserError(entry["failed"])
                 cells.add(entry)
+                report()
                 console.print(f"{asked[future]}: {_ending(entry)}", highlight=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
