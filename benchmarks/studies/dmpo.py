@@ -236,11 +236,15 @@ def measure(settings: Settings) -> Figures:
     return {"rows": rows}
 
 
+def masks_of(row: Figures) -> int | None:
+    """R; None of the exact policies. Rows of earlier results say nothing and are as published."""
+    return None if row["where"] == EXACT else row.get("R", PUBLISHED)
+
+
 def rows_at(figures: Figures, *, most: bool) -> list[Figures]:
     """The rows of the exact policies, and those of the model with the published R, or with the largest."""
-    masks = [R for row in figures["rows"] if (R := row.get("R")) is not None]  # without it, as published
-    wanted = (None, max(masks, default=PUBLISHED) if most else PUBLISHED)
-    return [row for row in figures["rows"] if row.get("R") in wanted]
+    largest = max((R for row in figures["rows"] if (R := masks_of(row)) is not None), default=PUBLISHED)
+    return [row for row in figures["rows"] if masks_of(row) in (None, largest if most else PUBLISHED)]
 
 
 def lowers(kind: str, *, most: bool) -> Callable[[Figures], str]:
@@ -258,10 +262,12 @@ def expectation_verdict(figures: Figures) -> str:
 
 
 def table_of(kinds: tuple[str, ...], *keys: str) -> Callable[[Figures], str]:
-    def masks(row: Figures) -> object:
-        return "" if row["where"] == EXACT else row.get("R", PUBLISHED)
-
-    columns: dict[str, Column] = {"where": "where", "R": masks, "group": "group", "baseline": "baseline"}
+    columns: dict[str, Column] = {
+        "where": "where",
+        "R": lambda row: masks_of(row) or "",
+        "group": "group",
+        "baseline": "baseline",
+    }
     columns |= {COLUMNS[key]: key for key in keys}
     return lambda figures: common.lines_of([r for r in figures["rows"] if r["baseline"] in kinds], columns)
 

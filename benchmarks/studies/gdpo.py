@@ -204,11 +204,13 @@ def write_texts(file: Path, length: int) -> None:
     text = "\n".join(page.read_text() for page in pages)
     text = "".join(c if 32 <= ord(c) < 127 or c == "\n" else "?" for c in text)
     pieces = [text[i : i + SEEN + length] for i in range(0, len(text) - SEEN - length, length)]
-    lines = [json.dumps({"prompt": piece[:SEEN], "answer": piece[SEEN:]}) + "\n" for piece in pieces]
-    file.parent.mkdir(parents=True, exist_ok=True)
     # a neighbour's prompt is the end of the piece before, which is not trained on either
-    file.write_text("".join(line for number, line in enumerate(lines) if number % 10 not in (0, 1)))
-    _held_out(file).write_text("".join(lines[::10]))
+    shown = [piece for number, piece in enumerate(pieces) if number % 10 not in (0, 1)]
+    everything = "\n".join(shown)
+    held = [piece for piece in pieces[::10] if piece[SEEN:] not in everything]  # tables stand on several pages
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for path, several in ((file, shown), (_held_out(file), held)):
+        path.write_text("".join(json.dumps({"prompt": piece[:SEEN], "answer": piece[SEEN:]}) + "\n" for piece in several))
 
 
 def _held_out(file: Path) -> Path:
