@@ -141,7 +141,10 @@ def checked(child: Child, codes: tuple[int, ...]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    text = (run / "metrics.jsonl").read_text(errors="replace") if (run / "metrics.jsonl").exists() else ""
+    try:
+        text = (run / "metrics.jsonl").read_text(errors="replace")
+    except FileNotFoundError:  # not yet, or a run that was refused has taken its folder away
+        text = ""
     found = []
     for line in text.split("\n")[:-1]:
         try:

@@ -16,7 +16,8 @@
                  stopped or at its end: what is missing is told
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
-`benchmarks.studies.block_rates` and `benchmarks.studies.block_learning`. "measured" is made of
+`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning` and
+`benchmarks.studies.cached_rollouts`. "measured" is made of
 the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
 benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
@@ -57,6 +58,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "tasks": ("docs/tasks.md",),
     "blocks": ("docs/block_diffusion.md",),
     "fuzz": ("docs/loop.md",),
+    "kept": ("docs/rollouts.md",),
 }
 
 
@@ -428,10 +430,19 @@ def blocks(table: str) -> dict[str, str]:
             "block learning": block_learning.table(result_of("block-learning-cpu")),
             "block rates": block_rates.table(result_of("block-rates-cpu")),
         }
+    if table == "kept":
+        from benchmarks.studies import cached_rollouts
+
+        found = result_of("cached-rollouts-cpu")
+        return {"kept": cached_rollouts.table(found), "kept of the learned": cached_rollouts.table_of_learned(found)}
     if table == "fuzz":
         from benchmarks import fuzz
 
-        return {"fuzzed calls": fuzz.counts(result_of("fuzz")), "fuzzed gradients": fuzz.table(result_of("fuzz"))}
+        return {
+            "fuzzed calls": fuzz.counts(result_of("fuzz")),
+            "fuzzed distillation": fuzz.counts(result_of("fuzz-distillation")),
+            "fuzzed gradients": fuzz.table(result_of("fuzz")),
+        }
     from benchmarks.studies import claims
 
     return claims.blocks(result_of("claims-cpu"))
