@@ -22,10 +22,12 @@
 #endif
 
 #include "divergence.h"
+#include "expectation.h"
 #include "head_problem.h"
 
 void bind_noise(pybind11::module_& m);  // noise.cpp
 void bind_divergence(pybind11::module_& m, const dllm::Divergence& (*current)());  // divergence.cpp
+void bind_expectation(pybind11::module_& m, const dllm::Expectation& (*current)());  // expectation.cpp
 
 namespace {
 
@@ -38,6 +40,7 @@ struct Isa {
   const dllm::Engine* engine;
   const dllm::Engine* pairs;  // for bfloat16 problems, or null
   const dllm::Divergence* divergence;
+  const dllm::Expectation* expectation;
 
   const dllm::Engine& of(const HeadProblem& p) const {
     const bool fits = p.hidden.type == Type::bf16 && p.weight.type == Type::bf16 && p.hidden.column == 1 && p.weight.column == 1;
@@ -51,14 +54,14 @@ const std::vector<Isa>& isas() {  // best first; what is only for tests last
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence});
-    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence});
+    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence, &dllm::avx512::expectation});
+    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence, &dllm::avx512::expectation});
     t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr,
-                 &dllm::avx2::divergence});
+                 &dllm::avx2::divergence, &dllm::avx2::expectation});
 #endif
-    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr, &dllm::baseline::divergence});
+    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr, &dllm::baseline::divergence, &dllm::baseline::expectation});
 #if defined(__x86_64__)
-    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine, &dllm::avx512::divergence});
+    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine, &dllm::avx512::divergence, &dllm::avx512::expectation});
 #endif
     return t;
   }();
@@ -349,6 +352,7 @@ PYBIND11_MODULE(_C, m) {
   set_isa(supported_isas().front());
   bind_noise(m);
   bind_divergence(m, []() -> const dllm::Divergence& { return *current.load()->divergence; });
+  bind_expectation(m, []() -> const dllm::Expectation& { return *current.load()->expectation; });
   namespace py = pybind11;
   py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
   py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank)).def(py::init([] { return dllm::LowRank{}; }));

@@ -205,8 +205,9 @@ def works_of(setup: Setup, ranks: int, prompt_tokens: int) -> list[Work]:
         seen = trained_tokens(setup, prompt_tokens, scored.together)
         work = measure_call(setup, "rl gradient", sequences, seen, scored.most, trains=True, again=True)
         works.append(work if budget is None else replace(work, activations=max(work.activations, budget << 20)))
-    generated = [("evaluation", config.evaluation.batch)]
-    if config.rl.updates:
+    own = config.rollout.engine == "ours"  # else rollouts hold nothing here
+    generated = [("evaluation", config.evaluation.batch)] if own else []
+    if config.rl.updates and own:
         generated.append(("rl rollout", config.rl.prompts * config.rl.group))
     held = max((len(test) for test in task.tests.values()), default=0 if task.train else config.evaluation.batch)
     for name, batch in generated:

@@ -181,7 +181,8 @@ def _of_rl(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
         return
     total = config.prompts * config.group
     whole, share = -(-total // ranks), total / ranks
-    yield _drawing(setup, "rl update", "rollout", min(whole, rollout.micro_batch or whole), share, prompt)
+    if rollout.engine == "ours":
+        yield _drawing(setup, "rl update", "rollout", min(whole, rollout.micro_batch or whole), share, prompt)
 
     B = min(whole, config.micro_batch or whole)
     rows = rows_of(setup, B)
@@ -209,7 +210,7 @@ def _of_rl(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
 
 def _of_evaluation(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
     held = sum(map(len, setup.task.tests.values()))
-    if held:
+    if held and setup.config.rollout.engine == "ours":
         share = min(setup.config.evaluation.batch, held) / ranks
         whole = -(-min(setup.config.evaluation.batch, held) // ranks)
         B = min(whole, setup.config.rollout.micro_batch or whole)

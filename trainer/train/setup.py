@@ -21,6 +21,7 @@ from ..models.codec import Codec
 from ..models.loading import Loaded
 from ..tasks import Reward, Task
 from ..tasks.rewards import choose
+from .served import Served
 
 
 @dataclass
@@ -34,10 +35,16 @@ class Setup:
     curriculum: dict[str, Any] = field(default_factory=dict)  # state of `curriculum.Climb`
     passes: dict[str, int] = field(default_factory=dict)  # what `fit` found, for rl.samples_per_pass=auto
     reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
+    served: Served | None = None  # the server that samples; None: this process does
 
     @property
     def model(self) -> PreTrainedModel:
         return self.trained  # type: ignore[return-value]
+
+    def weights_changed(self) -> None:
+        """After an optimizer step: what samples elsewhere has old weights."""
+        if self.served is not None:
+            self.served.changed()
 
     @cached_property
     def reward(self) -> Reward:

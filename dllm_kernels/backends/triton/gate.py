@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dllm_kernels.backends.divergence.problem import KINDS
-from dllm_kernels.backends.triton import divergence, fused, low_rank, noise, rows
+from dllm_kernels.backends.triton import divergence, expectation, fused, low_rank, noise, rows
 from dllm_kernels.backends.triton.configs import ARITHMETIC, CONFIGS, Config
 
 
@@ -204,6 +204,7 @@ def variants(architecture: str) -> Iterator[Variant]:
     key = {"key": "*i64", "step": "*i64", "out": "*i64", "step_stride": "i32", "tokens": "i32", "tag": "i32"}
     yield Variant("noise", noise._element_bits_kernel, key, {"BLOCK": 1024}, launch)
     yield from _divergences()
+    yield from _expectations()
 
 
 def _divergences() -> Iterator[Variant]:
@@ -232,6 +233,25 @@ def _divergences() -> Iterator[Variant]:
     ):
         types, constants = _options(names)
         yield Variant(f"finish {label}", divergence.finish_kernel, {**raw, **types}, {**constants, **sizes}, launch)
+
+
+def _expectations() -> Iterator[Variant]:
+    """The passes over a slab: exponentials and operands in fp32 and in 16 bits, with every argument and with the least."""
+    tile = divergence.tile(interpreter=False)
+    launch, sizes = {"num_warps": tile["num_warps"], "num_stages": 3}, {"R": tile["R"], "C": tile["C"]}
+    slab = {"logits": "*fp32", "rows": "i32", "ids": "i32"}
+    yield Variant("top", expectation.top_kernel, {**slab, "tops": "*fp32", "part": "i32"}, sizes, launch)
+    sums = {**slab, "top": "*fp32", "sums": "*fp32", "part": "i32"}
+    of_rows = dict.fromkeys(("top", "inverse", "mean", "factor"), "*fp32")
+    for dtype in ("fp32", "bf16"):
+        out, known = f"*{dtype}", {**sizes, "ROUND": False}
+        quick = dtype == "bf16"
+        yield Variant(f"soften {dtype}", expectation.soften_kernel, {**sums, "out": out}, known, launch, quick=quick)
+        every = {**slab, **of_rows, "pulls": "*fp32", "squeeze": "*fp32", "p": out, "out": out}
+        yield Variant(f"pull {dtype}, every argument", expectation.pull_kernel, every, known, launch, quick=quick)
+        least = {**slab, "top": "*fp32", "inverse": "*fp32", "p": out}
+        absent = dict.fromkeys(every.keys() - least.keys())
+        yield Variant(f"pull {dtype}, probabilities", expectation.pull_kernel, least, {**known, **absent}, launch)
 
 
 def compile_variant(variant: Variant, target: Target) -> Compiled:

@@ -38,6 +38,7 @@ QUICK = (
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-mean-jsd]",
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-none-reverse_kl]",
     "test_divergences_of_low_precision_have_the_errors_of_their_inputs[triton-torch.bfloat16-forward_kl]",
+    "test_expected_embeddings_and_their_gradients_are_those_of_full_logits[triton-one]",
 )
 
 
