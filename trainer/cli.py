@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,7 +157,12 @@ def task(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to complete; may be given several times.")] = None,
-    file: Annotated[Path | None, typer.Option("--input", help='JSONL with a "prompt" in each line.')] = None,
+    suffix: Annotated[
+        list[str] | None, typer.Option("--suffix", help="What follows the completion: of the first --prompt, of the second ...")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", help='JSONL with a "prompt" in each line, and a "suffix" where one follows.')
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSONL to write: prompt, completion, steps, log-probs.")] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -168,11 +174,14 @@ def generate(
     with _sentences(), _ranks() as ranks:
         from .commands.generate import read_prompts, write_completions
 
-        prompts = [*(prompt or ()), *(read_prompts(file) if file is not None else ())]
+        if len(suffix or ()) > len(prompt or ()):
+            raise UserError(f"--suffix must come after the --prompt that it belongs to, got {len(suffix or ())} of them")
+        given = zip_longest(prompt or (), suffix or (), fillvalue="")
+        prompts = [*given, *(read_prompts(file) if file is not None else ())]
         setup = _setup(checkpoint, ["rollout.temperature=0", "rl.updates=0", *(overrides or ())], config, ranks)
         if not prompts:
             example = next((test[0] for test in setup.task.tests.values() if test), setup.task.train[0])
-            prompts = [example.prompt]
+            prompts = [(example.prompt, example.suffix)]
             if ranks.is_first:
                 print(f"no prompt is given; one of the task:\n{visible(example.prompt)}", file=sys.stderr)
         write_completions(setup, prompts, out, console)
@@ -219,14 +228,22 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
 def compare(
     checkpoint: Checkpoint,
     algorithms: Annotated[str, typer.Option("--algorithms", help="Names, comma-separated, or `all`.")] = "all",
-    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
-    forwards: Annotated[int | None, typer.Option("--forwards", help="Model calls of training each may make.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Final runs of each algorithm.")] = 5,
+    forwards: Annotated[
+        int | None, typer.Option("--forwards", help="Model calls of training that each final run may make.")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="Learning rates to choose from, comma-separated; one: no choice.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, each a process of its own.")] = 1,
     overrides: Overrides = None,
     out: Out = None,
     config: ConfigFile = None,
 ) -> None:
-    """Several algorithms from one checkpoint over several seeds: one table and one plot of their rewards."""
+    """Several algorithms from one checkpoint, each at a learning rate chosen for it, over several seeds: tables and a plot.
+
+    The same command goes on where it was stopped; every finished run is kept.
+    """
     with _sentences():
         from .commands.compare import compare_algorithms
 
@@ -235,7 +252,7 @@ def compare(
         def configure(more: list[str]) -> RunConfig:
             return _configure([*(overrides or ()), *more, *keys], config, None, beside=checkpoint)
 
-        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console, jobs=jobs)
+        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console, rates=rates, jobs=jobs)
 
 
 @app.command("config")
@@ -329,6 +346,8 @@ def _setup(checkpoint: str, overrides: list[str] | None, config: Path | None, ra
     keys = [*(overrides or ()), f"model.checkpoint={json.dumps(checkpoint)}"]
     resolved = _configure(keys, config, None, beside=checkpoint, calls=["task.correct"])
     resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"updates": 0})})
+    if resolved.rollout.engine != "ours":
+        raise UserError("rollout.engine must be ours, as a checkpoint is looked at in this process, got sglang")
     if ranks.is_first:
         announce_code(resolved)
     return prepare(resolved, make_task(resolved.task, seed=resolved.task_seed), ranks)

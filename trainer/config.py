@@ -8,16 +8,18 @@ import os
 from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from yaml import YAMLError
 
+from .decoding import ENGINE_KEYS, RolloutConfig
 from .errors import ConfigError, telling_of_algorithms
 from .layers import (
     defaults_of_algorithm,
+    drop_keys_of_others,
     drop_others,
     from_environment,
     keys_of,
@@ -30,9 +32,6 @@ from .rights import without_rights
 from .schedules import Schedule, check_options
 from .sections import Beta, Count, NotNegative, Positive, Rate, Section, Share, Text
 from .tasks.config import AnyTaskConfig
-
-if TYPE_CHECKING:
-    from dllm_kernels.rollouts.samplers import Sampler
 
 MAX_THREADS = 4 * (os.cpu_count() or 1)  # torch crashes where it cannot start as many as it was told to
 
@@ -199,63 +198,6 @@ class RlConfig(OptimizerConfig):
         return {**options, "t_min": self.t_min} if self.law == "bernoulli" else options
 
 
-class RolloutConfig(Section):
-    length: Positive | None = None  # tokens to generate; None: the task's
-    sampler: str = "llada"  # llada, roar, dream, fast_dllm, fast_dream, sdar, llada2, entropy_bound, rcr, wino, remdm
-    temperature: NotNegative  # of sampling; 0 is greedy
-    top_k: Positive | None = None  # only the k likeliest tokens are drawn
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # only the likeliest tokens of this probability together
-    steps: Positive | None  # denoising steps; null: as many as the sampler takes
-    block_length: Positive | None  # tokens that are finished before the next ones begin
-    remasking: str | None = None  # options of samplers: None is the sampler's own default
-    renormalise: bool | None = None  # of llada: confidences are those among the ids not committed last
-    threshold: Share | None = None  # of fast_dllm, sdar and others: tokens of at least this confidence are written
-    factor: Annotated[float, Field(gt=0.0)] | None = None  # of fast_dllm: n tokens at once need 1 - factor / (n + 1) each
-    threshold_back: Share | None = None  # of wino: a token whose copy is less likely is taken back
-    bound: NotNegative | None = None  # of entropy_bound: nats that may be lost in a step
-    editing_threshold: Share | None = None  # of llada2: a decided token gives way to one of at least this confidence
-    max_post_steps: Count | None = None  # of llada2: steps that may only edit
-    alg: str | None = None  # of dream, fast_dream and rcr: by which confidence tokens are chosen
-    alg_temp: NotNegative | None = None  # of dream: temperature of that choice
-    eps: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of dream, fast_dream and remdm: last noise level
-    strategy: str | None = None  # of remdm: cap, rescale, conf or loop
-    eta: Share | None = None  # of remdm: the probability with which a token is taken back, or its share of the largest
-    t_on: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of remdm's loop: between t_on and t_off tokens are taken back
-    t_off: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # see t_on
-    alpha_on: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of remdm's loop: share of decided tokens meanwhile
-    stop_at_eos: bool = False  # finish a completion with the block that holds its first EOS
-    deterministic: bool = False  # bits that do not depend on the batch, at some cost
-    cache: bool | Literal["prefix", "dual"] = False  # keep keys and values: of finished blocks (sdar), or around the active block
-    refresh: Positive | None = None  # with prefix or dual: steps of a block between those that compute everything; null: once
-    micro_batch: Positive | None = None  # sequences per model call of a rank; null: all at once
-
-    @model_validator(mode="after")
-    def _check(self) -> RolloutConfig:
-        sampler = self.resolved()
-        if self.length is not None:
-            from dllm_kernels.rollouts.samplers import check_steps
-
-            check_steps(sampler, self.length, self.steps, self.block_length)
-        return self
-
-    def resolved(self) -> Sampler:
-        from dllm_kernels.rollouts.samplers import resolve
-
-        return resolve(self.sampler, self.sampler_options())
-
-    def sampler_options(self) -> dict[str, Any]:
-        confidence = ("remasking", "renormalise", "threshold", "factor", "threshold_back", "bound", "editing_threshold")
-        keys = (*confidence, "max_post_steps", "alg", "alg_temp", "eps", "strategy", "eta", "t_on", "t_off", "alpha_on")
-        return {key: value for key in keys if (value := getattr(self, key)) is not None}
-
-    def generate_options(self, length: int, eos_id: int | None) -> dict[str, Any]:
-        """Keywords of `dllm_kernels.generate`."""
-        same = ("sampler", "temperature", "top_k", "top_p", "steps", "block_length")
-        how = ("deterministic", "cache", "refresh", "micro_batch")
-        options = {key: getattr(self, key) for key in (*same, *how)} | self.sampler_options()
-        return {**options, "length": length, "eos_id": eos_id if self.stop_at_eos else None}
-
-
 class EvaluationConfig(Section):
     probe_every_sft: Count  # steps between looks at unseen examples; 0: never
     probe_every_rl: Count  # the same, in updates
@@ -297,7 +239,31 @@ class RunConfig(Section):
             recipes_by_name()[self.rl.algorithm].check(self.rl.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"rl.options of {self.rl.algorithm}: {error}") from error
+        if self.rollout.engine == "sglang":
+            self._check_server()
         return self
+
+    def _check_server(self) -> None:
+        recipe, rl = recipes_by_name()[self.rl.algorithm], self.rl
+        if self.model.lora.rank:
+            raise ValueError(
+                f"model.lora.rank must be 0 with rollout.engine=sglang, which loads whole models, got {self.model.lora.rank}"
+            )
+        if self.task.kind == "pairs" or not rl.updates:
+            return
+        if recipe.greedy:
+            raise ValueError(
+                f"rl.algorithm must be another than {rl.algorithm} with rollout.engine=sglang: it asks for the likeliest "
+                "completion before each step, which the server does not tell"
+            )
+        if not self.rollout.step_maps and recipe.needs_trajectory:
+            raise ValueError(
+                f"rollout.step_maps must be true for rl.algorithm {rl.algorithm}, which replays the states of rollouts"
+            )
+        if not self.rollout.step_maps and rl.gap_every:
+            raise ValueError(
+                f"rl.gap_every must be 0 with rollout.step_maps=false, without which nothing can be compared, got {rl.gap_every}"
+            )
 
     @property
     def task_seed(self) -> int:
@@ -345,7 +311,7 @@ def load_config(
 
     `file` may be the name of a shipped config. Where a layer chooses another `task.kind`, the task's keys below it are left
     out, `schedule_options` where one chooses another `schedule`, and `rl.options` where one chooses another `rl.algorithm`;
-    whose recipe's law, samples and advantages come right after the base.
+    whose recipe's law, samples and advantages come right after the base. So are the keys of another `rollout.engine`.
 
     Raises ConfigError naming the key, what came and what is allowed.
     """
@@ -367,6 +333,7 @@ def load_config(
         drop_others(layers, "task.kind", "sudoku", "task")
         for phase in ("sft", "rl"):
             drop_others(layers, f"{phase}.schedule", "", f"{phase}.schedule_options")
+        drop_keys_of_others(layers, "rollout.engine", "ours", ENGINE_KEYS)
         drop_others(layers, "rl.algorithm", RlConfig.model_fields["algorithm"].default, "rl.options")
         layers.insert(1, defaults_of_algorithm(layers[1:]))
         merged = OmegaConf.merge(*layers)
@@ -382,7 +349,8 @@ def load_config(
         raise
     except RecursionError as error:
         raise ConfigError("config is not readable: a value is nested too deeply") from error
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: an integer of thousands of digits
+    # ValueError: an integer of thousands of digits; TypeError: a list in one file and a mapping in another
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
         config = RunConfig.model_validate(values)

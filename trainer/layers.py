@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import BaseModel
 
 from .errors import ConfigError
@@ -42,6 +42,20 @@ def drop_others(layers: Sequence[DictConfig], choice: str, first: str, section: 
         current = current if made is None else made
         if current != last and OmegaConf.select(layer, section) is not None:
             OmegaConf.update(layer, section, {}, merge=False)
+
+
+def drop_keys_of_others(layers: Sequence[DictConfig], choice: str, first: str, keys: Mapping[str, Sequence[str]]) -> None:
+    """Takes from the section of a choice the keys of what layers chose, at first `first`, and is not chosen in the end."""
+    section = choice.rpartition(".")[0]
+    choices = [OmegaConf.select(layer, choice) for layer in layers]
+    last = next((made for made in reversed(choices) if made is not None), first)
+    current = first
+    for layer, made in zip(layers, choices, strict=True):
+        current = current if made is None else made
+        node = OmegaConf.select(layer, section)
+        if current != last and isinstance(node, DictConfig):
+            for key in set(keys.get(current, ())) & set(node):
+                del node[key]
 
 
 def defaults_of_algorithm(layers: Sequence[DictConfig]) -> DictConfig:
@@ -99,9 +113,15 @@ def reject_unknown(layers: Sequence[DictConfig], allowed: list[str]) -> None:
                 continue
             if key not in allowed:
                 raise ConfigError(_unknown(key, [other for other in allowed if not other.endswith("*")]))
+            free = f"{key}.*" in allowed
+            section = free or any(other.startswith(f"{key}.") for other in allowed)
+            if isinstance(value, ListConfig) and free:
+                raise ConfigError(f"{key} is a mapping of names to values, got the list {value}")
+            if isinstance(value, DictConfig) and not section and not value:  # else its first key is told
+                raise ConfigError(f"{key} is a single value or a list, got the mapping {value}")
             if isinstance(value, DictConfig):
                 visit(value, f"{key}.")
-            elif f"{key}.*" not in allowed and any(other.startswith(f"{key}.") for other in allowed):
+            elif section and not free:
                 raise ConfigError(f"{key} is a section and takes keys such as {_children(key, allowed)}, got {value!r}")
 
     for layer in layers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
-from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low
+from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low, weight_sum_bytes
 from dllm_kernels.backends.divergence.problem import KINDS
 from dllm_kernels.backends.triton import roofline
 from dllm_kernels.head import distil, plans, several
@@ -47,6 +47,7 @@ class Cost:
     output_bytes: int
     peak_bytes: int  # the most that lives at one time, gradients and outputs included
     phases: tuple[roofline.Phase, ...]  # of the call on a GPU
+    weight_sum_bytes: int = 0  # fp32 in which a 16-bit weight's gradient is added up, where it is not rounded at once
 
     @property
     def intensity(self) -> float:
@@ -269,8 +270,10 @@ def explain(
     outputs = N * sum(8 if name == "top_id" else statistic * (T if name == "logp" else 1) for name in named)
     outputs += N * want_top * (8 + statistic)
     compact, scattered = need_rows * N * (H * item + R * statistic), need_hidden * M * H * item
-    head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
-    casting = head if item != statistic else 0
+    head, casting = need_weight * V * H * item, 0
+    sum_bytes = getattr(backend, "weight_sum_bytes", weight_sum_bytes)
+    sums = sum_bytes(N, H, V, dtype, stored=chosen == "keep") if need_weight else 0
+    head_buffer = head + sums
     gradients = scattered + head + need_bias * V * item
     if low_rank is not None:  # the operand of the rows and its gradient, which hidden's gradient is then added to
         gradients += sum(need * x.numel() * x.element_size() for need, x in zip((need_down, need_up), low_rank[:2]))
@@ -320,4 +323,5 @@ def explain(
         phases=roofline.phases(
             chosen, N, H, V, item, dhidden=need_rows, dweight=need_weight, vectors=vectors, rank=R, dlow=need_up
         ),
+        weight_sum_bytes=sums,
     )

@@ -99,6 +99,18 @@ def _extended(
     return Prompts(ids_BP, torch.cat([keep_BP, there_BL], 1), False)
 
 
+def all_steps(sampler: Sampler, longest: int, steps: int | None, block_length: int | None) -> int | None:
+    """Steps of the longest sequence: `steps` for each of its blocks, where the sampler has blocks."""
+    if sampler.blocks != "completion" or not sampler.scheduled or steps is None or block_length is None:
+        return steps
+    checks.count("block_length", block_length)
+    if checks.count("steps", steps) > block_length:
+        raise ValueError(
+            f"steps (of a block, where length is not one int) must be at most block_length={block_length}, got {steps}"
+        )
+    return steps * -(-longest // block_length)
+
+
 def check_options(
     canvas: Prompts, holes: Lengths, sampler: Sampler, *, shift: int, eos_id: int | None, cache: bool | str
 ) -> None:

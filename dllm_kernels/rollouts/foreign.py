@@ -42,7 +42,7 @@ class Row:
 def check(
     prompts: Sequence[Ids],
     completions: Sequence[Ids],
-    step_map: Sequence[Ids],
+    step_map: Sequence[Ids] | None,
     *,
     mask_id: int,
     logp: Sequence[Values | None] | None,
@@ -66,6 +66,8 @@ def check(
     if B == 0:
         raise ValueError("prompts must hold at least one sequence, got none")
     many: dict[str, Any] = {**given, "edits": edits, "lengths": lengths}
+    if step_map is None and (more := [name for name in ("logp", "entropy", "edits", "lengths") if many[name] is not None]):
+        raise ValueError(f"{more[0]} must be None where step_map is None, which alone says what a step saw and wrote")
     for name, values in many.items():
         if values is not None and len(_sequence(name, values)) != B:
             raise ValueError(f"{name} must have one entry for each of the {B} prompts, got {len(values)}")
@@ -84,7 +86,7 @@ def check(
         ids = prompt + completion[len(holes) :]
         for column, token in zip(holes, completion, strict=False):
             ids[column] = token
-        steps = _integers(f"step_map[{b}]", step_map[b])
+        steps = [-1] * len(completion) if step_map is None else _integers(f"step_map[{b}]", step_map[b])
         per_token: dict[str, list[float]] = {}
         for name in ("logp", "entropy"):
             told = None if given[name] is None else given[name][b]
@@ -98,7 +100,8 @@ def check(
             raise ValueError(f"lengths[{b}] must be in {max(1, len(holes))}..{len(completion)}, got {length}")
         changed = [] if edits is None else _edits(b, edits[b], steps, completion, mask_id)
         row = Row(ids, places, steps, per_token["logp"], per_token["entropy"], changed, length)
-        _check_steps(b, row, completion, eos_id, causal_block)
+        if step_map is not None:
+            _check_steps(b, row, completion, eos_id, causal_block)
         rows.append(row)
     return rows
 
@@ -172,7 +175,7 @@ def tensors(rows: list[Row], mask_id: int, sequence_ids: Tensor | None) -> dict[
         # what was filled up after EOS has no step of its own, and is shown when the last one is over
         overhang_BS[b, row.places[n:]] = torch.tensor([row.calls - 1 if s < 0 else s for s in row.steps[n:]], dtype=torch.int64)
         step_BL[b, :n] = torch.tensor(row.steps[:n], dtype=torch.int32)
-        unset_n = step_BL[b, :n] < 0
+        unset_n = (step_BL[b, :n] < 0) & (row.calls > 0)  # without a step map nothing is known of any token
         for into_BL, values in ((logp_BL, row.logp), (entropy_BL, row.entropy)):
             into_BL[b, :n] = torch.tensor(values[:n], dtype=torch.float32).masked_fill(unset_n, 0.0)
     whole = all(row.length == len(row.steps) for row in rows)
@@ -195,7 +198,7 @@ def tensors(rows: list[Row], mask_id: int, sequence_ids: Tensor | None) -> dict[
         "attention_mask_BS": None if bool(keep_BS.all()) else keep_BS,
         "overhang_step_BS": None if whole else overhang_BS,
         "recorded": events,
-        "unscored": bool(told.isnan().any() or entropy_BL.isnan().any()),
+        "unscored": T == 0 or bool(told.isnan().any() or entropy_BL.isnan().any()),
     }
 
 

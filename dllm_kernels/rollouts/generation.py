@@ -76,7 +76,9 @@ def generate(
             canvases (`rollouts.canvas.make_canvas`), whose mask_id places, anywhere, are filled; a block is then
             of consecutive places, not columns, and the last may be short. mask_id: marks undecided places;
             never drawn unless suppress_mask=False (parity with LLaDA's own code).
-        sampler, steps, block_length, options: see below; an option of another sampler is an error.
+        sampler, steps, block_length, options: see below; an option of another sampler is an error. Where length
+            is not one int, `steps` of a sampler with blocks are those of a block, at most block_length, so that
+            what a sequence gets does not depend on the longest of the batch.
         temperature: 0 greedy, else Gumbel-max. top_k, top_p: as in `sample_tokens`.
         seed, sequence_ids: int64 `[B]`, distinct: the noise key of each sequence; required if noise is drawn.
         suppress: more ids with probability 0. commit_last: ids (EOS, EoT) to commit last, whatever their
@@ -170,6 +172,9 @@ def generate(
     B = len(prompts.ids_BP)
     resolved = resolve(sampler, options)
     longest = int(holes.lengths_B.max()) if holes is not None else checks.count("length", length)
+    asked = steps
+    if holes is not None:
+        steps = canvas.all_steps(resolved, longest, steps, block_length)
     steps, block_length = check_steps(resolved, longest, steps, block_length, whole=holes is None)
     if holes is not None:
         canvas.check_options(prompts, holes, resolved, shift=shift, eos_id=eos_id, cache=cache)
@@ -282,7 +287,7 @@ def generate(
     settings = {
         "sampler": sampler,
         "length": longest,
-        "steps": steps,
+        "steps": steps if asked is None else asked,
         "block_length": block_length,
         "temperature": temperature,
         **resolved.options,

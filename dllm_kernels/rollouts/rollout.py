@@ -56,7 +56,7 @@ class Rollout:
         cls,
         prompts: Sequence[foreign.Ids],
         completions: Sequence[foreign.Ids],
-        step_map: Sequence[foreign.Ids],
+        step_map: Sequence[foreign.Ids] | None,
         *,
         mask_id: int,
         logp: Sequence[foreign.Values | None] | None = None,
@@ -79,7 +79,8 @@ class Rollout:
             completions: ids, without mask_id.
             step_map: the model call that last set each token, from 0, without gaps: every call from 0 to the last set
                 something, in `step_map` or `edits`. Engines that count from 1 need 1 subtracted. -1, from the first EOS on,
-                for tokens that no call set (needs eos_id).
+                for tokens that no call set (needs eos_id). None where the engine does not tell: the rollout then holds
+                ids alone, for algorithms that draw their own masks; what replays its states raises.
             logp: log-probability of each token in the state before its step, at temperature 1, in nats; None where the
                 engine did not tell. `integrations.foreign_rollouts.score_rollout` fills what is missing, and compares the
                 rest. entropy: of its row, likewise.
@@ -114,6 +115,7 @@ class Rollout:
         )
         found = foreign.tensors(checked, mask_id, sequence_ids)
         settings = {**options, "sampler": "given", "length": found["commit_step_BL"].shape[1], "approximate": approximate}
+        settings["stepless"] = step_map is None
         return cls(**found, mask_id=mask_id, settings=settings)
 
     @classmethod
@@ -131,8 +133,10 @@ class Rollout:
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write a line for each rollout, atomically; `from_jsonl` gives it back, padded on the right.
 
-        Entropies of steps, greedy completions and ages of a cache are left out. Raises ValueError for failed sequences.
+        Entropies of steps, greedy completions and ages of a cache are left out. Raises ValueError for failed sequences, and
+        without a step map.
         """
+        self.need_steps()
         if bool(self.failed_B.any()):
             raise ValueError(f"rollout must not hold failed sequences, got {self.failed_B.nonzero()[:, 0].tolist()}")
         known = {name: self.settings.get(name) for name in ("causal_block", "eos_id")}
@@ -144,6 +148,16 @@ class Rollout:
         real_BS = torch.ones_like(generated_BS) if real_BS is None else real_BS.bool()
         own = self.ids_BS, generated_BS, real_BS, self.completion_mask_BS, self.sequence_ids_B
         files.write(path, foreign.lines(*own, self.events, same))
+
+    @property
+    def stepless(self) -> bool:
+        """Whether another engine gave ids without a step map: nothing says which states it went through."""
+        return bool(self.settings.get("stepless"))
+
+    def need_steps(self) -> None:
+        """Raises ValueError where states cannot be replayed."""
+        if self.stepless:
+            raise ValueError("rollout must have a step map, got one whose engine gave ids alone: its states are not known")
 
     @property
     def approximate(self) -> bool:
@@ -211,6 +225,7 @@ class Rollout:
 
     def state_at(self, step: int | Tensor) -> Tensor:
         """Ids `[B, S]` before `step`, an int or int64 `[B]`: what the model saw in that step."""
+        self.need_steps()
         if isinstance(step, Tensor):
             checks.dtype("step", step, [torch.int64])
             checks.shape("step", step, [len(self.ids_BS)])
@@ -246,6 +261,14 @@ class Rollout:
     def edited(self) -> bool:
         """Whether a decided token was replaced or taken back."""
         return self.recorded is not None and bool((self.recorded.old_id_E != self.mask_id).any())
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The rollouts with all tensors on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.recorded is not None:
+            parts["recorded"] = Events(*(tensor.to(device) for tensor in self.recorded.tensors()))
+        return replace(self, **parts)
 
     def kept(self, index_N: Tensor) -> Rollout:
         """The rollouts at these indices."""

@@ -172,6 +172,7 @@ def trajectory_rows(
 
 def plan_of_states(rollout: Rollout, law: str, *, seed: int | None = None, **options: Any) -> MaskPlan:
     """`make_mask_plan` of states that `options` name, with what is true of the rollout where they do not say otherwise."""
+    rollout.need_steps()
     settings = rollout.settings
     for name, usual in (("shift", 0), ("eos_id", None)):
         if options.get(name) is None:

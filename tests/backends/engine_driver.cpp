@@ -99,7 +99,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
 
   dllm::HeadProblem late = p;  // vectors and operands for coefficients to come
   late.gradient = true;
-  late.out = {{vector0.data, vector1.data}, {low0.data, low1.data}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
+  late.out = {{vector0.data, vector1.data}, {low0.data, low1.data}, {operand0.data, operand1.data}, nullptr, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, late, N);
   for (const Array<float>* x : {&low0, &low1}) x->written();
   for (const Array<char>* x : {&vector0, &vector1, &operand0, &operand1}) x->written();
@@ -108,10 +108,21 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   known.gradient = true;
   known.coef = coef.data;
   known.entropy_coef = options ? entropy_coef.data : nullptr;
-  known.out = {{vector0.data, nullptr}, {low0.data, nullptr}, {nullptr, nullptr}, dweight.data, dbias.data, H, type, true, into_dlow, R};
+  known.out = {{vector0.data, nullptr}, {low0.data, nullptr}, {nullptr, nullptr}, dweight.data, nullptr, dbias.data, H, type, true, into_dlow, R};
   run(engine, known, 32);
   for (const Array<float>* x : {&dweight, &dbias, &dlow, &low0}) x->written();
   vector0.written();
+  if (type != Type::f32) {  // the weight's gradient rounded: with one chunk from the tiles alone, with several from sums
+    Array<char> rounded(V * H * width), of_one(V * H * width);
+    dllm::HeadProblem narrow = known;
+    narrow.out.rounded = rounded.data;
+    run(engine, narrow, 32);
+    rounded.written();
+    narrow.out.rounded = of_one.data;
+    narrow.out.dweight = nullptr;
+    run(engine, narrow, N);
+    of_one.written();
+  }
 
   dllm::HeadProblem kept{};  // from stored operands
   static_cast<dllm::Operands&>(kept) = p;
@@ -153,7 +164,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   for (const Array<float>* x : {&ids_logp, &best_logp}) x->written();
   best_id.written();
   scored.gradient = true;
-  scored.out = {{nullptr, nullptr}, {nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
+  scored.out = {{nullptr, nullptr}, {nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, scored, 32);
   for (const Array<char>* x : {&operand0, &operand1}) x->written();
   dllm::HeadProblem weighed = with_ids(known, own.data, nullptr);

@@ -26,7 +26,7 @@ FLOORS = (
     ("trainer.rights", "trainer.launch"),
     ("trainer.tasks", "trainer.distributed"),
     ("trainer.layers",),
-    ("trainer.schedules",),
+    ("trainer.schedules", "trainer.decoding"),
     ("trainer.watch", "trainer.facts", "trainer.config"),
     ("trainer.descriptions",),
     ("trainer.models",),

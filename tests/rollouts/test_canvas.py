@@ -68,18 +68,24 @@ def shadows(model, places, filled):
     return verify
 
 
-def steps_of(recipe, count):
-    """Steps of a canvas alone that are those of a block in the batch, whose longest has two blocks of four or one of eight."""
+def per_block(recipe, longest=8):
+    """The recipe, which is that of a completion of so many tokens, with the steps of a block."""
     if "block_length" not in recipe or "steps" not in recipe:
         return recipe
-    b = recipe["block_length"]
-    return {**recipe, "steps": recipe["steps"] // -(-max(HOLES) // b) * -(-count // b)}
+    return {**recipe, "steps": recipe["steps"] // -(-longest // recipe["block_length"])}
+
+
+def steps_of(recipe, count):
+    """Steps of a completion of `count` tokens with these of each block."""
+    if "block_length" not in recipe or "steps" not in recipe:
+        return recipe
+    return {**recipe, "steps": recipe["steps"] * -(-count // recipe["block_length"])}
 
 
 @each_free
 @torch.no_grad()
 def test_holes_are_filled_as_the_published_loop_fills_them_one_canvas_alone(model, name):
-    recipe, temperature = FREE[name], 0.7
+    recipe, temperature = per_block(FREE[name], max(HOLES)), 0.7
     rollout = generate(model, CANVASES, length=None, mask_id=MASK, sequence_ids=IDS, temperature=temperature, **recipe)
     for b, canvas in enumerate(CANVASES):
         alone = published_loop(model, canvas, sequence_id=int(IDS[b]), temperature=temperature, **steps_of(recipe, HOLES[b]))
@@ -97,7 +103,8 @@ def test_holes_are_filled_as_the_published_loop_fills_them_one_canvas_alone(mode
 @pytest.mark.parametrize("name", ["llada", "fast_dllm", "rcr", "wino", "remdm conf"])
 def test_states_of_canvases_are_scored_as_they_were_seen(model, name):
     """So are those of samplers that take tokens back: RL works on them as on any rollout."""
-    rollout = generate(model, CANVASES, length=None, mask_id=MASK, sequence_ids=IDS, temperature=1.0, seed=4, **FREE[name])
+    rollout = generate(model, CANVASES, length=None, mask_id=MASK, sequence_ids=IDS, temperature=1.0, seed=4,
+                       **per_block(FREE[name], max(HOLES)))  # fmt: skip
     for score in ("last", "all_events"):
         plan = trajectory_rows(rollout, score=score)
         mask = {"attention_mask": rollout.attention_mask_BS.long()}
@@ -110,7 +117,7 @@ def test_states_of_canvases_are_scored_as_they_were_seen(model, name):
 @pytest.mark.parametrize("name", ["llada", "fast_dllm", "dream threshold", "dream entropy"])
 def test_lengths_of_their_own(model, layout, name):
     """Of each prompt its own length: as a canvas with so many masks behind it, and as the published loop alone."""
-    recipe, lengths = RECIPES[name], [8, 3, 6]
+    recipe, lengths = per_block(RECIPES[name]), [8, 3, 6]
     shift = recipe.get("shift", 0)
     options = {"mask_id": MASK, "temperature": 0.7, "sequence_ids": IDS, "length": lengths, **recipe}
     if layout == "left":
@@ -120,8 +127,7 @@ def test_lengths_of_their_own(model, layout, name):
     else:
         rollout = generate(model, RAGGED, packed=layout == "packed", **options)
     for b, prompt in enumerate(RAGGED):
-        per = recipe["steps"] // 2 if "block_length" in recipe and "steps" in recipe else None
-        mine = {**recipe, "steps": per * -(-lengths[b] // 4)} if per else recipe
+        mine = steps_of(recipe, lengths[b])
         (alone,) = published.generate(
             model,
             [prompt],
@@ -198,14 +204,17 @@ def test_sequences_enter_as_others_leave_and_have_the_bits_that_they_have_alone(
             assert torch.equal(getattr(alone, name)[0], getattr(queued, name)[b]), name
 
 
-def test_a_queue_of_canvases_and_lengths(model):
-    options = {"mask_id": MASK, "temperature": 0.7, "micro_batch": 2, **RECIPES["fast_dllm"]}
+@pytest.mark.parametrize("name", ["fast_dllm", "llada"])
+def test_a_queue_of_canvases_and_lengths(model, name):
+    """Also in how many steps a canvas is filled does not depend on the longest beside it."""
+    options = {"mask_id": MASK, "temperature": 0.7, "micro_batch": 2, **per_block(RECIPES[name])}
     ids = torch.arange(6)
     together = generate(model, CANVASES * 2, length=None, sequence_ids=ids, **options)
     for b in range(6):
         alone = generate(model, [CANVASES[b % 3]], length=None, sequence_ids=ids[b : b + 1], **options)
         n = HOLES[b % 3]
         assert torch.equal(alone.completion_BL[0, :n], together.completion_BL[b, :n])
+        assert torch.equal(alone.commit_step_BL[0, :n], together.commit_step_BL[b, :n])
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -224,8 +233,8 @@ def test_a_queue_of_canvases_and_lengths(model):
         ({"cache": "dual"}, ValueError, ["cache", "holes", "dual"]),
         ({"shift": 1}, ValueError, ["prompt_ids", "begin with 1", "shift=1"]),
         ({"eos_id": 3}, ValueError, ["eos_id", "follow a mask", "3"]),
-        ({"steps": 3}, ValueError, ["steps", "2 blocks", "3"]),
-        ({"steps": 10}, ValueError, ["steps", "8", "10"]),
+        ({"steps": 5}, ValueError, ["steps", "of a block", "block_length=4", "5"]),
+        ({"steps": 0}, ValueError, ["steps", "0"]),
         ({"prompt_ids": RAGGED, "length": [4, 4, 4], "width": 8}, ValueError, ["width", "9", "8"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",

@@ -181,7 +181,8 @@ def _of_rl(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
         return
     total = config.prompts * config.group
     whole, share = -(-total // ranks), total / ranks
-    yield _drawing(setup, "rl update", "rollout", min(whole, rollout.micro_batch or whole), share, prompt)
+    if rollout.engine == "ours":
+        yield _drawing(setup, "rl update", "rollout", min(whole, rollout.micro_batch or whole), share, prompt)
 
     B = min(whole, config.micro_batch or whole)
     rows = rows_of(setup, B)
@@ -209,7 +210,7 @@ def _of_rl(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
 
 def _of_evaluation(setup: Setup, ranks: int, prompt: int) -> Iterator[Phase]:
     held = sum(map(len, setup.task.tests.values()))
-    if held:
+    if held and setup.config.rollout.engine == "ours":
         share = min(setup.config.evaluation.batch, held) / ranks
         whole = -(-min(setup.config.evaluation.batch, held) // ranks)
         B = min(whole, setup.config.rollout.micro_batch or whole)
@@ -326,7 +327,7 @@ def _seconds_of_a_step(setup: Setup, phase: Phase, device: torch.device) -> floa
             raise _Enough
 
     ids = torch.arange(phase.sequences, device=device)
-    options = {**setup.generate_options(), "eos_id": None, "micro_batch": None}
+    options = {**setup.generate_options(canvas=False), "eos_id": None, "micro_batch": None}
     with suppress(_Enough):
         generate(setup.model, prompts, sequence_ids=ids, seed=0, on_step=on_step, **options)
     return statistics.mean(after - before for before, after in pairwise(marks))

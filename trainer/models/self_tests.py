@@ -98,6 +98,15 @@ def check_rollout(rollout: RolloutConfig, loaded: Loaded, length: int, *, infill
 
     `infills`: completions fill the middle of a text.
     """
+    if rollout.engine == "sglang":
+        if infills:
+            raise UserError("rollout.engine must be ours for a task with suffixes, which a server of SGLang does not take")
+        if loaded.facts.block_length is None:
+            raise UserError(
+                "rollout.engine=sglang is for block-causal models (SDAR, LLaDA2), whose finished blocks the server keeps; this "
+                "one is bidirectional (model.facts.topology)"
+            )
+        return
     sampler = rollout.resolved()
     if infills and (loaded.facts.block_length is not None or sampler.blocks == "sequence"):
         raise UserError(

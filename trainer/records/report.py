@@ -85,17 +85,20 @@ def write_report(
         rule = task.careless_forget.replace("_", " ")
         what += f", {100 * task.careless_share:g} % of them by a demonstrator who forgets the {rule} ({task.careless_pick})"
     steps = "as many steps as it takes" if rollout.steps is None else f"{rollout.steps} steps"
+    served = rollout.engine == "sglang"
+    sampler = "by a server of SGLang" if served else f"{rollout.sampler}, {steps}"
     lines = [
         f"# {task.kind} with {rl.algorithm}",
         "",
         f"{parameters:,} parameters ({start}), seed {config.seed}. SFT: {what}. "
-        f"RL: {rl.updates} updates of {rl.prompts} x {rl.group} rollouts ({rollout.sampler}, {steps}, temperature "
+        f"RL: {rl.updates} updates of {rl.prompts} x {rl.group} rollouts ({sampler}, temperature "
         f"{rollout.temperature:g}), reward `{rl.reward}`, masks `{rl.law}`, learning rate {rl.lr:g}.",
         "",
         *markdown_table(headings, result_rows(evaluations)),
         "",
         "Percent of right answers: all that the task asks, see `trainer/tasks`.",
-        "Both models answered the same examples with the same noise; the interval of the gain is paired.",
+        f"Both models answered the same examples with {'noise of the server' if served else 'the same noise'}; the interval of "
+        "the gain is paired.",
         "",
         "![curves](curves.png)",
         "",

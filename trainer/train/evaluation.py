@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dllm_kernels import Rollout, generate, noise
+from dllm_kernels import Rollout, noise
 
 from ..config import RolloutConfig
 from ..tasks import Example
+from .engines import engine_of
 from .guards import guard_failures
 from .setup import Setup
 
@@ -37,8 +38,7 @@ def evaluate(
     string with a 1 or 0 per example; the same on all ranks. `between(done)` runs after each batch. With `keep`, `samples`
     are the answers to the first examples, see `records/samples.py`, and with `rewarded` their rewards.
     """
-    task, ranks, seed, batch = setup.task, setup.ranks, setup.config.seed, setup.config.evaluation.batch
-    options = setup.generate_options(rollout=decoding)
+    task, ranks, batch = setup.task, setup.ranks, setup.config.evaluation.batch
     scores: dict[str, list[float]] = {key: [] for key in ("correct", *task.metrics)}
     settings: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
@@ -46,15 +46,7 @@ def evaluate(
         part = examples[first : first + batch]
         mine = part[ranks.share(len(part))]
         asked = mine or part[:1]  # every rank calls the model; whose share is empty throws the answer away
-        with ranks.together():
-            prompts, how = setup.codec.asked(asked)
-        sampled = generate(
-            setup.model,
-            [prompt.to(ranks.device) for prompt in prompts],
-            seed=seed,
-            sequence_ids=noise.sequence_ids([f"{name}/{e.id}" for e in asked]).to(ranks.device),
-            **{**options, **how},
-        )
+        sampled = engine_of(setup).generate(asked, noise.sequence_ids([f"{name}/{e.id}" for e in asked]), decoding=decoding)
         with ranks.together():
             guard_failures(sampled, asked)  # else a model that is broken would be one that answers nothing
             texts = setup.codec.texts(sampled.completion_BL)[: len(mine)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -103,8 +104,9 @@ def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
     groups = completion.view(-1, group, completion.shape[1])
     # a confident policy repeats itself; broken noise repeats what is very unlikely to be drawn twice
     repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
-    if bool((groups == groups[:, :1]).all()) and repeats_logp < IMPOSSIBLE_LOGP:
+    if bool((groups == groups[:, :1]).all()) and not repeats_logp >= IMPOSSIBLE_LOGP:  # nan: another engine did not tell
+        told = "" if math.isnan(repeats_logp) else f", though the policy gives that a log-probability of {repeats_logp:.0f}"
         raise GuardError(
-            f"every group consists of identical rollouts, though the policy gives that a log-probability of {repeats_logp:.0f}: "
-            "the members of a group share their noise, or the sampler ignores its temperature"
+            f"every group consists of identical rollouts{told}: the members of a group share their noise, or the sampler ignores "
+            "its temperature"
         )

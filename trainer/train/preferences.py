@@ -62,6 +62,7 @@ def pair_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int =
         report = accumulate(setup.model, plan, algorithm.objective, batch, denominator=denominator, group=ranks.group, **options)
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
+        setup.weights_changed()
         seconds = time.perf_counter() - started
         seen = layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, options["samples_per_pass"])
         tokens = ranks.total(float(seen * (report.passes + scores.passes)))

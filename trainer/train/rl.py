@@ -7,15 +7,16 @@ rank: ranks take consecutive rollouts of the same global batch, and share reward
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dllm_kernels import Rollout, accumulate, generate, make_mask_plan, noise
+from dllm_kernels import Rollout, accumulate, make_mask_plan, noise
 from dllm_kernels.masks import layout, steps
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Rewards, Signal, Update
@@ -25,8 +26,9 @@ from ..models.self_tests import check_layouts
 from ..tasks import Example, Reward
 from .algorithms import Algorithm, Scores, choose_algorithm, make_batches, step_figures
 from .curriculum import Climb
+from .engines import engine_of
 from .forward_counts import Calls
-from .guards import guard_failures, guard_groups, guard_rollouts, on_policy_gap
+from .guards import guard_failures, guard_groups, guard_rollouts
 from .optimization import batch_indices, guarded_step, learning_rates
 from .setup import Setup
 from .window import Window, window_of
@@ -66,16 +68,22 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     return algorithm, setup.reward
 
 
-def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
-    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
+def rl_updates(
+    setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0, rate: Callable[[int], float] | None = None
+) -> Iterator[dict[str, float]]:
+    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks.
+
+    `rate`: the learning rate of an update in place of the config's schedule; the updates then have no end.
+    """
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
     algorithm, reward = prepare_rl(setup)
     window = window_of(config, setup.facts)
     total = config.prompts * config.group
-    climb = Climb(task, setup.curriculum)
-    rate = learning_rates("rl", config, config.updates)
+    climb, engine = Climb(task, setup.curriculum), engine_of(setup)
+    updates: Iterable[int] = itertools.count(start) if rate is not None else range(start, config.updates)
+    rate = rate or learning_rates("rl", config, config.updates)
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
-    for update in range(start, config.updates):
+    for update in updates:
         calls.reset()
         started = time.perf_counter()
         chosen, epoch = batch_indices("rl", setup.config.seed, len(climb.examples), config.prompts, update)
@@ -84,16 +92,8 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
         mine = ranks.share(total)
         examples = [climb.examples[i] for i in index[mine].tolist()]
         sequence_ids = noise.sequence_ids([f"rl/{e.id}" for e in examples], epoch=epoch, members=members[mine])
-        with ranks.together():
-            prompts, how = setup.codec.asked(examples)
         with calls:
-            sampled = generate(
-                setup.model,
-                [prompt.to(ranks.device) for prompt in prompts],
-                sequence_ids=sequence_ids.to(ranks.device),
-                seed=setup.config.seed,
-                **{**setup.generate_options(greedy=algorithm.recipe.greedy), **how},
-            )
+            sampled = engine.generate(examples, sequence_ids, greedy=algorithm.recipe.greedy)
         with ranks.together():
             texts = setup.codec.texts(sampled.completion_BL)
             guard_failures(sampled, examples)
@@ -101,8 +101,11 @@ def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0
             guard_rollouts(setup, sampled, rewards)
         figures = _rollout_figures(setup, sampled, rewards, examples, texts, index.to(ranks.device))
         guard_groups(ranks.gather(sampled.completion_BL)[0], ranks.gather(sampled.commit_logp_BL)[0], config.group)
-        if config.gap_every and update % config.gap_every == 0:
-            figures["on_policy_gap"] = on_policy_gap(setup, sampled)
+        due = bool(config.gap_every) and update % config.gap_every == 0
+        sampled, told = engine.check(sampled, due=due, replayed=algorithm.recipe.needs_trajectory)
+        figures |= told
+        if not sampled.unscored:
+            figures["rollout_logp"] = ranks.gather(sampled.commit_logp_BL.sum(-1, dtype=torch.float64).float())[0].mean().item()
         lengths_B = ranks.gather(window.lengths(sampled.ids_BS, sampled.completion_mask_BS))[0]
         everyone = algorithm.rewards(ranks.gather(rewards)[0], index.to(ranks.device), lengths_B)
         found = algorithm.signal(everyone)
@@ -188,6 +191,7 @@ def _learn(
         passes += report.passes
         loss = ranks.total(float(report.loss))
         norm = guarded_step(setup.model, optimizer, loss, config, lr)
+        setup.weights_changed()
         figures |= step_figures(algorithm, report, plan, batch, ranks) | algorithm.figures(update, batch)
     known = plans[0].shape, plans[0].completion_mask_BS, plans[0].block_BS
     scored = layout.input_tokens(*known, options["samples_per_pass"]) * passes
@@ -210,7 +214,6 @@ def _rollout_figures(
     everyone, _ = ranks.gather(rewards)
     columns: dict[str, Sequence[float]] = {"correct": task.correct(examples, texts)}
     columns |= {name: metric(examples, texts) for name, metric in task.metrics.items()}
-    columns["rollout_logp"] = sampled.commit_logp_BL.sum(-1, dtype=torch.float64).tolist()
     ended_BL = (
         (sampled.completion_BL == eos).cumsum(-1) > 0 if eos is not None else torch.zeros_like(sampled.completion_BL).bool()
     )

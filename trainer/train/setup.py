@@ -21,6 +21,7 @@ from ..models.codec import Codec
 from ..models.loading import Loaded
 from ..tasks import Reward, Task
 from ..tasks.rewards import choose
+from .served import Served
 
 
 @dataclass
@@ -34,10 +35,16 @@ class Setup:
     curriculum: dict[str, Any] = field(default_factory=dict)  # state of `curriculum.Climb`
     passes: dict[str, int] = field(default_factory=dict)  # what `fit` found, for rl.samples_per_pass=auto
     reference: nn.Module | None = None  # a frozen second model; None: the model with its adapters off
+    served: Served | None = None  # the server that samples; None: this process does
 
     @property
     def model(self) -> PreTrainedModel:
         return self.trained  # type: ignore[return-value]
+
+    def weights_changed(self) -> None:
+        """After an optimizer step: what samples elsewhere has old weights."""
+        if self.served is not None:
+            self.served.changed()
 
     @cached_property
     def reward(self) -> Reward:
@@ -62,11 +69,21 @@ class Setup:
         blocks = -(-self.length // (rollout.block_length or self.length)) if sampler.blocks == "sequence" else 1
         return min(self.length, rollout.steps * blocks)
 
-    def generate_options(self, *, greedy: bool = False, rollout: RolloutConfig | None = None) -> dict[str, Any]:
-        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's."""
+    def generate_options(
+        self, *, greedy: bool = False, rollout: RolloutConfig | None = None, canvas: bool | None = None
+    ) -> dict[str, Any]:
+        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's.
+
+        `canvas`: for what `codec.asked` gives where completions fill the middle; None: where they do.
+        """
         rollout = rollout or self.config.rollout
+        own = rollout.generate_options(self.length, self.facts.eos_id)
+        if self.codec.infills if canvas is None else canvas:
+            own["length"] = None
+            if rollout.resolved().blocks == "completion" and own["steps"] is not None:  # of canvases they are those of a block
+                own["steps"] //= self.length // own["block_length"]
         return {
-            **rollout.generate_options(self.length, self.facts.eos_id),
+            **own,
             "mask_id": self.facts.mask_id,
             "shift": self.facts.shift,
             "suppress": self.loaded.suppressed,

@@ -54,6 +54,7 @@ def sft_steps(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0)
         value = ranks.total(value)
         lr = rate(step)
         norm = guarded_step(setup.model, optimizer, value, config, lr)
+        setup.weights_changed()
         seconds = time.perf_counter() - started
         tokens = ranks.total(layout.input_tokens(plan.shape, plan.completion_mask_BS, plan.block_BS, 1))
         yield {

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from dllm_kernels.backends.divergence.problem import KINDS
 from dllm_kernels.backends.triton import divergence, expectation, fused, low_rank, noise, rows
-from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
+from dllm_kernels.backends.triton.configs import ARITHMETIC, CONFIGS, Config
 
 
 @dataclass(frozen=True)
@@ -144,21 +144,23 @@ def _row(
 
 def variants(architecture: str) -> Iterator[Variant]:
     """Every kernel in the forms that the engine launches: with what masked diffusion models use, and with every option."""
-    statistics, drawing = CONFIGS[architecture]
+    statistics, drawing, many = CONFIGS[architecture]
     usual, every = ("excluded",), ("bias", "excluded", "temperature_N", "softcap")
     for dtype in ("bf16", "fp16"):
         own = dtype == "bf16"
         yield _fused("logp", statistics, dtype, usual, draw=False, all_statistics=False, quick=False)
         yield _fused("all", statistics, dtype, usual, draw=False, all_statistics=True, quick=own)
         yield _fused("all, every option", statistics, dtype, every, draw=False, all_statistics=True, quick=False)
-        yield _fused("draw", drawing, dtype, usual, draw=True, all_statistics=False, quick=False)
-        yield _fused("draw, every option", drawing, dtype, every, draw=True, all_statistics=False, quick=False)
-        for draw in (False, True):
-            config = form(architecture, draw=draw, adapter=True)
+        for label, config in (("few", drawing), ("many", many)):
+            first = own and label == "many"
+            yield _fused(f"draw, {label}", config, dtype, usual, draw=True, all_statistics=False, quick=first)
+            yield _fused(f"draw, {label}, every option", config, dtype, every, draw=True, all_statistics=False, quick=False)
+        for label, config in (("all", statistics), ("draw, few", drawing), ("draw, many", many)):
             for count in (1, 3):  # an adapter of bfloat16, of float32
-                name, first = f"{'draw' if draw else 'all'}, adapter of {count}", own and count == 1 and not draw
+                draw = config is not statistics
                 shared: Any = {"draw": draw, "all_statistics": not draw, "low_planes": count}
-                yield _fused(name, config, dtype, every, **shared, quick=first)
+                first = own and count == 1 and not draw
+                yield _fused(f"{label}, adapter of {count}", config, dtype, every, **shared, quick=first)
     target, plain = {"target": "*i64"}, {"operand": "*bf16", "target": "*i64"}
     top = {"entropy": "*fp32", "top_logp": "*fp32", "top_id": "*i64"}
     both = {"coef": "*fp32", "entropy_coef": "*fp32"}
@@ -274,7 +276,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         else:
             signature[name], constants[name] = "constexpr", variant.constants[name]
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=target.gpu, options=dict(variant.options))
+    made = triton.compile(source, target=target.gpu, options={**ARITHMETIC, **variant.options})
     shared = int(made.metadata.shared)
     if target.gpu.backend == "cuda":
         registers, local = _cubin_usage(made.asm["cubin"])

@@ -91,9 +91,9 @@ def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
         p = problem(40, 16, 200, dtype, options=options)
         key = noise.row_bits(3, noise.Stream.TOKEN, zero, zero, torch.arange(40))
         want = reference.sample(to_float64(p), key, step=4, temperature=temperature)
-        for few in (64, 0):  # the fused kernel, and a chunk of logits
-            head.FEW_ROWS = few
-            got = head.sample(p, key, step=4, temperature=temperature)
+        for few, own in ((64, temperature), (0, temperature), (64, torch.full((40,), temperature))):
+            head.FEW_ROWS = few  # the fused kernel as for few rows and as for many, and a chunk of logits
+            got = head.sample(p, key, step=4, temperature=own)
             assert torch.equal(got["token"], want["token"]), (dtype, few)
             for name in ("logp", "entropy", "lse"):
                 torch.testing.assert_close(got[name].double(), want[name], rtol=2e-5, atol=2e-5)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from dllm_kernels import MaskPlan, Rollout, accumulate, generate, trajectory_rows
 from dllm_kernels.objectives import RECIPES
 from tests.tiny import checkpoint
-from tests.trainer.conftest import TINY, lines, new_run, resumed, tiny_config
+from tests.trainer.conftest import TINY, lines, new_run, resumed, rollouts_through, tiny_config
 from tests.trainer.train.test_processes import assert_same_metrics, torchrun
 from tests.trainer.train.test_run import stop_after
 
@@ -86,15 +86,15 @@ def test_a_block_causal_model_is_trained_by_blocks(model_folder: Path, algorithm
     rollouts: list[Rollout] = []
     learnt: list[tuple[MaskPlan, dict[str, Any]]] = []
 
-    def seen(*args: Any, **kwargs: Any) -> Rollout:
-        rollouts.append(generate(*args, **kwargs))
-        return rollouts[-1]
+    def seen(sampled: Rollout) -> Rollout:
+        rollouts.append(sampled)
+        return sampled
 
     def told(model: Any, plan: MaskPlan, *args: Any, **kwargs: Any) -> Any:
         learnt.append((plan, kwargs))
         return accumulate(model, plan, *args, **kwargs)
 
-    monkeypatch.setattr(rl, "generate", seen)
+    rollouts_through(monkeypatch, seen)
     monkeypatch.setattr(rl, "accumulate", told)
     keys = [f"rl.algorithm={algorithm}", "rl.gap_every=1", *OPTIONS.get(algorithm, [])]
     setup = setup_of(model_folder, *keys)

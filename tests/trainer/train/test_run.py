@@ -9,13 +9,13 @@ import torch
 from dllm_trainer.config import load_config
 from dllm_trainer.errors import GuardError, Stopped
 from dllm_trainer.records.checkpoints import latest
-from dllm_trainer.train import rl
 from dllm_trainer.train.evaluation import paired_gain
 from dllm_trainer.train.optimization import batch_indices, guarded_step
 from dllm_trainer.train.run import Run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from tests.trainer.conftest import lines, new_run, resumed, tiny_config
+from dllm_kernels import Rollout
+from tests.trainer.conftest import lines, new_run, resumed, rollouts_through, tiny_config
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, run: Run, phase: str, step: int) -> None:
@@ -172,15 +172,12 @@ def test_groups_without_a_signal_cost_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_collapsed_policy_stops_with_a_sentence_and_a_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rl.generate
-
-    def repeating(*args: object, **kwargs: object) -> object:
-        sampled = real(*args, **kwargs)
+    def repeating(sampled: Rollout) -> Rollout:
         sampled.ids_BS[:, -16:] = sampled.ids_BS[:, -16:-15]
         return sampled
 
     run = new_run(tmp_path / "demo", "sft.steps=2")
-    monkeypatch.setattr(rl, "generate", repeating)
+    rollouts_through(monkeypatch, repeating)
     with pytest.raises(GuardError, match="every rollout repeats a single token"):
         run.execute()
     saved = latest(tmp_path / "demo" / "checkpoints")
@@ -189,17 +186,16 @@ def test_a_collapsed_policy_stops_with_a_sentence_and_a_saved_state(tmp_path: Pa
 
 
 def test_a_guard_between_two_saves_saves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = rl.generate, []
+    calls = []
 
-    def repeating(*args: object, **kwargs: object) -> object:
-        calls.append(kwargs)
-        sampled = real(*args, **kwargs)
+    def repeating(sampled: Rollout) -> Rollout:
+        calls.append(sampled)
         if len(calls) == 3:
             sampled.ids_BS[:, -16:] = sampled.ids_BS[:, -16:-15]
         return sampled
 
     run = new_run(tmp_path / "demo", "sft.steps=2", "rl.save_every=100", "evaluation.probe_every_rl=0")
-    monkeypatch.setattr(rl, "generate", repeating)
+    rollouts_through(monkeypatch, repeating)
     with pytest.raises(GuardError, match="every rollout repeats a single token"):
         run.execute()
     saved = latest(tmp_path / "demo" / "checkpoints")
@@ -208,15 +204,12 @@ def test_a_guard_between_two_saves_saves_what_was_done(tmp_path: Path, monkeypat
 
 
 def test_identical_rollouts_stop_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rl.generate
-
-    def identical(*args: object, **kwargs: object) -> object:
-        sampled = real(*args, **kwargs)
+    def identical(sampled: Rollout) -> Rollout:
         sampled.ids_BS[:, -16:] = sampled.ids_BS[:1, -16:]
         return sampled
 
     run = new_run(tmp_path / "demo", "sft.steps=2")
-    monkeypatch.setattr(rl, "generate", identical)
+    rollouts_through(monkeypatch, identical)
     with pytest.raises(GuardError, match="every group consists of identical rollouts"):
         run.execute()
 

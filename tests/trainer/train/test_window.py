@@ -17,7 +17,7 @@ from dllm_trainer.train.window import Window, window_of
 from dllm_kernels import Rollout
 from dllm_kernels.masks.plan import MaskPlan
 from dllm_kernels.objectives import RECIPES, Recipe
-from tests.trainer.conftest import TINY
+from tests.trainer.conftest import TINY, rollouts_through
 
 # read in the published code; vrpo's and ebpo's are the port's; of the last two no code is public: our choice
 PUBLISHED = {
@@ -64,8 +64,7 @@ def step_of(name: str, monkeypatch: pytest.MonkeyPatch, *keys: str) -> tuple[Rol
         setup.reference = setup.model
     eos, rollouts, steps = setup.facts.eos_id, [], []
 
-    def ending_early(*args: Any, **kwargs: Any) -> Rollout:
-        rollout: Rollout = generate(*args, **kwargs)
+    def ending_early(rollout: Rollout) -> Rollout:
         completion_BL = rollout.completion_BL.clone()
         completion_BL[completion_BL == eos] = 5  # of the digits
         for b, row_L in enumerate(completion_BL):
@@ -78,8 +77,7 @@ def step_of(name: str, monkeypatch: pytest.MonkeyPatch, *keys: str) -> tuple[Rol
         steps.append((plan, kwargs))
         raise _LearntError
 
-    generate = rl.generate
-    monkeypatch.setattr(rl, "generate", ending_early)
+    rollouts_through(monkeypatch, ending_early)
     monkeypatch.setattr(rl, "accumulate", caught)
     monkeypatch.setattr(rl, "guard_rollouts", lambda *_: None)
     with pytest.raises(_LearntError):
