@@ -444,6 +444,7 @@ def blocks(table: str) -> dict[str, str]:
         return {
             "fuzzed calls": fuzz.counts(result_of("fuzz")),
             "fuzzed distillation": fuzz.counts(result_of("fuzz-distillation")),
+            "fuzzed soft embeddings": fuzz.counts(result_of("fuzz-expectation")),
             "fuzzed gradients": fuzz.table(result_of("fuzz")),
         }
     from benchmarks.studies import claims
