@@ -11,6 +11,7 @@ imported everything: a case costs a second or two.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -141,7 +142,10 @@ def checked(child: Child, codes: tuple[int, ...]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    text = (run / "metrics.jsonl").read_text(errors="replace") if (run / "metrics.jsonl").exists() else ""
+    try:
+        text = (run / "metrics.jsonl").read_text(errors="replace")
+    except FileNotFoundError:  # not yet, or a run that was refused has taken its folder away
+        text = ""
     found = []
     for line in text.split("\n")[:-1]:
         try:
@@ -177,6 +181,15 @@ class Peace:
         child.send(signal.SIGKILL)
         child.wait()
         self.compare(run)
+
+    @functools.cached_property
+    def of_two(self) -> tuple[list[dict[str, Any]], bytes]:
+        """Metrics and weights of one on two ranks."""
+        run = self.folder / "peace-of-two"
+        child = Child(["demo", *TINY, "--out", str(run)], self.folder / "peace-of-two.log", 2)
+        if child.wait() != 0:
+            raise SystemExit(f"the run of two ranks in peace failed: {child.told()}")
+        return metrics(run), (run / "checkpoint" / "model.safetensors").read_bytes()
 
     def compare(self, run: Path) -> None:
         if metrics(run) != self.metrics:
@@ -405,6 +418,42 @@ def resumes(peace: Peace, folder: Path, draw: random.Random) -> None:
         raise Fault(f"{' '.join(keys)} on {world} ranks: not bit-equal")
 
 
+def ranks(peace: Peace, folder: Path, draw: random.Random) -> None:
+    """One of two ranks is killed, or stands still, at any moment: the other says so and ends, and both go on to the same end."""
+    run, victim, number = folder / "run", draw.randrange(2), draw.choice([signal.SIGKILL, signal.SIGSTOP])
+    child = Child(["demo", *TINY, "parallel.patience=5", "--out", str(run)], folder / "1.log", 2)
+    wanted = draw.randint(1, len(peace.metrics) - 1)
+    child.wait(lambda: len(metrics(run)) >= wanted)
+    time.sleep(draw.uniform(0, 0.1))
+    pids = list(child.codes)
+    if not child.poll() and child.codes[pids[victim]] is None:
+        os.kill(pids[victim], number)
+        hit = time.monotonic()
+        child.wait(lambda: child.codes[pids[1 - victim]] is not None)
+        seconds, other = time.monotonic() - hit, child.codes[pids[1 - victim]]
+        if seconds > 30:
+            raise Fault(f"the other rank ended after {seconds:.0f} s")
+        names = (
+            [f"rank {victim} has not", "whoever keeps the ranks' store, has not"]
+            if number == signal.SIGSTOP
+            else ["another rank has"]
+        )
+        if other != 0 and not any(name in child.told() for name in names):
+            raise Fault(f"no sentence: {child.told()[-300:]}")
+        if "Traceback (most recent call last)" in child.told():
+            raise Fault(f"a traceback: {child.told()[-300:]}")
+    child.send(signal.SIGKILL)
+    child.wait()
+    child = Child(["demo", "--resume", str(run)], folder / "2.log", 2)
+    child.wait(lambda: (run / "checkpoint" / "manifest.json").exists())
+    if child.poll():
+        checked(child, (0,))
+    child.send(signal.SIGKILL)
+    child.wait()
+    if (metrics(run), (run / "checkpoint" / "model.safetensors").read_bytes()) != peace.of_two:
+        raise Fault(f"{number.name} of rank {victim}: not bit-equal")
+
+
 def long_run(folder: Path, updates: int) -> dict[str, Any]:
     """Memory and open files of a run of so many updates, at every tenth of it, as the kernel counts them."""
     run = folder / "long"
@@ -461,7 +510,7 @@ def stall(folder: Path, saves: int = 5) -> dict[str, Any]:
     return found
 
 
-KINDS = {case.__name__: case for case in (kills, signals, damage, two, inputs, answers, resumes)}
+KINDS = {case.__name__: case for case in (kills, signals, damage, two, ranks, inputs, answers, resumes)}
 EACH = {"answers": 100}  # of what is counted, in one case
 
 

@@ -5,18 +5,19 @@
     python benchmarks/documents.py pictures                   every committed picture, as PNG and SVG
     python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out demo-cpu.json
     python benchmarks/documents.py collect head a.json b.json --out head-cpu.json
-    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out compare-sudoku.json
+    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out tuned-sudoku.json
 
 `collect` makes one result file of what several commands measured, to be kept in benchmarks/results:
 
     demo         for s in 0 1 2; do dllm-kernels demo --out runs/seed$s seed=$s; done
     head         python benchmarks/run.py --suite head --threads 2 --shape N=512,H=1024,V=126464 --out a.json,
                  and so on
-    comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/compare-sudoku
-                 rl.updates=60
+    comparison   dllm-kernels compare --checkpoint runs/sft/checkpoint_sft --out runs/sudoku rl.updates=60,
+                 stopped or at its end: what is missing is told
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
-`benchmarks.studies.block_rates` and `benchmarks.studies.block_learning`. "measured" is made of
+`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning` and
+`benchmarks.studies.cached_rollouts`. "measured" is made of
 the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
 benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
@@ -57,6 +58,8 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "tasks": ("docs/tasks.md",),
     "blocks": ("docs/block_diffusion.md",),
     "fuzz": ("docs/loop.md",),
+    "kept": ("docs/rollouts.md",),
+    "attacks": ("docs/trainer.md",),
 }
 
 
@@ -285,29 +288,54 @@ TASKS = ("sudoku", "countdown")
 
 
 def collect_comparison(folder: Path, made_by: str, out: Path) -> dict[str, Any]:
-    """The comparison with the command that made it, and its picture beside the result."""
-    result = {"schema": 1, "command": made_by, **json.loads((folder / "compare.json").read_text())}
-    draw_comparison(result, out.with_suffix(".png"))
+    """The comparison with the command that made it, and its picture beside the result where a run has ended."""
+    result = {"schema": 2, "command": made_by, **json.loads((folder / "compare.json").read_text())}
+    if rows := final_rows(result):
+        draw_comparison(result, rows, out.with_suffix(".png"))
     return result
 
 
-def comparison(result: dict[str, Any]) -> str:
-    """Command, table, verdict, and greedy accuracies, which the table leaves out."""
-    from dllm_trainer.commands.compare import table, verdict
+def final_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a comparison; one of schema 1 holds them itself, all runs at the config's own rate and none failed."""
+    if result["schema"] == 2:
+        from dllm_trainer.commands.compare_report import rows
 
-    rows = result["algorithms"]
-    greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in rows]
-    stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
+        return rows(result)
+    import yaml
+
+    rate = yaml.safe_load(result["config"])["rl"]["lr"]
+    kept = [row for row in result["algorithms"] if not any(row["stopped"])]
+    return [{**row, "rate": rate, "failed": [], "updates": [row["updates"]] * len(row["forwards"])} for row in kept]
+
+
+def tuned() -> list[str]:
+    """The tasks whose comparison has chosen learning rates, as far as it has run."""
+    return [task for task in TASKS if (RESULTS / f"tuned-{task}.json").is_file()]
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """Command, tables, verdict, what is missing, and greedy accuracies, which the table leaves out."""
+    from dllm_trainer.commands.compare_report import notes, sweeps, table, verdict
+
+    rows = final_rows(result)
+    greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in rows if not row["failed"]]
+    seeds = max((len(row["forwards"]) for row in rows), default=0)
     lines = [
         # what the runs were made with, under the command's name of today
         f"```\n{result['command'].replace('dllm-train ', 'dllm-kernels ')}\n```",
-        f"{result['budget']:,} forwards a run, {len(rows[0]['forwards'])} seeds, {result['jobs']} runs at once; "
+        f"{result['budget']:,} forwards a run, {seeds or 'no'} seed{'s' * (seeds != 1)}; "
         f"{result['environment']['cpu']}, one thread each.",
-        table(result),
-        f"**{verdict(result)}**",
-        f"Greedy, in %: {', '.join(greedy)} (SFT {100 * _mean(rows[0]['greedy']['sft']):.1f}).",
-        *([f"Stopped by a guard, and evaluated as it was: {'; '.join(stopped)}."] if stopped else []),
     ]
+    if rows:
+        lines += [table(rows), f"**{verdict(rows)}**"]
+    if greedy:
+        lines.append(f"Greedy, in %: {', '.join(greedy)} (SFT {100 * _mean(rows[0]['greedy']['sft']):.1f}).")
+    if result["schema"] == 2:
+        told = (
+            f"Right answers of {result['validation']} validation examples, in %, after {result['sweep_budget']:,} forwards at "
+            "each learning rate; the chosen one is bold."
+        )
+        lines += [*notes(result), told, sweeps(result)]
     return "\n\n".join(lines)
 
 
@@ -382,7 +410,8 @@ def blocks(table: str) -> dict[str, str]:
     if table == "published":
         return {table: published(result_of("published"))}
     if table == "comparison":
-        return {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
+        earlier = {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
+        return earlier | {f"tuned {task}": comparison(result_of(f"tuned-{task}")) for task in tuned()}
     if table == "head":
         return {"head table": head(result_of("head-cpu"))}
     if table == "estimators":
@@ -402,13 +431,55 @@ def blocks(table: str) -> dict[str, str]:
             "block learning": block_learning.table(result_of("block-learning-cpu")),
             "block rates": block_rates.table(result_of("block-rates-cpu")),
         }
+    if table == "attacks":
+        return {table: attacks(result_of("attack-cpu"))}
+    if table == "kept":
+        from benchmarks.studies import cached_rollouts
+
+        found = result_of("cached-rollouts-cpu")
+        return {"kept": cached_rollouts.table(found), "kept of the learned": cached_rollouts.table_of_learned(found)}
     if table == "fuzz":
         from benchmarks import fuzz
 
-        return {"fuzzed calls": fuzz.counts(result_of("fuzz")), "fuzzed gradients": fuzz.table(result_of("fuzz"))}
+        return {
+            "fuzzed calls": fuzz.counts(result_of("fuzz")),
+            "fuzzed distillation": fuzz.counts(result_of("fuzz-distillation")),
+            "fuzzed gradients": fuzz.table(result_of("fuzz")),
+        }
     from benchmarks.studies import claims
 
     return claims.blocks(result_of("claims-cpu"))
+
+
+# what `benchmarks/attack.py` does in its kinds
+ATTACKS = {
+    "kills": "kill -9, one to three times, at any moment",
+    "signals": "a signal that asks for an end, at any moment",
+    "damage": "a file of a run lost, emptied, cut, flipped, garbled or replaced",
+    "two": "two processes on one folder",
+    "ranks": "one of two ranks killed or stopped",
+    "resumes": "eight algorithms, fp32, bf16, LoRA, one and two ranks, stopped and gone on with: the same bits",
+    "inputs": "hostile keys, files and configs: a sentence, or a run",
+    "answers": "hostile completions to rewards and checkers",
+}
+
+
+def attacks(result: Mapping[str, Any]) -> str:
+    lines = [
+        [told, f"{result['kinds'][kind]['tried']:,}", f"{result['kinds'][kind]['survived']:,}"] for kind, told in ATTACKS.items()
+    ]
+    marks = result["long"]["marks"]
+    sizes, handles = [mark["resident_mib"] for mark in marks], {mark["handles"] for mark in marks}
+    flat = (
+        f"A run of {result['long']['updates']:,} updates: {min(sizes):.0f} to {max(sizes):.0f} MiB resident and "
+        f"{' or '.join(map(str, sorted(handles)))} open files at all of its {len(marks)} marks."
+    )
+    mended = "".join(
+        f" Of `{entry['what'].partition(':')[0]}` the campaign saw a traceback; mended by commit "
+        f"{entry['mended'].split()[2].rstrip(';')}, and tried again."
+        for entry in result["mended"]
+    )
+    return f"{markdown(['attack', 'tried', 'survived'], lines)}\n\n{flat}{mended}"
 
 
 def write(tables: Sequence[str]) -> None:
@@ -455,16 +526,18 @@ def pictures() -> None:
         "growth of peak memory from 2 to 64 samples, MiB",
         RESULTS / "memory-of-algorithms.png",
     )
-    for task in TASKS:
-        draw_comparison(result_of(f"compare-{task}"), RESULTS / f"compare-{task}.png")
+    for name in [*(f"compare-{task}" for task in TASKS), *(f"tuned-{task}" for task in tuned())]:
+        result = result_of(name)
+        if rows := final_rows(result):
+            draw_comparison(result, rows, RESULTS / f"{name}.png")
 
 
-def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
+def draw_comparison(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Right answers on unseen examples before and after RL, a point per seed."""
     from benchmarks import plots
 
-    rows = {row["algorithm"]: row["rollout"] for row in result["algorithms"]}
-    plots.before_and_after(rows, f"right answers, unseen {result['task']}, temperature {result['temperature']:g} (%)", path)
+    points = {row["algorithm"]: row["rollout"] for row in rows if row["rollout"]["rl"]}
+    plots.before_and_after(points, f"right answers, unseen {result['task']}, temperature {result['temperature']:g} (%)", path)
 
 
 def main(argv: list[str] | None = None) -> int:

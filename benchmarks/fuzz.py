@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py --cases 100000 --seed 0      go on to 100,000 cases in all
     python benchmarks/fuzz.py --case 4711 --seed 0         one drawn problem again, in this process
     python benchmarks/fuzz.py --cases 1000000 --out benchmarks/results/fuzz.json
-    python benchmarks/fuzz.py --what distillation --cases 20000
+    python benchmarks/fuzz.py --what distillation --cases 20000     `distillation_loss`
+    python benchmarks/fuzz.py --what expectation --cases 20000      `expected_embedding`
 
 A case is one call (`score_tokens` under a plan, `head_backward`, `sample_tokens`, a loss) of one drawn problem on one
 instruction set. Inputs and results lie between forbidden pages, the engine's workspace holds NaN or 1e30 or what the
@@ -11,7 +12,7 @@ call before left, one problem in forty is bad and must be refused. What came out
 rounding (benchmarks/fuzzing/truth.py). The same seed draws the same problems on every machine.
 
 A process of its own makes the calls: one that dies is a wrong case, and the next goes on after it. The state is kept in
---state (default runs/fuzz-<seed>.json, for distillation runs/fuzz-distillation-<seed>.json) and a run that was cut off goes on
+--state (default runs/fuzz-<seed>.json, of others runs/fuzz-<what>-<seed>.json) and a run that was cut off goes on
 from there; counts are told apart by the commit of csrc/ that was fuzzed. Exit codes: 0 nothing is wrong; 1 something is; 2 bad
 arguments.
 """
@@ -19,6 +20,7 @@ arguments.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import multiprocessing
@@ -39,6 +41,10 @@ POISONS = (math.nan, 1e30, None)
 BATCH = 500  # problems of one child process between two writes of the state
 MEASURED = 16  # of so many problems one has its gradients compared with those of plain PyTorch
 KEPT = 50  # wrong cases that the state describes
+OTHERS = {  # what is fuzzed by a module of its own, and which rows its table has
+    "distillation": ("kind", ("forward_kl", "reverse_kl", "jsd")),
+    "expectation": ("embedding", ("tied", "apart")),
+}
 COUNTS = ("by_engine", "by_call", "by_dtype", "by_outcome")
 State = dict[str, Any]
 
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="in all, those of earlier runs of the state included")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--what", choices=("head", "distillation"), default="head", help="`distillation_loss`, or all the others")
+    parser.add_argument("--what", choices=("head", *OTHERS), default="head", help="one call alone, or all that are not listed")
     parser.add_argument("--isa", action="append", help="these instruction sets alone; default all that this CPU has")
     parser.add_argument("--case", type=int, metavar="PROBLEM", help="judge one problem, here, and keep no state")
     parser.add_argument("--again", action="store_true", help="first judge the state's wrong problems once more, after a mend")
@@ -189,31 +195,30 @@ def work(seed: int, isas: list[str], what: str, parent: Connection) -> None:
 
 def judged(seed: int, number: int, isas: list[str], what: str = "head") -> State:
     """Counts, and a sentence for each call that is wrong, of one problem on these instruction sets."""
-    from benchmarks.fuzzing import calls, distillation, problems
+    from benchmarks.fuzzing import calls, problems, truth
     from benchmarks.fuzzing.guards import Guarded
-    from benchmarks.fuzzing.truth import Truth
 
     if not _PAGES:
         _PAGES.extend((Guarded(), Guarded()))
     guarded = _PAGES[1]
-    problem: Any = (problems if what == "head" else distillation).draw(seed, number)
-    judge: Any = calls if what == "head" else distillation
+    source, judge, truths = (problems, calls, truth) if what == "head" else 3 * (_module(what),)
+    problem: Any = source.draw(seed, number)
     inputs = calls.Inputs(problem, _PAGES[0])
-    truth: Any = None if problem.bad else (Truth if what == "head" else distillation.Truth)(problem)
+    exact: Any = None if problem.bad else truths.Truth(problem)
     float64 = problem.dtype.itemsize == 8  # runs in PyTorch, whatever the instruction set
     engines = [calls.REFERENCE] if float64 else isas
     dtype = str(problem.dtype).removeprefix("torch.")
     wrong, errors = [], {}
     for place, engine in enumerate(engines):
         try:
-            said = judge.judge(problem, truth, engine, POISONS[(number + place) % 3], inputs, guarded)
+            said = judge.judge(problem, exact, engine, POISONS[(number + place) % 3], inputs, guarded)
         except Exception:
             said = [traceback.format_exc(limit=-3)]
         if said:
             wrong.append(f"{problem.call} {dtype} on {engine}, {problem.shape}: {said}")
     measured = what != "head" or problem.call in ("unit", "coef", "keep", "recompute")
-    if truth is not None and number % MEASURED == 0 and measured and not wrong:
-        for name, pair in judge.gradient_errors(problem, truth, engines[0], inputs, guarded).items():
+    if exact is not None and number % MEASURED == 0 and measured and not wrong:
+        for name, pair in judge.gradient_errors(problem, exact, engines[0], inputs, guarded).items():
             errors[f"{dtype} {problem.call} {name}"] = pair
     wrong += inputs.release()
     count = len(engines)
@@ -227,12 +232,16 @@ def judged(seed: int, number: int, isas: list[str], what: str = "head") -> State
     }
 
 
+def _module(what: str) -> Any:
+    return importlib.import_module(f"benchmarks.fuzzing.{what}")
+
+
 def table(state: State) -> str:
     """The worst gradients of the newest source by dtype and plan, of distillation by kind, as docs/loop.md shows them."""
-    errors, distils = state["sources"][state["source"]]["gradient_errors"], state.get("what") == "distillation"
-    calls = ("forward_kl", "reverse_kl", "jsd") if distils else ("unit", "coef", "keep", "recompute")
+    errors = state["sources"][state["source"]]["gradient_errors"]
+    column, calls = OTHERS.get(state.get("what", "head"), ("plan", ("unit", "coef", "keep", "recompute")))
     lines = [
-        f"| dtype | {'kind' if distils else 'plan'} | measured | ours, at most | eager's, at most |",
+        f"| dtype | {column} | measured | ours, at most | eager's, at most |",
         "|---|---|---|---|---|",
     ]
     for dtype in ("float32", "bfloat16", "float16", "float64"):

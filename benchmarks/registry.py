@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     "head": "benchmarks.suites.head",
     "distillation": "benchmarks.suites.distillation",
+    "expectation": "benchmarks.suites.expectation",
     "elbo": "benchmarks.suites.elbo",
     "bgpo": "benchmarks.suites.bgpo",
     "entropy": "benchmarks.suites.entropy",

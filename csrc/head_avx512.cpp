@@ -1,4 +1,5 @@
 #include "divergence.h"
+#include "expectation.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,6 +17,7 @@
 #define DLLM_DOT DLLM_FMA
 #include "head.inc"
 #include "divergence.inc"
+#include "expectation.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

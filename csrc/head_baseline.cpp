@@ -1,4 +1,5 @@
 #include "divergence.h"
+#include "expectation.h"
 
 #define DLLM_ISA baseline
 #define DLLM_NATIVE 4
@@ -9,3 +10,4 @@
 #define DLLM_DOT DLLM_FMA
 #include "head.inc"
 #include "divergence.inc"
+#include "expectation.inc"

@@ -68,10 +68,12 @@ struct Gradients {
   float* low_vectors[2];  // [N, R]: times B, where the vectors are wanted
   void* operands[2];    // [V, N] in `type`: the operands themselves, for the `keep` plan
   float* dweight;       // [V, H] fp32, of operand 0
+  void* rounded;        // [V, H] in `type`, of 16 bits: where the sums go once they are complete; then `dweight` holds those of
+                        // all chunks but the last, and is null where there is one chunk alone
   float* dbias;         // [V] fp32
-  int64_t dweight_row;
+  int64_t dweight_row;  // of both
   Type type;
-  bool overwrite;       // the buffers are written, not added to
+  bool overwrite;       // the buffers are written, not added to; so with `rounded`
   float* dlow;          // [V, R] fp32, of B
   int64_t dlow_row;
 };

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
@@ -21,10 +22,12 @@
 #endif
 
 #include "divergence.h"
+#include "expectation.h"
 #include "head_problem.h"
 
 void bind_noise(pybind11::module_& m);  // noise.cpp
 void bind_divergence(pybind11::module_& m, const dllm::Divergence& (*current)());  // divergence.cpp
+void bind_expectation(pybind11::module_& m, const dllm::Expectation& (*current)());  // expectation.cpp
 
 namespace {
 
@@ -37,6 +40,7 @@ struct Isa {
   const dllm::Engine* engine;
   const dllm::Engine* pairs;  // for bfloat16 problems, or null
   const dllm::Divergence* divergence;
+  const dllm::Expectation* expectation;
 
   const dllm::Engine& of(const HeadProblem& p) const {
     const bool fits = p.hidden.type == Type::bf16 && p.weight.type == Type::bf16 && p.hidden.column == 1 && p.weight.column == 1;
@@ -50,14 +54,14 @@ const std::vector<Isa>& isas() {  // best first; what is only for tests last
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence});
-    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence});
+    t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence, &dllm::avx512::expectation});
+    t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence, &dllm::avx512::expectation});
     t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr,
-                 &dllm::avx2::divergence});
+                 &dllm::avx2::divergence, &dllm::avx2::expectation});
 #endif
-    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr, &dllm::baseline::divergence});
+    t.push_back({"baseline", true, &dllm::baseline::engine, nullptr, &dllm::baseline::divergence, &dllm::baseline::expectation});
 #if defined(__x86_64__)
-    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine, &dllm::avx512::divergence});
+    t.push_back({"avx512bf16-emulated", avx512, &dllm::avx512::engine, &dllm::avx512bf16_emulated::engine, &dllm::avx512::divergence, &dllm::avx512::expectation});
 #endif
     return t;
   }();
@@ -86,22 +90,27 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("isa: got '" + name + "', this machine allows " + allowed);
 }
 
-constexpr size_t kHugePage = size_t{1} << 21;
-
-// Asks for huge pages: first touches of a large array cost a third then.
-void advise(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = ((uintptr_t)data + 4095) / 4096 * 4096, last = ((uintptr_t)data + bytes) / 4096 * 4096;
-  if (bytes >= 2 * kHugePage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
 // What tests fill a workspace with before a call, to see that nothing is read that the call has not written.
 std::atomic<bool> poisoned{false};
 std::atomic<float> poison{0};
+void fill(void* data, size_t bytes) {
+  if (poisoned) std::fill_n(static_cast<float*>(data), bytes / sizeof(float), poison.load());
+}
+
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Fresh memory. `kept`: in huge pages, which every later call gains by. What lives for one call is left in small ones: a huge one
+// that a hypervisor has taken back costs several times as much to touch first as the small ones that make it up.
+void* allocate(size_t bytes, bool kept = false) {
+  const size_t alignment = kept && bytes >= 2 * kHugePage ? kHugePage : 64;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* data = std::aligned_alloc(alignment, bytes);
+  if (!data) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return data;
+}
 
 // One workspace is kept from call to call, since fresh pages cost more than many a call; a second concurrent call brings
 // its own.
@@ -109,7 +118,7 @@ class Workspace {
  public:
   explicit Workspace(size_t bytes) : lock_(mutex(), std::try_to_lock) {
     acquire(bytes);
-    if (poisoned) std::fill_n(data(), bytes / sizeof(float), poison.load());
+    fill(data_, bytes);
   }
   ~Workspace() { std::free(own_); }
   Workspace(const Workspace&) = delete;
@@ -137,7 +146,7 @@ class Workspace {
     if (kept.bytes < bytes) {
       std::free(kept.data);
       kept = {};
-      kept.data = allocate(bytes);
+      kept.data = allocate(bytes, true);
       kept.bytes = bytes;
     }
     data_ = kept.data;
@@ -149,13 +158,6 @@ class Workspace {
   static Kept& shared() {
     static Kept k;
     return k;
-  }
-  static void* allocate(size_t bytes) {
-    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
-    void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-    if (!data) throw std::bad_alloc();
-    advise(data, bytes);
-    return data;
   }
 
   std::unique_lock<std::mutex> lock_;
@@ -185,6 +187,10 @@ int team_size(const HeadProblem& p, int64_t threads) {
 
 template <class T> T* address(uintptr_t a) { return reinterpret_cast<T*>(a); }
 
+// The bytes in which a 16-bit weight's gradient is added up over chunks of rows.
+size_t sum_bytes(const HeadProblem& p) {
+  return p.out.rounded && p.rows > p.chunk ? (size_t)p.vocabulary * (size_t)p.out.dweight_row * sizeof(float) : 0;
+}
 
 void run(HeadProblem& p, int64_t threads, int64_t budget) {
   if (p.rows == 0) return;
@@ -192,8 +198,12 @@ void run(HeadProblem& p, int64_t threads, int64_t budget) {
   const bool stored = p.stored[0] || p.stored[1];
   p.chunk = chunk_rows(p.rows, p.vocabulary, p.gradient && !stored, p.best, engine.panel, budget);
   const int size = team_size(p, threads);
-  if (p.out.dweight && p.out.overwrite)
-    advise(p.out.dweight, (size_t)p.out.dweight_row * (size_t)p.vocabulary * sizeof(float));
+  const size_t bytes = sum_bytes(p);
+  const std::unique_ptr<void, void (*)(void*)> sums(bytes ? allocate(bytes) : nullptr, std::free);
+  if (sums) {
+    fill(sums.get(), bytes);
+    p.out.dweight = static_cast<float*>(sums.get());
+  }
   Workspace workspace((size_t)engine.workspace(p, size) * sizeof(float));
   dllm::Team::run(size, [&](dllm::Team& team, int rank) { engine.head(p, team, rank, workspace.data()); });
 }
@@ -234,12 +244,13 @@ dllm::Several several(int64_t each, uintptr_t own, uintptr_t given) {
 
 using Addresses = std::pair<uintptr_t, uintptr_t>;
 
-dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight,
+// `rounded`: `dweight` has the 16-bit type of the problem.
+dllm::Gradients gradients(const Addresses& vectors, const Addresses& low_vectors, const Addresses& operands, uintptr_t dweight, bool rounded,
                           int64_t dweight_row, uintptr_t dbias, uintptr_t dlow, int64_t dlow_row, bool overwrite) {
   return {{address<void>(vectors.first), address<void>(vectors.second)},
           {address<float>(low_vectors.first), address<float>(low_vectors.second)},
           {address<void>(operands.first), address<void>(operands.second)},
-          address<float>(dweight), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
+          address<float>(rounded ? 0 : dweight), address<void>(rounded ? dweight : 0), address<float>(dbias), dweight_row, Type::f32, overwrite, address<float>(dlow), dlow_row};
 }
 
 using Coefficients = std::pair<uintptr_t, uintptr_t>;  // of logp and of entropy, or of two stored operands
@@ -325,6 +336,15 @@ int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int typ
   return engine.workspace(p, team_size(p, threads)) * (int64_t)sizeof(float);
 }
 
+// The bytes that the gradient of a weight of `type` is added up in, beyond itself. `stored`: from operands.
+int64_t weight_sum_bytes(int64_t rows, int64_t vocabulary, int64_t width, int type, bool stored, int64_t budget) {
+  HeadProblem p = problem(operands({1, type, 1, 1}, {1, type, 1, 1}, 0, rows, vocabulary, width), {}, {}, {});
+  p.chunk = chunk_rows(rows, vocabulary, !stored, 0, current.load()->of(p).panel, budget);
+  p.out.rounded = address<void>(type != static_cast<int>(Type::f32));
+  p.out.dweight_row = width;
+  return (int64_t)sum_bytes(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -332,6 +352,7 @@ PYBIND11_MODULE(_C, m) {
   set_isa(supported_isas().front());
   bind_noise(m);
   bind_divergence(m, []() -> const dllm::Divergence& { return *current.load()->divergence; });
+  bind_expectation(m, []() -> const dllm::Expectation& { return *current.load()->expectation; });
   namespace py = pybind11;
   py::class_<dllm::Operands>(m, "Operands").def(py::init(&operands));
   py::class_<dllm::LowRank>(m, "LowRank").def(py::init(&low_rank)).def(py::init([] { return dllm::LowRank{}; }));
@@ -345,6 +366,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &sample);
   m.def("values_fit", &values_fit);
   m.def("workspace_bytes", &workspace_bytes);
+  m.def("sum_bytes", &weight_sum_bytes);
   m.def("release_workspace", &Workspace::release, "Gives the kept workspace back to the system.");
   m.def("poison_workspace", [](std::optional<float> value) {
     if (value) poison = *value;

@@ -10,6 +10,7 @@ from dllm_kernels.accumulation.fitting import Fit, fit_passes
 from dllm_kernels.accumulation.loop import accumulate
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head.distillation import distillation_loss
+from dllm_kernels.head.expected_embedding import expected_embedding
 from dllm_kernels.head.explain import explain
 from dllm_kernels.head.sampling import sample_tokens
 from dllm_kernels.head.scoring import head_backward, score_tokens
@@ -38,6 +39,7 @@ __all__ = [
     "distillation_loss",
     "elbo_loss",
     "estimate_elbo",
+    "expected_embedding",
     "explain",
     "fit_passes",
     "generate",

@@ -27,6 +27,7 @@ pytest.register_assert_rewrite(
     "tests.head.head_callers",
     "tests.head.head_several",
     "tests.head.head_distillation",
+    "tests.head.head_expectation",
 )
 
 from tests.head_suite import Target  # noqa: E402 (its tests take the profile that is loaded when they are defined)

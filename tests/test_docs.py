@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dllm_trainer.commands import compare_report
 from torch.testing import assert_close
 
 import dllm_kernels
@@ -252,6 +253,22 @@ def test_the_comparison_is_that_of_the_committed_runs(task):
         assert abs(made / result["budget"] - 1) <= 0.03, "equal forwards, to the 3 % that the page says"
         assert row["improves"], "the page says that all do"
     assert (documents.RESULTS / f"compare-{task}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_with_chosen_rates_is_that_of_the_committed_cells():
+    for task in documents.tuned():
+        result = documents.result_of(f"tuned-{task}")
+        text = documents.in_document(COMPARISON, f"tuned {task}")
+        assert text == documents.comparison(result)
+        assert ("Not complete" in text) == bool(compare_report.missing(result)), "what has not run is told"
+        for entry in (entry for entry in result["cells"] if entry["failed"] is None):
+            asked = result["validation" if entry["phase"] == "sweep" else "examples"]
+            assert entry["right"]["rollout"]["examples"] == asked
+            assert sum(entry["curve"]["forwards"]) == entry["forwards"]
+            if entry["updates"]:
+                budget = result["sweep_budget" if entry["phase"] == "sweep" else "budget"]
+                assert abs(entry["forwards"] - budget) <= max(entry["curve"]["forwards"]), "equal forwards, to an update"
+    assert ("<!-- tuned " in COMPARISON) == bool(documents.tuned())
 
 
 def test_the_order_that_the_comparison_tells_is_that_of_the_runs():

@@ -228,14 +228,22 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
 def compare(
     checkpoint: Checkpoint,
     algorithms: Annotated[str, typer.Option("--algorithms", help="Names, comma-separated, or `all`.")] = "all",
-    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
-    forwards: Annotated[int | None, typer.Option("--forwards", help="Model calls of training each may make.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Final runs of each algorithm.")] = 5,
+    forwards: Annotated[
+        int | None, typer.Option("--forwards", help="Model calls of training that each final run may make.")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="Learning rates to choose from, comma-separated; one: no choice.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, each a process of its own.")] = 1,
     overrides: Overrides = None,
     out: Out = None,
     config: ConfigFile = None,
 ) -> None:
-    """Several algorithms from one checkpoint over several seeds: one table and one plot of their rewards."""
+    """Several algorithms from one checkpoint, each at a learning rate chosen for it, over several seeds: tables and a plot.
+
+    The same command goes on where it was stopped; every finished run is kept.
+    """
     with _sentences():
         from .commands.compare import compare_algorithms
 
@@ -244,7 +252,7 @@ def compare(
         def configure(more: list[str]) -> RunConfig:
             return _configure([*(overrides or ()), *more, *keys], config, None, beside=checkpoint)
 
-        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console, jobs=jobs)
+        compare_algorithms(configure, algorithms, seeds, forwards, out or Path("runs/compare"), console, rates=rates, jobs=jobs)
 
 
 @app.command("config")

@@ -349,7 +349,8 @@ def load_config(
         raise
     except RecursionError as error:
         raise ConfigError("config is not readable: a value is nested too deeply") from error
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: an integer of thousands of digits
+    # ValueError: an integer of thousands of digits; TypeError: a list in one file and a mapping in another
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"config is not readable: {' '.join(str(error).split())}") from error
     try:
         config = RunConfig.model_validate(values)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import BaseModel
 
 from .errors import ConfigError
@@ -113,9 +113,15 @@ def reject_unknown(layers: Sequence[DictConfig], allowed: list[str]) -> None:
                 continue
             if key not in allowed:
                 raise ConfigError(_unknown(key, [other for other in allowed if not other.endswith("*")]))
+            free = f"{key}.*" in allowed
+            section = free or any(other.startswith(f"{key}.") for other in allowed)
+            if isinstance(value, ListConfig) and free:
+                raise ConfigError(f"{key} is a mapping of names to values, got the list {value}")
+            if isinstance(value, DictConfig) and not section and not value:  # else its first key is told
+                raise ConfigError(f"{key} is a single value or a list, got the mapping {value}")
             if isinstance(value, DictConfig):
                 visit(value, f"{key}.")
-            elif f"{key}.*" not in allowed and any(other.startswith(f"{key}.") for other in allowed):
+            elif section and not free:
                 raise ConfigError(f"{key} is a section and takes keys such as {_children(key, allowed)}, got {value!r}")
 
     for layer in layers:

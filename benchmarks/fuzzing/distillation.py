@@ -221,52 +221,55 @@ class Truth:
 
     def wanted(self) -> dict[str, Bounded]:
         """Results as `distillation_loss` gives them, and gradients of their product with the upstream factor."""
-        p, t, eps = self.p, self.p.tensors, self.eps
+        p, eps = self.p, self.eps
         value_N, error_N = self.factor_N * self.D_N, self.factor_N.abs() * (self.error_N + 8 * eps * self.D_N.abs())
         value, error = (value_N, error_N) if p.reduction == "none" else (value_N.sum(), error_N.sum())
         if p.reduction != "none":
             error = error + 8 * eps * (1 + len(value_N) ** 0.5) * value_N.abs().sum()
         found = {"value": Bounded(value, self.margin * error + TINY)}
-        by_N1 = (self.factor_N * p.upstream.double())[:, None]
-        op = by_N1 * self.op * self.slope
-        op_error = by_N1.abs() * (self.op_error * self.slope.abs() + self.op.abs() * (self.flat + 8 * eps * self.slope.abs()))
+        return found | self._gradients(self.op, self.op_error, (self.factor_N * p.upstream.double())[:, None])
 
-        def product(left: Tensor, left_error: Tensor, right: Tensor, deep: int, narrow: torch.dtype) -> Bounded:
-            exact, whole = left @ right, left.abs() @ right.abs()
-            error = left_error @ right.abs() + eps * (8 + deep**0.5) * whole
-            unit = torch.finfo(narrow)
-            return Bounded(
-                exact, self.margin * error + 2 * unit.eps * exact.abs() + 2 * float(unit.smallest_normal) * unit.eps + TINY
-            )
+    def _gradients(self, op: Tensor, op_error: Tensor, by_N1: Tensor) -> dict[str, Bounded]:
+        """Of the head's operands, from `by * op`, the gradient by the final logits, and its error."""
+        p, t, eps, found = self.p, self.p.tensors, self.eps, {}
+        op_error = by_N1.abs() * (op_error * self.slope.abs() + op.abs() * (self.flat + 8 * eps * self.slope.abs()))
+        op = by_N1 * op * self.slope
 
         N, V = op.shape
-        many = len(t["weight"])
-
-        def of_ids(part: Bounded) -> Bounded:
-            return Bounded(*(torch.zeros(many, *x.shape[1:]).double().index_copy(0, self.alive_V, x) for x in part[:2]))
-
-        dhidden = product(op, op_error, self.W_VH, V, p.dtype)
+        dhidden = self._product(op, op_error, self.W_VH, V, p.dtype)
         if "low_rank_A" in t:
             down, up, scale = t["low_rank_A"].double(), t["low_rank_B"].double()[self.alive_V], p.options["scale"]
             low, low_up = t["low_rank_A"].dtype, up.abs() * abs(scale)
-            through = product(op @ up * scale, (op_error + 16 * eps * op.abs()) @ low_up, down, up.shape[1] + V, p.dtype)
+            through = self._product(op @ up * scale, (op_error + 16 * eps * op.abs()) @ low_up, down, up.shape[1] + V, p.dtype)
             more = eps * (8 + V**0.5) * self.margin * (op.abs() @ low_up @ down.abs())
             dhidden = Bounded(dhidden.exact + through.exact, 2 * (dhidden.bound + through.bound) + more)
             rest = eps * (8 + V**0.5) * self.margin * ((op.abs() @ low_up).t() @ self.h_NH.abs())
-            ddown = product((op @ up * scale).t(), (op_error @ low_up).t(), self.h_NH, N, low)
+            ddown = self._product((op @ up * scale).t(), (op_error @ low_up).t(), self.h_NH, N, low)
             found["dlow_rank_A"] = Bounded(ddown.exact, ddown.bound + rest)
             through_N = scale * self.h_NH @ down.t()
-            dup = product(op.t(), op_error.t(), through_N, N, low)
+            dup = self._product(op.t(), op_error.t(), through_N, N, low)
             lost = eps * (8 + self.h_NH.shape[1] ** 0.5) * self.margin * (op.abs().t() @ (self.h_NH.abs() @ down.abs().t()))
-            found["dlow_rank_B"] = of_ids(Bounded(dup.exact, dup.bound + lost * abs(scale)))
+            found["dlow_rank_B"] = self._of_ids(Bounded(dup.exact, dup.bound + lost * abs(scale)))
         positions = t["hidden"].numel() // t["hidden"].shape[-1]
         zero = torch.zeros(positions, t["hidden"].shape[-1]).double()
         spread = [zero.index_copy(0, p.index, part).view(t["hidden"].shape) for part in dhidden[:2]]
         found["dhidden"] = Bounded(*spread)
-        found["dweight"] = of_ids(product(op.t(), op_error.t(), self.h_NH, N, p.dtype))
-        single = product(op.t(), op_error.t(), torch.ones(N, 1).double(), N, torch.float32)
-        found["dbias"] = of_ids(Bounded(*(x[:, 0] for x in single[:2])))
+        found["dweight"] = self._of_ids(self._product(op.t(), op_error.t(), self.h_NH, N, p.dtype))
+        single = self._product(op.t(), op_error.t(), torch.ones(N, 1).double(), N, torch.float32)
+        found["dbias"] = self._of_ids(Bounded(*(x[:, 0] for x in single[:2])))
         return found
+
+    def _product(self, left: Tensor, left_error: Tensor, right: Tensor, deep: int, narrow: torch.dtype) -> Bounded:
+        exact, whole = left @ right, left.abs() @ right.abs()
+        error = left_error @ right.abs() + self.eps * (8 + deep**0.5) * whole
+        unit = torch.finfo(narrow)
+        return Bounded(
+            exact, self.margin * error + 2 * unit.eps * exact.abs() + 2 * float(unit.smallest_normal) * unit.eps + TINY
+        )
+
+    def _of_ids(self, part: Bounded) -> Bounded:
+        many = len(self.p.tensors["weight"])
+        return Bounded(*(torch.zeros(many, *x.shape[1:]).double().index_copy(0, self.alive_V, x) for x in part[:2]))
 
 
 @contextlib.contextmanager

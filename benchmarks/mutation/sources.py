@@ -21,7 +21,13 @@ class Area:
 
 AREAS: Mapping[str, Area] = {
     "noise": Area(("dllm_kernels/noise.py",), ("tests/test_noise.py",)),
-    "masks": Area(("dllm_kernels/masks/*.py",), ("tests/masks", "tests/accumulation/test_block_diffusion.py")),
+    "masks": Area(
+        ("dllm_kernels/masks/*.py",),
+        (
+            *("tests/masks", "tests/accumulation/test_block_diffusion.py", "tests/rollouts/test_trajectories.py"),
+            *("tests/objectives/test_egspo.py", "tests/objectives/test_trace_rl.py"),
+        ),
+    ),
     "head": Area(
         ("dllm_kernels/head/*.py", "dllm_kernels/rows.py", "dllm_kernels/backends/reference.py", "dllm_kernels/backends/cpu.py"),
         ("tests/head", "tests/backends/test_cpu_engine.py"),

@@ -60,10 +60,12 @@ ALGORITHMS: Mapping[str, Sequence[str]] = {
     # on-policy its gradient is BGPO's, so it takes two steps on the rollouts of half as many updates
     "ebpo": ("rl.inner_iterations=2",),
 }
+TWICE = "ebpo, as many rollouts"  # and twice as many steps as the others
 RUNS = (  # how SFT scored, how RL scores, and by which algorithms
     (BLOCKS, BLOCKS, tuple(ALGORITHMS)),
     (NOISY_HISTORY, NOISY_HISTORY, tuple(ALGORITHMS)),
     (BLOCKS, NOISY_HISTORY, ("bgpo",)),  # a rollout's own states have no noise before a block
+    (BLOCKS, BLOCKS, (TWICE,)),
 )
 TEST = "unseen_puzzles"
 CHOSEN = {"trace_rl": 5.0e-5, "bgpo": 5.0e-5, "ebpo": 5.0e-5}  # by `block_rates`
@@ -268,9 +270,11 @@ def train_rl(setup: Setup) -> dict[str, Any]:
 
 
 def run(seed: int, sizes: Sizes, out: Path) -> dict[str, Any]:
-    """All ways of training from one seed, written to `out` after each."""
+    """All ways of training from one seed, written to `out` after each; what RL that file holds already is not done again."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {"seed": seed, "sft": {}, "rl": [], "sizes": {"sft": sizes.sft_steps, "rl": sizes.updates}}
+    if out.is_file():
+        found["rl"] = json.loads(out.read_text())["rl"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder, seed)
@@ -289,7 +293,9 @@ def run(seed: int, sizes: Sizes, out: Path) -> dict[str, Any]:
             print(seed, "sft", scoring, told(found["sft"][scoring]), flush=True)
         for sft, scoring, algorithms in RUNS:
             for algorithm in algorithms:
-                keys = keys_of(algorithm, CHOSEN[algorithm], sizes)
+                if _row(found, sft, scoring, algorithm) is not None:
+                    continue
+                keys = keys_of(algorithm, CHOSEN[algorithm.partition(",")[0]], sizes)
                 setup = setup_of(config_of(folder, seed, sizes, *keys), task, scoring)
                 setup.model.load_state_dict(weights[sft])
                 figures = train_rl(setup) | {"solved": solved(setup)}
@@ -301,9 +307,10 @@ def run(seed: int, sizes: Sizes, out: Path) -> dict[str, Any]:
 
 
 def keys_of(algorithm: str, lr: float, sizes: Sizes) -> list[str]:
-    """What a run of RL adds to the config; as many optimizer steps for all."""
-    keys = [f"rl.algorithm={algorithm}", f"rl.lr={lr}", *ALGORITHMS[algorithm]]
-    return [*keys, f"rl.updates={sizes.updates // 2}"] if "rl.inner_iterations=2" in keys else keys
+    """What a run of RL adds to the config; as many optimizer steps for all but `TWICE`."""
+    name = algorithm.partition(",")[0]
+    keys = [f"rl.algorithm={name}", f"rl.lr={lr}", *ALGORITHMS[name]]
+    return [*keys, f"rl.updates={sizes.updates // 2}"] if algorithm != TWICE and "rl.inner_iterations=2" in keys else keys
 
 
 def told(figures: Mapping[str, Any]) -> str:
@@ -342,7 +349,7 @@ def table(result: Mapping[str, Any]) -> str:
     """
     everyone, lines = result["runs"], []
     order = [(sft, sft, None) for sft in (BLOCKS, NOISY_HISTORY)]
-    order += [(sft, scoring, name) for name in ALGORITHMS for sft, scoring, names in RUNS if name in names]
+    order += [(sft, scoring, name) for name in (*ALGORITHMS, TWICE) for sft, scoring, names in RUNS if name in names]
     for sft, scoring, algorithm in order:
         # of a run that was cut short: what it had ended
         runs = [run for run in everyone if algorithm is None or _row(run, sft, scoring, algorithm) is not None]

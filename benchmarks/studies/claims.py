@@ -2,10 +2,12 @@
 
     python -m benchmarks.studies.claims --out FILE.json                        all; 15 minutes, one core
     python -m benchmarks.studies.claims --claim egspo-steps --out FILE.json    one again, the others stay
+    python -m benchmarks.studies.claims --large --claim dmpo-neg --out FILE.json   sizes that take hours
     python -m benchmarks.studies.claims --tiny --out FILE.json                 checks the experiments
     python benchmarks/documents.py write claims                                the tables of docs/claims.md
 
-The committed FILE.json is benchmarks/results/claims-cpu.json.
+The committed FILE.json is benchmarks/results/claims-cpu.json. A stopped command goes on where it was: the parts
+of gdpo-level, egspo-stepwise, the DMPO claims and rspo-training are kept in runs/claims.jsonl (`--parts`).
 Needs the demo's SFT model, which `dllm-kernels sft` makes in a minute or two, or another `--checkpoint`. What
 is claimed, measured and why it decides stands in the module of the paper. Exit codes: 0 done; 2 bad
 arguments.
@@ -25,7 +27,7 @@ from typing import Any
 
 from benchmarks.report import markdown
 from benchmarks.studies import bgpo, dmpo, egspo, gdpo, rspo
-from benchmarks.studies.common import Claim, Settings
+from benchmarks.studies.common import Claim, Parts, Settings
 
 DEFAULT_CHECKPOINT = "runs/sft/checkpoint_sft"
 CLAIMS: dict[str, Claim] = {claim.name: claim for study in (gdpo, bgpo, egspo, dmpo, rspo) for claim in study.CLAIMS}
@@ -40,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", default=DEFAULT_CHECKPOINT, help=f"a trained model's folder; default {DEFAULT_CHECKPOINT}"
     )
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, on a random model: checks the experiments")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--tiny", action="store_true", help="smallest sizes, on a random model: checks the experiments")
+    sizes.add_argument("--large", action="store_true", help="the sizes that undecided claims need, where there are such")
+    parser.add_argument("--characters", metavar="FOLDER", help="a character model for gdpo-level, see benchmarks/studies/gdpo.py")
+    parser.add_argument("--parts", type=Path, default=Path("runs/claims.jsonl"), metavar="FILE", help="default runs/claims.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     arguments = parser.parse_args(argv)
@@ -77,7 +83,14 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--claim {unknown[0]} is unknown; there are {', '.join(CLAIMS)}")
     out: Path = arguments.out
     result: dict[str, Any] = read(out) if out.exists() else {"schema": 1, "claims": {}}
-    settings = Settings(_checkpoint(arguments.checkpoint, arguments.tiny), arguments.tiny, arguments.seed)
+    settings = Settings(
+        _checkpoint(arguments.checkpoint, arguments.tiny),
+        arguments.tiny,
+        arguments.seed,
+        arguments.large,
+        arguments.characters,
+        Parts(None if arguments.tiny else arguments.parts),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         claim, started = CLAIMS[name], time.perf_counter()
@@ -91,6 +104,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             "checkpoint": settings.checkpoint,
             "seed": settings.seed,
             "tiny": settings.tiny,
+            "large": settings.large,
             "sizes": dict(claim.sizes(settings)),
             "figures": figures,
         }

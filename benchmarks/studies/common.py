@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +37,55 @@ RESULTS = ROOT / "benchmarks" / "results"
 Figures = dict[str, Any]
 
 
+class Parts:
+    """What the parts of experiments found, a line each in a file, so that a stopped run goes on where it was.
+
+    Without a file nothing is kept. A part is known by all that it is a function of; the checkpoint counts by
+    its bytes.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._found: dict[str, Any] = {}
+        if file is not None and file.is_file():
+            # the process that wrote a line without an end was killed
+            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            file.write_text("".join(whole))
+            self._found = {json.dumps(entry["key"]): entry["found"] for entry in map(json.loads, whole)}
+
+    def get(self, settings: Settings, claim: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """What `make()` returns, as JSON gives it back, or what it returned in an earlier run."""
+        about = {"claim": claim, "checkpoint": digest(settings.checkpoint), "tiny": settings.tiny, "seed": settings.seed, **key}
+        name = json.dumps(about)
+        if name not in self._found:
+            found = json.loads(json.dumps(make(), allow_nan=False))
+            if self._file is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with self._file.open("a") as lines:
+                    lines.write(json.dumps({"key": about, "found": found}) + "\n")
+            self._found[name] = found
+        return self._found[name]
+
+
+@functools.lru_cache
+def digest(checkpoint: str | None) -> str | None:
+    if checkpoint is None:
+        return None
+    return hashlib.sha256((Path(checkpoint) / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Settings:
     # a folder; None: the demo's architecture with random weights, as --tiny takes
     checkpoint: str | None = None
     tiny: bool = False
     seed: int = 0
+    large: bool = False  # sizes that take hours
+    characters: str | None = None  # a character model's folder, see gdpo.py
+    parts: Parts = field(default_factory=Parts, compare=False)
+
+    def part(self, claim: str, make: Callable[[], Any], **key: Any) -> Any:
+        return self.parts.get(self, claim, key, make)
 
     @property
     def reward(self) -> str:
@@ -50,13 +95,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tiers:
-    """Sizes of an experiment: the smallest, and those of its figures."""
+    """Sizes of an experiment: the smallest, those of its figures, and those that were found to be needed."""
 
     tiny: Mapping[str, int]
     usual: Mapping[str, int]
+    large: Mapping[str, int] | None = None
 
     def __call__(self, settings: Settings) -> Mapping[str, int]:
-        return self.tiny if settings.tiny else self.usual
+        if settings.tiny:
+            return self.tiny
+        return self.large if settings.large and self.large is not None else self.usual
 
 
 @dataclass(frozen=True)
@@ -120,24 +168,28 @@ class Subject:
 
     def groups(self, prompts: int, size: int, *, model: nn.Module | None = None, greedy: bool = False) -> list[Group]:
         """`size` completions for each of so many unseen prompts, by the demo's sampler at temperature 1."""
-        setup, found = self.setup, []
-        for example in self.examples(prompts):
-            several = [example] * size
-            rollout = generate(
-                model or self.model,
-                setup.codec.prompts(several),
-                seed=self.seed,
-                sequence_ids=noise.sequence_ids([f"claims/{example.id}"] * size, members=range(size)),
-                **setup.generate_options(greedy=greedy),
-            )
-            rewards_B = self.rewards(several, rollout.completion_BL)
-            seen_BT = None
-            if rollout.greedy_BTL is not None:
-                B, T, L = rollout.greedy_BTL.shape
-                seen_BT = self.rewards([example] * (B * T), rollout.greedy_BTL.view(B * T, L)).view(B, T)
-            empty_L = torch.tensor([cell == "0" for cell in example.facts["puzzle"]])
-            found.append(Group(rollout, rewards_B, seen_BT, empty_L))
-        return found
+        return [self.group(example, size, model=model, greedy=greedy) for example in self.examples(prompts)]
+
+    def group(self, example: Example, size: int, *, model: nn.Module | None = None, greedy: bool = False) -> Group:
+        setup, several = self.setup, [example] * size
+        rollout = generate(
+            model or self.model,
+            setup.codec.prompts(several),
+            seed=self.seed,
+            sequence_ids=noise.sequence_ids([f"claims/{example.id}"] * size, members=range(size)),
+            **setup.generate_options(greedy=greedy),
+        )
+        empty_L = torch.tensor([cell == "0" for cell in example.facts["puzzle"]])
+        return self.judged(Group(rollout, torch.empty(0), None, empty_L), example, self.reward)
+
+    def judged(self, group: Group, example: Example, reward: str) -> Group:
+        """The same completions under a reward of that name."""
+        rollout, seen_BT = group.rollout, None
+        rewards_B = self.rewards([example] * len(rollout.completion_BL), rollout.completion_BL, reward)
+        if rollout.greedy_BTL is not None:
+            B, T, L = rollout.greedy_BTL.shape
+            seen_BT = self.rewards([example] * (B * T), rollout.greedy_BTL.view(B * T, L), reward).view(B, T)
+        return replace(group, rewards_B=rewards_B, greedy_rewards_BT=seen_BT)
 
     def with_signal(self, prompts: int, size: int, **options: Any) -> list[Group]:
         """The groups whose rewards differ. Raises ValueError if there are none: nothing could be measured."""
@@ -148,8 +200,8 @@ class Subject:
             )
         return found
 
-    def rewards(self, examples: Sequence[Example], completion_BL: Tensor) -> Tensor:
-        return torch.tensor(self.setup.task.rewards[self.reward](examples, self.setup.codec.texts(completion_BL)))
+    def rewards(self, examples: Sequence[Example], completion_BL: Tensor, reward: str | None = None) -> Tensor:
+        return torch.tensor(self.setup.task.rewards[reward or self.reward](examples, self.setup.codec.texts(completion_BL)))
 
     def plan(self, rollout: Rollout, samples: int, seed: int, law: str = "exact", **options: Any) -> MaskPlan:
         return make_mask_plan(

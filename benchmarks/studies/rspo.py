@@ -49,7 +49,7 @@ RAW, PER_TOKEN = ("GDPO, paper",), ("GDPO, code", "ESPO")  # ratios of ELBOs, an
 COUNTS = (1, 2, 4, 16)  # K
 LAW = {"law": "exact", "pairing": "independent"}  # so that K masks are any K of them
 COLLAPSE = -0.1  # of accuracy
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365}  # 97.5 % quantile by number of seeds
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 16: 2.131}  # 97.5 % quantile by number of seeds
 
 
 gradient_sizes = Tiers(
@@ -176,16 +176,29 @@ def gradient_table(figures: Figures) -> str:
 training_sizes = Tiers(
     tiny={"seeds": 2, "updates": 1, "prompts": 2, "inner": 2, "puzzles": 8},
     usual={"seeds": 4, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512},
+    large={"seeds": 16, "updates": 25, "prompts": 8, "inner": 4, "puzzles": 512},
 )
+CONTESTANTS: dict[str, dict[str, Any]] = {  # options of the objective that a name begins with
+    "RSPO": {},
+    "GDPO, paper": {"mode": "paper"},
+    "GDPO, code": {"mode": "code"},
+    "ESPO": {},
+    "ESPO, beta = 0": {"beta": 0.0},
+}
 
 
 def training(settings: Settings) -> Figures:
     sizes = training_sizes(settings)
-    runs: dict[str, list[Figures]] = {}
-    before: dict[int, float] = {}  # by seed: all start from one checkpoint
-    for name, mode in (("RSPO", {}), ("GDPO, paper", {"mode": "paper"}), ("GDPO, code", {"mode": "code"}), ("ESPO", {})):
-        options = [f"rl.options.{key}={value}" for key, value in mode.items()]
-        runs[name] = [_run(settings, sizes, name.split(",")[0].lower(), seed, options, before) for seed in range(sizes["seeds"])]
+    runs: dict[str, list[Figures]] = {name: [] for name in CONTESTANTS}
+    of_a_run = {key: value for key, value in sizes.items() if key != "seeds"}
+    for seed in range(sizes["seeds"]):  # a stopped experiment has few seeds of all rather than many of some
+        for name, mode in CONTESTANTS.items():
+            options = [f"rl.options.{key}={value}" for key, value in mode.items()]
+
+            def run(name: str = name, options: list[str] = options, seed: int = seed) -> Figures:
+                return _run(settings, sizes, name.split(",")[0].lower(), seed, options)
+
+            runs[name].append(settings.part("rspo-training", run, objective=name, run=seed, **of_a_run))
     ours = torch.tensor([run["gain"] for run in runs["RSPO"]], dtype=torch.float64)
     rows = []
     for name, found in runs.items():
@@ -205,9 +218,7 @@ def training(settings: Settings) -> Figures:
     return {"rows": rows}
 
 
-def _run(
-    settings: Settings, sizes: Mapping[str, int], algorithm: str, seed: int, options: list[str], before: dict[int, float]
-) -> Figures:
+def _run(settings: Settings, sizes: Mapping[str, int], algorithm: str, seed: int, options: list[str]) -> Figures:
     """Accuracy on unseen puzzles before and after; puzzles, noise and data order depend on the seed alone."""
     subject = common.load(
         settings,
@@ -230,8 +241,8 @@ def _run(
         unseen = subject.examples(sizes["puzzles"])
         return float(evaluate(setup, "unseen_puzzles", unseen, setup.config.rollout)["correct"])
 
-    if seed not in before:
-        before[seed] = accuracy()
+    # all contestants start there
+    before = settings.part("rspo-training", accuracy, before=setup.config.seed, puzzles=sizes["puzzles"])
     stopped = ""
     figures: list[dict[str, float]] = []
     try:
@@ -242,8 +253,8 @@ def _run(
     ratios = [f["largest_ratio"] for f in figures if "largest_ratio" in f]
     clipped = [f["clip_fraction"] for f in figures if "clip_fraction" in f]
     return {
-        "before": before[seed],
-        "gain": after - before[seed],
+        "before": before,
+        "gain": after - before,
         "stopped": stopped,
         "largest ratio": max(ratios, default=1.0),
         "clipped": sum(clipped) / max(1, len(clipped)),

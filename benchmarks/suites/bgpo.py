@@ -7,6 +7,9 @@ published laws the largest of more samples is larger).
 
     ours         `accumulate`: one sample at a time; in one pass for BGPO, after a pass of scores for the
                  others
+    ours (fits)  the others: in the micro-batch that `fit_passes` finds for the bytes that autograd saves in the
+                 full graph
+    ours (half)  for half of these bytes; the note says of both what fits, and whether in one pass or two
     ours (loop)  BGPO: `bgpo_loss` in a loop written by hand
     full graph   pure PyTorch as the published sequence-level trainers (d1, GDPO, ESPO) score: logits of every
                  position, the graphs of all samples alive until one backward; the losses of BGPO, GDPO and
@@ -29,7 +32,8 @@ from benchmarks.registry import EUROBERT, Case, Contestant, Result, Row, Setting
 from benchmarks.suites import step_published
 from benchmarks.suites.elbo import TINY, accumulated, against, double, make_data
 from benchmarks.suites.step_inputs import Lesson
-from dllm_kernels import MaskPlan, bgpo_loss, headless
+from dllm_kernels import MaskPlan, bgpo_loss, fit_passes, headless
+from dllm_kernels.accumulation.fitting import Saved
 from dllm_kernels.accumulation.objective import Batch, Objective
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.objectives import RECIPES
@@ -124,6 +128,20 @@ def _our_update(x: Update) -> Work:
     return accumulated(x.model, x.lesson.plan, x.objective, x.lesson.batch, note)
 
 
+def _fitted(x: Update, *, part: int) -> Work:
+    """The micro-batch that fits a part of what autograd saves in the full graph."""
+    saved = Saved()
+    with saved.counted():
+        _graph(x)()
+    budget = saved.bytes(x.model) // part
+    del saved
+    fit = fit_passes(x.model, x.lesson.plan, x.objective, x.lesson.batch, memory_budget=budget)
+    cut = {"samples_per_pass": fit.samples_per_pass, "sequences_per_pass": fit.sequences_per_pass}
+    note = f"{budget >> 20} MiB fit {fit.samples_per_pass} samples of {fit.sequences_per_pass} sequences: "
+    note += "one pass" if fit.passes == 1 else "two passes"
+    return accumulated(x.model, x.lesson.plan, x.objective, x.lesson.batch, note, **cut)
+
+
 def _loop(x: Update) -> Work:
     plan, batch, K = x.lesson.plan, x.lesson.batch, x.lesson.plan.shape[0]
     old_BK, advantages_B = batch.per_sample["old_sample_elbo"], batch.per_sequence["advantages"]
@@ -169,7 +187,12 @@ OF_BGPO = (
     Contestant("ours (loop)", "ours", _loop),
     Contestant("full graph", "peer", _full_graph),
 )
-OF_COUPLED = (OF_BGPO[0], OF_BGPO[2])
+OF_COUPLED = (
+    OF_BGPO[0],
+    Contestant("ours (fits)", "ours", functools.partial(_fitted, part=1)),
+    Contestant("ours (half)", "ours", functools.partial(_fitted, part=2)),
+    OF_BGPO[2],
+)
 
 # LLaDA-8B in bf16 with the paper's 512-token responses (ALGORITHMS.md section 5; prompt of 512 assumed)
 PAPER = {"V": 126464, "S": 1024, "L": 512, "H": 4096}

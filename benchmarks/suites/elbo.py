@@ -60,10 +60,10 @@ def double(x: Any) -> Any:
     return replace(x, model=copy.deepcopy(x.model).double())
 
 
-def accumulated(model: nn.Module, plan: MaskPlan, objective: Objective, batch: Batch, note: str) -> Work:
+def accumulated(model: nn.Module, plan: MaskPlan, objective: Objective, batch: Batch, note: str, **cut: int) -> Work:
     def run() -> Result:
         model.zero_grad(set_to_none=True)
-        done = accumulate(model, plan, objective, batch)
+        done = accumulate(model, plan, objective, batch, **cut)
         work.flops = float(done.flops)
         return {"loss": done.loss} | registry.gradients(model)
 

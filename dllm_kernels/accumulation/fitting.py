@@ -140,7 +140,7 @@ class _Sizes:
             wants_gradient=True,
             device=self.body.parameter.device,
         )
-        return max(0, cost.peak_bytes - V * H * 4 * trains)
+        return max(0, cost.peak_bytes - (V * H * self.body.weight.dtype.itemsize + cost.weight_sum_bytes) * trains)
 
     def saved(self, samples: int) -> int:
         """Of one sequence, at least, where that is above the budget. Samples of a plan without blocks are sequences too."""
@@ -183,7 +183,7 @@ class _Sizes:
             chosen = Selection(cut.noisy_ids.view(K * B, S), kwargs, cut.rows.index, cut.rows.target)
         else:
             chosen = next(iter(make_cuts(cut, Batch(), kwargs, samples, 1))).select()
-        saved, device = _Saved(), self.body.parameter.device
+        saved, device = Saved(), self.body.parameter.device
         rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # for a model with dropout
         with torch.enable_grad(), rng, saved.counted():
             hidden = chosen.hidden(self.body)
@@ -199,7 +199,7 @@ class _Sizes:
         return int(most)
 
 
-class _Saved:
+class Saved:
     """Storages that autograd saves, held here so that none is taken for another."""
 
     def __init__(self) -> None:

@@ -8,9 +8,11 @@ The number of passes over the model follows from what the coefficients `d loss /
     batch                   everything, on all ranks: two passes, one where a single micro-batch holds it
 
 With two passes, the first scores all rows without a gradient, autograd on these small vectors gives the
-coefficients, and the second runs forward and backward sample by sample. Both must agree, so active dropout is
-refused. Whatever has no gradient skips the model: sequences whose `scale` is 0, samples without a scored
-token, and rows whose coefficient is 0. Loss and gradient do not change; the ELBOs of skipped samples are NaN.
+coefficients, and the second runs forward and backward sample by sample. Where nothing of the head trains, the
+first keeps the vectors that the coefficients multiply, up to 256 MiB of them, and the second does without the
+head. Both must agree, so active dropout is refused. Whatever has no gradient skips the model: sequences whose
+`scale` is 0, samples without a scored token, and rows whose coefficient is 0. Loss and gradient do not change;
+the ELBOs of skipped samples are NaN.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ def accumulate(
         reduce_last: with FSDP2, reduce gradients in this call's last backward only: less communication, but
             all unsharded gradients in memory.
 
+    dW of a head that nothing wraps and no hook looks at is added up in its `.grad`, or for one of 16 bits in one fp32 buffer that
+    is rounded into `.grad` at the end; other parameters get theirs as autograd delivers it.
     Gradients are summed over the ranks of a wrapper, not averaged: the denominator counts them all. Nothing else divides: not
     accelerate's `gradient_accumulation_steps`; under a GradScaler pass `denominator / scaler.get_scale()`.
     Under DistributedDataParallel backwards run without its hooks, however many each rank needs, and what they added to `.grad`
@@ -147,6 +151,8 @@ def accumulate(
                     block_loss, block_elbo_BK = passes.once(block, coupling)
                 loss = loss + block_loss
                 elbo_BK[place] = block_elbo_BK
+            if passes.weight_sum is not None:
+                passes.weight_sum.finish()
             if shards is not None and shards.unreduced:  # no cut of the last pass had a gradient
                 shards.reduce_gradients(now=True)
                 body.idle(1, {}, backward=True)

@@ -13,8 +13,14 @@ from dllm_kernels.accumulation.micro_batches import Cut, Cuts, Selection, in_ste
 from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.accumulation.report import Meter
 from dllm_kernels.backends.contract import HeadOptions
+from dllm_kernels.head import plans
 from dllm_kernels.head.scoring import Scores, score
+from dllm_kernels.head.unit_vectors import UnitVectors, unit_vectors
+from dllm_kernels.head.weight_sum import WeightSum
 from dllm_kernels.model.headless import Body
+from dllm_kernels.model.wrappers import Wrapper
+
+Vectors = dict[tuple[int, int], UnitVectors]  # by the keys of cuts
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -29,6 +35,7 @@ class Passes:
         self.meter = Meter(body)
         self.last = False  # whether the next pass with gradients is the last one
         self.dtype = statistics_dtype(body.parameter)
+        self.weight_sum = _weight_sum(body)
 
     # --- one pass, or two -----------------------------------------------------------------------------------
 
@@ -69,10 +76,10 @@ class Passes:
     def twice(self, cuts: Cuts) -> tuple[Tensor, Tensor]:
         """The same where coefficients depend on all rows, whose log-probs are kept between two passes."""
         elbo_BK = self._elbos(cuts)
-        logps = {}
+        logps, vectors = {}, self._vectors(cuts)
         for cut in in_step(cuts, self.body, _has_rows):
             if len(cut.plan.rows):
-                logps[cut.key] = logp_N = self._score(cut)
+                logps[cut.key] = logp_N = self._score(cut, vectors)
                 elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
         dense_KBS = _dense(cuts, logps, self.dtype)
         loss, gradient_N = elbo_BK.new_zeros(()), elbo_BK.new_zeros(0)
@@ -88,17 +95,17 @@ class Passes:
 
         for cut in self._learning(cuts, lambda cut: self._any_row(cut, lambda: coefficients(cut) != 0)):
             if cut.key in logps:
-                self._learn(cut, coefficients(cut))
+                self._learn(cut, coefficients(cut), vectors)
         return loss.detach(), elbo_BK
 
     def by_numbers(self, cuts: Cuts, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
         """The same where one number per sequence determines the coefficients, all that ranks exchange."""
-        elbo_BK, reduce = self._elbos(cuts), self.objective.reduce
+        elbo_BK, reduce, vectors = self._elbos(cuts), self.objective.reduce, self._vectors(cuts)
         assert reduce is not None
         numbers_B = torch.zeros(len(elbo_BK), dtype=torch.float64, device=elbo_BK.device)
         for cut in in_step(cuts, self.body, _has_rows):
             if len(cut.plan.rows):
-                logp_N = self._score(cut)
+                logp_N = self._score(cut, vectors)
                 elbo_BK[cut.sequences, cut.samples] = cut.plan.elbo(logp_N)
                 numbers_B[cut.sequences] += reduce(logp_N.double(), cut.plan)
         loss, gradient_B = ranks.couple(self.objective, numbers_B, cuts.plan, cuts.batch, group)
@@ -112,7 +119,7 @@ class Passes:
 
         for cut in self._learning(cuts, lambda cut: self._any_row(cut, lambda: coefficients(cut) != 0)):
             if len(cut.plan.rows):
-                self._learn(cut, coefficients(cut))
+                self._learn(cut, coefficients(cut), vectors)
         return loss / self.denominator, elbo_BK
 
     # --- ranks in step --------------------------------------------------------------------------------------
@@ -127,23 +134,43 @@ class Passes:
 
     # --- one cut --------------------------------------------------------------------------------------------
 
-    def _score(self, cut: Cut) -> Tensor:
+    def _vectors(self, cuts: Cuts) -> Vectors | None:
+        """Where the first of two passes keeps the vectors that coefficients multiply in the second, whose head has nothing left
+        to do then; None where something of the head trains, or they take more than a stored operand may.
+        """
+        plan, parameter = cuts.plan, self.body.parameter
+        trains = any(p is not None and p.requires_grad for p in self.body.whole.parameters.values())
+        size = int(plan.counts.sum()) * parameter.shape[1] * parameter.element_size()
+        kept = not trains and plan.block_BS is None and self.head_options.low_rank is None and size <= plans.KEEP_BYTES
+        return {} if kept else None
+
+    def _score(self, cut: Cut, vectors: Vectors | None) -> Tensor:
         """Log-probs of a cut's rows without a gradient."""
         with torch.no_grad():
             chosen = cut.select()
             hidden = chosen.hidden(self.body)
+            if vectors is not None:
+                found = unit_vectors(hidden, self.body.weight, chosen.target_M, chosen.index_M, self.head_options)
+                vectors[cut.key] = found
+                self.meter.ran(chosen.ids.numel(), len(chosen.index_M), "unit", backward=False)
+                return found.logp
             scores = score(hidden, self.body.weight, chosen.target_M, chosen.index_M, self.head_options)
         self.meter.ran(chosen.ids.numel(), len(chosen.index_M), "forward", backward=False)
         assert scores.logp is not None
         return chosen.spread(scores.logp)
 
-    def _learn(self, cut: Cut, coef_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _learn(self, cut: Cut, coef_N: Tensor, vectors: Vectors | None = None) -> tuple[Tensor, Tensor]:
         """Add the gradient for given coefficients: (log-probs, 0 for skipped rows; which rows ran)."""
         keep_N = coef_N != 0
         if not bool(keep_N.any()):
             return torch.zeros_like(coef_N, dtype=self.dtype), keep_N
         chosen = cut.select(keep_N)
         hidden = chosen.hidden(self.body)
+        if vectors is not None:
+            known = vectors[cut.key]
+            hidden.backward(known.gradient(coef_N, keep_N, chosen.index_M, hidden.shape))
+            self.meter.ran(chosen.ids.numel(), 0, "unit", backward=True)
+            return known.logp, keep_N
         coef_M = chosen.merged(coef_N[keep_N].to(statistics_dtype(hidden)))
         scores = self._scored(hidden, chosen, coef=coef_M)
         assert scores.weighted_sum is not None
@@ -171,8 +198,8 @@ class Passes:
     def _scored(self, hidden: Tensor, chosen: Selection, coef: Tensor | None = None) -> Scores:
         """The rows with a gradient; that of a sharded head's weight is added up where the head is gathered."""
         body = self.body
-        rows = chosen.target_M, chosen.index_M
-        return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=body.take_dweight)
+        rows, taker = (chosen.target_M, chosen.index_M), self.weight_sum or body.take_dweight
+        return score(hidden, body.weight, *rows, self.head_options, coef=coef, take_dweight=taker)
 
     def _weighed(self, cut: Cut) -> Tensor:
         """bool `[N]`: rows of samples with a nonzero weight, all where samples are coupled, as the others depend on them;
@@ -198,6 +225,13 @@ class Passes:
     def _elbos(self, cuts: Cuts) -> Tensor:
         K, B, _ = cuts.plan.shape
         return torch.zeros(B, K, dtype=torch.float64, device=cuts.plan.input_ids_BS.device)
+
+
+def _weight_sum(body: Body) -> WeightSum | None:
+    """Of the head's weight; None where it does not train, or somebody else looks at what autograd delivers."""
+    parameter = body.parameter
+    plain = type(body.wrapper) is Wrapper and parameter.is_leaf and not parameter._backward_hooks
+    return WeightSum(parameter) if plain and parameter.requires_grad else None
 
 
 def _has_rows(cut: Cut) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ VECTORS = ("unit", "dhidden", "entropy_unit")  # [N, H]
 LOW = "low_"  # before a vector's name: what the adapter's operand of the rows gets, in the statistics' dtype
 
 WeightGradient = Callable[[Tensor], None]  # takes the weight's gradient, in fp32 where the weight has 16 bits
+_Run = TypeVar("_Run", bound=Callable[..., dict[str, Tensor]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +244,27 @@ def allocate(problem: HeadProblem, outputs: Collection[str]) -> dict[str, Tensor
 def empty_operand(like: Tensor, rows: int, vocabulary: int) -> Tensor:
     """A kept operand `[N, V]`, which lies in memory as `[V, N]` on every backend: the products of backward read it so."""
     return like.new_empty(vocabulary, rows).t()
+
+
+def rounded_once(run: _Run) -> _Run:
+    """A backend's `run` or `from_operands` that adds the weight's gradient up in the statistics' dtype, for a `dweight_VH` of
+    16 bits too (with `overwrite` then): it is rounded into that once, from a buffer beside it."""
+
+    @functools.wraps(run)
+    def called(problem: HeadProblem, *more: Any, dweight_VH: Tensor | None = None, **named: Any) -> dict[str, Tensor]:
+        if dweight_VH is None or dweight_VH.dtype == problem.statistics_dtype:
+            return run(problem, *more, dweight_VH=dweight_VH, **named)
+        sums_VH = torch.empty(dweight_VH.shape, dtype=problem.statistics_dtype, device=dweight_VH.device)
+        result = run(problem, *more, dweight_VH=sums_VH, **named)
+        dweight_VH.copy_(sums_VH)
+        return result
+
+    return cast(_Run, called)
+
+
+def weight_sum_bytes(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, *, stored: bool = False) -> int:
+    """What `rounded_once` takes beside a weight's gradient. `stored`: with `from_operands`."""
+    return 4 * vocabulary * hidden_size if dtype.itemsize == 2 else 0
 
 
 def zero(*buffers: Tensor | None) -> None:

@@ -21,7 +21,18 @@ from torch import Tensor
 from dllm_kernels.backends import contract, reference
 from dllm_kernels.backends.contract import BEST, LOW, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
 
-__all__ = ["NAME", "available", "check", "from_operands", "isa", "run", "sample", "why_unavailable", "workspace_bytes"]
+__all__ = [
+    "NAME",
+    "available",
+    "check",
+    "from_operands",
+    "isa",
+    "run",
+    "sample",
+    "weight_sum_bytes",
+    "why_unavailable",
+    "workspace_bytes",
+]
 
 NAME = "cpu"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -118,6 +129,7 @@ def _gradients(
         ),
         (_address(result.get("operand")), _address(result.get("entropy_operand"))),
         _address(dweight_VH),
+        dweight_VH is not None and dweight_VH.dtype != torch.float32,
         0 if dweight_VH is None else dweight_VH.stride(0),
         _address(dbias_V),
         _address(dlow_VR),
@@ -309,3 +321,10 @@ def workspace_bytes(
             WORKSPACE_BYTES["cpu"],
         )
     )
+
+
+def weight_sum_bytes(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, *, stored: bool = False) -> int:
+    """Bytes in which a 16-bit weight's gradient is added up beside itself: none where one chunk holds all rows."""
+    if _C is None or dtype not in _TYPES:
+        return contract.weight_sum_bytes(rows, hidden_size, vocabulary, dtype, stored=stored)
+    return int(_C.sum_bytes(rows, vocabulary, hidden_size, _TYPES[dtype], stored, 0 if stored else WORKSPACE_BYTES["cpu"]))

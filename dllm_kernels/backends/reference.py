@@ -27,6 +27,7 @@ from dllm_kernels.backends.contract import (
     allocate,
     check,
     chunk_rows,
+    rounded_once,
     zero,
 )
 from dllm_kernels.backends.targets import best_of, target_gradient
@@ -247,6 +248,7 @@ def _add_head_gradient(
             dbias_V += operand_NV.sum(0)
 
 
+@rounded_once
 @torch.no_grad()
 def run(
     problem: HeadProblem,
@@ -267,9 +269,9 @@ def run(
     sum of `coef * unit + entropy_coef * entropy_unit`). The last five come in the dtype of `hidden`.
     With an adapter, `low_rank`, each of these vectors comes with a second, `[N, R]`: what the adapter's operand of the row gets.
     `dweight_VH`, `dbias_V`, `dlow_VR` (of the adapter's B): buffers in the statistics' dtype to which the coefficients'
-    gradients are added; with
-    `overwrite` their old content is not read and they hold the gradients alone. With several targets `coef_N` and `own_NM`
-    are those of `targets.py`, and no `unit` is made.
+    gradients are added; with `overwrite` their old content is not read and they hold the gradients alone, and `dweight_VH` may
+    have the weight's 16 bits: it is rounded once, from sums in fp32. With several targets `coef_N` and `own_NM` are those of
+    `targets.py`, and no `unit` is made.
     """
     p = problem
     dtype, device, rows = p.statistics_dtype, p.hidden_MH.device, p.rows
@@ -330,6 +332,7 @@ def run(
     return result
 
 
+@rounded_once
 @torch.no_grad()
 def from_operands(
     problem: HeadProblem,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from dllm_kernels.backends.contract import HeadProblem, WeightGradient
 from dllm_kernels.head import forward_backward, ops, plans
 from dllm_kernels.head.forward_backward import Arrived, Gradients, Needs
+from dllm_kernels.head.weight_sum import WeightSum
 
 
 class Score(torch.autograd.Function):
@@ -29,11 +30,12 @@ class Score(torch.autograd.Function):
         plan: str,
         coef_N: Tensor | None,
         entropy_coef_N: Tensor | None,
-        take_dweight: WeightGradient | None,
+        take_dweight: WeightGradient | WeightSum | None,
     ) -> tuple[Tensor | None, ...]:
         hidden_, weight_, bias_, low_hidden_, low_weight_ = ctx.needs_input_grad[:5]
         needs = Needs(hidden_, weight_, bias_, low_hidden_, low_weight_, take_dweight is not None)
-        result = forward_backward.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N)
+        weight_sum = take_dweight if isinstance(take_dweight, WeightSum) else None
+        result = forward_backward.forward(problem, outputs, plan, needs, coef_N, entropy_coef_N, weight_sum)
         # what autograd saves it guards against changes in place; `unit` and `coef` need no operand again
         operands = (hidden, weight, bias, low_hidden, low_weight) if plan in plans.REREAD else ()
         ctx.save_for_backward(*result.stored, *problem.of_rows(), *operands)
@@ -57,7 +59,7 @@ def _backward(ctx: Any, dsum: Tensor | None, *upstream: Tensor | None) -> tuple[
     if all(gradient is None for gradient in arrived):  # autograd may pass no gradient at all
         return (None,) * 11
     dhidden, dweight, *more = _gradients(ctx, arrived, *ctx.saved_tensors)
-    if ctx.take_dweight is not None and dweight is not None:
+    if dweight is not None and ctx.take_dweight is not None and not isinstance(ctx.take_dweight, WeightSum):
         ctx.take_dweight(dweight)
         dweight = None
     return dhidden, dweight, *more, None, None, None, None, None, None
@@ -70,6 +72,7 @@ def _gradients(ctx: Any, arrived: Arrived, *saved: Any) -> Gradients:
     """Through the op where something looks on: a FlopCounterMode entered after the forward pass counts what backward runs."""
     stored, of_rows, operands = saved[:5], saved[5:8], saved[8:]
     problem = ctx.problem.with_tensors(of_rows, *operands)
-    if ops.observed(*arrived):
+    weight_sum = ctx.take_dweight if isinstance(ctx.take_dweight, WeightSum) else None
+    if weight_sum is None and ops.observed(*arrived):
         return ops.run_backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands)
-    return forward_backward.backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived)
+    return forward_backward.backward(problem, ctx.plan, ctx.shape, stored, ctx.needs, arrived, weight_sum)

@@ -11,7 +11,7 @@ are those of `score_tokens` by who knows the coefficients of the rows, and when:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -131,25 +131,41 @@ def backward(
 
 def divergence_problem(problem: HeadProblem, teacher: Teacher) -> DivergenceProblem:
     """Both heads' chosen rows, in the dtypes in which they are multiplied."""
-    p, dtype = problem, problem.statistics_dtype
-    limit = p.options.valid_vocab
-    vocabulary = len(p.weight_VH) if limit is None else limit
-    kept = tuple(token for token in p.options.suppress if token < vocabulary)
-    options = replace(p.options, suppress=kept, valid_vocab=None)
-
-    def side(pairs: Sequence[tuple[Tensor, Tensor]], options: HeadOptions) -> Side:
-        made = []
-        for rows_MK, weight_VK in pairs:
-            rows_NK = rows_MK if p.index_N is None else rows_MK[p.index_N]
-            product = walk.product_dtype(weight_VK, dtype) if rows_NK.dtype == weight_VK.dtype else dtype
-            made.append(Pair(rows_NK.to(product), weight_VK))
-        bias = options.bias
-        return Side(tuple(made), replace(options, bias=None if bias is None else bias.detach().to(dtype)))
-
-    mine = [(p.hidden_MH.detach(), p.weight_VH.detach()), *([] if p.low_rank is None else [p.low_rank])]
+    vocabulary, options = walked(problem)
     other = flat(teacher.hidden).detach(), teacher.weight.detach()
     of_teacher = replace(options, bias=teacher.bias, softcap=teacher.softcap)
-    return DivergenceProblem(side(mine, options), side([other], of_teacher), teacher.kind, teacher.beta, dtype, vocabulary)
+    sides = side(problem, head_pairs(problem), options), side(problem, [other], of_teacher)
+    return DivergenceProblem(*sides, teacher.kind, teacher.beta, problem.statistics_dtype, vocabulary)
+
+
+def walked(problem: HeadProblem) -> tuple[int, HeadOptions]:
+    """How many ids a walk over slabs goes through, the rest having no probability, and the options within them."""
+    limit, options = problem.options.valid_vocab, problem.options
+    vocabulary = len(problem.weight_VH) if limit is None else limit
+    kept = tuple(token for token in options.suppress if token < vocabulary)
+    return vocabulary, replace(options, suppress=kept, valid_vocab=None)
+
+
+def head_pairs(problem: HeadProblem) -> list[tuple[Tensor, Tensor]]:
+    """All rows and the weight, then an adapter's."""
+    p = problem
+    return [(p.hidden_MH.detach(), p.weight_VH.detach()), *([] if p.low_rank is None else [p.low_rank])]
+
+
+def side(
+    problem: HeadProblem,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    options: HeadOptions,
+    product_dtype: Callable[[Tensor, torch.dtype], torch.dtype] = walk.product_dtype,
+) -> Side:
+    """A head on the problem's rows, in the dtypes in which they are multiplied."""
+    dtype, made = problem.statistics_dtype, []
+    for rows_MK, weight_VK in pairs:
+        rows_NK = rows_MK if problem.index_N is None else rows_MK[problem.index_N]
+        product = product_dtype(weight_VK, dtype) if rows_NK.dtype == weight_VK.dtype else dtype
+        made.append(Pair(rows_NK.to(product), weight_VK))
+    bias = options.bias
+    return Side(tuple(made), replace(options, bias=None if bias is None else bias.detach().to(dtype)))
 
 
 def _buffers(problem: HeadProblem, needs: Needs) -> Buffers:

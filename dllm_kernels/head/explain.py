@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
-from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low
+from dllm_kernels.backends.contract import NO_LOW, STATISTICS, HeadOptions, Low, weight_sum_bytes
 from dllm_kernels.backends.divergence.problem import KINDS
 from dllm_kernels.backends.triton import roofline
 from dllm_kernels.head import distil, plans, several
 from dllm_kernels.head.distil import Teacher
 from dllm_kernels.head.distil_cost import Sizes
+from dllm_kernels.head.expectation import Wants
+from dllm_kernels.head.expectation_cost import Sizes as ExpectationSizes
+from dllm_kernels.head.expected_embedding import check_embedding
 from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments
 
@@ -44,6 +47,7 @@ class Cost:
     output_bytes: int
     peak_bytes: int  # the most that lives at one time, gradients and outputs included
     phases: tuple[roofline.Phase, ...]  # of the call on a GPU
+    weight_sum_bytes: int = 0  # fp32 in which a 16-bit weight's gradient is added up, where it is not rounded at once
 
     @property
     def intensity(self) -> float:
@@ -115,6 +119,8 @@ def explain(
     teacher_size: int | None = None,
     kind: str = "forward_kl",
     reduction: str = "mean",
+    embedding: Tensor | None = None,
+    embedding_size: int | None = None,
 ) -> Cost:
     """Which plan `score_tokens` takes, why, and what it costs. Nothing runs and no value is read.
 
@@ -126,6 +132,9 @@ def explain(
 
     With `teacher_hidden` and `teacher_weight`, in place of a target, or with the width `teacher_size` beside numbers, it is
     `distillation_loss` that is explained, of that `kind` and `reduction`; a product with the teacher's head has its own width.
+
+    With `embedding`, in place of a target (of a tied one the weight itself), or with its width `embedding_size` beside numbers,
+    it is `expected_embedding`, where with numbers `trainable_head` means weight and embedding.
 
     Raises ValueError or TypeError as `score_tokens` does, and for a plan that cannot run.
 
@@ -141,14 +150,21 @@ def explain(
         >>> cost = explain(rows=256, hidden_size=1024, vocabulary=126464, trainable_head=True, teacher_size=4096, kind="jsd")
         >>> cost.plan, cost.forward_gemms, cost.backward_gemms
         ('coef', 4, 0)
+        >>> cost = explain(rows=256, hidden_size=2816, vocabulary=262144, embedding_size=2816, dtype=torch.bfloat16)
+        >>> cost.plan, cost.forward_gemms, cost.backward_gemms
+        ('recompute', 2, 3)
     """
     checks.names("want", want, STATISTICS)
     distils = teacher_hidden is not None or teacher_weight is not None or teacher_size is not None
+    expects = embedding is not None or embedding_size is not None
     if distils:
         checks.choice("kind", kind, KINDS)
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if distils or expects:
+        if distils and expects:
+            raise TypeError("a teacher and an embedding are of two calls, got both")
         if plan is not None or ids is not None or want_top:
-            raise TypeError("plan, ids and want_top go with a target, got a teacher")
+            raise TypeError(f"plan, ids and want_top go with a target, got {'a teacher' if distils else 'an embedding'}")
     R, need_down, need_up = 0, False, False
     if hidden is None and weight is None and target is None:
         for name, given in (("rows", rows), ("ids", ids)):
@@ -165,15 +181,18 @@ def explain(
             raise TypeError("low_rank goes with hidden, weight and target, got numbers instead")
         if distils:
             K, teacher_dtype = checks.count("teacher_size", teacher_size), dtype
-    elif hidden is None or weight is None or (target is ids is None and not want_top and not distils):
+        if expects:
+            D, embedding_dtype, need_embedding = checks.count("embedding_size", embedding_size), dtype, need_weight
+    elif hidden is None or weight is None or (target is ids is None and not (want_top or distils or expects)):
         raise TypeError("explain takes hidden, weight and target together, or none of them and numbers instead")
     else:
+        tied = weight
         hidden, weight = autocast_operands(hidden, weight)
         if isinstance(rows, int) or isinstance(ids, int):
             raise TypeError("rows and ids must be tensors where hidden is one, got int")
         options = HeadOptions(bias, softcap, temperature, suppress, valid_vocab, low_rank)
         N = hidden.numel() // max(1, hidden.shape[-1]) if rows is None else rows.numel()
-        if not distils:
+        if not (distils or expects):
             N = several.check(hidden, target, ids, rows)
         check_arguments(hidden, weight, rows, N, options)
         (V, H), dtype, T = weight.shape, hidden.dtype, (target is not None) + (0 if ids is None else ids.shape[1])
@@ -193,9 +212,24 @@ def explain(
             other = autocast_operands(teacher_hidden, teacher_weight)
             distil.check_teacher(hidden, weight, Teacher(*other, None, None, kind, 0.5), valid_vocab)
             K, teacher_dtype = other[0].shape[-1], other[0].dtype
+        if expects:
+            if embedding is None:
+                raise TypeError("embedding_size goes with numbers, got it beside hidden and weight: give the embedding")
+            D, embedding_dtype, need_embedding = H, None, False
+            if embedding is not tied:
+                embedding = autocast_operands(hidden, embedding)[1]
+                check_embedding(hidden, weight, embedding)
+                D, embedding_dtype, need_embedding = embedding.shape[1], embedding.dtype, grad and embedding.requires_grad
 
+    needs = Needs(need_hidden, need_weight, need_bias, bool(R) and (need_hidden or need_down), need_up)
+    if expects:
+        where, low_dtype = torch.device(device), None if low_rank is None else low_rank[1].dtype
+        counts, all_needs = (N, M, H, D, R, V, valid_vocab or V), Wants(needs, need_embedding)
+        of_call = ExpectationSizes(*counts, dtype, embedding_dtype, low_dtype, all_needs, indexed, where)
+        found = of_call.cost("reference" if dtype == torch.float64 else backends.for_device(where).NAME)
+        found["flops"] += 2 * (1 + need_hidden + need_down) * M * H * R  # of s h A^T and its gradients
+        return Cost(**found)
     if distils:
-        needs = Needs(need_hidden, need_weight, need_bias, bool(R) and (need_hidden or need_down), need_up)
         trains = need_weight or need_bias or need_up
         chosen = distil.choose(need_hidden or need_down or trains, trains, reduction != "none")
         where, low_dtype = torch.device(device), None if low_rank is None else low_rank[1].dtype
@@ -236,8 +270,10 @@ def explain(
     outputs = N * sum(8 if name == "top_id" else statistic * (T if name == "logp" else 1) for name in named)
     outputs += N * want_top * (8 + statistic)
     compact, scattered = need_rows * N * (H * item + R * statistic), need_hidden * M * H * item
-    head, head_buffer = need_weight * V * H * item, need_weight * V * H * statistic
-    casting = head if item != statistic else 0
+    head, casting = need_weight * V * H * item, 0
+    sum_bytes = getattr(backend, "weight_sum_bytes", weight_sum_bytes)
+    sums = sum_bytes(N, H, V, dtype, stored=chosen == "keep") if need_weight else 0
+    head_buffer = head + sums
     gradients = scattered + head + need_bias * V * item
     if low_rank is not None:  # the operand of the rows and its gradient, which hidden's gradient is then added to
         gradients += sum(need * x.numel() * x.element_size() for need, x in zip((need_down, need_up), low_rank[:2]))
@@ -287,4 +323,5 @@ def explain(
         phases=roofline.phases(
             chosen, N, H, V, item, dhidden=need_rows, dweight=need_weight, vectors=vectors, rank=R, dlow=need_up
         ),
+        weight_sum_bytes=sums,
     )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import backends, checks
-from dllm_kernels.backends import targets
+from dllm_kernels.backends import contract, targets
 from dllm_kernels.backends.contract import LOW, HeadProblem
 from dllm_kernels.head import plans
 from dllm_kernels.head.options import check_finite, check_temperature, device_type
+from dllm_kernels.head.weight_sum import WeightSum
 
 _T = TypeVar("_T")
 _ROWS_AT_ONCE = 1024  # of stored 16-bit vectors, multiplied in fp32
@@ -96,8 +97,12 @@ def forward(
     needs: Needs,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
+    weight_sum: WeightSum | None = None,
 ) -> Result:
-    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef"."""
+    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef".
+
+    weight_sum: what the plan "coef" adds the weight's gradient to; it is not stored then.
+    """
     backend = backends.select(problem)
     _check_values(backend, problem, coef_N, entropy_coef_N)
     if plan != "coef":
@@ -130,7 +135,7 @@ def forward(
     if entropy_coef_N is not None:
         wanted.add("entropy")
         entropy_coef_N = entropy_coef_N.to(dtype)
-    dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
+    dweight_VH, dbias_V, dlow_VR, overwrite = _buffers(problem, needs, weight_sum)
     vectors = backend.run(
         problem,
         wanted,
@@ -140,7 +145,7 @@ def forward(
         dbias_V=dbias_V,
         dlow_VR=dlow_VR,
         own_NM=own_NM,
-        overwrite=True,
+        overwrite=overwrite,
     )
     check_finite(vectors["lse"], problem)
     weighted_sum = vectors["lse"].new_zeros(())
@@ -148,7 +153,7 @@ def forward(
         weighted_sum = torch.dot(coef_N.flatten(), vectors["logp"].masked_fill(coef_N == 0, 0.0).flatten())
     if entropy_coef_N is not None:
         weighted_sum += torch.dot(entropy_coef_N, vectors["entropy"])
-    finished = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
+    finished = _finished(problem, dweight_VH, dbias_V, dlow_VR, weight_sum)
     return Result(vectors, weighted_sum, (vectors.pop("dhidden", None), *finished, vectors.pop(LOW + "dhidden", None)))
 
 
@@ -174,9 +179,17 @@ Gradients = tuple[Tensor | None, ...]  # of hidden, weight and bias, and of the 
 
 @_outside_autocast
 def backward(
-    problem: HeadProblem, plan: str, shape: Sequence[int], stored: Sequence[Tensor | None], needs: Needs, arrived: Arrived
+    problem: HeadProblem,
+    plan: str,
+    shape: Sequence[int],
+    stored: Sequence[Tensor | None],
+    needs: Needs,
+    arrived: Arrived,
+    weight_sum: WeightSum | None = None,
 ) -> Gradients:
     """The five gradients from what `forward` stored and what arrives upstream, which is not nothing.
+
+    The weight's is None where it was added to a `weight_sum`.
 
     `shape` is hidden's. The problem's operands are read for
     the plans "keep" and "recompute" alone. A result may be a stored tensor itself, where the upstream gradient is 1.
@@ -185,6 +198,7 @@ def backward(
     if dsum is not None:
         # out of place, so that a second backward finds what the first one found; by 1, no copy
         factor = None if dsum.is_cpu and float(dsum) == 1.0 else dsum
+        assert weight_sum is None or factor is None or not dsum.is_cpu
         rows_NH, dweight, dbias, dlow_weight, low_NR = [g if g is None or factor is None else g * factor for g in stored]
         dhidden, dlow_hidden = _scattered(rows_NH, low_NR, problem.index_N, shape, needs)
         return dhidden, dweight, dbias, dlow_hidden, dlow_weight
@@ -196,7 +210,7 @@ def backward(
         )
         return dhidden, None, None, dlow_hidden, None
 
-    dweight_VH, dbias_V, dlow_VR = _buffers(problem, needs)
+    dweight_VH, dbias_V, dlow_VR, overwrite = _buffers(problem, needs, weight_sum)
     index_N = problem.index_N
     if plan == "keep":
         given_NM = None
@@ -210,14 +224,14 @@ def backward(
             dbias_V=dbias_V,
             dlow_VR=dlow_VR,
             given_NM=given_NM,
-            overwrite=True,
+            overwrite=overwrite,
         )
     else:
         if problem.best:  # what the forward pass found are targets like others now
             problem, arrived = _with_found(problem, stored[2], arrived)
-        result, index_N = _recompute(problem, arrived, needs, dweight_VH, dbias_V, dlow_VR)
+        result, index_N = _recompute(problem, arrived, needs, dweight_VH, dbias_V, dlow_VR, overwrite)
     dhidden, dlow_hidden = _scattered(result.get("dhidden"), result.get(LOW + "dhidden"), index_N, shape, needs)
-    dweight, dbias, dlow_weight = _finished(problem, needs, dweight_VH, dbias_V, dlow_VR)
+    dweight, dbias, dlow_weight = _finished(problem, dweight_VH, dbias_V, dlow_VR, weight_sum)
     return dhidden, dweight, dbias, dlow_hidden, dlow_weight
 
 
@@ -371,23 +385,39 @@ def _pairs(stored: Sequence[Tensor | None], dlogp_N: Tensor | None, dentropy_N: 
     return [(s, c) for s, c in zip(stored, (dlogp_N, dentropy_N), strict=True) if s is not None and c is not None]
 
 
-def _buffers(problem: HeadProblem, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Uninitialised gradient buffers of weight, bias and the adapter's B."""
+def _buffers(
+    problem: HeadProblem, needs: Needs, weight_sum: WeightSum | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+    """Gradient buffers of weight, bias and the adapter's B, and whether they are to be overwritten.
+
+    The weight's is in its own dtype, into which a backend rounds by itself, unless it is wanted as it was added up.
+    """
     like, dtype, low = problem.weight_VH, problem.statistics_dtype, problem.low_rank
-    return (
-        torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None,
-        torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None,
-        torch.empty(low.weight_VR.shape, dtype=dtype, device=like.device) if low and needs.low_weight else None,
-    )
+    dbias_V = torch.empty(like.shape[0], dtype=dtype, device=like.device) if needs.bias else None
+    dlow_VR = torch.empty(low.weight_VR.shape, dtype=dtype, device=like.device) if low and needs.low_weight else None
+    if not needs.weight:
+        return None, dbias_V, dlow_VR, True
+    if weight_sum is None:
+        kind = dtype if needs.wide else like.dtype
+        return torch.empty_like(like, dtype=kind, memory_format=torch.contiguous_format), dbias_V, dlow_VR, True
+    if weight_sum.written:
+        contract.zero(dbias_V, dlow_VR)
+    return weight_sum.tensor, dbias_V, dlow_VR, not weight_sum.written
 
 
 def _finished(
-    problem: HeadProblem, needs: Needs, dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None
+    problem: HeadProblem,
+    dweight_VH: Tensor | None,
+    dbias_V: Tensor | None,
+    dlow_VR: Tensor | None,
+    weight_sum: WeightSum | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The buffers in the dtypes of weight, bias and B, unless the weight's is wanted as it is."""
-    dweight = dweight_VH if needs.wide else _cast(dweight_VH, problem.weight_VH)
+    """What is handed on of the buffers: the weight's unless it was a sum, those of bias and B in their dtypes."""
+    if weight_sum is not None and dweight_VH is not None:
+        weight_sum.added()
+        dweight_VH = None
     low = problem.low_rank
-    return dweight, _cast(dbias_V, problem.options.bias), None if low is None else _cast(dlow_VR, low.weight_VR)
+    return dweight_VH, _cast(dbias_V, problem.options.bias), None if low is None else _cast(dlow_VR, low.weight_VR)
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -442,6 +472,7 @@ def _recompute(
     dweight_VH: Tensor | None,
     dbias_V: Tensor | None,
     dlow_VR: Tensor | None,
+    overwrite: bool,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Gradients from a second pass over the rows whose coefficients are not 0, and the flat indices of these rows."""
     keep_N = plans.live_rows(arrived.logp, arrived.entropy, arrived.lse)
@@ -462,6 +493,6 @@ def _recompute(
         dbias_V=dbias_V,
         dlow_VR=dlow_VR,
         own_NM=own_NM,
-        overwrite=True,
+        overwrite=overwrite,
     )
     return result, problem.index_N

@@ -27,6 +27,7 @@ from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
 from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
+from dllm_kernels.head.weight_sum import WeightSum
 from dllm_kernels.rows import Rows
 
 _FIELDS = ("logp", "entropy", "lse", "top_logp", "top_id")  # in the order of `Scores`
@@ -138,12 +139,12 @@ def score(
     entropy_coef: Tensor | None = None,
     want: Sequence[str] = ("logp",),
     plan: str | None = None,
-    take_dweight: WeightGradient | None = None,
+    take_dweight: WeightGradient | WeightSum | None = None,
     ids: Tensor | None = None,
     want_top: int = 0,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Scores:
-    """`score_tokens` with its options in one piece."""
+    """`score_tokens` with its options in one piece; `take_dweight` may be a sum that the weight's gradient is added to."""
     if vocab_group is not None:
         if take_dweight is not None:
             raise ValueError("take_dweight must be None with vocab_group: each rank's gradient is its own")
@@ -197,6 +198,8 @@ def score(
         if wants_gradient or known:
             if wants_gradient and (hidden.is_inference() or weight.is_inference()):
                 raise ValueError("hidden and weight must not come from torch.inference_mode() where a gradient is wanted")
+            if isinstance(take_dweight, WeightSum) and not take_dweight.takes(problem.statistics_dtype):
+                take_dweight = None
             weighted_sum, *vectors = Score.apply(
                 hidden, weight, bias, *pair, problem, outputs, chosen, coef, entropy_coef, take_dweight
             )

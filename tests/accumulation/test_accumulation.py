@@ -1,11 +1,12 @@
 """`accumulate` gives the full graph's gradient for every coupling, however the work is cut."""
 
+import gc
 import math
 
 import pytest
 import torch
 
-from dllm_kernels import accumulate, headless, make_mask_plan
+from dllm_kernels import Rows, accumulate, head_backward, headless, make_mask_plan
 from dllm_kernels.accumulation.scores import score_samples
 from dllm_kernels.head import plans
 from dllm_kernels.objectives import BGPO, Batch, Objective, bgpo, gdpo, gdpo_objective
@@ -450,3 +451,74 @@ def test_a_sample_without_weight_still_counts_for_those_it_is_coupled_with(coupl
         report, got = run(model, plan, objective, batch, samples_per_pass=samples)
         assert float(report.loss) == pytest.approx(float(want_loss), rel=1e-10)
         assert worst_gradient_error(got, want) < 1e-10
+
+
+# --- where the head's gradient is added up ----------------------------------------------------------------------------
+
+
+def float_sums(model, plan):
+    """dW of BGPO on-policy, from the same hidden states, added up in fp32 by `head_backward`, sample by sample."""
+    model.zero_grad()
+    sums, K = torch.zeros_like(model.lm_head.weight, dtype=torch.float32), len(plan.sample_K)
+    coefficients = (ADVANTAGES / K / len(ADVANTAGES)).float()
+    with torch.no_grad(), headless(model) as body:
+        for k in range(K):
+            cut = plan.cut(samples=slice(k, k + 1))
+            hidden, rows = body(cut.noisy_ids), cut.rows
+            coef_N = -coefficients[rows.sequence] * rows.weight
+            head_backward(hidden, body.weight, Rows(rows.index, rows.target), coef_N, dweight_out=sums)
+    return sums
+
+
+def test_the_gradient_of_a_16_bit_head_is_rounded_once_for_64_samples():
+    model, plan = eurobert(dtype=torch.bfloat16), plan_of(64)
+    _, got = run(model, plan, BGPO, Batch({"advantages": ADVANTAGES}))
+    want = float_sums(model, plan)
+    error = (got["lm_head.weight"].float() - want).norm() / want.norm()
+    assert error < 2**-9, "64 roundings instead of one"
+
+
+def test_hooks_on_the_head_s_weight_see_what_autograd_delivers():
+    model, plan = eurobert(), plan_of(4)
+    batch, seen = Batch({"advantages": ADVANTAGES}), []
+    _, want = run(model, plan, BGPO, batch)
+    handle = model.lm_head.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    _, got = run(model, plan, BGPO, batch)
+    handle.remove()
+    assert len(seen) == 4
+    assert worst_gradient_error({"w": sum(seen)}, {"w": want["lm_head.weight"]}) < 1e-12
+    assert worst_gradient_error(got, want) < 1e-12
+
+
+def test_no_second_gradient_of_the_head_is_made():
+    """What lives at the end of each backward: one `[V, H]` beside the weight."""
+    model, plan = eurobert(vocab=977, dtype=torch.float32), plan_of(3)
+    most = 0
+
+    def count(*_):
+        nonlocal most
+        shape = model.lm_head.weight.shape
+        alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.shape == shape]
+        most = max(most, len({x.untyped_storage().data_ptr() for x in alive}))
+
+    handle = model.model.layers[0].register_full_backward_hook(count)
+    run(model, plan, BGPO, Batch({"advantages": ADVANTAGES}))
+    handle.remove()
+    assert most == 3, "weight, its gradient, and the input embedding, which has its shape"
+
+
+@pytest.mark.parametrize("objective", [RATIO, CENTRED], ids=lambda o: o.name)
+def test_a_frozen_head_s_vectors_are_kept_between_two_passes(objective, monkeypatch):
+    """The second pass then has no product of the head; without room for them it has two."""
+    model, plan = eurobert(), plan_of(4)
+    head = model.lm_head.weight.requires_grad_(False)
+    batch = batch_of(objective, model, plan)
+    kept, got = run(model, plan, objective, batch, denominator=3.0)
+    monkeypatch.setattr(plans, "KEEP_BYTES", 0)
+    made_again, want = run(model, plan, objective, batch, denominator=3.0)
+    assert kept.passes == made_again.passes == 2
+    assert worst_gradient_error(got, want) < 1e-12
+    assert kept.rows == len(plan.rows)
+    late = made_again.rows - kept.rows  # with a coefficient
+    assert late == len(plan.rows) or objective is RATIO
+    assert made_again.flops - kept.flops == 2 * (2 * late - kept.rows) * head.numel()

@@ -250,6 +250,25 @@ def test_a_step_is_what_a_state_of_a_block_decides(model):
     assert float(objective.contributions(logp, plan, moved)) == pytest.approx(want)
 
 
+def test_merged_steps_are_of_one_block_and_told_by_their_last(model):
+    plan, (_, _, _, step_map_BS) = plan_of(model, "trace", shrink=2), sequences(int(model.config.vocab_size))
+    K, B, S = plan.shape
+    rank_BS = torch.full((B, S), -1)
+    for b, block in {(b, j) for b, blocks in enumerate(plan.block_BS.tolist()) for j in blocks}:
+        own_S = (plan.block_BS[b] == block) & plan.completion_mask_BS[b]
+        for rank, step in enumerate(step_map_BS[b, own_S].unique()):
+            rank_BS[b, own_S & (step_map_BS[b] == step)] = rank // 2
+    assert int(rank_BS.max()) + 1 == K
+    for k in range(K):
+        assert torch.equal(plan.scored[k], rank_BS == k)
+        assert torch.equal(plan.masked[k], rank_BS >= k) if k else torch.equal(plan.masked[0], plan.completion_mask_BS)
+    rows = plan.rows
+    for n, (b, k, state) in enumerate(zip(rows.sequence.tolist(), rows.sample.tolist(), rows.state.tolist(), strict=True)):
+        block = plan.block_BS[b, rows.index[n] % S]
+        merged_S = (plan.block_BS[b] == block) & (rank_BS[b] == k)
+        assert state == int(step_map_BS[b, merged_S].max())
+
+
 def test_the_bound_of_a_sequence_does_not_depend_on_its_batch_its_padding_or_the_pass(model):
     vocabulary = int(model.config.vocab_size)
     ids, completion, real, _ = sequences(vocabulary)

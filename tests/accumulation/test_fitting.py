@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_kernels import accumulate, fit_passes, headless, make_mask_plan
-from dllm_kernels.accumulation.fitting import _Saved
+from dllm_kernels.accumulation.fitting import Saved
 from dllm_kernels.objectives import BGPO, GDPO, RSPO, Batch
 from tests.accumulation.runs import run
 from tests.accumulation.test_accumulation import ADVANTAGES, CENTRED, RATIO, batch_of, old_scores, plan_of
@@ -16,7 +16,7 @@ from tests.tiny import eurobert, worst_gradient_error
 def really_saved(model, plan, samples, sequences) -> int:
     """Bytes of a forward of the first cut, by hooks around the whole call."""
     cut = plan.cut(samples=slice(0, samples), sequences=slice(0, sequences))
-    saved = _Saved()
+    saved = Saved()
     with headless(model) as body, saved.counted():
         kept = body(cut.noisy_ids.flatten(0, 1))
     del kept
@@ -40,7 +40,7 @@ def test_padding_of_any_sequence_is_counted():
     found, real = [], []
     for shown in (mask, torch.ones_like(mask)):
         found.append(fit_passes(model, plan, BGPO, memory_budget=1 << 30, model_kwargs={"attention_mask": shown}).saved_bytes)
-        saved = _Saved()
+        saved = Saved()
         with headless(model) as body, saved.counted():
             body(plan.noisy_ids, attention_mask=shown)
         real.append(saved.bytes(model))

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "divergence.h"
+#include "expectation.h"
 
 #if defined(__has_feature)
 #if __has_feature(memory_sanitizer)
@@ -98,7 +99,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
 
   dllm::HeadProblem late = p;  // vectors and operands for coefficients to come
   late.gradient = true;
-  late.out = {{vector0.data, vector1.data}, {low0.data, low1.data}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
+  late.out = {{vector0.data, vector1.data}, {low0.data, low1.data}, {operand0.data, operand1.data}, nullptr, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, late, N);
   for (const Array<float>* x : {&low0, &low1}) x->written();
   for (const Array<char>* x : {&vector0, &vector1, &operand0, &operand1}) x->written();
@@ -107,10 +108,21 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   known.gradient = true;
   known.coef = coef.data;
   known.entropy_coef = options ? entropy_coef.data : nullptr;
-  known.out = {{vector0.data, nullptr}, {low0.data, nullptr}, {nullptr, nullptr}, dweight.data, dbias.data, H, type, true, into_dlow, R};
+  known.out = {{vector0.data, nullptr}, {low0.data, nullptr}, {nullptr, nullptr}, dweight.data, nullptr, dbias.data, H, type, true, into_dlow, R};
   run(engine, known, 32);
   for (const Array<float>* x : {&dweight, &dbias, &dlow, &low0}) x->written();
   vector0.written();
+  if (type != Type::f32) {  // the weight's gradient rounded: with one chunk from the tiles alone, with several from sums
+    Array<char> rounded(V * H * width), of_one(V * H * width);
+    dllm::HeadProblem narrow = known;
+    narrow.out.rounded = rounded.data;
+    run(engine, narrow, 32);
+    rounded.written();
+    narrow.out.rounded = of_one.data;
+    narrow.out.dweight = nullptr;
+    run(engine, narrow, N);
+    of_one.written();
+  }
 
   dllm::HeadProblem kept{};  // from stored operands
   static_cast<dllm::Operands&>(kept) = p;
@@ -152,7 +164,7 @@ int calls(const dllm::Engine& engine, Type type, int64_t N, int64_t H, int64_t V
   for (const Array<float>* x : {&ids_logp, &best_logp}) x->written();
   best_id.written();
   scored.gradient = true;
-  scored.out = {{nullptr, nullptr}, {nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, 0, type, true, nullptr, 0};
+  scored.out = {{nullptr, nullptr}, {nullptr, nullptr}, {operand0.data, operand1.data}, nullptr, nullptr, nullptr, 0, type, true, nullptr, 0};
   run(engine, scored, 32);
   for (const Array<char>* x : {&operand0, &operand1}) x->written();
   dllm::HeadProblem weighed = with_ids(known, own.data, nullptr);
@@ -204,21 +216,57 @@ int divergences(const dllm::Divergence& divergence, int64_t N, int64_t V, bool o
   return made;
 }
 
+// The passes over a slab of logits: two slabs after each other, results in memory of their own and in place.
+int expectations(const dllm::Expectation& expectation, int64_t N, int64_t V, bool options) {
+  const auto together = [](auto body) { dllm::Team::run(1, [&](dllm::Team& team, int) { body(team); }); };
+  const int64_t parts = 2;
+  Array<float> top(N), scale(N), part_top(parts * N), of_rows(4 * N);
+  Array<double> sum(N), part_sum(parts * N);
+  for (int64_t i = 0; i < N; ++i) {
+    top.data[i] = -__builtin_inff();
+    sum.data[i] = 0;
+  }
+  for (int64_t i = 0; i < 4 * N; ++i) of_rows.data[i] = 1.5f + number();
+  for (int slab = 0; slab < 2; ++slab) {
+    Array<float> z(V * N), out(V * N), pull(V * N), p(V * N);
+    for (int64_t i = 0; i < V * N; ++i) {
+      z.data[i] = options && i / N % 5 == 4 ? -__builtin_inff() : 3 * number();
+      pull.data[i] = number();
+    }
+    const dllm::Softened softened{z.data, out.data, V, N, top.data, sum.data, scale.data, parts, part_top.data, part_sum.data};
+    together([&](dllm::Team& team) { expectation.soften(softened, team); });
+    for (const Array<float>* x : {&top, &scale, &out}) x->written();
+    sum.written();
+    const float *const inverse = of_rows.data, *const mean = inverse + N, *const factor = mean + N, *const squeeze = factor + N;
+    dllm::Pulled pulled{z.data, pull.data, V, N, top.data, inverse, mean, factor, options ? squeeze : nullptr, p.data, out.data};
+    together([&](dllm::Team& team) { expectation.pull(pulled, team); });
+    p.written();
+    out.written();
+    pulled.p = z.data;
+    pulled.out = pull.data;
+    if (slab) pulled.pull = nullptr;
+    together([&](dllm::Team& team) { expectation.pull(pulled, team); });
+    z.written();
+  }
+  return 6;
+}
+
 }  // namespace
 
 int main() {
   struct Named {
     const dllm::Engine* engine;
     const dllm::Divergence* divergence;
+    const dllm::Expectation* expectation;
     bool pairs, here;
   };
-  std::vector<Named> engines = {{&dllm::baseline::engine, &dllm::baseline::divergence, false, true}};
+  std::vector<Named> engines = {{&dllm::baseline::engine, &dllm::baseline::divergence, &dllm::baseline::expectation, false, true}};
 #if defined(__x86_64__)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  engines.push_back({&dllm::avx2::engine, &dllm::avx2::divergence, false, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
-  engines.push_back({&dllm::avx512::engine, &dllm::avx512::divergence, false, avx512});
-  engines.push_back({&dllm::avx512bf16_emulated::engine, nullptr, true, avx512});
+  engines.push_back({&dllm::avx2::engine, &dllm::avx2::divergence, &dllm::avx2::expectation, false, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  engines.push_back({&dllm::avx512::engine, &dllm::avx512::divergence, &dllm::avx512::expectation, false, avx512});
+  engines.push_back({&dllm::avx512bf16_emulated::engine, nullptr, nullptr, true, avx512});
 #endif
   int made = 0;
   for (const Named& e : engines)
@@ -233,6 +281,6 @@ int main() {
     for (int64_t N : {1, 3, 16, 33, 300})
       for (int64_t V : {1, 6, 33, 470})
         for (bool options : {false, true})
-          if (e.here && e.divergence) made += divergences(*e.divergence, N, V, options);
+          if (e.here && e.divergence) made += divergences(*e.divergence, N, V, options) + expectations(*e.expectation, N, V, options);
   std::printf("%d calls\n", made);
 }

@@ -20,6 +20,7 @@ from benchmarks.fuzzing import problems
 from benchmarks.fuzzing.guards import Guarded
 from benchmarks.fuzzing.truth import Truth
 from dllm_kernels.backends import cpu
+from dllm_kernels.backends.expectation import engine, walk
 from tests import oracle
 from tests.tiny import relative_error
 
@@ -84,6 +85,43 @@ def test_the_truth_is_that_of_plain_autograd():
         compared += 1
     assert compared > 10
     assert several
+
+
+DEFECTS = {
+    "what was added up before a larger logit counts as much as after": (
+        engine,
+        "soften",
+        lambda right: lambda *given: torch.ones_like(right(*given)),
+        "value",
+    ),
+    "the mean is not subtracted": (
+        engine,
+        "pull",
+        lambda right: (
+            lambda z, pull, top, inverse, of_rows, *out: right(
+                z, pull, top, inverse, of_rows and of_rows._replace(mean_N=0 * of_rows.mean_N), *out
+            )
+        ),
+        "dhidden",
+    ),
+    "ids without probability are multiplied": (
+        walk._Walker,
+        "_excluded",
+        lambda right: lambda walker, span: False,
+        "value",
+    ),
+}
+
+
+def test_nothing_is_wrong_with_soft_embeddings_and_defects_in_them_are_found(monkeypatch):
+    best = cpu._C.supported_isas()[:1]
+    wrong = [fuzz.judged(5, number, best, "expectation")["wrong"] for number in range(60)]
+    assert not any(wrong)
+    for where, name, change, word in DEFECTS.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, change(getattr(where, name)))
+            wrong = [fuzz.judged(5, number, best, "expectation")["wrong"] for number in range(60)]
+        assert word in str(wrong)
 
 
 def _touch(at_end: bool, beside: bool) -> None:

@@ -137,7 +137,8 @@ def test_list_names_cases_and_absent_peers(capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["--suite", "heads"],
-            "--suite must be one of head, distillation, elbo, bgpo, entropy, rollout, step, accuracy, variance, got 'heads'",
+            "--suite must be one of head, distillation, expectation, elbo, bgpo, entropy, rollout, step, accuracy, variance, "
+            "got 'heads'",
         ),
         (["--full", "--tiny"], "--full and --tiny exclude each other"),
         (["--suite", "head", "--peers", "ligre"], "--peers must name one of"),

@@ -15,6 +15,7 @@ PUBLIC = {
     ("dllm_kernels/head/sampling.py", "sample_tokens"),
     ("dllm_kernels/head/explain.py", "explain"),
     ("dllm_kernels/head/distillation.py", "distillation_loss"),
+    ("dllm_kernels/head/expected_embedding.py", "expected_embedding"),
     ("dllm_kernels/losses.py", "elbo_loss"),
     ("dllm_kernels/losses.py", "bgpo_loss"),
 }

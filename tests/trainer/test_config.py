@@ -127,6 +127,8 @@ def test_every_option_of_every_sampler_has_a_key_and_reaches_it() -> None:
         ("rollout.temperature=0", r"rollout\.temperature must be above 0 for reinforcement learning"),
         ("rl.updates", r"an override has the form key=value .*, got 'rl\.updates'"),
         ("rl.updates=[1", r"config is not readable"),
+        ("sft.schedule_options=[]", r"^sft\.schedule_options is a mapping of names to values, got the list \[\]$"),
+        ("sft.betas={}", r"^sft\.betas is a single value or a list, got the mapping \{\}$"),
         ("rl.updates=${nothing}", r"config is not readable"),
     ],
 )

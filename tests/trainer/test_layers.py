@@ -17,3 +17,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_and_free_sections_take_any()
         reject_unknown([mapping("a: {xx: 1}", "x")], ["a", "a.x"])
     with pytest.raises(ConfigError, match=r"a is a section and takes keys such as a.x, got 3"):
         reject_unknown([mapping("a: 3", "x")], ["a", "a.x"])
+    with pytest.raises(ConfigError, match=r"^free is a mapping of names to values, got the list \[3\]$"):
+        reject_unknown([mapping("free: [3]", "x")], ["free", "free.*"])
+    with pytest.raises(ConfigError, match=r"^a is a single value or a list, got the mapping \{\}$"):
+        reject_unknown([mapping("a: {}", "x")], ["a"])

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,17 @@ def test_a_rank_that_stands_still_ends_the_other_in_time_and_is_named(victim: in
     assert run.process.returncode in (1, 137), output
     assert f"dllm-kernels: rank {victim} has not answered for 5 s, so the run ends; the last saved state is kept" in output
     assert "Traceback" not in output
+
+
+def test_a_store_that_does_not_answer_ends_the_run_too() -> None:
+    """Without a launcher rank 0 keeps the store; if it is stopped, nobody's calls of the store come back."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
+        code = "import time; from dllm_trainer import distributed, watch; "
+        code += "watch.Watch(distributed.Ranks(rank=1, size=3), 2.0); time.sleep(60)"
+        ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 1
+    assert "dllm-kernels: rank 0, or whoever keeps the ranks' store, has not answered for 2 s, so the run ends" in ended.stderr
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -1,26 +1,26 @@
-"""`dllm-kernels compare`: algorithms from one checkpoint at equal model forwards, over seeds; a table and a plot of rewards.
+"""`dllm-kernels compare`: algorithms from one checkpoint at equal model forwards, each at a learning rate chosen for it.
 
 A forward is one sequence through a model once: rollouts, old and reference scores and gradients all count (`forward_counts.py`).
-The budget is given, or is what the first algorithm's configured updates cost. What an update of each algorithm costs is
-measured on its first two, from the checkpoint; its number of updates is the budget over that, at least 1. Later updates may
-drop more or fewer rollouts than these: where that takes an algorithm off the budget by more than 3 %, its runs are made once more
-with as many updates as their true cost allows. The table tells the forwards that were really made.
+For every algorithm there are
 
-Every run is a process of its own, so that its peak memory is its own, and `jobs` of them go at once. A run that a guard stops
-(a collapsed policy, a loss that is not finite) is a row like any other: it is evaluated with the weights it had then.
+    sweep   a run at each of the learning rates with a quarter of the forwards and seed 0, which answers the first
+            `evaluation.probe_examples` examples of the first test set. The rate with most right answers at the rollout's
+            temperature is taken; of equal ones the lowest; one whose run failed never.
+    final   runs with seeds 1, 2, ... at that rate with all forwards, which answer the other examples of that test set; the
+            checkpoint answers them too, with the same seeds.
+
+Every run is a cell, see `compare_cells.py`; the same command goes on where it was stopped, and with more seeds, rates or
+algorithms it runs what is missing. The report says what still is.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 import multiprocessing
-import shutil
-import statistics
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -29,84 +29,104 @@ from rich.console import Console
 
 from dllm_kernels.objectives import RECIPES
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig
 from ..distributed import Ranks
-from ..errors import GuardError, Stopped, UserError, telling_of_algorithms
+from ..errors import UserError, telling_of_algorithms
+from ..models.loading import check_place
 from ..records.environment import environment
 from ..records.plots import draw_rewards
-from ..records.report import markdown_table
 from ..records.run_dir import RunDir
 from ..tasks import make_task
-from ..train.optimization import make_optimizer
-from ..train.rl import rl_updates
-from ..train.run import Run, is_finished, prepare
+from ..train.foreign_code import announce_code
+from ..train.run import prepare
+from . import compare_cells
+from .compare_cells import CHECKPOINT, Cell, CellFile, Entry, overrides, run_cell, split
+from .compare_report import chosen, curves, describe, missing
 
 Configure = Callable[[list[str]], RunConfig]
 
-PILOT = 2  # updates that tell what one costs
-OFF_BUDGET = 0.03
-COUNTS = ("forwards", "backwards", "flops")
-STOPPED = "stopped.json"  # of a run that a guard ended
-_HEADINGS = ("algorithm", "updates", "SFT (%)", "+ RL (%)", "gain", "forwards", "backwards", "TFLOP", "seconds", "peak MB")
+SWEEP_SHARE = 4  # a sweep's run has so many times fewer forwards
 
 
 def compare_algorithms(
-    configure: Configure, algorithms: str, seeds: int, forwards: int | None, out: Path, console: Console, *, jobs: int = 1
-) -> list[dict[str, Any]]:
-    """Runs what is missing of `out/ALGORITHM/seed-N`, then writes compare.json, compare.md and rewards.png into `out`.
+    configure: Configure,
+    algorithms: str,
+    seeds: int,
+    forwards: int | None,
+    out: Path,
+    console: Console,
+    *,
+    rates: str | None = None,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Runs the cells that `out` lacks, then writes compare.json, compare.md and rewards.png into it.
 
     Args:
         configure: a config of RL from the checkpoint, with further overrides. algorithms: names, comma-separated, or "all".
-        seeds: runs of each algorithm, with seeds 0, 1, ... forwards: the budget of a run. jobs: runs at once.
+        seeds: final runs of each algorithm. forwards: of a final run; None: those of the rollouts of `rl.updates` updates.
+        rates: learning rates, comma-separated, one for no sweep; None: a third of `rl.lr`, itself, three times it.
+        jobs: cells at once.
 
-    Returns the rows of the table. A run that was stopped goes on where it was; one that is finished is not repeated. Raises
-    UserError for unknown names, and where `out` holds a comparison under another config.
+    Returns what compare.json holds. Raises UserError for unknown names and rates, where `out` holds a comparison under other
+    settings, and where processes ended without a result: the same command makes these cells again.
     """
     names = _names(algorithms)
     if forwards is not None and forwards < 1:
         raise UserError(f"--forwards must be at least 1, got {forwards}")
-    configs = {name: configure([f"rl.algorithm={name}"]) for name in names}
-    if not all(config.rl.updates for config in configs.values()):
-        raise UserError("rl.updates must be at least 1 for a comparison, got 0: the checkpoint's run made none; set rl.updates")
-    base = configs[names[0]]
-    if not make_task(base.task, seed=base.task_seed).tests:
-        raise UserError("compare needs a task with a test set: held-out accuracy is what it compares")
+    base = configure([f"rl.algorithm={names[0]}"])
+    for name in names:
+        if not configure([f"rl.algorithm={name}"]).rl.updates:
+            raise UserError(
+                "rl.updates must be at least 1 for a comparison, got 0: the checkpoint's run made none; set rl.updates"
+            )
+    grid = _rates(rates, base.rl.lr)
+    announce_code(base)
+    budget, examples = _sizes(base, forwards)
     out.mkdir(parents=True, exist_ok=True)
-    budget, costs = _plan(configs, forwards, out, console)
-    while True:
-        updates = {name: max(1, round(budget / costs[name])) for name in names}
-        runs: dict[str, list[RunConfig]] = {name: [] for name in names}
-        for name in names:
-            for seed in range(seeds):
-                # other data would have tests among what the checkpoint was trained on
-                keys = [f"rl.algorithm={name}", f"seed={seed}", f"data_seed={base.task_seed}", f"rl.updates={updates[name]}"]
-                runs[name].append(configure([*keys, f"out={json.dumps(str(out / name / f'seed-{seed}'))}"]))
-        first, *others = names
-        _run_all(runs[first], jobs, console)
-        for config, known in [(own, runs[first][seed]) for name in others for seed, own in enumerate(runs[name])]:
-            _share_baseline(known, config)
-        _run_all([config for name in others for config in runs[name]], jobs, console)
-        if not _correct_costs(runs, costs, out, console):
-            break
-    rows = [_row(name, updates[name], [out / name / f"seed-{seed}" for seed in range(seeds)]) for name in names]
-    files = RunDir(out)
-    result = {
-        "budget": budget,
-        "jobs": jobs,
-        "task": base.task.kind,
-        "checkpoint": base.model.checkpoint,
-        "temperature": base.rollout.temperature,
-        "algorithms": rows,
-        "environment": environment(),
-        "config": base.to_yaml(),
-    }
-    files.write_json("compare.json", result)
+    folder = RunDir(out)
+    folder.lock()
+    try:
+        settings: dict[str, Any] = {
+            "task": base.task.kind,
+            "checkpoint": base.model.checkpoint,
+            "temperature": base.rollout.temperature,
+            "budget": budget,
+            "sweep_budget": max(1, budget // SWEEP_SHARE),
+            **examples,
+            "config": _shared(configure([])),
+        }
+        _keep_settings(folder, settings)
+        cells, finals, told = CellFile(out), range(1, seeds + 1), environment()
+
+        def report() -> dict[str, Any]:
+            found = {"rates": grid, "seeds": list(finals), "environment": told, "cells": list(cells.found.values())}
+            result = {**settings, "algorithms": names, **found}
+            folder.write_json("compare.json", result)
+            folder.write_text("compare.md", describe(result))
+            return result
+
+        def run(wanted: Iterable[Cell]) -> None:
+            pending = [cell for cell in wanted if cell not in cells.found]
+            configs = {cell: configure(overrides(cell, base.task_seed)) for cell in pending}
+            budgets = {cell: settings["sweep_budget"] if cell.of_sweep else budget for cell in pending}
+            _run_all(configs, budgets, cells, jobs, console, report)
+
+        if len(grid) > 1:
+            run(Cell("sweep", name, rate, 0) for name in names for rate in grid)
+        run(Cell("checkpoint", CHECKPOINT, None, seed) for seed in finals)
+        found = list(cells.found.values())
+        best = {name: grid[0] if len(grid) == 1 else chosen(found, name, grid) for name in names}
+        run(Cell("final", name, rate, seed) for seed in finals for name, rate in best.items() if rate is not None)
+        result = report()
+        if drawn := curves(result):
+            draw_rewards(drawn, out / "rewards.png")
+    finally:
+        folder.close()
     text = describe(result)
-    files.write_text("compare.md", text)
-    records = {name: [RunDir(out / name / f"seed-{seed}").metrics() for seed in range(seeds)] for name in names}
-    draw_rewards(records, out / "rewards.png")
     console.print(text, highlight=False, soft_wrap=True, markup=False)
-    return rows
+    if lacking := missing(result):
+        raise UserError(f"{len(lacking)} cells ended without a result, {lacking[0]} first; the same command makes them again")
+    return result
 
 
 @telling_of_algorithms()
@@ -121,201 +141,103 @@ def _names(algorithms: str) -> list[str]:
     return names
 
 
-def _plan(configs: dict[str, RunConfig], forwards: int | None, out: Path, console: Console) -> tuple[int, dict[str, float]]:
-    """The budget and what an update of each algorithm costs, measured once and kept in plan.json."""
-    folder, kept = RunDir(out), {}
-    first = next(iter(configs))
-    if (out / "plan.json").is_file():
-        kept = folder.read_json("plan.json")
-    costs = dict(kept.get("forwards_per_update", {}))
-    for name, config in configs.items():
-        if name not in costs:
-            costs[name] = forwards_per_update(config)
-            console.print(f"{name}: {costs[name]:,.0f} forwards an update", highlight=False, soft_wrap=True)
-            folder.write_json("plan.json", {**kept, "forwards_per_update": costs})
-    budget = forwards or kept.get("budget") or round(costs[first] * configs[first].rl.updates)
-    if kept.get("budget", budget) != budget:
-        raise UserError(f"{out} holds a comparison of {kept['budget']:,} forwards, asked for are {budget:,}; give another --out")
-    folder.write_json("plan.json", {**kept, "budget": budget, "forwards_per_update": costs})
-    return budget, costs
+def _rates(text: str | None, own: float) -> list[float]:
+    if text is None:
+        return [float(f"{own * factor:.1e}") for factor in (1 / 3, 1, 3)]
+    try:
+        rates = sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UserError(f"--rates must be numbers with commas between them, got {text}") from error
+    if not all(0 < rate < 1 for rate in rates):
+        raise UserError(f"--rates must lie between 0 and 1, got {text}")
+    return rates
 
 
-def _correct_costs(runs: dict[str, list[RunConfig]], costs: dict[str, float], out: Path, console: Console) -> bool:
-    """Costs of those that ended off the budget, from all their updates, once for each; their runs are thrown away.
+def _sizes(config: RunConfig, forwards: int | None) -> tuple[int, dict[str, int]]:
+    """The budget, and how many examples choose a rate and fill the table. Raises UserError where there are too few."""
+    assert config.model.checkpoint is not None
+    check_place(config.model.checkpoint)
+    task = make_task(config.task, seed=config.task_seed)
+    if not task.tests:
+        raise UserError("compare needs a task with a test set: held-out accuracy is what it compares")
+    name, validation, table = split(task, config.evaluation.probe_examples)
+    if not table:
+        raise UserError(
+            f"the test set {name} must have more examples than evaluation.probe_examples={config.evaluation.probe_examples}, "
+            f"by which rates are chosen; it has {len(validation)}"
+        )
+    steps = prepare(config, task, Ranks()).steps  # a checkpoint that cannot be used is told here, before any cell runs
+    if forwards is None:
+        forwards = config.rl.updates * config.rl.prompts * config.rl.group * steps
+    return forwards, {"validation": len(validation), "examples": len(table)}
 
-    Whether there were such.
+
+def _shared(config: RunConfig) -> str:
+    """The config of all cells, without what differs between them."""
+    return config.model_copy(update={"out": "", "seed": 0, "data_seed": config.task_seed}).to_yaml()
+
+
+def _keep_settings(folder: RunDir, settings: Mapping[str, Any]) -> None:
+    """Written once. Raises UserError where others are there: cells of two comparisons must not meet in one table."""
+    if (folder.path / "settings.json").is_file():
+        known = folder.read_json("settings.json")
+        if wrong := [key for key, value in settings.items() if known.get(key) != value]:
+            told = "" if wrong[0] == "config" else f": {known.get(wrong[0])}, now {settings[wrong[0]]}"
+            raise UserError(f"{folder.path} holds a comparison with another {wrong[0]}{told}; give another --out")
+    else:
+        folder.write_json("settings.json", settings)
+
+
+def _run_all(
+    configs: Mapping[Cell, RunConfig],
+    budgets: Mapping[Cell, int],
+    cells: CellFile,
+    jobs: int,
+    console: Console,
+    report: Callable[[], object],
+) -> None:
+    """`jobs` at once, each in a process that has computed nothing before; one that dies leaves no entry.
+
+    `report` is called after each, so that a comparison that is stopped has one.
     """
-    folder = RunDir(out)
-    plan = folder.read_json("plan.json")
-    corrected = plan.setdefault("corrected", [])
-    before = len(corrected)
-    for name, configs in runs.items():
-        whole = [Path(config.out) for config in configs if not (Path(config.out) / STOPPED).is_file()]
-        made = [r["forwards"] for path in whole for r in RunDir(path).metrics() if r["phase"] == "rl"]
-        updates = configs[0].rl.updates
-        if name in corrected or not made or abs(updates * statistics.fmean(made) / plan["budget"] - 1) <= OFF_BUDGET:
-            continue
-        costs[name] = statistics.fmean(made)
-        if max(1, round(plan["budget"] / costs[name])) != updates:
-            console.print(f"{name}: {costs[name]:,.0f} forwards an update in truth; once more", highlight=False, soft_wrap=True)
-            corrected.append(name)
-            shutil.rmtree(out / name)
-    if len(corrected) == before:
-        return False
-    folder.write_json("plan.json", {**plan, "forwards_per_update": costs, "corrected": corrected})
-    return True
-
-
-def forwards_per_update(config: RunConfig) -> float:
-    """Mean over the first updates from the checkpoint, which are made and thrown away."""
-    setup = prepare(config, make_task(config.task, seed=config.task_seed), Ranks())
-    if RECIPES[config.rl.algorithm].wants_reference(config.rl.options) and not config.model.lora.rank:
-        setup.reference = copy.deepcopy(setup.trained).requires_grad_(False)
-    figures = rl_updates(setup, make_optimizer(setup.trained, config.rl))
-    counts = [next(figures)["forwards"] for _ in range(min(PILOT, config.rl.updates))]
-    return statistics.fmean(counts)
-
-
-def _run_all(configs: Iterable[RunConfig], jobs: int, console: Console) -> None:
-    """Those that are not finished, `jobs` at once, each in a process that has computed nothing before."""
-    pending = [config for config in configs if not _is_done(config)]
-    if not pending:
+    if not configs:
         return
     method = "spawn" if sys.platform == "win32" else "forkserver"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([Run.__module__])
+        context.set_forkserver_preload([compare_cells.__name__])
     with ThreadPoolExecutor(jobs) as pool:
-        asked = {pool.submit(_run_alone, config, context): config for config in pending}
+        asked = {pool.submit(_run_alone, config, cell, budgets[cell], context): cell for cell, config in configs.items()}
         try:
             for future in as_completed(asked):
-                config, ending = asked[future], future.result()
-                console.print(f"{config.rl.algorithm}, seed {config.seed}: {ending}", highlight=False, soft_wrap=True)
+                try:
+                    entry = future.result()
+                except BrokenProcessPool:
+                    console.print(f"{asked[future]}: its process was killed", highlight=False, soft_wrap=True)
+                    continue
+                if entry["phase"] == CHECKPOINT and entry["failed"] is not None:  # then nothing can be compared
+                    raise UserError(entry["failed"])
+                cells.add(entry)
+                report()
+                console.print(f"{asked[future]}: {_ending(entry)}", highlight=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _run_alone(config: RunConfig, context: BaseContext) -> str:
-    """`_run` in a process of its own; Python 3.10's executors cannot be told to start one for every task."""
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(_run, config).result()
+def _ending(entry: Entry) -> str:
+    if entry["failed"] is not None:
+        return f"failed after {entry['updates']} updates: {entry['failed']}"
+    right = entry["right"]["rollout"]
+    return f"{100 * right['correct']:.1f} % of {right['examples']} right, {entry['updates']} updates"
 
 
-def _is_done(config: RunConfig) -> bool:
-    """Raises UserError where the folder holds a run under another config."""
-    path = Path(config.out)
-    if not (path / "config.yaml").is_file():
-        return False
-    if load_config(path / "config.yaml") != config:
-        raise UserError(f"{path} holds a run under another config; give another --out")
-    return (path / STOPPED).is_file() or is_finished(RunDir.reopen(path), config)
+def _run_alone(config: RunConfig, cell: Cell, budget: int, context: BaseContext) -> Entry:
+    """`run_cell` in a process of its own; Python 3.10's executors cannot be told to start one for every task."""
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_die_quietly) as process:
+        return process.submit(run_cell, config, cell, budget).result()
 
 
-def _run(config: RunConfig) -> str:
-    """A run from its start, or from where it was stopped; how it ended, in a few words."""
-    path = Path(config.out)
-    if (path / "config.yaml").is_file():
-        folder = RunDir.reopen(path, alone=True)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = RunDir(path)
-        folder.lock()
-    run = Run(folder, config, Console(quiet=True))
-    try:
-        run.execute()
-    except GuardError as error:
-        run.evaluate_as_it_is()
-        folder.write_json(STOPPED, {"at": run.where(), "reason": str(error)})
-        return f"stopped by a guard at {run.where()}: {error}"
-    except Stopped as error:  # Ctrl-C reached all processes, and the state is saved
-        raise UserError(f"stopped at {run.where()}; the same command goes on") from error
-    finally:
-        folder.close()
-    return f"{config.rl.updates} updates"
-
-
-def _share_baseline(known: RunConfig, config: RunConfig) -> None:
-    """What the checkpoint itself answers depends on the seed and the decoding alone: it is not asked again."""
-    path, found = Path(config.out), Path(known.out) / "eval_before.json"
-    same = (known.rollout, known.evaluation, known.prompt) == (config.rollout, config.evaluation, config.prompt)
-    if same and not (path / "config.yaml").is_file():
-        shutil.rmtree(path, ignore_errors=True)  # a folder without a config.yaml holds nothing yet
-        path.mkdir(parents=True)
-        shutil.copy(found, path / found.name)
-
-
-def _row(name: str, updates: int, folders: Sequence[Path]) -> dict[str, Any]:
-    """Of one algorithm: lists have an entry per seed, accuracies are of the first test set at the rollout's temperature."""
-    runs = [RunDir(folder) for folder in folders]
-    before, after = ([run.read_json(f"eval_{when}.json") for run in runs] for when in ("before", "after"))
-    test = next(iter(before[0]["sets"]))
-    row: dict[str, Any] = {"algorithm": name, "updates": updates, "test": test}
-    for way in ("rollout", "greedy"):
-        sft = [e["sets"][test][way]["correct"] for e in before]
-        rl = [e["sets"][test][way]["correct"] for e in after]
-        row[way] = {"sft": sft, "rl": rl, "gain": [b - a for a, b in zip(sft, rl, strict=True)]}
-    records = [[record for record in run.metrics() if record["phase"] == "rl"] for run in runs]
-    for key in COUNTS:
-        row[key] = [int(sum(record[key] for record in own)) for own in records]
-    row["seconds"] = [sum(record["seconds"] for record in own) for own in records]
-    row["peak_memory_mb"] = [max(record["peak_memory_mb"] for record in own) for own in records]
-    stops = [run.read_json(STOPPED) if (run.path / STOPPED).is_file() else None for run in runs]
-    row["stopped"] = [None if stop is None else f"{stop['at']}: {stop['reason']}" for stop in stops]
-    row["improves"] = improves(row["rollout"]["gain"], [e["gain"][test]["rollout"] for e in after])
-    return row
-
-
-def improves(gains: Sequence[float], paired: Sequence[dict[str, float]]) -> bool:
-    """Whether the mean gain over SFT is above 0 by a one-sided 95 % test over seeds; of one seed, by its paired interval."""
-    mean = statistics.fmean(gains)
-    if len(gains) == 1:
-        return paired[0]["low"] > 0
-    return mean > 0 and mean > _STUDENT.get(len(gains), 1.645) * statistics.stdev(gains) / math.sqrt(len(gains))
-
-
-_STUDENT = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}  # 95 %, by seeds
-
-
-def table(result: dict[str, Any]) -> str:
-    """Markdown: a line per algorithm of a compare.json, in the order of their recipes."""
-    return "\n".join(markdown_table(_HEADINGS, [_cells(row) for row in result["algorithms"]]))
-
-
-def verdict(result: dict[str, Any]) -> str:
-    worse = [row["algorithm"] for row in result["algorithms"] if not row["improves"]]
-    return f"Not shown to improve over SFT: {', '.join(worse)}." if worse else "All improve over SFT."
-
-
-def describe(result: dict[str, Any]) -> str:
-    """compare.md: the table, who does not improve, and how to read it."""
-    rows = result["algorithms"]
-    stopped = [f"{row['algorithm']}, seed {n}: {why}" for row in rows for n, why in enumerate(row["stopped"]) if why is not None]
-    seeds = len(rows[0]["forwards"])
-    notes = (
-        f"Right answers on `{rows[0]['test']}` at temperature {result['temperature']:g}, mean and deviation over "
-        f"{seeds} seed(s) of noise and order; the data are the same. An algorithm improves where a one-sided 95 % test over the "
-        "seeds tells it (with one seed: the paired interval over the examples). A forward is one sequence through a model once; "
-        "updates are the budget over their cost. TFLOP by formula: 2 x parameters x tokens of a forward, as much again in "
-        "backward, and 2 x trained parameters x tokens; attention's products of tokens with tokens are left out. Seconds are of "
-        f"rollouts and gradients alone, {result['jobs']} run(s) at once. Peak memory is the largest of the seeds, each a process "
-        "of its own."
-    )
-    title = f"# {result['task']} from {result['checkpoint']}: {result['budget']:,} forwards a run"
-    ends = [f"Stopped by a guard, and evaluated as it was: {'; '.join(stopped)}.", ""] if stopped else []
-    return "\n".join([title, "", table(result), "", verdict(result), "", *ends, notes, ""])
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    way = row["rollout"]
-    gain = f"{_spread(way['gain'], 100, '+.1f')}{'' if row['improves'] else ' (not shown)'}"
-    counts = [f"{statistics.fmean(row[key]):,.0f}" for key in ("forwards", "backwards")]
-    tera = f"{statistics.fmean(row['flops']) / 1e12:.3g}"
-    seconds, peak = f"{statistics.fmean(row['seconds']):.1f}", f"{max(row['peak_memory_mb']):.0f}"
-    accuracies = [_spread(way[when], 100, ".1f") for when in ("sft", "rl")]
-    return [row["algorithm"], str(row["updates"]), *accuracies, gain, *counts, tera, seconds, peak]
-
-
-def _spread(values: Sequence[float], scale: float, form: str) -> str:
-    mean = format(scale * statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.1f}"
+def _die_quietly() -> None:
+    """Ctrl-C reaches all processes; a cell's has nothing to save and nothing to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,14 +82,13 @@ def draw_unmasking(samples: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def draw_rewards(runs: Mapping[str, Sequence[Records]], file: Path) -> None:
-    """Rollout reward over forwards, one panel per algorithm: mean and range of runs, the others in grey."""
+def draw_rewards(runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], file: Path) -> None:
+    """Rollout reward over forwards so far, one panel per algorithm: mean and range of runs, the others in grey."""
     curves = {}
-    for name, records in runs.items():
-        rows = [[r for r in own if r["phase"] == "rl"] for own in records]
-        common = min(map(len, rows))  # a run that a guard stopped has fewer
-        counted = list(itertools.accumulate(_means([r["forwards"] for r in own[:common]] for own in rows)))
-        curves[name] = counted, [_running([r["reward"] for r in own[:common]], share=8) for own in rows]
+    for name, own in runs.items():
+        common = min(map(len, own))  # a run that a guard stopped has fewer
+        counted = _means([forwards for forwards, _ in run[:common]] for run in own)
+        curves[name] = counted, [_running([reward for _, reward in run[:common]], share=8) for run in own]
     # as few empty panels as can be, then as near to twice as wide as high as can be
     columns = min(range(1, min(5, len(curves)) + 1), key=lambda n: (-len(curves) % n, abs(n - (1.5 * len(curves)) ** 0.5)))
     lines = -(-len(curves) // columns)

@@ -34,8 +34,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     return torch.optim.AdamW(of_groups, lr=config.lr, betas=(beta1, beta2), fused=True)
 
 
-def learning_rates(phase: Literal["sft", "rl"], config: OptimizerConfig, total: int) -> Callable[[int], float]:
-    """step (0 to total - 1) -> learning rate, by `transformers.get_scheduler`.
+def learning_rates(phase: Literal["sft", "rl"], config: OptimizerConfig, total: int) -> Callable[[float], float]:
+    """step (0 to total - 1; fractions too) -> learning rate, by `transformers.get_scheduler`.
 
     Raises ConfigError where the phases of a schedule do not fit into `total`, and where no step has a rate above 0.
 
@@ -56,7 +56,7 @@ def learning_rates(phase: Literal["sft", "rl"], config: OptimizerConfig, total: 
     known_as = "constant_with_warmup" if name == "constant" else name  # transformers' own `constant` passes over a warm-up
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
     scheduler = get_scheduler(known_as, optimizer, config.warmup, total, options)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    factor: Callable[[float], float] = scheduler.lr_lambdas[0]
     if total and all(factor(step) == 0 for step in range(total)):
         raise ConfigError(f"{phase}.warmup must be 0 for {steps}={total}, as {name} begins at a rate of 0, got {config.warmup}")
     return lambda step: config.lr * float(factor(step))

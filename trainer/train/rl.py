@@ -7,8 +7,9 @@ rank: ranks take consecutive rollouts of the same global batch, and share reward
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -67,16 +68,22 @@ def prepare_rl(setup: Setup) -> tuple[Algorithm, Reward]:
     return algorithm, setup.reward
 
 
-def rl_updates(setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0) -> Iterator[dict[str, float]]:
-    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks."""
+def rl_updates(
+    setup: Setup, optimizer: torch.optim.Optimizer, *, start: int = 0, rate: Callable[[int], float] | None = None
+) -> Iterator[dict[str, float]]:
+    """Updates `start`..`rl.updates - 1`, each yielding its figures, the same on all ranks.
+
+    `rate`: the learning rate of an update in place of the config's schedule; the updates then have no end.
+    """
     config, ranks, task = setup.config.rl, setup.ranks, setup.task
     algorithm, reward = prepare_rl(setup)
     window = window_of(config, setup.facts)
     total = config.prompts * config.group
     climb, engine = Climb(task, setup.curriculum), engine_of(setup)
-    rate = learning_rates("rl", config, config.updates)
+    updates: Iterable[int] = itertools.count(start) if rate is not None else range(start, config.updates)
+    rate = rate or learning_rates("rl", config, config.updates)
     calls = Calls(setup.model, *([] if setup.reference is None else [setup.reference]))
-    for update in range(start, config.updates):
+    for update in updates:
         calls.reset()
         started = time.perf_counter()
         chosen, epoch = batch_indices("rl", setup.config.seed, len(climb.examples), config.prompts, update)

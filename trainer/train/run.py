@@ -114,6 +114,52 @@ def self_test(setup: Setup) -> str:
     return str(shift_self_test(setup.loaded, ids.to(device), seed=setup.config.seed, attention_mask_BS=mask))
 
 
+def has_reference(config: RunConfig) -> bool:
+    """Whether the reference policy is a model of its own: not where adapters are switched off for it."""
+    rl = config.rl
+    wanted = RECIPES[rl.algorithm].wants_reference(rl.options)
+    return wanted and (rl.teacher is not None or not config.model.lora.rank)
+
+
+def reference_model(setup: Setup, beginning: Callable[[], nn.Module]) -> nn.Module | None:
+    """The teacher, or what `beginning` returns, the policy with which RL began; None where it is no model of its own."""
+    config = setup.config
+    teacher = config.rl.teacher
+    if RECIPES[config.rl.algorithm].teacher and teacher is None:
+        raise ConfigError(f"rl.teacher must name the checkpoint that {config.rl.algorithm} learns from, got null")
+    if not has_reference(config):
+        return None
+    if teacher is None:
+        model = beginning()
+    else:
+        own = config.model
+        loaded = load(teacher, dtype=getattr(torch, own.dtype), trust_remote_code=own.trust_remote_code, facts=None)
+        _check_teacher(setup, teacher, loaded)
+        model = loaded.model
+    model.requires_grad_(False)
+    if setup.ranks.group is None:
+        return model.to(setup.ranks.device)
+    return distributed.shard(model, setup.ranks, replicas=config.parallel.replicas)
+
+
+def _check_teacher(setup: Setup, name: str, teacher: Loaded) -> None:
+    """Its scores are of the student's states: ids, mask and alignment must be the same. Raises ConfigError."""
+    own, others = setup.facts, teacher.facts
+    same = {
+        "vocabulary": setup.loaded.tokenizer.get_vocab() == teacher.tokenizer.get_vocab(),
+        "mask id": own.mask_id == others.mask_id,
+        "alignment": own.shift == others.shift,
+    }
+    if wrong := [what for what, equal in same.items() if not equal]:
+        raise ConfigError(f"rl.teacher must have the {wrong[0]} of the model that is trained, got {name}")
+
+
+def autocast(setup: Setup) -> torch.autocast:
+    """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
+    wanted = setup.config.parallel.dtype == "bfloat16" and setup.ranks.group is None
+    return torch.autocast(setup.ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
 class Run:
     """One run and its folder. With `model.checkpoint` and no SFT steps it begins with RL."""
 
@@ -193,10 +239,6 @@ class Run:
                 self.setup.served.forget()
             self._finish()
 
-    def evaluate_as_it_is(self) -> None:
-        """The evaluation after RL of a run that a guard stopped: with the weights that the guard left untouched."""
-        self._evaluate("eval_after.json", "after RL, which a guard stopped")
-
     def where(self) -> str:
         return f"{self.state.phase} step {self.state.step} of {self._total(self.state.phase)}"
 
@@ -211,7 +253,7 @@ class Run:
     def _check_beginning(self) -> None:
         """That what RL began with is as it was. Raises UserError where the reference policy is not."""
         config, folder = self.config, self.folder
-        if self._has_reference and config.rl.teacher is None:
+        if has_reference(config) and config.rl.teacher is None:
             try:
                 verify(folder.path / REFERENCE)
             except DamagedCheckpoint as error:
@@ -248,50 +290,20 @@ class Run:
         self.checkpoints.save(number, setup.trained, setup.loaded.tokenizer, optimizer, state=state, metrics=numbers)
         self.moments.saved(time.monotonic() - started)
 
-    @property
-    def _has_reference(self) -> bool:
-        """Whether the reference policy is a model of its own: not where adapters are switched off for it."""
-        rl = self.config.rl
-        wanted = RECIPES[rl.algorithm].wants_reference(rl.options)
-        return wanted and (rl.teacher is not None or not self.config.model.lora.rank)
-
-    def _reference(self) -> nn.Module | None:
-        """The teacher, or the policy with which RL began, after a resume too; None where it is no model of its own."""
-        config, setup = self.config, self.setup
-        if RECIPES[config.rl.algorithm].teacher and config.rl.teacher is None:
-            raise ConfigError(f"rl.teacher must name the checkpoint that {config.rl.algorithm} learns from, got null")
-        if not self._has_reference:
-            return None
-        teacher = config.rl.teacher
-        loaded = load(
-            teacher or self.folder.path / REFERENCE,
-            dtype=getattr(torch, config.model.dtype),
-            trust_remote_code=config.model.trust_remote_code,
-            facts=asdict(setup.facts) if teacher is None else None,
-        )
-        if teacher is not None:
-            self._check_teacher(teacher, loaded)
-        model = loaded.model.requires_grad_(False)
-        if self.ranks.group is None:
-            return model.to(self.ranks.device)
-        return distributed.shard(model, self.ranks, replicas=config.parallel.replicas)
-
-    def _check_teacher(self, name: str, teacher: Loaded) -> None:
-        """Its scores are of the student's states: ids, mask and alignment must be the same. Raises ConfigError."""
-        setup = self.setup
-        own, others = setup.facts, teacher.facts
-        same = {
-            "vocabulary": setup.loaded.tokenizer.get_vocab() == teacher.tokenizer.get_vocab(),
-            "mask id": own.mask_id == others.mask_id,
-            "alignment": own.shift == others.shift,
-        }
-        if wrong := [what for what, equal in same.items() if not equal]:
-            raise ConfigError(f"rl.teacher must have the {wrong[0]} of the model that is trained, got {name}")
+    def _beginning(self) -> nn.Module:
+        """The policy with which RL began, after a resume too."""
+        config, setup = self.config.model, self.setup
+        return load(
+            self.folder.path / REFERENCE,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            facts=asdict(setup.facts),
+        ).model
 
     def _steps(self, phase: str, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, float]]:
         if phase == "sft":
             return sft_steps(self.setup, optimizer, start=self.state.step)
-        self.setup.reference = self._reference()
+        self.setup.reference = reference_model(self.setup, self._beginning)
         updates = pair_updates if self.config.task.kind == "pairs" else rl_updates
         return updates(self.setup, optimizer, start=self.state.step)
 
@@ -316,7 +328,7 @@ class Run:
         with bar(self.console, name, total, done=state.step, shown=ranks.is_first) as shown:
             while state.step < total:
                 try:
-                    with self._autocast():
+                    with autocast(self.setup):
                         figures = next(steps)
                     warning = signal.seen(figures) if phase == "rl" else ""
                 except UserError:  # a guard, before the weights were touched; all ranks are told, and come here
@@ -358,11 +370,6 @@ class Run:
         if self.config.checkpoints.keep_best and is_last and "loss" in figures and name not in (*figures, *probes):
             raise UserError(f"checkpoints.metric {name} is no figure of a step; there are {', '.join((*figures, *probes))}")
 
-    def _autocast(self) -> torch.autocast:
-        """bf16 products over fp32 weights where one process trains; FSDP casts the parameters itself."""
-        wanted = self.config.parallel.dtype == "bfloat16" and self.ranks.group is None
-        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
-
     def _probe(self) -> dict[str, float]:
         """Accuracy on a few unseen examples, to be looked at only: nothing is chosen by it but the best checkpoints."""
         started = time.perf_counter()
@@ -389,7 +396,7 @@ class Run:
         between: Callable[[int], None] | None = None,
         keep: int = 0,
     ) -> Figures:
-        with self._autocast():
+        with autocast(self.setup):
             # before RL a reward is not asked: one that fails must not take away what SFT has made
             return evaluate(self.setup, name, examples, decoding, between=between, keep=keep, rewarded=self.in_rl)
 

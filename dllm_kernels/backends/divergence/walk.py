@@ -78,10 +78,14 @@ def course(
         budget = contract.WORKSPACE_BYTES.get(device.type, contract.GPU_WORKSPACE_BYTES)
         chunk = kept = min(count, max(contract.ROW_BLOCK // 4, budget // (per_row * vocabulary)))
         own_room = True
+    return Course(chunk, slab_ids(chunk, widest, vocabulary, device), kept, own_room, walks)
+
+
+def slab_ids(rows: int, widest: int, vocabulary: int, device: torch.device) -> int:
+    """Ids of a slab for so many rows, at least one, and a weight of so many columns."""
     where = "cpu" if device.type == "cpu" else "cuda"
-    fits = min(SLAB_ELEMENTS[where] // chunk, WEIGHT_ELEMENTS[where] // widest, MOST_SLAB)
-    size = max(LEAST_SLAB, fits // 64 * 64)
-    return Course(chunk, min(size, vocabulary), kept, own_room, walks)
+    fits = min(SLAB_ELEMENTS[where] // rows, WEIGHT_ELEMENTS[where] // widest, MOST_SLAB)
+    return min(max(LEAST_SLAB, fits // 64 * 64), vocabulary)
 
 
 def course_of(problem: DivergenceProblem, buffers: Buffers | None) -> Course:
@@ -180,11 +184,11 @@ class _Walker:
     def _logits_(self, side: Side, span: slice, rows: slice, out_VN: Tensor) -> None:
         """The final logits of some rows."""
         for number, pair in enumerate(side.pairs):
-            _multiply_(out_VN, self.weight(pair, span), pair.rows_NK[rows].t(), add=number > 0)
+            multiply_(out_VN, self.weight(pair, span), pair.rows_NK[rows].t(), add=number > 0)
         self.passes.finish_(out_VN, side.options.of_rows(rows), span, self.problem.vocabulary)
 
 
-def _multiply_(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+def multiply_(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
     """`out (+)= left @ right` with fp32 results for 16-bit operands, which come only where the vendor has that product."""
     more: dict[str, Any] = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
@@ -248,12 +252,12 @@ def _gradient(walker: _Walker, found: Statistics, buffers: Buffers, coef_N: Tens
         for pair, rows_NK, weight_VK in zip(pairs, buffers.rows, buffers.weights):
             factor_VN = operand_VN.to(pair.rows_NK.dtype)
             if rows_NK is not None:
-                _multiply_(rows_NK, factor_VN.t(), walker.weight(pair, span), add=True)
+                multiply_(rows_NK, factor_VN.t(), walker.weight(pair, span), add=True)
             if weight_VK is not None and weight_VK.dtype == p.dtype:
-                _multiply_(weight_VK[span], factor_VN, pair.rows_NK, add=False)
+                multiply_(weight_VK[span], factor_VN, pair.rows_NK, add=False)
             elif weight_VK is not None:
                 wide_VK = walker.wide(len(factor_VN), weight_VK.shape[1])
-                _multiply_(wide_VK, factor_VN, pair.rows_NK, add=False)
+                multiply_(wide_VK, factor_VN, pair.rows_NK, add=False)
                 weight_VK[span] = wide_VK
 
 

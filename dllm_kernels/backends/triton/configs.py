@@ -12,6 +12,10 @@ from dllm_kernels.backends import contract
 ROW_BLOCK = contract.ROW_BLOCK
 MOST_ROWS = 1024  # of a chunk: enough to fill a chip in the products that follow
 SEGMENT = 512  # vocabulary columns per part: enough programs for the chip even at 32 rows
+# No product and sum becomes one rounding, as in csrc/ and PyTorch: corrections that are added later (`finish`, `log_positive`)
+# are those of the sums as written, and bits do not change with Triton's own default, which did in 3.10. Products of matrices
+# are fused whatever this says.
+ARITHMETIC = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,23 @@ class Config:
         }
 
 
-# By architecture, for 16-bit operands: statistics, and the draw of a few rows, whose epilogue holds bounds beside the logits.
-CONFIGS: dict[str, tuple[Config, Config]] = {
-    "interpreter": (Config(64, 64, 32, 4, 1, piece=32, segment=128), Config(64, 64, 32, 4, 1, piece=64, segment=128)),
-    "sm_80": (Config(128, 128, 32, 8, 4), Config(32, 128, 32, 8, 4)),
-    "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True)),
-    "sm_100": (Config(128, 128, 64, 8, 4, True, piece=32), Config(64, 64, 64, 8, 4, True)),
-    "gfx942": (Config(128, 128, 32, 8, 2, piece=128), Config(64, 64, 64, 8, 2)),
+USES = ("statistics", "few draws", "many draws")
+# By architecture, for 16-bit operands, one for each use.
+CONFIGS: dict[str, tuple[Config, Config, Config]] = {
+    "interpreter": (
+        Config(64, 64, 32, 4, 1, piece=32, segment=128),
+        Config(64, 64, 32, 4, 1, piece=64, segment=128),
+        Config(64, 64, 32, 4, 1, piece=32, segment=128),
+    ),
+    "sm_80": (Config(128, 128, 32, 8, 4), Config(32, 128, 32, 8, 4, piece=32), Config(128, 128, 32, 8, 4)),
+    "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True, piece=32), Config(128, 128, 64, 8, 4, True)),
+    "sm_100": (
+        Config(128, 128, 64, 8, 4, True, piece=32),
+        Config(64, 64, 64, 8, 4, True, piece=32),
+        Config(128, 128, 64, 8, 4, True, piece=32),
+    ),
+    "gfx942": (Config(128, 128, 32, 8, 2, piece=128), Config(64, 64, 64, 8, 2, piece=32), Config(128, 128, 32, 8, 2, piece=32)),
 }
-
-ADAPTER_DRAWS = {"sm_80": Config(32, 64, 32, 8, 4)}  # where an adapter's product beside the draw would spill registers
 
 
 @functools.cache
@@ -64,14 +75,9 @@ def architecture(device: torch.device, interpreted: bool) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # plain loads and little memory: also for sm_120
 
 
-def config_for(device: torch.device, *, draw: bool, interpreted: bool, adapter: bool = False) -> Config:
-    return form(architecture(device, interpreted), draw=draw, adapter=adapter)
-
-
-def form(name: str, *, draw: bool, adapter: bool) -> Config:
-    """Of an architecture."""
-    usual = CONFIGS[name][int(draw)]
-    return ADAPTER_DRAWS.get(name, usual) if draw and adapter else usual
+def config_for(device: torch.device, use: str, *, interpreted: bool) -> Config:
+    """For one of USES."""
+    return CONFIGS[architecture(device, interpreted)][USES.index(use)]
 
 
 def row_stride(vocabulary: int) -> int:

@@ -17,6 +17,7 @@ from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.backends.divergence.problem import KINDS, Slab, Statistics
 from dllm_kernels.backends.divergence.reference import joined
 from dllm_kernels.backends.triton.arithmetic import exp_far, far, finite_or_zero, tanh
+from dllm_kernels.backends.triton.configs import ARITHMETIC
 from dllm_kernels.backends.triton.rows import _narrow, flat, interpreted
 
 PART = 256  # ids of a program that sums; from the slab's size alone, so that no sum depends on the device
@@ -214,7 +215,7 @@ def _launch(kernel: Any, like: Tensor, ids: int, *arguments: Any, **constants: A
         return
     grid = triton.cdiv(rows, size["C"]), triton.cdiv(columns, ids or size["R"])
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, **size)
+        kernel[grid](*arguments, **constants, **size, **ARITHMETIC)
 
 
 def finish_(z_VN: Tensor, options: HeadOptions, span: slice, vocabulary: int) -> None:

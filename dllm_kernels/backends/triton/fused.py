@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dllm_kernels.backends.contract import NO_LOW, HeadProblem, Low
 from dllm_kernels.backends.triton import low_rank
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
-from dllm_kernels.backends.triton.configs import CONFIGS, Config
+from dllm_kernels.backends.triton.configs import ARITHMETIC, CONFIGS, Config
 from dllm_kernels.backends.triton.rows import flat, interpreted
 
 PARTS_BYTES = 64 << 20  # of the parts of one launch
@@ -49,18 +49,20 @@ def _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabul
 @triton.jit
 def _take(  # type: ignore[no-untyped-def]
     z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z, m, s, weighted, top,
+    inverse, key0, key1, step, best, best_id, best_z,
     ENTROPY: tl.constexpr, TOP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax takes a tile `[R, C]` in, PIECE columns at a time from the left: what is live must fit registers."""
+    """A tile `[R, C]` takes part in the online softmax and with `key0` in the draw, PIECE columns at a time from the left: what
+    is live must fit registers. A draw has bounds for a whole piece, and exact noise for what may win alone."""
     if C > PIECE:
         left, right = z.reshape(R, 2, C // 2).permute(0, 2, 1).split()
-        m, s, weighted, top = _take(
+        m, s, weighted, top, best, best_id, best_z = _take(
             left, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z,
-            m, s, weighted, top, ENTROPY, TOP, R, C // 2, PIECE,
+            m, s, weighted, top, inverse, key0, key1, step, best, best_id, best_z, ENTROPY, TOP, R, C // 2, PIECE,
         )  # fmt: skip
-        m, s, weighted, top = _take(
+        m, s, weighted, top, best, best_id, best_z = _take(
             right, v0 + C // 2, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_z,
-            m, s, weighted, top, ENTROPY, TOP, R, C // 2, PIECE,
+            m, s, weighted, top, inverse, key0, key1, step, best, best_id, best_z, ENTROPY, TOP, R, C // 2, PIECE,
         )  # fmt: skip
     else:
         v = v0 + tl.arange(0, C)
@@ -81,7 +83,9 @@ def _take(  # type: ignore[no-untyped-def]
             weighted = scale * (weighted + down * s) + tl.sum(e * d, 1)
         s = s * scale + tl.sum(e, 1)
         m = big
-    return m, s, weighted, top
+        if key0 is not None:
+            best, best_id, best_z = draw(z, v0, inverse, None, key0, key1, step, best, best_id, best_z, R, C)
+    return m, s, weighted, top, best, best_id, best_z
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "segments", "plane", "softcap", "temperature", "step", "inverse"])
@@ -116,13 +120,15 @@ def fused_kernel(  # type: ignore[no-untyped-def]
     if target is not None:
         y = tl.load(target + n, mask=inside, other=-1).to(tl.int32)
         target_at = (target_z + n)[:, None]
+    key0 = None
+    key1 = None
     if key is not None:
         row_key = tl.load(key + n, mask=inside, other=0)
         key0 = row_key.to(tl.uint32)
         key1 = (row_key >> 32).to(tl.uint32)
-        best = tl.full([BM], float("-inf"), tl.float32)
-        best_id = tl.zeros([BM], tl.int32)
-        best_z = tl.zeros([BM], tl.float32)
+    best = tl.full([BM], float("-inf"), tl.float32)
+    best_id = tl.zeros([BM], tl.int32)
+    best_z = tl.zeros([BM], tl.float32)
     if not DESCRIPTORS:
         k = tl.arange(0, BK).to(tl.int64)
         source = n.to(tl.int64)
@@ -179,13 +185,10 @@ def fused_kernel(  # type: ignore[no-untyped-def]
                     b = b.to(tl.float32)
                 z = tl.dot(a, b, z)
 
-        m, s, weighted, top = _take(
-            z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at,
-            m, s, weighted, top, ENTROPY, TOP, BM, BN, PIECE,
+        m, s, weighted, top, best, best_id, best_z = _take(
+            z, v0, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at, m, s, weighted, top,
+            inverse, key0, key1, step, best, best_id, best_z, ENTROPY, TOP, BM, BN, PIECE,
         )  # fmt: skip
-        if key is not None:
-            z = _final(z, v, bias, excluded, temperature_rows, softcap, temperature, vocabulary, y, target_at)
-            best, best_id, best_z = draw(z, v0, inverse, None, key0, key1, step, best, best_id, best_z, BM, BN)
 
     to = n.to(tl.int64) * segments + segment
     tl.store(parts + to, m, mask=inside)
@@ -270,7 +273,7 @@ def largest_parts(rows: int, vocabulary: int, width: int, itemsize: int, low: Lo
         gathered += low_rank.fused_bytes(at_once, vocabulary, low)
         return at_once * (28 * triton.cdiv(vocabulary, config.segment) + 4) + gathered
 
-    return max(one(config) for pair in CONFIGS.values() for config in pair)
+    return max(one(config) for uses in CONFIGS.values() for config in uses)
 
 
 def fused(
@@ -322,12 +325,12 @@ def fused(
             step if drawn else 0, 1.0 / temperature if drawn else 0.0,
             ENTROPY="entropy" in result, TOP="top_id" in result or (sampling and not drawn), DESCRIPTORS=described,
             EVEN=width % config.BK == 0, UPCAST=interpreted() and (p.hidden_MH.dtype == torch.bfloat16 or low_PNR is not None),
-            LOW_PLANES=0 if low_PVR is None else len(low_PVR), BR=low_rank.DEPTH, **config.kernel,
+            LOW_PLANES=0 if low_PVR is None else len(low_PVR), BR=low_rank.DEPTH, **config.kernel, **ARITHMETIC,
         )  # fmt: skip
         whole = triton.next_power_of_2(segments)
         at = {name: vector[span] for name, vector in result.items()}
         merge_rows = 64 if interpreted() else max(1, 1024 // whole)
         merge_kernel[(triton.cdiv(count, merge_rows),)](
             parts, part_ids, target_N, target_z, at["logp"], at["lse"], at.get("entropy"), at.get("top_logp"), at.get("top_id"),
-            at.get("token"), count, segments, parts.stride(0), DRAW=drawn, R=merge_rows, P=whole, num_warps=4,
+            at.get("token"), count, segments, parts.stride(0), DRAW=drawn, R=merge_rows, P=whole, num_warps=4, **ARITHMETIC,
         )  # fmt: skip

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dllm_kernels.backends.divergence.problem import KINDS
-from dllm_kernels.backends.triton import divergence, fused, low_rank, noise, rows
-from dllm_kernels.backends.triton.configs import CONFIGS, Config, form
+from dllm_kernels.backends.triton import divergence, expectation, fused, low_rank, noise, rows
+from dllm_kernels.backends.triton.configs import ARITHMETIC, CONFIGS, Config
 
 
 @dataclass(frozen=True)
@@ -144,21 +144,23 @@ def _row(
 
 def variants(architecture: str) -> Iterator[Variant]:
     """Every kernel in the forms that the engine launches: with what masked diffusion models use, and with every option."""
-    statistics, drawing = CONFIGS[architecture]
+    statistics, drawing, many = CONFIGS[architecture]
     usual, every = ("excluded",), ("bias", "excluded", "temperature_N", "softcap")
     for dtype in ("bf16", "fp16"):
         own = dtype == "bf16"
         yield _fused("logp", statistics, dtype, usual, draw=False, all_statistics=False, quick=False)
         yield _fused("all", statistics, dtype, usual, draw=False, all_statistics=True, quick=own)
         yield _fused("all, every option", statistics, dtype, every, draw=False, all_statistics=True, quick=False)
-        yield _fused("draw", drawing, dtype, usual, draw=True, all_statistics=False, quick=False)
-        yield _fused("draw, every option", drawing, dtype, every, draw=True, all_statistics=False, quick=False)
-        for draw in (False, True):
-            config = form(architecture, draw=draw, adapter=True)
+        for label, config in (("few", drawing), ("many", many)):
+            first = own and label == "many"
+            yield _fused(f"draw, {label}", config, dtype, usual, draw=True, all_statistics=False, quick=first)
+            yield _fused(f"draw, {label}, every option", config, dtype, every, draw=True, all_statistics=False, quick=False)
+        for label, config in (("all", statistics), ("draw, few", drawing), ("draw, many", many)):
             for count in (1, 3):  # an adapter of bfloat16, of float32
-                name, first = f"{'draw' if draw else 'all'}, adapter of {count}", own and count == 1 and not draw
+                draw = config is not statistics
                 shared: Any = {"draw": draw, "all_statistics": not draw, "low_planes": count}
-                yield _fused(name, config, dtype, every, **shared, quick=first)
+                first = own and count == 1 and not draw
+                yield _fused(f"{label}, adapter of {count}", config, dtype, every, **shared, quick=first)
     target, plain = {"target": "*i64"}, {"operand": "*bf16", "target": "*i64"}
     top = {"entropy": "*fp32", "top_logp": "*fp32", "top_id": "*i64"}
     both = {"coef": "*fp32", "entropy_coef": "*fp32"}
@@ -202,6 +204,7 @@ def variants(architecture: str) -> Iterator[Variant]:
     key = {"key": "*i64", "step": "*i64", "out": "*i64", "step_stride": "i32", "tokens": "i32", "tag": "i32"}
     yield Variant("noise", noise._element_bits_kernel, key, {"BLOCK": 1024}, launch)
     yield from _divergences()
+    yield from _expectations()
 
 
 def _divergences() -> Iterator[Variant]:
@@ -232,6 +235,25 @@ def _divergences() -> Iterator[Variant]:
         yield Variant(f"finish {label}", divergence.finish_kernel, {**raw, **types}, {**constants, **sizes}, launch)
 
 
+def _expectations() -> Iterator[Variant]:
+    """The passes over a slab: exponentials and operands in fp32 and in 16 bits, with every argument and with the least."""
+    tile = divergence.tile(interpreter=False)
+    launch, sizes = {"num_warps": tile["num_warps"], "num_stages": 3}, {"R": tile["R"], "C": tile["C"]}
+    slab = {"logits": "*fp32", "rows": "i32", "ids": "i32"}
+    yield Variant("top", expectation.top_kernel, {**slab, "tops": "*fp32", "part": "i32"}, sizes, launch)
+    sums = {**slab, "top": "*fp32", "sums": "*fp32", "part": "i32"}
+    of_rows = dict.fromkeys(("top", "inverse", "mean", "factor"), "*fp32")
+    for dtype in ("fp32", "bf16"):
+        out, known = f"*{dtype}", {**sizes, "ROUND": False}
+        quick = dtype == "bf16"
+        yield Variant(f"soften {dtype}", expectation.soften_kernel, {**sums, "out": out}, known, launch, quick=quick)
+        every = {**slab, **of_rows, "pulls": "*fp32", "squeeze": "*fp32", "p": out, "out": out}
+        yield Variant(f"pull {dtype}, every argument", expectation.pull_kernel, every, known, launch, quick=quick)
+        least = {**slab, "top": "*fp32", "inverse": "*fp32", "p": out}
+        absent = dict.fromkeys(every.keys() - least.keys())
+        yield Variant(f"pull {dtype}, probabilities", expectation.pull_kernel, least, {**known, **absent}, launch)
+
+
 def compile_variant(variant: Variant, target: Target) -> Compiled:
     """Machine code for a device that need not be here, and what is wrong with it."""
     signature, constants, attributes = {}, {}, {}
@@ -254,7 +276,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         else:
             signature[name], constants[name] = "constexpr", variant.constants[name]
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=target.gpu, options=dict(variant.options))
+    made = triton.compile(source, target=target.gpu, options={**ARITHMETIC, **variant.options})
     shared = int(made.metadata.shared)
     if target.gpu.backend == "cuda":
         registers, local = _cubin_usage(made.asm["cubin"])

@@ -27,6 +27,7 @@ from dllm_kernels.backends.contract import (
     Low,
     allocate,
     check,
+    rounded_once,
     zero,
 )
 from dllm_kernels.backends.triton import fused, low_rank, products, rows
@@ -36,7 +37,7 @@ from dllm_kernels.backends.triton.tuning import choose
 __all__ = ["NAME", "check", "from_operands", "run", "sample", "warmup", "why_unavailable", "workspace_bytes"]
 
 NAME = "triton"
-FEW_ROWS = 64  # up to here a draw is bound by reading the weight, and no logits need to be kept
+FEW_ROWS = 64  # up to here a draw is bound by reading the weight
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -143,6 +144,7 @@ def _plain(problem: HeadProblem) -> HeadProblem:
     return replace(p, target_N=p.target_N.contiguous(), index_N=index_N, options=options)
 
 
+@rounded_once
 @_on_its_device
 def run(
     problem: HeadProblem,
@@ -184,7 +186,7 @@ def run(
     for name in ("logp", "lse", *(("entropy",) if entropy_coef_N is not None else ())):
         stats.setdefault(name, torch.empty(total, device=device))
     chunked = gradient or p.hidden_MH.dtype == torch.float32 or p.several
-    config = None if chunked else choose(p, draw=False)
+    config = None if chunked else choose(p, "statistics")
     if config is not None:
         fused.fused(p, stats, config)
         return result
@@ -230,6 +232,7 @@ def run(
     return result
 
 
+@rounded_once
 @_on_its_device
 def from_operands(
     problem: HeadProblem,
@@ -299,7 +302,7 @@ def sample(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> dict[str, Tensor]:
-    """`reference.sample`: the largest logit, or a draw of few rows, by the fused kernel; of many rows by chunks.
+    """`reference.sample`: by the fused kernel; at a temperature of each row, or of float32 operands, by chunks.
 
     `top_k`, `top_p` and `min_p` need all logits of a row: they go the reference's way.
     """
@@ -314,8 +317,8 @@ def sample(
     if total == 0:
         return result
     key_N = key_N.contiguous()
-    if number is not None and p.hidden_MH.dtype != torch.float32 and (not drawn or total <= FEW_ROWS):
-        config = choose(p, draw=drawn)
+    if number is not None and p.hidden_MH.dtype != torch.float32:
+        config = choose(p, "statistics" if not drawn else "few draws" if total <= FEW_ROWS else "many draws")
         if config is not None:
             fused.fused(p, result, config, key_N=key_N, step=step, temperature=number)
             return result

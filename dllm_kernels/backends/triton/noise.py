@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_kernels import noise
+from dllm_kernels.backends.triton.configs import ARITHMETIC
 
 _BLOCK = 1024
 
@@ -84,7 +85,8 @@ def row_bits(seed: int, stream: noise.Stream, sequence_id: Tensor, sample: Tenso
     if total := out.numel():
         strides = [stride for t in views for stride in t.stride()]
         grid = (triton.cdiv(total, _BLOCK),)
-        _row_bits_kernel[grid](*views, out, total, *views[0].shape[1:], *strides, seed, int(stream), BLOCK=_BLOCK)
+        sizes = total, *views[0].shape[1:]
+        _row_bits_kernel[grid](*views, out, *sizes, *strides, seed, int(stream), BLOCK=_BLOCK, **ARITHMETIC)
     return out
 
 
@@ -96,5 +98,5 @@ def element_bits(key_N: Tensor, tokens: int, *, step: int | Tensor = 0, tag: int
     if out.numel():
         block = min(_BLOCK, triton.next_power_of_2(triton.cdiv(tokens, 4)))
         grid = (len(key_N), triton.cdiv(tokens, 4 * block))
-        _element_bits_kernel[grid](key_N.contiguous(), step_N, step_N.stride(0), out, tokens, tag, BLOCK=block)
+        _element_bits_kernel[grid](key_N.contiguous(), step_N, step_N.stride(0), out, tokens, tag, BLOCK=block, **ARITHMETIC)
     return out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.backends.triton.arithmetic import draw, exp_far, far, finish, finite_or_zero, reduce_parts, tanh, top_of
+from dllm_kernels.backends.triton.configs import ARITHMETIC
 
 
 @triton.jit
@@ -251,7 +252,7 @@ def row_statistics(
         rows, vocabulary, logits_CV.stride(0), 0 if operand is None else operand.stride(0),
         0 if entropy_operand is None else entropy_operand.stride(0), step, inverse,
         ENTROPY="entropy" in results or entropy_operand is not None or entropy_coef_N is not None,
-        SHARED=operand is not None and operand.dtype != torch.float32, ROUND=interpreted(), **tile,
+        SHARED=operand is not None and operand.dtype != torch.float32, ROUND=interpreted(), **tile, **ARITHMETIC,
     )  # fmt: skip
 
 
@@ -262,5 +263,5 @@ def combine(pairs: list[tuple[Tensor, Tensor]], out_VN: Tensor) -> None:
     tile = {"R": 256, "C": 128} if interpreted() else {"R": 8, "C": 256}
     combine_kernel[(triton.cdiv(vocabulary, tile["R"]), triton.cdiv(columns, tile["C"]))](
         first, second, first_coef, second_coef, out_VN, vocabulary, columns, first.stride(0),
-        0 if second is None else second.stride(0), out_VN.stride(0), ROUND=interpreted(), **tile, num_warps=4,
+        0 if second is None else second.stride(0), out_VN.stride(0), ROUND=interpreted(), **tile, num_warps=4, **ARITHMETIC,
     )  # fmt: skip

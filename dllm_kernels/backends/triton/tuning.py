@@ -18,20 +18,20 @@ from torch import Tensor
 
 from dllm_kernels.backends.contract import HeadProblem
 from dllm_kernels.backends.triton import fused, products, rows
-from dllm_kernels.backends.triton.configs import Config, config_for
+from dllm_kernels.backends.triton.configs import USES, Config, config_for
 
 CHUNKS = "chunks"  # the candidate without a fused kernel
-MEASURED_ROWS = {False: 4096, True: 64}  # by whether it is a draw
+MEASURED_ROWS = dict(zip(USES, (4096, 64, 4096)))
 
 
-def choose(problem: HeadProblem, *, draw: bool) -> Config | None:
-    """The fused kernel's configuration, or None for chunks of logits."""
+def choose(problem: HeadProblem, use: str) -> Config | None:
+    """The fused kernel's configuration for one of USES, or None for chunks of logits."""
     p = problem
     adapter = p.low_rank is not None  # which is not measured: the fused kernel alone makes no logits of it
-    static = config_for(p.hidden_MH.device, draw=draw, interpreted=rows.interpreted(), adapter=adapter)
+    static = config_for(p.hidden_MH.device, use, interpreted=rows.interpreted())
     if os.environ.get("DLLM_KERNELS_AUTOTUNE") != "1" or rows.interpreted() or adapter:
         return static
-    return _tuned(p.hidden_MH.device, p.hidden_MH.dtype, *p.weight_VH.shape, draw, static)
+    return _tuned(p.hidden_MH.device, p.hidden_MH.dtype, *p.weight_VH.shape, use, static)
 
 
 def _cache() -> Path:
@@ -46,12 +46,12 @@ def _load() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def candidates(static: Config, *, draw: bool) -> dict[str, Config | None]:
+def candidates(static: Config) -> dict[str, Config | None]:
     """A handful around the static choice, by name."""
     found: dict[str, Config | None] = {CHUNKS: None, "static": static}
     for stages in {2, 3, static.stages} - {static.stages}:
         found[f"{stages} stages"] = replace(static, stages=stages)
-    if not draw and static.BN == 256:
+    if static.BN == 256:
         found["128 columns"] = replace(static, BN=128)
     if static.descriptors:
         found["plain loads"] = replace(static, descriptors=False, stages=3)
@@ -59,11 +59,11 @@ def candidates(static: Config, *, draw: bool) -> dict[str, Config | None]:
 
 
 @functools.cache
-def _tuned(device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, draw: bool, static: Config) -> Config | None:
-    key = f"{torch.cuda.get_device_name(device)}, {dtype}, V={vocabulary}, H={width}, {'draw' if draw else 'statistics'}"
-    known, options = _load(), candidates(static, draw=draw)
+def _tuned(device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, use: str, static: Config) -> Config | None:
+    key = f"{torch.cuda.get_device_name(device)}, {dtype}, V={vocabulary}, H={width}, {use}"
+    known, options = _load(), candidates(static)
     if key not in known or known[key]["best"] not in options:
-        times = {name: _milliseconds(config, device, dtype, vocabulary, width, draw) for name, config in options.items()}
+        times = {name: _milliseconds(config, device, dtype, vocabulary, width, use) for name, config in options.items()}
         best = min(times, key=lambda name: times[name])
         known[key] = {"best": best, "milliseconds": times, "static": asdict(static)}
         _cache().parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +72,10 @@ def _tuned(device: torch.device, dtype: torch.dtype, vocabulary: int, width: int
 
 
 def _milliseconds(
-    config: Config | None, device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, draw: bool
+    config: Config | None, device: torch.device, dtype: torch.dtype, vocabulary: int, width: int, use: str
 ) -> float:
     """Median of a few calls on random data; infinity where the configuration does not run."""
-    count = MEASURED_ROWS[draw]
+    count, draw = MEASURED_ROWS[use], use != "statistics"
     # spread like activations, and no draw from a global random state
     hidden_NH = torch.arange(count * width, device=device, dtype=torch.float32).sin_().view(count, width).to(dtype)
     weight_VH = (

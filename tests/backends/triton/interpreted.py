@@ -9,7 +9,9 @@ import torch
 from dllm_kernels import noise
 from dllm_kernels.backends import reference
 from dllm_kernels.backends.contract import STATISTICS, HeadOptions, HeadProblem, LowRank
-from dllm_kernels.backends.triton import fused, head, products
+from dllm_kernels.backends.expectation import reference as passes
+from dllm_kernels.backends.expectation.problem import Pull, Seen
+from dllm_kernels.backends.triton import expectation, fused, head, products
 from dllm_kernels.backends.triton.configs import CONFIGS
 from tests.backends.problems import to_float64
 
@@ -89,9 +91,9 @@ def draws_are_those_of_the_unscreened_reference_fused_and_by_rows() -> None:
         p = problem(40, 16, 200, dtype, options=options)
         key = noise.row_bits(3, noise.Stream.TOKEN, zero, zero, torch.arange(40))
         want = reference.sample(to_float64(p), key, step=4, temperature=temperature)
-        for few in (64, 0):  # the fused kernel, and a chunk of logits
-            head.FEW_ROWS = few
-            got = head.sample(p, key, step=4, temperature=temperature)
+        for few, own in ((64, temperature), (0, temperature), (64, torch.full((40,), temperature))):
+            head.FEW_ROWS = few  # the fused kernel as for few rows and as for many, and a chunk of logits
+            got = head.sample(p, key, step=4, temperature=own)
             assert torch.equal(got["token"], want["token"]), (dtype, few)
             for name in ("logp", "entropy", "lse"):
                 torch.testing.assert_close(got[name].double(), want[name], rtol=2e-5, atol=2e-5)
@@ -119,6 +121,30 @@ def many_rows_are_launched_in_parts_with_the_same_bits() -> None:
     assert all(torch.equal(got[name], want[name]) for name in STATISTICS)
 
 
+def passes_of_soft_embeddings_round_what_16_bit_products_read() -> None:
+    """On a CPU no product takes 16 bits, so that the suite does not come here: two slabs of which the second is not full."""
+    g = torch.Generator().manual_seed(0)
+    for rows, ids in ((5, 37), (70, 300)):
+        z, pull = torch.randn(2, ids, rows, generator=g).mul_(3).unbind()
+        z[3:5] = float("-inf")
+        seen = [
+            Seen(torch.full((rows,), float("-inf"), dtype=dtype), torch.zeros(rows, dtype=torch.float64))
+            for dtype in (torch.float32, torch.float64)
+        ]
+        for shift in (0.0, 1.0):
+            narrow, exact = torch.empty(ids, rows, dtype=torch.bfloat16), torch.empty(ids, rows, dtype=torch.float64)
+            scale = expectation.soften(z + shift, seen[0], narrow)
+            torch.testing.assert_close(scale.double(), passes.soften((z + shift).double(), seen[1], exact), rtol=1e-6, atol=0)
+            torch.testing.assert_close(narrow.double(), exact, rtol=2.0**-8, atol=1e-37)
+            torch.testing.assert_close(seen[0].sum_N, seen[1].sum_N, rtol=1e-6, atol=0)
+        vectors = seen[0].top_N, (1 / seen[0].sum_N).float(), Pull(*torch.rand(3, rows, generator=g))
+        wide = vectors[0].double(), vectors[1].double(), Pull(*(x.double() for x in vectors[2] if x is not None))
+        got, want = torch.empty(2, ids, rows, dtype=torch.bfloat16), torch.empty(2, ids, rows, dtype=torch.float64)
+        expectation.pull(z, pull, *vectors, *got)
+        passes.pull(z.double(), pull.double(), *wide, *want)
+        torch.testing.assert_close(got.double(), want, rtol=2.0**-8, atol=1e-6)
+
+
 def everything_compiles_ahead() -> None:
     head.warmup(16, 70, torch.float32, device="cpu")
 
@@ -129,6 +155,7 @@ CHECKS = (
     draws_are_those_of_the_unscreened_reference_fused_and_by_rows,
     equal_logits_go_to_the_smallest_id_and_a_row_without_ids_ends,
     many_rows_are_launched_in_parts_with_the_same_bits,
+    passes_of_soft_embeddings_round_what_16_bit_products_read,
     everything_compiles_ahead,
 )
 

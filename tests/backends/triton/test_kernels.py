@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -37,6 +38,7 @@ QUICK = (
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-mean-jsd]",
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-none-reverse_kl]",
     "test_divergences_of_low_precision_have_the_errors_of_their_inputs[triton-torch.bfloat16-forward_kl]",
+    "test_logits_in_the_hundreds_and_rising_from_slab_to_slab_lose_no_digits[triton]",
 )
 
 
@@ -61,6 +63,29 @@ def test_the_head_suite_passes_in_the_interpreter():
         "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/head/test_head.py::{name}" for name in QUICK), timeout=250
     )
     assert f"{len(QUICK)} passed" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_kernel_touches_what_lies_beside_its_tensors():
+    assert "13 kernels" in interpreted("-m", "tests.backends.triton.guarded", "whole", timeout=1800)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_touch_it_dies():
+    with pytest.raises(AssertionError):
+        interpreted("-m", "tests.backends.triton.guarded", "beyond", timeout=120)
+
+
+def test_every_launch_says_whether_sums_and_products_are_fused():
+    """Triton's own default changed in 3.10."""
+    for path in (ROOT / "dllm_kernels" / "backends" / "triton").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) and "kernel" in ast.unparse(call.func.value):
+                assert "**ARITHMETIC" in ast.unparse(call), f"{path.name}:{call.lineno}"
+    from dllm_kernels.backends.triton.configs import ARITHMETIC
+
+    assert ARITHMETIC == {"enable_fp_fusion": False}
 
 
 @pytest.mark.slow

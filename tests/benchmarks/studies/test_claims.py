@@ -48,7 +48,7 @@ def test_a_bold_verdict_stands_nowhere_but_in_blocks_and_is_what_the_rule_says()
         entry = RESULT["claims"][name]
         assert re.match(r"python (-m benchmarks\.studies\.claims|benchmarks/claims\.py run) ", entry["command"])
         assert not entry["tiny"]
-        assert entry["sizes"] == dict(claim.sizes(Settings("a checkpoint")))
+        assert entry["sizes"] == dict(claim.sizes(Settings("a checkpoint", large=entry.get("large", False))))
         assert {"cpu", "torch", "git_commit"} <= entry["environment"].keys()
         assert f"**{claim.verdict(entry['figures'])}**" in documents.in_document(TEXT, name)
         assert f"--claim {name} " in TEXT
@@ -71,9 +71,16 @@ def test_every_file_it_names_is_there(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("name", ["gdpo-quadrature", "gdpo-level", "bgpo-memory"])
+@pytest.mark.parametrize("name", ["gdpo-quadrature", "bgpo-memory"])
 def test_figures_taken_from_other_results_are_still_theirs(name: str) -> None:
     assert claims.CLAIMS[name].measure(TINY) == RESULT["claims"][name]["figures"]
+
+
+def test_shares_up_to_256_tokens_are_those_of_the_variance_suite(tiny: dict[str, Any]) -> None:
+    ours, theirs = (result["claims"]["gdpo-level"]["figures"]["rows"] for result in (tiny, RESULT))
+    taken = [row for row in theirs if row["tokens"] <= 256 and "characters" not in row["model"]]
+    assert len(taken) == 9
+    assert ours[:9] == taken
 
 
 # --- the rules can fail -------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ RULES: list[tuple[str, Callable[[dict[str, Any], Any], None], Any, str]] = [
     *(("rspo-gradient", every("over RSPO"), v, w) for v, w in ((ABOVE, CONFIRMED), (BELOW, REFUTED), (ACROSS, UNDECIDED))),
     ("rspo-gradient", every("over RSPO", objective="ESPO"), ABOVE, UNDECIDED),
     *(("rspo-training", training_figures, v, w) for v, w in ((WIN, CONFIRMED), (LOSS, REFUTED), (TIE, UNDECIDED))),
-    ("rspo-training", every("collapsed", objective="RSPO"), 9, REFUTED),
+    ("rspo-training", every("collapsed", objective="RSPO"), 99, REFUTED),
 ]
 
 
@@ -173,6 +180,16 @@ def test_other_figures_give_another_verdict(name: str, fabricate: Callable, valu
     figures = copy.deepcopy(RESULT["claims"][name]["figures"])
     fabricate(figures, value)
     assert claims.CLAIMS[name].verdict(figures) == want
+
+
+@pytest.mark.parametrize(("kind", "want"), [("unbias", CONFIRMED), ("neg", UNDECIDED), ("mean", UNDECIDED)])
+def test_more_masks_decide_for_the_baseline_whose_noise_they_lower_and_for_no_other(kind: str, want: str) -> None:
+    figures = copy.deepcopy(RESULT["claims"]["dmpo-unbias"]["figures"])
+    published = [row for row in figures["rows"] if row["where"] != dmpo.EXACT]
+    for row in figures["rows"]:
+        row["variance"] = ACROSS if row in published else BELOW
+    figures["rows"] += [{**row, "R": 64, "variance": BELOW} for row in published]
+    assert claims.CLAIMS[f"dmpo-{kind}"].verdict(figures) == want
 
 
 def test_every_rule_was_made_to_differ_from_what_it_found() -> None:
@@ -210,6 +227,34 @@ def test_a_run_merges_into_what_is_there_and_repeats_itself(tiny: dict[str, Any]
     assert again["bgpo-samples"].pop("command").endswith(f"--claim bgpo-samples --out {out}")
     for name in claims.CLAIMS:
         assert again[name]["figures"] == tiny["claims"][name]["figures"]
+
+
+def test_a_stopped_experiment_goes_on_where_it_was_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    real_run = rspo._run
+
+    def run(settings: Settings, sizes: Any, algorithm: str, seed: int, options: list[str]) -> dict[str, Any]:
+        runs.append(f"{algorithm} {seed} {options}")
+        if len(runs) == stop_at:
+            raise KeyboardInterrupt
+        return real_run(settings, sizes, algorithm, seed, options)
+
+    monkeypatch.setattr(rspo, "_run", run)
+    stop_at, file = 4, tmp_path / "new" / "parts.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        rspo.training(Settings(tiny=True, parts=common.Parts(file)))
+    with file.open("a") as lines:
+        lines.write('{"key": {"claim": "rspo-tr')  # killed while it wrote
+    stop_at = 0
+    found = rspo.training(Settings(tiny=True, parts=common.Parts(file)))
+    assert len(runs) == 4 + 2 * len(rspo.CONTESTANTS) - 3
+    assert found == rspo.training(Settings(tiny=True))
+    before = len(runs)
+    assert rspo.training(Settings(tiny=True, parts=common.Parts(file))) == found
+    assert len(runs) == before, "what is known was made again"
+    assert common.Parts(file).get(Settings(tiny=True, seed=7), "rspo-training", {}, lambda: 1) == 1, (
+        "another seed is another part"
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,6 +377,40 @@ def test_errors_from_inner_products_are_those_of_gradients(subject: common.Subje
     want_P, _ = gradient(subject.model, plan, egspo.ONE_STEP, Batch({"advantages": weights_B}), **subject.rollout_options())
     got = egspo.form(steps.gram_NN, missing_BT * weights_B[:, None], within=False)
     assert float(got) == pytest.approx(float(want_P.square().sum()), rel=1e-3)
+
+
+def test_moments_at_each_count_are_those_of_all_masks(subject: common.Subject) -> None:
+    group = subject.groups(1, 2)[0]
+    ids_BS, L, mask_id = group.rollout.ids_BS, 3, group.rollout.mask_id
+    found = gdpo.moments_of_counts(subject.model, ids_BS, L, mask_id, 600, seed=0)
+    for count in (1, 2, 3):
+        hidden_XS = torch.zeros(2**L, ids_BS.shape[1], dtype=torch.bool)
+        hidden_XS[:, -L:] = (torch.arange(2**L)[:, None] >> torch.arange(L)) % 2 == 1
+        hidden_XS = hidden_XS[hidden_XS.sum(1) == count]
+        for b in range(2):
+            known_XS = ids_BS[b].expand(len(hidden_XS), -1)
+            with torch.no_grad():
+                logits = subject.model(input_ids=known_XS.masked_fill(hidden_XS, mask_id)).logits.log_softmax(-1)
+            sums_X = (logits.gather(-1, known_XS[..., None])[..., 0] * hidden_XS).sum(1).double()
+            error = 5 * float(sums_X.std(correction=0)) / 600**0.5 + 1e-6
+            assert float(found.mean_BL[b, count - 1]) == pytest.approx(float(sums_X.mean()), abs=error)
+            assert float(found.variance_BL[b, count - 1]) == pytest.approx(float(sums_X.var(correction=0)), rel=0.3, abs=1e-9)
+
+
+def test_between_the_grid_s_counts_moments_are_linear() -> None:
+    counts = gdpo.grid(256)
+    assert (counts[0], counts[-1], sorted(set(counts))) == (1, 256, counts)
+    line_BC = -3.0 * torch.tensor([counts], dtype=torch.float64)
+    torch.testing.assert_close(gdpo._between(counts, line_BC), -3.0 * torch.arange(1.0, 257.0, dtype=torch.float64)[None])
+    assert gdpo.grid(3) == [1, 2, 3]
+
+
+def test_held_out_texts_share_nothing_with_those_of_training(tmp_path: Path) -> None:
+    gdpo.write_texts(tmp_path / "texts.jsonl", 64)
+    train, held = ((tmp_path / name).read_text().splitlines() for name in ("texts.jsonl", "texts.held-out.jsonl"))
+    assert len(train) > 7 * len(held) > 700
+    shown = "\n".join(json.loads(line)["prompt"] + json.loads(line)["answer"] for line in train)
+    assert not [line for line in held if json.loads(line)["answer"] in shown]
 
 
 def test_statistics() -> None:

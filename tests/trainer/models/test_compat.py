@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dllm_kernels import headless
+from dllm_kernels import expected_embedding, headless
 from tests.tiny import eurobert, gradients, worst_gradient_error
 from tests.trainer.models.test_published import IDS, REAL
 from tests.trainer.models.tiny_checkpoints import write
@@ -150,7 +151,8 @@ def test_logits_that_are_scaled_in_place_are_noticed_and_hidden_states_stay_whol
     assert calls
 
 
-def test_diffusion_gemma_s_head_is_tied_and_capped() -> None:
+def tiny_diffusion_gemma() -> tuple[Any, Tensor, Tensor]:
+    """Model, prompt and canvas."""
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     text = tiny | {"vocab_size": 64, "num_hidden_layers": 1, "layer_types": ["full_attention"], "final_logit_softcapping": 0.5}
     experts = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
@@ -163,12 +165,35 @@ def test_diffusion_gemma_s_head_is_tied_and_capped() -> None:
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
     prompt, canvas = torch.randint(3, 60, (2, 2, 4), generator=torch.Generator().manual_seed(0))
+    return model, prompt, canvas
+
+
+def test_diffusion_gemma_s_head_is_tied_and_capped() -> None:
+    model, prompt, canvas = tiny_diffusion_gemma()
     with torch.no_grad(), headless(model) as body:
         assert body.softcap == 0.5
         assert body.weight is model.get_input_embeddings().weight
         z = body(prompt, decoder_input_ids=canvas) @ body.weight.T
     with torch.no_grad():
-        torch.testing.assert_close(0.5 * torch.tanh(z / 0.5), model(input_ids=prompt, decoder_input_ids=canvas).logits)
+        logits = model(input_ids=prompt, decoder_input_ids=canvas).logits
+    torch.testing.assert_close(0.5 * torch.tanh(z / 0.5), logits)
+
+
+def test_diffusion_gemma_s_own_soft_embeddings_are_the_expected_embeddings_of_its_head() -> None:
+    """What its decoder is conditioned on in the next step: the embedding's rows under the softmax of tempered logits, scaled."""
+    model, prompt, canvas = tiny_diffusion_gemma()
+    seen: list[Tensor] = []
+    decoder = model.model.decoder
+    hook = decoder.self_conditioning.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    with torch.no_grad(), headless(model) as body:
+        hidden = body(prompt, decoder_input_ids=canvas)
+        soft = expected_embedding(hidden, body.weight, **{**body.options, "temperature": 0.6})
+        soft = (soft * decoder.embed_tokens.embed_scale).view(2, 4, 16)
+    with torch.no_grad():
+        logits = model(input_ids=prompt, decoder_input_ids=canvas).logits
+        model(input_ids=prompt, decoder_input_ids=canvas, self_conditioning_logits=logits / 0.6)
+    hook.remove()
+    torch.testing.assert_close(soft, seen[-1])
 
 
 # --- activation checkpointing -------------------------------------------------------------------------------
