@@ -85,10 +85,10 @@ def draw_unmasking(samples: Sequence[dict[str, Any]], file: Path) -> None:
 def draw_rewards(runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], file: Path) -> None:
     """Rollout reward over forwards so far, one panel per algorithm: mean and range of runs, the others in grey."""
     curves = {}
-    for name, own in runs.items():
-        common = min(map(len, own))  # a run that a guard stopped has fewer
-        counted = _means([forwards for forwards, _ in run[:common]] for run in own)
-        curves[name] = counted, [_running([reward for _, reward in run[:common]], share=8) for run in own]
+    for name, several in runs.items():
+        common = min(map(len, several))  # a run that a guard stopped has fewer
+        counted = _means([forwards for forwards, _ in run[:common]] for run in several)
+        curves[name] = counted, [_running([reward for _, reward in run[:common]], share=8) for run in several]
     # as few empty panels as can be, then as near to twice as wide as high as can be
     columns = min(range(1, min(5, len(curves)) + 1), key=lambda n: (-len(curves) % n, abs(n - (1.5 * len(curves)) ** 0.5)))
     lines = -(-len(curves) // columns)
