@@ -59,6 +59,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "blocks": ("docs/block_diffusion.md",),
     "fuzz": ("docs/loop.md",),
     "kept": ("docs/rollouts.md",),
+    "attacks": ("docs/trainer.md",),
 }
 
 
@@ -430,6 +431,8 @@ def blocks(table: str) -> dict[str, str]:
             "block learning": block_learning.table(result_of("block-learning-cpu")),
             "block rates": block_rates.table(result_of("block-rates-cpu")),
         }
+    if table == "attacks":
+        return {table: attacks(result_of("attack-cpu"))}
     if table == "kept":
         from benchmarks.studies import cached_rollouts
 
@@ -441,11 +444,43 @@ def blocks(table: str) -> dict[str, str]:
         return {
             "fuzzed calls": fuzz.counts(result_of("fuzz")),
             "fuzzed distillation": fuzz.counts(result_of("fuzz-distillation")),
+            "fuzzed soft embeddings": fuzz.counts(result_of("fuzz-expectation")),
             "fuzzed gradients": fuzz.table(result_of("fuzz")),
         }
     from benchmarks.studies import claims
 
     return claims.blocks(result_of("claims-cpu"))
+
+
+# what `benchmarks/attack.py` does in its kinds
+ATTACKS = {
+    "kills": "kill -9, one to three times, at any moment",
+    "signals": "a signal that asks for an end, at any moment",
+    "damage": "a file of a run lost, emptied, cut, flipped, garbled or replaced",
+    "two": "two processes on one folder",
+    "ranks": "one of two ranks killed or stopped",
+    "resumes": "eight algorithms, fp32, bf16, LoRA, one and two ranks, stopped and gone on with: the same bits",
+    "inputs": "hostile keys, files and configs: a sentence, or a run",
+    "answers": "hostile completions to rewards and checkers",
+}
+
+
+def attacks(result: Mapping[str, Any]) -> str:
+    lines = [
+        [told, f"{result['kinds'][kind]['tried']:,}", f"{result['kinds'][kind]['survived']:,}"] for kind, told in ATTACKS.items()
+    ]
+    marks = result["long"]["marks"]
+    sizes, handles = [mark["resident_mib"] for mark in marks], {mark["handles"] for mark in marks}
+    flat = (
+        f"A run of {result['long']['updates']:,} updates: {min(sizes):.0f} to {max(sizes):.0f} MiB resident and "
+        f"{' or '.join(map(str, sorted(handles)))} open files at all of its {len(marks)} marks."
+    )
+    mended = "".join(
+        f" Of `{entry['what'].partition(':')[0]}` the campaign saw a traceback; mended by commit "
+        f"{entry['mended'].split()[2].rstrip(';')}, and tried again."
+        for entry in result["mended"]
+    )
+    return f"{markdown(['attack', 'tried', 'survived'], lines)}\n\n{flat}{mended}"
 
 
 def write(tables: Sequence[str]) -> None:

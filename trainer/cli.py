@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,7 +157,12 @@ def task(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to complete; may be given several times.")] = None,
-    file: Annotated[Path | None, typer.Option("--input", help='JSONL with a "prompt" in each line.')] = None,
+    suffix: Annotated[
+        list[str] | None, typer.Option("--suffix", help="What follows the completion: of the first --prompt, of the second ...")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", help='JSONL with a "prompt" in each line, and a "suffix" where one follows.')
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSONL to write: prompt, completion, steps, log-probs.")] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -168,11 +174,14 @@ def generate(
     with _sentences(), _ranks() as ranks:
         from .commands.generate import read_prompts, write_completions
 
-        prompts = [*(prompt or ()), *(read_prompts(file) if file is not None else ())]
+        if len(suffix or ()) > len(prompt or ()):
+            raise UserError(f"--suffix must come after the --prompt that it belongs to, got {len(suffix or ())} of them")
+        given = zip_longest(prompt or (), suffix or (), fillvalue="")
+        prompts = [*given, *(read_prompts(file) if file is not None else ())]
         setup = _setup(checkpoint, ["rollout.temperature=0", "rl.updates=0", *(overrides or ())], config, ranks)
         if not prompts:
             example = next((test[0] for test in setup.task.tests.values() if test), setup.task.train[0])
-            prompts = [example.prompt]
+            prompts = [(example.prompt, example.suffix)]
             if ranks.is_first:
                 print(f"no prompt is given; one of the task:\n{visible(example.prompt)}", file=sys.stderr)
         write_completions(setup, prompts, out, console)

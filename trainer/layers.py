@@ -53,7 +53,7 @@ def drop_keys_of_others(layers: Sequence[DictConfig], choice: str, first: str, k
     for layer, made in zip(layers, choices, strict=True):
         current = current if made is None else made
         node = OmegaConf.select(layer, section)
-        if current != last and isinstance(node, DictConfig):
+        if current != last and isinstance(current, str) and isinstance(node, DictConfig):
             for key in set(keys.get(current, ())) & set(node):
                 del node[key]
 

@@ -21,13 +21,22 @@ class Area:
 
 AREAS: Mapping[str, Area] = {
     "noise": Area(("dllm_kernels/noise.py",), ("tests/test_noise.py",)),
-    "masks": Area(("dllm_kernels/masks/*.py",), ("tests/masks", "tests/accumulation/test_block_diffusion.py")),
+    "masks": Area(
+        ("dllm_kernels/masks/*.py",),
+        (
+            *("tests/masks", "tests/accumulation/test_block_diffusion.py", "tests/rollouts/test_trajectories.py"),
+            *("tests/objectives/test_egspo.py", "tests/objectives/test_trace_rl.py"),
+        ),
+    ),
     "head": Area(
         ("dllm_kernels/head/*.py", "dllm_kernels/rows.py", "dllm_kernels/backends/reference.py", "dllm_kernels/backends/cpu.py"),
         ("tests/head", "tests/backends/test_cpu_engine.py"),
     ),
     "losses": Area(("dllm_kernels/losses.py",), ("tests/test_losses.py",)),
-    "model": Area(("dllm_kernels/model/*.py",), ("tests/model",)),
+    "model": Area(
+        ("dllm_kernels/model/*.py",),
+        ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py"),
+    ),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation",)),
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),

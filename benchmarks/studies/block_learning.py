@@ -38,6 +38,7 @@ from dllm_trainer.models.tokenizer import make_tokenizer
 from dllm_trainer.records.environment import environment
 from dllm_trainer.tasks import Task, make_task
 from dllm_trainer.train import rl
+from dllm_trainer.train.engines import OwnEngine
 from dllm_trainer.train.evaluation import decodings, evaluate
 from dllm_trainer.train.optimization import make_optimizer
 from dllm_trainer.train.run import prepare
@@ -247,17 +248,17 @@ def train_sft(setup: Setup) -> dict[str, Any]:
 
 def train_rl(setup: Setup) -> dict[str, Any]:
     counter, started = TokenCounter(setup), time.process_time()
-    rolled_out = rl.generate
 
-    def of_whole_sequences(*args: Any, **kwargs: Any) -> Any:
-        rollout = rolled_out(*args, **kwargs)
-        return replace(rollout, settings=rollout.settings | {"causal_block": setup.facts.block_length})
+    class OfWholeSequences(OwnEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            rollout = super().generate(*args, **kwargs)
+            return replace(rollout, settings=rollout.settings | {"causal_block": setup.facts.block_length})
 
-    rl.generate = of_whole_sequences
+    engine_of, rl.engine_of = rl.engine_of, OfWholeSequences  # type: ignore[assignment]
     try:
         records = list(rl.rl_updates(setup, make_optimizer(setup.trained, setup.config.rl)))
     finally:
-        rl.generate = rolled_out
+        rl.engine_of = engine_of
     rewards = [record["reward"] for record in records]
     return {
         "tokens": counter.close(),

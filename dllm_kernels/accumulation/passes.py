@@ -13,7 +13,7 @@ from dllm_kernels.accumulation.micro_batches import Cut, Cuts, Selection, in_ste
 from dllm_kernels.accumulation.objective import Objective
 from dllm_kernels.accumulation.report import Meter
 from dllm_kernels.backends.contract import HeadOptions
-from dllm_kernels.head import ops, plans
+from dllm_kernels.head import plans
 from dllm_kernels.head.scoring import Scores, score
 from dllm_kernels.head.unit_vectors import UnitVectors, unit_vectors
 from dllm_kernels.head.weight_sum import WeightSum
@@ -142,7 +142,7 @@ class Passes:
         trains = any(p is not None and p.requires_grad for p in self.body.whole.parameters.values())
         size = int(plan.counts.sum()) * parameter.shape[1] * parameter.element_size()
         kept = not trains and plan.block_BS is None and self.head_options.low_rank is None and size <= plans.KEEP_BYTES
-        return {} if kept and not ops.observed() else None
+        return {} if kept else None
 
     def _score(self, cut: Cut, vectors: Vectors | None) -> Tensor:
         """Log-probs of a cut's rows without a gradient."""

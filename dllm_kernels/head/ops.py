@@ -197,6 +197,13 @@ def run_score(
     return (weighted_sum if plan == "coef" else None), {name: vector for name, vector in zip(_VECTORS, rest) if name in outputs}
 
 
+def run_unit(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
+    """logp and the vectors that the plan "unit" stores, through the op."""
+    flat = _flat(hidden, weight, target, rows, options)
+    found = score(*flat, None, None, 0, "logp,lse", "unit", True, *(False,) * 4)
+    return found[1 + _VECTORS.index("logp")], found[1 + len(_VECTORS)]
+
+
 @torch.library.custom_op(
     "dllm_kernels::score_backward",
     mutates_args=(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends.contract import HeadOptions
-from dllm_kernels.head import forward_backward
+from dllm_kernels.head import forward_backward, ops
 from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
 
@@ -31,6 +31,8 @@ def unit_vectors(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, o
     """Of selected rows, as `score` takes them; without an adapter. A second pass over the head is not needed then."""
     hidden, weight = autocast_operands(hidden, weight)
     check_arguments(hidden, weight, rows, len(target), options)
+    if ops.observed(hidden, weight):
+        return UnitVectors(*ops.run_unit(hidden, weight, target, rows, options))
     problem = make_problem(hidden, weight, target, rows, options)
     found = forward_backward.forward(problem, ("logp", "lse"), "unit", Needs(True, False, False))
     vectors_NH = found.stored[0]

@@ -35,6 +35,7 @@ def test_the_laws_are_the_ten_published_ones():
         "segments",
     ]
     assert all(law.name == name and "arXiv" in law.source for name, law in laws.LAWS.items())
+    assert laws.LAWS["block"].options == {"block_length": 32}  # facebookresearch/SPG, its configs
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -261,11 +262,11 @@ def test_block_hides_a_part_of_one_block_and_all_later_ones():
 
 
 def test_block_takes_every_block_once_before_one_returns():
-    plan = plan_of([10] * 60, law="block", samples=6, block_length=4, prompt_noise=0.0, prompt=0)
+    plan = plan_of([9] * 60, law="block", samples=6, block_length=4, prompt_noise=0.0, prompt=0)  # the last of one token
     block = plan.masked.long().argmax(-1) // 4
     for turn in (block[:3], block[3:]):
         assert torch.equal(turn.sort(0).values, torch.arange(3)[:, None].expand(3, 60))
-    again = plan_of([10] * 60, law="block", samples=6, block_length=4, prompt_noise=0.0, prompt=0, iteration=1)
+    again = plan_of([9] * 60, law="block", samples=6, block_length=4, prompt_noise=0.0, prompt=0, iteration=1)
     assert not torch.equal(block[:3], again.masked.long().argmax(-1)[:3] // 4)
 
 

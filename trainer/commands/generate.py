@@ -16,6 +16,7 @@ from dllm_kernels import generate, noise
 
 from ..errors import UserError, visible
 from ..models.codec import decode
+from ..models.self_tests import check_rollout
 from ..tasks import Example
 from ..tasks.files import read_rows, text_of
 from ..train.setup import Setup
@@ -23,15 +24,19 @@ from ..train.setup import Setup
 UNDECIDED = "░"
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The "prompt" of each line of a JSONL file. Raises UserError naming file and line."""
-    return [text_of(row, "prompt", where) for where, row in read_rows(str(file))]
+def read_prompts(file: Path) -> list[tuple[str, str]]:
+    """The "prompt" of each line of a JSONL file, and the "suffix" where it has one. Raises UserError naming file and line."""
+    rows = read_rows(str(file))
+    return [(text_of(row, "prompt", where), text_of(row, "suffix", where) if "suffix" in row else "") for where, row in rows]
 
 
-def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, console: Console) -> None:
-    """Complete the prompts; print the texts, or write them with their history as JSONL."""
+def write_completions(setup: Setup, prompts: Sequence[tuple[str, str]], out: Path | None, console: Console) -> None:
+    """Complete the prompts, up to their suffixes; print the texts, or write them with their history as JSONL."""
     tokenizer, facts = setup.loaded.tokenizer, setup.facts
-    examples = [Example(str(index), prompt) for index, prompt in enumerate(prompts)]
+    examples = [Example(str(index), prompt, suffix=suffix) for index, (prompt, suffix) in enumerate(prompts)]
+    if any(suffix for _, suffix in prompts) and not setup.codec.infills:
+        check_rollout(setup.config.rollout, setup.loaded, setup.codec.length, infills=True)
+        setup.codec.infills = True
     batch, members = setup.config.evaluation.batch, _times_before(prompts)
     lines = []
     with Live(console=console, transient=True) if console.is_terminal else _Silent() as live:
@@ -43,10 +48,11 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
 
             rollout = generate(
                 setup.model,
-                [prompt.to(setup.ranks.device) for prompt in setup.codec.prompts(part)],
+                [prompt.to(setup.ranks.device) for prompt in setup.codec.asked(part)],
                 seed=setup.config.seed,
                 sequence_ids=noise.sequence_ids(
-                    [f"generate/{e.prompt}" for e in part], members=members[first : first + batch]
+                    [f"generate/{e.prompt}" + (f"\0{e.suffix}" if e.suffix else "") for e in part],
+                    members=members[first : first + batch],
                 ).to(setup.ranks.device),
                 on_step=show if console.is_terminal else None,
                 **setup.generate_options(),
@@ -56,6 +62,7 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
                 lines.append(
                     {
                         "prompt": example.prompt,
+                        **({"suffix": example.suffix} if example.suffix else {}),
                         "completion": texts[index],
                         "failed": bool(rollout.failed_B[index]),
                         "model_calls": int(rollout.steps_B[index]),
@@ -75,9 +82,9 @@ def write_completions(setup: Setup, prompts: Sequence[str], out: Path | None, co
             raise UserError(f"--out: {out} cannot be written ({error.strerror})") from error
 
 
-def _times_before(prompts: Sequence[str]) -> list[int]:
+def _times_before(prompts: Sequence[tuple[str, str]]) -> list[int]:
     """How often each came already: what is asked twice is answered twice, and else as if it were alone."""
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     times = []
     for prompt in prompts:
         times.append(seen[prompt])

@@ -107,9 +107,12 @@ def planned_task(config: RunConfig) -> tuple[Task, list[str]]:
 
 
 def prompt_tokens(setup: Setup, assumed: list[str]) -> int:
-    """Of the longest prompt; adds to `assumed` where it is not known."""
+    """Of the longest prompt, with what follows its completion; adds to `assumed` where it is not known."""
     if setup.task.train and setup.loaded.tokenizer is not None:
-        return max(map(len, setup.codec.prompts(setup.task.train[:_EXAMPLES])))
+        examples = setup.task.train[:_EXAMPLES]
+        suffixes = setup.codec.suffixes(examples)
+        longer = [0] * len(examples) if suffixes is None else [len(suffix) for suffix in suffixes]
+        return max(len(prompt) + more for prompt, more in zip(setup.codec.prompts(examples), longer, strict=True))
     longest = setup.config.prompt.max_length
     assumed.append(
         f"prompts are taken to have {longest or _PROMPT} tokens, "

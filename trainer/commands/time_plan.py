@@ -327,7 +327,7 @@ def _seconds_of_a_step(setup: Setup, phase: Phase, device: torch.device) -> floa
             raise _Enough
 
     ids = torch.arange(phase.sequences, device=device)
-    options = {**setup.generate_options(), "eos_id": None, "micro_batch": None}
+    options = {**setup.generate_options(canvas=False), "eos_id": None, "micro_batch": None}
     with suppress(_Enough):
         generate(setup.model, prompts, sequence_ids=ids, seed=0, on_step=on_step, **options)
     return statistics.mean(after - before for before, after in pairwise(marks))

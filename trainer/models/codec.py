@@ -56,17 +56,14 @@ class Codec:
                 )
         return [torch.tensor(ids) for ids in encoded]
 
-    def asked(self, examples: Sequence[Example]) -> tuple[list[Tensor], dict[str, None]]:
-        """What `generate` is given: prompts, or, where completions fill the middle, canvases, and the keyword that says so.
-
-        Raises as `prompts`.
-        """
+    def asked(self, examples: Sequence[Example]) -> list[Tensor]:
+        """What `generate` is given: prompts, or, where completions fill the middle, canvases. Raises as `prompts`."""
         prompts = self.prompts(examples)
         if not self.infills:
-            return prompts, {}
+            return prompts
         middle = torch.full((self.length,), self._mask_id)
         suffixes = self.suffixes(examples) or []
-        return [torch.cat([p, middle, s]) for p, s in zip(prompts, suffixes, strict=True)], {"length": None}
+        return [torch.cat([p, middle, s]) for p, s in zip(prompts, suffixes, strict=True)]
 
     def suffixes(self, examples: Sequence[Example]) -> list[Tensor] | None:
         """int64 `[Q_b]` each, which follow the completions; None where nothing does."""
@@ -95,7 +92,7 @@ class Codec:
         """
         levels = [task.train] if task.curriculum is None else task.curriculum.levels
         for examples in (*levels, *task.tests.values()):
-            self.prompts(heapq.nlargest(_LOOKED_AT, examples, key=lambda example: len(example.prompt)))
+            self.prompts(heapq.nlargest(_LOOKED_AT, examples, key=lambda example: len(example.prompt) + len(example.suffix)))
         if shown:
             self.answers([example for example in task.demonstrations if not example.answer][:1])
             self.answers(heapq.nlargest(_LOOKED_AT, task.demonstrations, key=lambda example: len(example.answer)))

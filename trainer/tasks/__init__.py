@@ -25,6 +25,7 @@ MODULES = {
     "math": ".math",
     "file": ".files",
     "code": ".code",
+    "middle": ".middle",
     "reasoning_gym": ".reasoning_gym",
     "pairs": ".pairs",
 }

@@ -119,6 +119,13 @@ class CodeConfig(Section):
         return self
 
 
+class MiddleConfig(Section):
+    kind: Literal["middle"] = "middle"  # of the task
+    train_problems: Positive = 5000  # drawn for training
+    test_problems: Positive = 256  # held out
+    careless_share: Share = 0.6  # share of demonstrations that forget to borrow
+
+
 class GymDataset(Section):
     weight: Annotated[float, Field(gt=0.0)] = 1.0  # of its share in the mixture
     options: dict[str, Any] = Field({})  # the data set's own
@@ -167,6 +174,7 @@ AnyTaskConfig = Annotated[
     | Annotated[MathConfig, Tag("math")]
     | Annotated[FileConfig, Tag("file")]
     | Annotated[CodeConfig, Tag("code")]
+    | Annotated[MiddleConfig, Tag("middle")]
     | Annotated[ReasoningGymConfig, Tag("reasoning_gym")]
     | Annotated[PairsConfig, Tag("pairs")],
     Discriminator(_kind),

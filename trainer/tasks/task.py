@@ -54,10 +54,10 @@ class Task:
     def notes(self) -> list[str]:
         """`note`, and how many training questions stand in a test set, where any do."""
         levels = [self.train] if self.curriculum is None else self.curriculum.levels
-        asked = [example.prompt for level in levels for example in level]
+        asked = [(example.prompt, example.suffix) for level in levels for example in level]
         found = [self.note] if self.note else []
         for name, test in self.tests.items():
-            held_out = {example.prompt for example in test}
-            if seen := sum(prompt in held_out for prompt in asked):
+            held_out = {(example.prompt, example.suffix) for example in test}
+            if seen := sum(question in held_out for question in asked):
                 found.append(f"warning: {seen:,} of {len(asked):,} training examples ask a question of the test set {name}")
         return found

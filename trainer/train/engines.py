@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -47,10 +47,8 @@ class OwnEngine:
     ) -> Rollout:
         setup, device = self.setup, self.setup.ranks.device
         with setup.ranks.together():
-            prompts, how = setup.codec.asked(examples)
-        options: dict[str, Any] = {**setup.generate_options(greedy=greedy, rollout=decoding), **how}
-        if how and setup.config.rollout.resolved().blocks == "completion" and options["steps"] is not None:
-            options["steps"] //= -(-setup.length // options["block_length"])  # of canvases they are those of a block
+            prompts = setup.codec.asked(examples)
+        options = setup.generate_options(greedy=greedy, rollout=decoding)
         ids = [prompt.to(device) for prompt in prompts]
         return generate(setup.model, ids, sequence_ids=sequence_ids.to(device), seed=setup.config.seed, **options)
 

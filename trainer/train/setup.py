@@ -69,11 +69,21 @@ class Setup:
         blocks = -(-self.length // (rollout.block_length or self.length)) if sampler.blocks == "sequence" else 1
         return min(self.length, rollout.steps * blocks)
 
-    def generate_options(self, *, greedy: bool = False, rollout: RolloutConfig | None = None) -> dict[str, Any]:
-        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's."""
+    def generate_options(
+        self, *, greedy: bool = False, rollout: RolloutConfig | None = None, canvas: bool | None = None
+    ) -> dict[str, Any]:
+        """Keywords of `generate`, the model and the noise apart; `rollout` in place of the run's.
+
+        `canvas`: for what `codec.asked` gives where completions fill the middle; None: where they do.
+        """
         rollout = rollout or self.config.rollout
+        own = rollout.generate_options(self.length, self.facts.eos_id)
+        if self.codec.infills if canvas is None else canvas:
+            own["length"] = None
+            if rollout.resolved().blocks == "completion" and own["steps"] is not None:  # of canvases they are those of a block
+                own["steps"] //= self.length // own["block_length"]
         return {
-            **rollout.generate_options(self.length, self.facts.eos_id),
+            **own,
             "mask_id": self.facts.mask_id,
             "shift": self.facts.shift,
             "suppress": self.loaded.suppressed,

@@ -22,14 +22,15 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.fuzzing.guards import Guarded
-from dllm_kernels import distillation_loss, noise
+from dllm_kernels import distillation_loss, expected_embedding, noise
 from dllm_kernels.backends.contract import STATISTICS
-from dllm_kernels.backends.triton import divergence, fused, head, rows, tuning
+from dllm_kernels.backends.divergence.problem import KINDS
+from dllm_kernels.backends.triton import divergence, expectation, fused, head, rows, tuning
 from dllm_kernels.backends.triton import noise as bits
 from dllm_kernels.backends.triton.configs import CONFIGS, USES
 from tests.backends.triton.interpreted import problem, with_adapter
 
-MODULES = (divergence, fused, rows, bits)
+MODULES = (divergence, expectation, fused, rows, bits)
 # N, H, V one below and one above the blocks: 64 rows, 32 of width, 64 ids of a tile, 128 of a segment and of a row's pass
 SIZES = ((63, 31, 127), (65, 33, 129), (1, 1, 1), (129, 64, 257), (127, 65, 63))
 _launch = InterpretedFunction.run
@@ -103,13 +104,15 @@ def calls(size: tuple[int, int, int], dtype: torch.dtype, *, options: bool) -> N
                 head.sample(q, key_N, step=1, temperature=temperature)
 
 
-def divergences(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+def walks(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """What goes over slabs `[v, N]`: distillation and soft embeddings."""
     N, H, V = size
     hidden, other = (torch.randn(N, H).to(dtype).requires_grad_(True) for _ in range(2))
     weight, teacher = (torch.randn(V, H).to(dtype).requires_grad_(True) for _ in range(2))
     given: dict[str, Any] = {"bias": torch.randn(V), "softcap": 3.0, "temperature": 0.7}
-    for kind in divergence.KINDS if hasattr(divergence, "KINDS") else ("forward_kl", "reverse_kl", "jsd"):
+    for kind in KINDS:
         distillation_loss(hidden, weight, other.detach(), teacher.detach(), kind=kind, **given).backward()
+    expected_embedding(hidden, weight, teacher, **given).sum().backward()
 
 
 def random_bits(size: tuple[int, int, int]) -> None:
@@ -142,7 +145,7 @@ def main() -> None:
         for number, size in enumerate(SIZES if whole else SIZES[:3]):
             for dtype in (torch.bfloat16, torch.float32) if whole else (torch.bfloat16,):
                 calls(size, dtype, options=number % 2 == 1)
-                divergences(size, dtype)
+                walks(size, dtype)
             random_bits(size)
             print(f"{size}, {'end' if at_end else 'start'}", flush=True)
     # the tiles of a GPU, for which the sizes are one off too

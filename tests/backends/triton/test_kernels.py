@@ -38,7 +38,7 @@ QUICK = (
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-mean-jsd]",
     "test_divergences_and_their_gradients_are_those_of_full_logits[triton-none-reverse_kl]",
     "test_divergences_of_low_precision_have_the_errors_of_their_inputs[triton-torch.bfloat16-forward_kl]",
-    "test_expected_embeddings_and_their_gradients_are_those_of_full_logits[triton-one]",
+    "test_logits_in_the_hundreds_and_rising_from_slab_to_slab_lose_no_digits[triton]",
 )
 
 
@@ -68,7 +68,7 @@ def test_the_head_suite_passes_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_kernel_touches_what_lies_beside_its_tensors():
-    assert "10 kernels" in interpreted("-m", "tests.backends.triton.guarded", "whole", timeout=1800)
+    assert "13 kernels" in interpreted("-m", "tests.backends.triton.guarded", "whole", timeout=1800)
 
 
 @pytest.mark.slow

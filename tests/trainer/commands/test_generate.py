@@ -21,6 +21,8 @@ from dllm_trainer.train.setup import Setup
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from dllm_kernels import generate
+
 PROMPTS = ["1234341221434321=", "0103020400103000=", "12="]
 
 
@@ -59,6 +61,27 @@ def test_a_completion_does_not_depend_on_what_is_completed_beside_it(finished: P
     assert drawn != completions("rollout.temperature=1.0", "seed=1")
 
 
+def test_what_follows_a_prompt_is_seen_and_left_as_it_is(finished: Path, setup: Setup, tmp_path: Path) -> None:
+    """A suffix of an option or of a file, beside prompts without one, on a model that was trained without."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "34=", "suffix": "4321"}) + "\n")
+    asked = ["--prompt", "12=", "--prompt", "1=", "--suffix", "3412", "--input", tmp_path / "in.jsonl"]
+    result = call("--checkpoint", finished / "checkpoint", *asked, "--out", tmp_path / "out.jsonl", "rollout.block_length=8")
+    assert result.exit_code == 0, result.output
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line.get("suffix")) for line in written] == [("12=", "3412"), ("1=", None), ("34=", "4321")]
+    code, mask = setup.loaded.tokenizer, setup.facts.mask_id
+    texts = [("12=", "3412"), ("1=", ""), ("34=", "4321")]
+    ids = [[code(text, add_special_tokens=False)["input_ids"] if text else [] for text in pair] for pair in texts]
+    canvases = [torch.tensor([*prompt, *[mask] * 16, *suffix]) for prompt, suffix in ids]
+    rollout = generate(
+        setup.model, canvases, length=None, steps=2, block_length=8, mask_id=mask, suppress=setup.loaded.suppressed
+    )
+    assert [line["commit_step"] for line in written] == rollout.commit_step_BL.tolist()
+    assert [line["completion"] for line in written] == setup.codec.texts(rollout.completion_BL)
+    refused = call("--checkpoint", finished / "checkpoint", "--suffix", "3412")
+    assert "--suffix must come after the --prompt that it belongs to, got 1 of them" in refused.output
+
+
 def test_what_is_asked_twice_is_drawn_twice(finished: Path) -> None:
     asked = ["--prompt", PROMPTS[0]] * 3
     result = call("--checkpoint", finished / "checkpoint", *asked, "rollout.temperature=1.0", "evaluation.batch=2")
@@ -82,7 +105,7 @@ def test_a_terminal_shows_every_step_with_fewer_undecided_places(setup: Setup, m
 
     monkeypatch.setattr(generating, "Live", Screen)
     screen = io.StringIO()
-    write_completions(setup, PROMPTS, None, Console(file=screen, force_terminal=True, width=80))
+    write_completions(setup, [(prompt, "") for prompt in PROMPTS], None, Console(file=screen, force_terminal=True, width=80))
     undecided = [[line.count(UNDECIDED) for line in text.split("\n")] for text in shown]
     assert undecided == [[12] * 3, [8] * 3, [4] * 3, [0] * 3]
     for before, after in itertools.pairwise(shown):
@@ -91,7 +114,7 @@ def test_a_terminal_shows_every_step_with_fewer_undecided_places(setup: Setup, m
         assert all(b in (UNDECIDED, a) for b, a in pairs), "a decided place changed"
     assert "\x1b[" in screen.getvalue(), "it is drawn in place"
     shown.clear()
-    write_completions(setup, PROMPTS, None, Console(file=io.StringIO(), force_terminal=False))
+    write_completions(setup, [(prompt, "") for prompt in PROMPTS], None, Console(file=io.StringIO(), force_terminal=False))
     assert not shown
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_trainer.cli import app
+from dllm_trainer.commands.planned_calls import prompt_tokens
 from dllm_trainer.config import load_config
+from dllm_trainer.distributed import Ranks
 from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.models.loading import tokenizer_of
 from dllm_trainer.models.tokenizer import train_tokenizer
 from dllm_trainer.records.run_dir import RunDir
 from dllm_trainer.tasks import make_task
-from dllm_trainer.train.run import Run
+from dllm_trainer.train.run import Run, prepare
+from dllm_trainer.train.setup import Setup
 from pyarrow import Table, parquet
 from rich.console import Console
 from typer.testing import CliRunner
@@ -118,6 +121,29 @@ def test_completions_fill_the_middle_from_rows_to_rl(tmp_path: Path) -> None:
     assert any(re.fullmatch(r"\d\+\?=\d\d!", text) for text in texts), f"a gap between what is given, got {sorted(texts)[:5]}"
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert {len(sample["tokens"]) for sample in samples} == {1}
+
+
+def setup_of(*keys: str) -> Setup:
+    config = load_config(overrides=[*TINY, *keys])
+    return prepare(config, make_task(config.task, seed=0), Ranks())
+
+
+def test_what_follows_counts_where_texts_are_looked_at_beforehand(tmp_path: Path) -> None:
+    """Beside eight longer prompts; and a question is its prompt with what follows."""
+    rows = [{"prompt": f"12{n}+", "answer": "2", "rest": "=3"} for n in range(8)]
+    rows.append({"prompt": "1+", "answer": "2", "rest": "=" + "3" * 70})
+    for name, own in {"train": rows, "test": [*rows[:1], {**rows[1], "rest": "=4"}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    keys = ["task.kind=file", f"task.train={tmp_path / 'train.jsonl'}", f"task.tests.held={tmp_path / 'test.jsonl'}"]
+    keys += ["task.style=characters", "task.suffix_column=rest", "task.completion_length=1", "rollout.steps=1"]
+    keys.append("rollout.block_length=1")
+    setup, longer = (setup_of(*keys, f"model.context={context}") for context in (64, 128))
+    with pytest.raises(UserError, match="example 8 has 73 tokens, with a completion of 1 more than the model's context of 64"):
+        setup.codec.look_ahead(setup.task, shown=False)
+    (note,) = setup.task.notes()
+    assert "1 of 9 training examples ask a question of the test set held" in note
+    longer.codec.look_ahead(longer.task, shown=False)
+    assert prompt_tokens(longer, []) == 73, "what `plan` plans with"
 
 
 @pytest.mark.parametrize(

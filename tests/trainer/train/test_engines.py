@@ -221,6 +221,7 @@ CONTRADICTIONS = {
     "rl.algorithm=egspo_sa": "rl.algorithm must be another than egspo_sa with rollout.engine=sglang",
     "model.lora.rank=2": "model.lora.rank must be 0 with rollout.engine=sglang",
     "rollout.engine=vllm": "rollout.engine must be 'ours' or 'sglang', got 'vllm'",
+    "rollout.engine=[a]": "rollout.engine must be 'ours' or 'sglang'",
     "rollout.timeout=0": "rollout.timeout must be greater than 0",
 }
 

@@ -36,7 +36,6 @@ def test_figures_of_rollouts_are_those_of_all_and_of_their_groups(eos: int | Non
             "tokens": 5 * 9,  # every step sees all positions
             "correct": 0.5,
             "longest": 2.0,
-            "rollout_logp": -(6 + 6 + 6 + 2) / 4,
             "completion_length": length,  # before the first EOS
         }
     )
