@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 _FOREIGN = {
     "automodel": "nemo_automodel/recipes/dllm",
     "dllm": "dllm/core",  # another package of the field installs a `dllm` too
@@ -19,3 +21,15 @@ def installed(folder: str) -> bool:
 
 
 collect_ignore = [f"dllm_kernels/integrations/{file}.py" for file, folder in _FOREIGN.items() if not installed(folder)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """pytest-xdist 3.8 tells its groups by node ids, which pytest 9.2 no longer lets it change: all fixtures of a group
+    are then made in every process, without a word."""
+    if getattr(config.option, "loadgroup", False) and hasattr(config, "workerinput"):
+        for item in items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+                raise pytest.UsageError(
+                    f"pytest {pytest.__version__} does not know the groups of pytest-xdist; install pytest<9.2"
+                )

@@ -527,6 +527,7 @@ def use_everything(model, tmp_path):
     dk.explain(hidden, weight, torch.arange(12))
     dk.elbo_loss(hidden, weight, ids, completion, torch.tensor(0.5)).backward()
     dk.distillation_loss(hidden, weight, hidden, weight, rows=torch.arange(2)).backward()
+    dk.expected_embedding(hidden, weight).sum().backward()
     dk.bgpo_loss(hidden, weight, ids, completion, torch.tensor(2.0), None, torch.ones(2), 4).backward()
     noise.permutation(0, 9)
     noise.sequence_ids(["a"])

@@ -15,7 +15,7 @@ from dllm_trainer.distributed import Ranks
 from dllm_trainer.errors import ConfigError, GuardError, UserError
 from dllm_trainer.records.run_dir import RunDir
 from dllm_trainer.tasks import make_task
-from dllm_trainer.train import algorithms, guards, rl
+from dllm_trainer.train import algorithms, engines, guards, rl
 from dllm_trainer.train.guards import on_policy_gap
 from dllm_trainer.train.optimization import make_optimizer
 from dllm_trainer.train.rl import rl_updates
@@ -420,7 +420,7 @@ def rolled_out(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Any:
         raise Enough
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "on_policy_gap", keep)
+        patch.setattr(engines, "on_policy_gap", keep)
         with pytest.raises(Enough):
             train(setup)
     return kept[0]
