@@ -124,6 +124,20 @@ def test_a_non_finite_row_leaves_a_first_sum_unwritten():
     assert leaf.grad is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_row_does_not_reach_what_earlier_calls_added_up(value):
+    """A caller may leave the bad batch out and step with the gradient so far."""
+    case = make_case(torch.float32, H=H, V=V)
+    leaf = case.weight.clone().requires_grad_(True)
+    sums = WeightSum(leaf)
+    gradients(case, "coef", sums)
+    before, place = leaf.grad.clone(), int(case.rows[2])
+    case.hidden.view(-1, H)[place, 3] = value
+    with pytest.raises(ValueError, match=f"hidden must be finite .* at row {place}"):
+        gradients(case, "coef", sums)
+    assert torch.equal(leaf.grad, before)
+
+
 def test_head_backward_adds_in_fp32_for_16_bit_heads_too():
     case = make_case(torch.bfloat16, H=H, V=V)
     rows, dweight = Rows(index=case.rows, target=case.target), torch.zeros(V, H)
