@@ -33,7 +33,10 @@ AREAS: Mapping[str, Area] = {
         ("tests/head", "tests/backends/test_cpu_engine.py"),
     ),
     "losses": Area(("dllm_kernels/losses.py",), ("tests/test_losses.py",)),
-    "model": Area(("dllm_kernels/model/*.py",), ("tests/model",)),
+    "model": Area(
+        ("dllm_kernels/model/*.py",),
+        ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py"),
+    ),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation",)),
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),

@@ -77,7 +77,7 @@ quadrature_table = common.table(
 
 level_sizes = Tiers(
     tiny={"B": 2, "M": 32, "texts": 2, "draws": 2},
-    usual={"B": 32, "M": 4096, "texts": 8, "draws": 16},
+    usual={"B": 24, "M": 4096, "texts": 8, "draws": 16},
 )
 LONGER = (64, 256)  # puzzles of 16 tokens in a row
 ROWS = 200  # resamples of the puzzles that rows are made of
