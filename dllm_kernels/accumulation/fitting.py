@@ -55,7 +55,8 @@ def fit_passes(
         objective: says what it couples; `batch`: with old scores in it or without, which may decide that. None: with.
         memory_budget: bytes, beyond weights, gradients and optimizer states. The head's fp32 gradient counts among those.
 
-    What is not counted: what gradient checkpointing recomputes of a layer in backward, and fragmentation.
+    What is not counted: what gradient checkpointing recomputes of a layer in backward, fragmentation, and the vectors that two
+    passes keep of a frozen head (as large as the hidden states of a block's scored rows, at most 256 MiB).
 
     Raises ValueError where one sample of one sequence does not fit, and TypeError for a budget that is no integer.
 

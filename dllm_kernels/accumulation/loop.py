@@ -71,7 +71,9 @@ def accumulate(
             all unsharded gradients in memory.
 
     dW of a head that nothing wraps and no hook looks at is added up in its `.grad`, or for one of 16 bits in one fp32 buffer that
-    is rounded into `.grad` at the end; other parameters get theirs as autograd delivers it.
+    is rounded into `.grad` at the end; other parameters get theirs as autograd delivers it. A hook on autograd's own node
+    (`grad_fn.next_functions[0][0]` of a view of the weight) cannot be seen, and does not see this dW. After an error the `.grad`
+    of a model that nothing wraps hold a part of the gradient: clear them.
     Gradients are summed over the ranks of a wrapper, not averaged: the denominator counts them all. Nothing else divides: not
     accelerate's `gradient_accumulation_steps`; under a GradScaler pass `denominator / scaler.get_scale()`.
     Under DistributedDataParallel backwards run without its hooks, however many each rank needs, and what they added to `.grad`

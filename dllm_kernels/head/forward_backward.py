@@ -89,6 +89,17 @@ def _check_values(
         checks.finite("entropy_coef", entropy_coef_N)
 
 
+def _check_rows(problem: HeadProblem) -> None:
+    """Raise ValueError for a row of hidden states that is not finite, before its gradient joins sums that are there already."""
+    hidden_MH, index_N = problem.hidden_MH, problem.index_N
+    if not checks.may_read(hidden_MH):
+        return
+    largest_N = (hidden_MH if index_N is None else hidden_MH[index_N]).abs().amax(1)
+    if (row := checks.first_not_finite(largest_N)) is not None:
+        place = row if index_N is None else int(index_N[row])
+        raise ValueError(f"hidden must be finite at the rows that are scored, got {float(largest_N[row])} at row {place}")
+
+
 @_outside_autocast
 def forward(
     problem: HeadProblem,
@@ -135,6 +146,8 @@ def forward(
     if entropy_coef_N is not None:
         wanted.add("entropy")
         entropy_coef_N = entropy_coef_N.to(dtype)
+    if weight_sum is not None and weight_sum.written:
+        _check_rows(problem)
     dweight_VH, dbias_V, dlow_VR, overwrite = _buffers(problem, needs, weight_sum)
     vectors = backend.run(
         problem,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.head import forward_backward, ops
 from dllm_kernels.head.forward_backward import Needs
@@ -21,8 +22,12 @@ class UnitVectors(NamedTuple):
     vectors: Tensor
 
     def gradient(self, coef_N: Tensor, keep_N: Tensor, index_M: Tensor, shape: Sequence[int]) -> Tensor:
-        """dH in `shape` for `sum coef * logp` of the rows where `keep_N`, which lie at `index_M` there; 0 elsewhere."""
+        """dH in `shape` for `sum coef * logp` of the rows where `keep_N`, which lie at `index_M` there; 0 elsewhere.
+
+        Raises ValueError for a coefficient that is not finite in the dtype of `logp`, as the plan "coef" does.
+        """
         coef_M = coef_N[keep_N].to(self.logp.dtype)
+        checks.finite("coef", coef_M)
         return forward_backward._sum_of_scaled_rows([(self.vectors[keep_N], coef_M)], index_M, shape)
 
 

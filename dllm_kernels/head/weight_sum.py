@@ -21,9 +21,9 @@ class WeightSum:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
-        self.in_grad = kind in _WIDE
-        self._fresh(kind if self.in_grad else torch.float32)
+        self._kind = getattr(parameter, "grad_dtype", None) or parameter.dtype  # of a new `.grad`
+        self.in_grad = self._kind in _WIDE
+        self._fresh(self._kind if self.in_grad else torch.float32)
 
     def _fresh(self, dtype: torch.dtype) -> None:
         shape, device = self.parameter.shape, self.parameter.device
@@ -54,7 +54,7 @@ class WeightSum:
         grad = self.parameter.grad
         with torch.no_grad():
             if grad is None:
-                self.parameter.grad = self.tensor.to(self.parameter.dtype)
+                self.parameter.grad = self.tensor.to(self._kind)
             else:
                 for start in range(0, len(grad), _ROWS_AT_ONCE):
                     grad[start : start + _ROWS_AT_ONCE] += self.tensor[start : start + _ROWS_AT_ONCE]

@@ -522,3 +522,16 @@ def test_a_frozen_head_s_vectors_are_kept_between_two_passes(objective, monkeypa
     late = made_again.rows - kept.rows  # with a coefficient
     assert late == len(plan.rows) or objective is RATIO
     assert made_again.flops - kept.flops == 2 * (2 * late - kept.rows) * head.numel()
+
+
+@pytest.mark.parametrize("keep_bytes", [0, plans.KEEP_BYTES], ids=["made again", "kept"])
+def test_coefficients_that_are_not_finite_are_refused_between_two_passes(keep_bytes, monkeypatch):
+    """A ratio far out of range must not become a gradient, whether a frozen head's vectors are kept or made again."""
+    monkeypatch.setattr(plans, "KEEP_BYTES", keep_bytes)
+    model, plan = eurobert(dtype=torch.float32), plan_of(4)
+    model.lm_head.weight.requires_grad_(False)
+    old = torch.full((B,), -1e4, dtype=F64)
+    batch = Batch({"advantages": ADVANTAGES, "old_elbo": old})
+    with pytest.raises(ValueError, match=r"coef must be finite, got -?inf"):
+        accumulate(model, plan, gdpo_objective(), batch)
+    assert all(p.grad is None for p in model.parameters())

@@ -85,6 +85,21 @@ def test_a_gradient_that_is_replaced_between_calls_is_the_one_that_is_added_to()
         assert torch.allclose(leaf.grad, want if replaced is None else want + 1, atol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no gradients of a dtype of their own")
+@pytest.mark.parametrize(("own", "of_grad"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_gradient_has_the_dtype_that_its_parameter_asks_for(own, of_grad):
+    case = make_case(own, H=H, V=V)
+    taken = []
+    gradients(case, "coef", taken.append)
+    leaf = case.weight.clone().requires_grad_(True)
+    leaf.grad_dtype = of_grad
+    sums = WeightSum(leaf)
+    gradients(case, "coef", sums)
+    sums.finish()
+    assert torch.equal(leaf.grad, taken[0].to(of_grad))
+    assert leaf.grad.dtype == of_grad
+
+
 def test_autograd_notices_that_a_sum_has_changed():
     """A graph that saved `.grad` must not be walked with other numbers."""
     case = make_case(torch.float32, H=H, V=V)
@@ -107,6 +122,20 @@ def test_a_non_finite_row_leaves_a_first_sum_unwritten():
         gradients(case, "coef", sums)
     assert not sums.written
     assert leaf.grad is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_row_does_not_reach_what_earlier_calls_added_up(value):
+    """A caller may leave the bad batch out and step with the gradient so far."""
+    case = make_case(torch.float32, H=H, V=V)
+    leaf = case.weight.clone().requires_grad_(True)
+    sums = WeightSum(leaf)
+    gradients(case, "coef", sums)
+    before, place = leaf.grad.clone(), int(case.rows[2])
+    case.hidden.view(-1, H)[place, 3] = value
+    with pytest.raises(ValueError, match=f"hidden must be finite .* at row {place}"):
+        gradients(case, "coef", sums)
+    assert torch.equal(leaf.grad, before)
 
 
 def test_head_backward_adds_in_fp32_for_16_bit_heads_too():
