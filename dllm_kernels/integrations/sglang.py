@@ -95,6 +95,7 @@ class SGLang:
         step_maps: bool = True,
         logp: bool = False,
         stop_id: int | None = None,
+        suppress: Sequence[int] = (),
         shift: int = 0,
         sequence_ids: Tensor | None = None,
         version: str | None = None,
@@ -111,6 +112,8 @@ class SGLang:
             step_maps: whether to ask for them; without, the rollout holds ids alone (`Rollout.from_steps(step_map=None)`).
             logp: whether to ask for log-probs; without them `score_rollout` makes them.
             stop_id: without step maps: an answer may end with this token, and is filled up with it.
+            suppress: ids that have probability 0 where the rollout is scored, which the server cannot be told: an answer that
+                holds one is an error.
             shift, sequence_ids: as in `Rollout.from_steps`. version: that of `load`; answers of others are an OtherWeightsError.
 
         Noise is the server's: nothing is a function of the sequence ids. Raises ValueError or TypeError naming the argument, and
@@ -153,7 +156,12 @@ class SGLang:
         completions, maps, logps = [], [], []
         for b, (answer, prompt, wanted) in enumerate(zip(answers, ids, asked, strict=True)):
             meta = self._meta(b, answer, version)
-            completions.append(self._completion(b, answer, wanted, mask_id, vocabulary, stop_id))
+            if (seen := meta.get("prompt_tokens", len(prompt))) != len(prompt):
+                raise ServerError(
+                    f"{self.url} answered a prompt of {_short(seen)} tokens where prompt {b} of {len(prompt)} was asked: it cuts "
+                    "prompts, or answers in another order"
+                )
+            completions.append(self._completion(b, answer, wanted, mask_id, vocabulary, stop_id, frozenset(suppress)))
             if step_maps:
                 maps.append(self._steps(b, meta, len(prompt), wanted, causal_block))
             if logp:
@@ -195,7 +203,14 @@ class SGLang:
             )
 
     def _completion(
-        self, b: int, answer: dict[str, Any], number: int, mask_id: int, vocabulary: int, stop_id: int | None
+        self,
+        b: int,
+        answer: dict[str, Any],
+        number: int,
+        mask_id: int,
+        vocabulary: int,
+        stop_id: int | None,
+        suppressed: frozenset[int],
     ) -> list[int]:
         found = answer.get("output_ids")
         if not isinstance(found, list) or not all(type(token) is int for token in found):
@@ -206,6 +221,11 @@ class SGLang:
             )
         if mask_id in found:
             raise ServerError(f"{self.url} answered prompt {b} with the mask token {mask_id}: a place was left undecided")
+        if never := [token for token in found if token in suppressed]:
+            raise ServerError(
+                f"{self.url} answered prompt {b} with token {never[0]}, which is suppressed here and so has probability 0: the "
+                "server draws from all tokens"
+            )
         if stop_id is not None and len(found) < number and found[-1:] == [stop_id]:
             return found + [stop_id] * (number - len(found))
         if len(found) != number:

@@ -149,6 +149,8 @@ NONSENSE = {
     "negative id": (altered(output_ids=[-1]), "prompt 0 with token -1, of a vocabulary"),
     "undecided": (altered(output_ids=[7] * 9), "with the mask token 7: a place was left undecided"),
     "short": (altered(output_ids=[1, 2]), r"prompt 0 with 2 tokens, and 9 were asked for \(finish_reason .*length"),
+    "a cut prompt": (altered(prompt_tokens=2), "answered a prompt of 2 tokens where prompt 0 of 3 was asked: it cuts prompts"),
+    "another order": (lambda answers: answers[::-1], "a prompt of 4 tokens where prompt 0 of 3 was asked: .* another order"),
     "given up": (altered(finish_reason={"type": "abort", "message": "no memory"}), "gave up prompt 0: .*no memory"),
     "no steps": (altered(step_maps=None), "without meta_info.step_maps: it takes an SGLang with pull request 27943"),
     "few steps": (altered(step_maps=[1]), "step_maps of prompt 0 must have one entry for each of 9 tokens, got 1"),
@@ -165,6 +167,12 @@ def test_nonsense_is_named(client: SGLang, loaded: Any, server: DiffusionServer,
     with pytest.raises(ServerError, match=message):
         ask(client, loaded)
     assert len([path for path, _ in server.asked if path == "/generate"]) <= 1, "and is not asked for again"
+
+
+def test_a_token_that_is_suppressed_here_is_named(client: SGLang, loaded: Any) -> None:
+    token = int(ask(client, loaded, temperature=0.0).completion_BL[0, 0])
+    with pytest.raises(ServerError, match=f"prompt 0 with token {token}, which is suppressed here and so has probability 0"):
+        ask(client, loaded, temperature=0.0, suppress=(token,))
 
 
 def test_log_probs_of_other_tokens_are_named(client: SGLang, loaded: Any, server: DiffusionServer) -> None:

@@ -74,6 +74,11 @@ def compare_algorithms(
     if forwards is not None and forwards < 1:
         raise UserError(f"--forwards must be at least 1, got {forwards}")
     base = configure([f"rl.algorithm={names[0]}"])
+    if base.rollout.engine != "ours":
+        raise UserError(
+            "rollout.engine must be ours for a comparison, whose budget counts the forwards of this process, got "
+            f"{base.rollout.engine}"
+        )
     for name in names:
         if not configure([f"rl.algorithm={name}"]).rl.updates:
             raise UserError(
@@ -143,7 +148,7 @@ def _names(algorithms: str) -> list[str]:
 
 def _rates(text: str | None, own: float) -> list[float]:
     if text is None:
-        return [float(f"{own * factor:.1e}") for factor in (1 / 3, 1, 3)]
+        return [float(f"{own / 3:.1e}"), own, float(f"{own * 3:.1e}")]
     try:
         rates = sorted({float(part) for part in text.split(",")})
     except ValueError as error:

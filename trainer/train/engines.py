@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dllm_kernels import Rollout, generate
@@ -83,6 +84,7 @@ class ServedEngine:
                 step_maps=rollout.step_maps,
                 logp=rollout.logp,
                 stop_id=setup.facts.eos_id if rollout.stop_at_eos else None,
+                suppress=setup.loaded.suppressed,
                 shift=setup.facts.shift,
             )
         return sampled.to(setup.ranks.device)
@@ -101,7 +103,7 @@ class ServedEngine:
         except ValueError as error:
             raise GuardError(f"{error} (bound rl.gap_bound)") from error
         if gap.tokens:
-            figures["on_policy_gap"] = worst = max(ranks.tell(gap.worst))
+            figures["on_policy_gap"] = worst = float(torch.tensor(ranks.tell(gap.worst)).max())  # nan of any rank is nan
             if not worst <= config.gap_bound:
                 raise GuardError(
                     f"the server's log-probs differ from the model's by {worst:.3g} nats a token (bound rl.gap_bound="
@@ -124,7 +126,7 @@ def _surprise(setup: Setup, scored: Rollout) -> float:
     number, total, squares = (ranks.total(float(value)) for value in (len(gap_N), gap_N.sum(), gap_N.square().sum()))
     mean, error = total / number, math.sqrt(squares) / number
     bound = setup.config.rl.gap_bound
-    if rollout.temperature <= 1 and not mean <= bound + _ERRORS * error:
+    if not math.isfinite(mean) or (rollout.temperature <= 1 and not mean <= bound + _ERRORS * error):
         raise GuardError(
             f"the server's tokens are {mean:.3g} nats a token less likely to the model than it expects of its own (standard "
             f"error {error:.2g}, bound rl.gap_bound={bound:g}): they come of other weights, another prompt or other states than "

@@ -44,6 +44,8 @@ class Served:
                     self._server.model_info()
                 except ServerError as error:
                     raise UserError(f"rollout.url: {error}") from error
+                if rollout.weights is None:  # what an earlier start of this run left when it ended early
+                    shutil.rmtree(self._place, ignore_errors=True)
 
     @property
     def _version(self) -> str:

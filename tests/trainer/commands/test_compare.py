@@ -298,3 +298,17 @@ def test_an_algorithm_improves_only_where_the_spread_allows_it() -> None:
     assert not improves([-0.05, -0.06, -0.07], [])
     assert improves([0.05], [{"gain": 0.05, "low": 0.01, "high": 0.09}])
     assert not improves([0.05], [{"gain": 0.05, "low": -0.01, "high": 0.11}])
+
+
+def test_a_server_that_samples_is_refused_as_its_forwards_are_not_counted(tmp_path: Path) -> None:
+    own = [key for key in TINY if not key.startswith("rollout.")]
+
+    def configure(more: list[str]) -> RunConfig:
+        return load_config(overrides=[*own, "rollout.engine=sglang", "rollout.url=http://x", *more])
+
+    with pytest.raises(UserError, match=r"rollout\.engine must be ours for a comparison, .* got sglang"):
+        compare_algorithms(configure, "bgpo", 1, 8, tmp_path, QUIET)
+
+
+def test_the_grid_holds_the_own_rate_as_it_is() -> None:
+    assert compare._rates(None, 1.25e-4) == [4.2e-5, 1.25e-4, 3.8e-4]

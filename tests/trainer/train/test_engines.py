@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dllm_trainer.distributed import Ranks
 from dllm_trainer.errors import ConfigError, GuardError, UserError
 from dllm_trainer.records.checkpoints import latest
 from dllm_trainer.tasks import make_task
+from dllm_trainer.train import engines
 from dllm_trainer.train.engines import OwnEngine, engine_of
 from dllm_trainer.train.optimization import make_optimizer
 from dllm_trainer.train.rl import rl_updates
@@ -24,9 +26,10 @@ from dllm_trainer.train.setup import Setup
 from safetensors.torch import load_file
 
 from dllm_kernels import noise
+from dllm_kernels.integrations.foreign_rollouts import Gap
 from tests.integrations.sglang_server import HANG_UP, DiffusionServer, serving
 from tests.tiny import checkpoint
-from tests.trainer.conftest import lines, new_run, tiny_config
+from tests.trainer.conftest import lines, new_run, resumed, tiny_config
 
 BLOCKS = ["model.facts.topology=block_causal", "model.facts.block_length=4", "model.facts.attention_mask=float"]
 SHORT = ["sft.steps=3", "sft.save_every=10", "rl.updates=2", "rl.save_every=10", "rl.gap_every=1"]
@@ -169,6 +172,20 @@ def test_a_server_that_dies_ends_the_run_with_a_sentence_and_a_saved_state(
     saved = latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert (saved.state["phase"], saved.state["step"]) == ("rl", 1)
+    left, server.faults = next((tmp_path / "run" / "rollout_weights").iterdir()), []
+    number = len(updates_of(server))
+    again = resumed(tmp_path / "run")
+    log, first = again.folder.log, []
+
+    def look(record: Any) -> None:
+        log(record)
+        first.append((server.info["model_path"], left.exists()))
+
+    again.folder.log = look  # type: ignore[method-assign]
+    again.execute()
+    assert [path for path, _ in first] == [updates_of(server)[number]["model_path"]], "the weights of the resumed policy"
+    assert not first[0][1], "and not both"
+    assert not (tmp_path / "run" / "rollout_weights").exists()
 
 
 def test_a_server_that_is_not_there_is_told_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -197,6 +214,25 @@ def test_a_server_that_ignores_the_temperature_is_refused(
     server.greedy = True
     with pytest.raises(GuardError, match="every group consists of identical rollouts: the members of a group share"):
         learn(peaked(setup_of(tmp_path, folder, url)))
+
+
+def test_a_token_that_our_policy_never_draws_is_refused(server: DiffusionServer, url: str, folder: Path, tmp_path: Path) -> None:
+    every = "model.facts.suppress=[0,1,2,3,4]"
+    with pytest.raises(UserError, match=r"rollout\.url: .* with token \d, which is suppressed here and so has probability 0"):
+        learn(setup_of(tmp_path, folder, url, every, "rl.gap_every=0"))
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_log_prob_that_is_not_finite_is_no_chance(
+    url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """As heads on a GPU make them, which checks no values: its standard error is infinite too."""
+    setup = setup_of(tmp_path, folder, url)
+    sampled = engine_of(setup).generate(setup.task.train[:2], noise.sequence_ids(list("ab")))
+    broken = replace(sampled, commit_logp_BL=torch.full_like(sampled.commit_logp_BL, value))
+    monkeypatch.setattr(engines, "score_rollout", lambda *_, **__: (broken, Gap(math.nan, math.nan, -1, 0)))
+    with pytest.raises(GuardError, match="less likely to the model than it expects of its own"):
+        engine_of(setup).check(sampled, due=True, replayed=False)
 
 
 def test_a_bidirectional_model_is_refused(server: DiffusionServer, url: str, folder: Path, tmp_path: Path) -> None:
