@@ -229,6 +229,7 @@ def test_a_run_merges_into_what_is_there_and_repeats_itself(tiny: dict[str, Any]
         assert again[name]["figures"] == tiny["claims"][name]["figures"]
 
 
+@pytest.mark.slow
 def test_a_stopped_experiment_goes_on_where_it_was_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
     real_run = rspo._run

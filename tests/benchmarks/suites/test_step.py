@@ -139,6 +139,7 @@ def test_full_has_every_algorithm_and_the_bound() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_at_a_reduced_size() -> None:
     settings = registry.Settings(threads=1, shape={"V": 16384, "K": 8})
     label = _case("gdpo", settings).label
