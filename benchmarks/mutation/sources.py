@@ -37,7 +37,7 @@ AREAS: Mapping[str, Area] = {
         ("dllm_kernels/model/*.py",),
         ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py"),
     ),
-    "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation",)),
+    "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation", "tests/model/test_sharded.py")),
     "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),
     "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),

@@ -375,3 +375,11 @@ def test_weights_of_a_sample_are_those_of_its_blocks(model):
                     torch.testing.assert_close(weight_KBS[k, b][hidden], torch.full((int(hidden.sum()),), want))
                     share = torch.full((int(hidden.sum()),), 1 / want)
                     torch.testing.assert_close(plan.p_mask_KBS[k, b][hidden], share)
+
+
+def test_the_loss_of_fine_tuning_is_over_each_length_also_where_it_is_one(model):
+    plan = plan_of(model, "exact")
+    assert 1 in LENGTHS
+    logp_N = -torch.rand(len(plan.rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = -sum(float(score) / n for score, n in zip(plan.score(logp_N), LENGTHS, strict=True))
+    assert float(NEGATIVE_ELBO.contributions(logp_N, plan, Batch())) == pytest.approx(want, rel=1e-12)
