@@ -197,11 +197,12 @@ def judged(seed: int, number: int, isas: list[str], what: str = "head") -> State
     """Counts, and a sentence for each call that is wrong, of one problem on these instruction sets."""
     from benchmarks.fuzzing import calls, problems, truth
     from benchmarks.fuzzing.guards import Guarded
+    from benchmarks.fuzzing.judging import Judge
 
     if not _PAGES:
         _PAGES.extend((Guarded(), Guarded()))
     guarded = _PAGES[1]
-    source, judge, truths = (problems, calls, truth) if what == "head" else 3 * (_module(what),)
+    source, judge, truths = (problems, calls, truth) if what == "head" else (_module(what), Judge(_module(what)), _module(what))
     problem: Any = source.draw(seed, number)
     inputs = calls.Inputs(problem, _PAGES[0])
     exact: Any = None if problem.bad else truths.Truth(problem)

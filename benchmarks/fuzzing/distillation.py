@@ -1,4 +1,4 @@
-"""`distillation_loss` fuzzed: a drawn problem, its value and gradients in float64 with bounds of rounding, and the judge.
+"""`distillation_loss` fuzzed: a drawn problem, its value and gradients in float64 with bounds of rounding.
 
 Bounds are first-order, of which a tenth is allowed: e is by how much a row's logits may be off, 2 e what that does to a
 log-probability.
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fuzzing.calls import REFERENCE, Found, Inputs, _complaint, _within
+from benchmarks.fuzzing.calls import Found, Inputs
 from benchmarks.fuzzing.guards import Guarded
+from benchmarks.fuzzing.judging import arguments, copies, fresh, machine
 from benchmarks.fuzzing.problems import _LAYOUTS, DTYPES
 from benchmarks.fuzzing.truth import TINY, Bounded
 from dllm_kernels import distillation_loss
-from dllm_kernels.backends import contract, cpu
+from dllm_kernels.backends import contract
 from dllm_kernels.backends.divergence import engine as passes
 from dllm_kernels.backends.divergence import walk
 from dllm_kernels.backends.divergence.problem import KINDS
@@ -276,75 +277,25 @@ class Truth:
 def surroundings(p: Problem, engine: str, poison: float | None, guarded: Guarded) -> Iterator[None]:
     """An instruction set, few ids in a slab, slabs and sums between forbidden pages, and NaN in what PyTorch allocates."""
     elements, small, budget, like = walk.SLAB_ELEMENTS, walk.SMALL_BYTES, contract.WORKSPACE_BYTES["cpu"], walk._Walker.slab_like
-    sums, filled, block = passes._sums, torch.utils.deterministic.fill_uninitialized_memory, contract.ROW_BLOCK
-    guarded.at_end = p.at_end
+    sums, block = passes._sums, contract.ROW_BLOCK
     if p.many_slabs:
         walk.SLAB_ELEMENTS, walk.SMALL_BYTES = {"cpu": 1}, 0
     if p.budget is not None:
         contract.WORKSPACE_BYTES["cpu"] = p.budget
     walk._Walker.slab_like = lambda walker: guarded.empty_like(like(walker), float("nan"))  # type: ignore[method-assign]
     passes._sums = lambda slab, count: guarded.copy(sums(slab, count))
-    torch.set_num_threads(p.threads)
-    if engine != REFERENCE:
-        cpu._C.set_isa(engine)
-    torch.use_deterministic_algorithms(poison is not None)  # and with it NaN in fresh memory
     try:
-        yield
+        with machine(p, engine, poison, guarded):
+            yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
         walk.SLAB_ELEMENTS, walk.SMALL_BYTES, contract.WORKSPACE_BYTES["cpu"] = elements, small, budget
         walk._Walker.slab_like, passes._sums, contract.ROW_BLOCK = like, sums, block  # type: ignore[method-assign]
-        guarded.release()
-
-
-def judge(
-    problem: Problem, truth: Truth | None, engine: str, poison: float | None, inputs: Inputs, guarded: Guarded
-) -> list[str]:
-    """What is wrong with the call on one instruction set. `truth` is None for a problem that must be refused."""
-    with surroundings(problem, engine, poison, guarded):
-        if truth is None:
-            try:
-                run(problem, inputs)
-            except ValueError as error:
-                return [] if problem.bad in str(error) else [f"a bad {problem.bad} raised {error!r}"]
-            return [f"a bad {problem.bad} was not refused"]
-        found, wanted, complaints = run(problem, inputs), truth.wanted(), []
-        poor = [name for name, value in found.items() if not _within(value, wanted[name])]
-        baseline = eager(problem) if poor else {}
-        for name in poor:
-            exact, bound, _ = wanted[name]
-            slack = 2 * float((baseline[name].double() - exact).abs().nan_to_num(0.0).max())
-            if not _within(found[name], Bounded(exact, bound + slack)):
-                complaints.append(_complaint(name, found[name], wanted[name]))
-        return complaints
-
-
-def gradient_errors(
-    problem: Problem, truth: Truth, engine: str, inputs: Inputs, guarded: Guarded
-) -> dict[str, tuple[float, float]]:
-    """Errors of value and gradients, relative to the root of summed squares: ours, and plain PyTorch's in the same dtype."""
-    with surroundings(problem, engine, None, guarded):
-        found, baseline, errors = run(problem, inputs), eager(problem), {}
-        for name, (exact, _, _) in truth.wanted().items():
-            if name in ("value", "dhidden", "dweight") and name in found and float(exact.norm()) > 0:
-                ours, other = (float((x[name].detach().double() - exact).norm() / exact.norm()) for x in (found, baseline))
-                errors[name] = ours, other
-        return errors
-
-
-def _call(p: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {**p.options, **tensors}
-    if "low_rank_A" in arguments:
-        arguments["low_rank"] = arguments.pop("low_rank_A"), arguments.pop("low_rank_B"), arguments.pop("scale")
-    return arguments
 
 
 def run(p: Problem, inputs: Inputs) -> Found:
     """The value, and gradients as "d" + the input's name."""
-    tensors = {name: inputs.copy(x).requires_grad_(name in p.trains) for name, x in p.tensors.items() if x.is_floating_point()}
-    tensors |= {name: inputs.copy(x) for name, x in p.tensors.items() if not x.is_floating_point()}
-    value = distillation_loss(kind=p.kind, reduction=p.reduction, **_call(p, tensors))
+    tensors = copies(p, inputs)
+    value = distillation_loss(kind=p.kind, reduction=p.reduction, **arguments(p, tensors))
     found: Found = {"value": value}
     if p.trains:
         (value * p.upstream).sum().backward()
@@ -354,8 +305,7 @@ def run(p: Problem, inputs: Inputs) -> Found:
 
 def eager(p: Problem) -> Found:
     """Plain PyTorch on the same inputs: 16-bit operands, float32 logits and log-softmax."""
-    leaves = {name: p.tensors[name].detach().clone().requires_grad_(name in p.trains) for name in _LEAVES if name in p.tensors}
-    t, o = {**p.tensors, **leaves}, p.options
+    t, o = {**p.tensors, **fresh(p, _LEAVES)}, p.options
     limit = o.get("valid_vocab", len(t["weight"]))
 
     def logp(side: str) -> Tensor:
@@ -385,7 +335,7 @@ def eager(p: Problem) -> Found:
     value = {"none": value, "sum": value.sum(), "mean": value.sum() / max(1, len(D))}[p.reduction]
     found: Found = {"value": value.detach()}
     if p.trains:
-        names = [name for name in leaves if name in p.trains]
-        gradients = torch.autograd.grad((value * p.upstream).sum(), [leaves[name] for name in names], allow_unused=True)
-        found |= {f"d{name}": torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(names, gradients)}
+        names = [name for name in _LEAVES if name in p.trains]
+        gradients = torch.autograd.grad((value * p.upstream).sum(), [t[name] for name in names], allow_unused=True)
+        found |= {f"d{name}": torch.zeros_like(t[name]) if g is None else g for name, g in zip(names, gradients)}
     return found

@@ -1,4 +1,4 @@
-"""`expected_embedding` fuzzed: a drawn problem, its value and gradients in float64 with bounds of rounding, and the judge.
+"""`expected_embedding` fuzzed: a drawn problem, its value and gradients in float64 with bounds of rounding.
 
 Bounds are those of `distillation`: first-order, of which a tenth is allowed.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.fuzzing import distillation
-from benchmarks.fuzzing.calls import REFERENCE, Found, Inputs, _complaint, _within
+from benchmarks.fuzzing.calls import Found, Inputs
 from benchmarks.fuzzing.guards import Guarded
+from benchmarks.fuzzing.judging import arguments, copies, fresh, machine
 from benchmarks.fuzzing.problems import _LAYOUTS, DTYPES
 from benchmarks.fuzzing.truth import TINY, Bounded
 from dllm_kernels import expected_embedding
-from dllm_kernels.backends import cpu
 from dllm_kernels.backends.divergence import walk as slabs
 from dllm_kernels.backends.expectation import walk
 
@@ -183,67 +183,20 @@ def alive(p: Problem) -> Tensor:
 def surroundings(p: Problem, engine: str, poison: float | None, guarded: Guarded) -> Iterator[None]:
     """An instruction set, few ids in a slab, slabs between forbidden pages, and NaN in what PyTorch allocates."""
     elements, like = slabs.SLAB_ELEMENTS, walk._Walker.slab_like
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    guarded.at_end = p.at_end
     if p.many_slabs:
         slabs.SLAB_ELEMENTS = {"cpu": 1}
     walk._Walker.slab_like = lambda walker, dtype: guarded.empty_like(like(walker, dtype), float("nan"))  # type: ignore[method-assign]
-    torch.set_num_threads(p.threads)
-    if engine != REFERENCE:
-        cpu._C.set_isa(engine)
-    torch.use_deterministic_algorithms(poison is not None)  # and with it NaN in fresh memory
     try:
-        yield
+        with machine(p, engine, poison, guarded):
+            yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
         slabs.SLAB_ELEMENTS, walk._Walker.slab_like = elements, like  # type: ignore[method-assign]
-        guarded.release()
-
-
-def judge(
-    problem: Problem, truth: Truth | None, engine: str, poison: float | None, inputs: Inputs, guarded: Guarded
-) -> list[str]:
-    """What is wrong with the call on one instruction set. `truth` is None for a problem that must be refused."""
-    with surroundings(problem, engine, poison, guarded):
-        if truth is None:
-            try:
-                run(problem, inputs)
-            except ValueError as error:
-                return [] if problem.bad in str(error) else [f"a bad {problem.bad} raised {error!r}"]
-            return [f"a bad {problem.bad} was not refused"]
-        found, wanted, complaints = run(problem, inputs), truth.wanted(), []
-        poor = [name for name, value in found.items() if not _within(value, wanted[name])]
-        baseline = eager(problem) if poor else {}
-        for name in poor:
-            exact, bound, _ = wanted[name]
-            slack = 2 * float((baseline[name].double() - exact).abs().nan_to_num(0.0).max())
-            if not _within(found[name], Bounded(exact, bound + slack)):
-                complaints.append(_complaint(name, found[name], wanted[name]))
-        return complaints
-
-
-def gradient_errors(
-    problem: Problem, truth: Truth, engine: str, inputs: Inputs, guarded: Guarded
-) -> dict[str, tuple[float, float]]:
-    """Errors of value and gradients, relative to the root of summed squares: ours, and plain PyTorch's in the same dtype."""
-    with surroundings(problem, engine, None, guarded):
-        found, baseline, errors = run(problem, inputs), eager(problem), {}
-        for name, (exact, _, _) in truth.wanted().items():
-            if name in ("value", "dhidden", "dweight", "dembedding") and name in found and float(exact.norm()) > 0:
-                ours, other = (float((x[name].detach().double() - exact).norm() / exact.norm()) for x in (found, baseline))
-                errors[name] = ours, other
-        return errors
 
 
 def run(p: Problem, inputs: Inputs) -> Found:
     """The value, and gradients as "d" + the input's name."""
-    tensors = {name: inputs.copy(x).requires_grad_(name in p.trains) for name, x in p.tensors.items() if x.is_floating_point()}
-    tensors |= {name: inputs.copy(x) for name, x in p.tensors.items() if not x.is_floating_point()}
-    arguments: dict[str, Any] = {**p.options, **tensors}
-    if "low_rank_A" in arguments:
-        arguments["low_rank"] = arguments.pop("low_rank_A"), arguments.pop("low_rank_B"), arguments.pop("scale")
-    value = expected_embedding(**arguments)
+    tensors = copies(p, inputs)
+    value = expected_embedding(**arguments(p, tensors))
     found: Found = {"value": value}
     if p.trains:
         value.backward(p.upstream)
@@ -253,8 +206,7 @@ def run(p: Problem, inputs: Inputs) -> Found:
 
 def eager(p: Problem) -> Found:
     """Plain PyTorch on the same inputs: 16-bit operands, float32 logits and softmax, its product in the embedding's dtype."""
-    t: dict[str, Any] = dict(p.tensors)
-    t |= {name: p.tensors[name].detach().clone().requires_grad_(name in p.trains) for name in _LEAVES if name in p.tensors}
+    t: dict[str, Any] = {**p.tensors, **fresh(p, _LEAVES)}
     o, ids = p.options, alive(p)
     rows = t["hidden"].reshape(-1, t["hidden"].shape[-1])[p.index].to(p.wide)
     z = rows @ t["weight"].to(p.wide)[ids].t()
