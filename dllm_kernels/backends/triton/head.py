@@ -346,6 +346,7 @@ def workspace_bytes(
     *,
     gradient: bool,
     dhidden: bool = True,
+    second: bool = False,
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
@@ -366,7 +367,8 @@ def workspace_bytes(
     adapter = 4 * low.rank * (vocabulary * ((low.dtype != torch.float32) + 2 * gradient + 2 * low.gradient) + 3 * size)
     if best:  # final logits beside the raw ones, which of them are taken, and their ranks
         return size * (20 * row_stride(vocabulary) + hidden_size * item) + adapter
-    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden))) + adapter
+    columns = row_stride(vocabulary) * (4 + item * second)
+    return size * (columns + hidden_size * (item + 4 * (gradient and dhidden))) + adapter
 
 
 def warmup(
