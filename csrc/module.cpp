@@ -56,7 +56,7 @@ const std::vector<Isa>& isas() {  // best first; what is only for tests last
                         __builtin_cpu_supports("avx512vl");
     t.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &dllm::avx512::engine, &dllm::avx512bf16::engine, &dllm::avx512::divergence, &dllm::avx512::expectation});
     t.push_back({"avx512", avx512, &dllm::avx512::engine, nullptr, &dllm::avx512::divergence, &dllm::avx512::expectation});
-    // Intel's cores do one dot product of pairs where they do two of single floats, so pairs, which are packed and rounded, lose
+    // On Emerald Rapids a product of pairs takes 1.6 x as long as one of single floats, and the head with pairs 1.6 to 1.9 x
     if (__builtin_cpu_is("intel")) std::swap(t[0], t[1]);
     t.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &dllm::avx2::engine, nullptr,
                  &dllm::avx2::divergence, &dllm::avx2::expectation});
