@@ -148,8 +148,8 @@ def load() -> dict[str, Any]:
         for name, entry in result["suites"].items():
             dtype = result["settings"]["dtype"]
             rows = [{**row, "case": _with_dtype(row["case"], dtype)} if "case" in row else row for row in entry["rows"]]
-            here = {**entry, "rows": rows, "figure": f"{stem}-{name}.png", "files": [stem]}
-            usual = name not in suites or suites[name]["figure"].startswith("default-")
+            here = {**entry, "rows": rows, "figure": f"cpu-{name}.png", "files": [stem]}
+            usual = name not in suites or suites[name]["files"] == ["default-cpu"]
             suites[name] = here if usual else joined(name, suites[name], here)
     used = dict.fromkeys(stem for entry in suites.values() for stem in entry["files"])
     return {**results["cpu"], "suites": suites, "runs": [results[stem] for stem in used]}
@@ -509,7 +509,15 @@ def write(tables: Sequence[str]) -> None:
             path = ROOT / document
             path.write_text(filled(path.read_text(), blocks(table)))
     if "measured" in tables and plots.source(FIGURE) != digest():
-        draw(load(), FIGURE, digest())
+        draw_measured(load())
+
+
+def draw_measured(result: Mapping[str, Any]) -> None:
+    """The README's figure, and one of every timed suite."""
+    for name, entry in result["suites"].items():
+        if isinstance(registry.load(name), registry.Suite):
+            registry.load(name).plot(entry["rows"], RESULTS / entry["figure"])
+    draw(result, FIGURE, digest())
 
 
 def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
@@ -526,10 +534,10 @@ def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
 
 def pictures() -> None:
     """Draws every picture of the committed results again."""
-    from benchmarks import plots, registry
+    from benchmarks import plots
     from benchmarks.studies import many_samples
 
-    draw(load(), FIGURE, digest())
+    draw_measured(load())
     many_samples.draw(result_of("many-samples-cpu"), RESULTS / "many-samples-cpu.png")
     for file in sorted(RESULTS.glob("*.json")):
         result = result_of(file.stem)
