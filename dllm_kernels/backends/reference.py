@@ -48,6 +48,7 @@ def workspace_bytes(
     *,
     gradient: bool,
     dhidden: bool = True,
+    second: bool = False,
     dweight: bool = False,
     several: int | None = None,
     best: int = 0,
