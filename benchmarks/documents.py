@@ -16,8 +16,8 @@
                  stopped or at its end: what is missing is told
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
-`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning` and
-`benchmarks.studies.cached_rollouts`. "measured" is made of
+`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts` and
+`benchmarks/sudoku_in_trl.py`. "measured" is made of
 the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
 benchmarks/results/cpu.json) and runs of single suites or cases (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
@@ -61,6 +61,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "fuzz": ("docs/loop.md",),
     "kept": ("docs/rollouts.md",),
     "attacks": ("docs/trainer.md",),
+    "loops": ("docs/integrations.md",),
 }
 
 
@@ -450,6 +451,10 @@ def blocks(table: str) -> dict[str, str]:
         }
     if table == "attacks":
         return {table: attacks(result_of("attack-cpu"))}
+    if table == "loops":
+        from benchmarks import sudoku_in_trl
+
+        return {"sudoku in trl": sudoku_in_trl.table(result_of("sudoku-in-trl"))}
     if table == "kept":
         from benchmarks.studies import cached_rollouts
 

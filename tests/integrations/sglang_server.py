@@ -74,7 +74,7 @@ class DiffusionServer:
         _known(body, UPDATE)
         try:
             self.model = self._read(body["model_path"])
-        except OSError as error:
+        except (OSError, ValueError) as error:  # transformers 4 calls no folder a bad name
             return 400, {"success": False, "message": f"Failed to get weights iterator: {error}", "num_paused_requests": 0}
         self.info["model_path"] = body["model_path"]
         if body.get("weight_version") is not None:
