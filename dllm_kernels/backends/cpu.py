@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import contract, reference
-from dllm_kernels.backends.contract import BEST, LOW, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
+from dllm_kernels.backends.contract import BEST, LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
 
 __all__ = [
     "NAME",
@@ -292,15 +292,15 @@ def workspace_bytes(
     dtype: torch.dtype,
     *,
     gradient: bool,
-    dhidden: bool = True,
-    dweight: bool = False,
-    several: int | None = None,
-    best: int = 0,
-    low: Low = NO_LOW,
+    dhidden: bool,
+    dweight: bool,
+    several: int | None,
+    best: int,
+    low: Low,
 ) -> int:
     """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
     if _C is None or dtype not in _TYPES:
-        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        more: Any = {"gradient": gradient, "dhidden": dhidden, "dweight": dweight, "several": several, "best": best, "low": low}
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     threads = torch.get_num_threads()
     return int(
