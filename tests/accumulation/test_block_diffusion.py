@@ -393,4 +393,4 @@ def test_entries_of_steps_are_of_every_block_and_others_of_a_sample(model):
         assert steps.shape(cut) == [B, K, -(-S // BLOCK) + 1]
         BGPO.check(Batch({"advantages": torch.ones(B)}, {"old_sample_elbo": torch.zeros(B, K)}), cut)
         with pytest.raises(ValueError, match="step_advantages must have 3 dimension"):
-            egspo_sa_objective(tokens_per_step=1).check(Batch({}, {"step_advantages": torch.ones(B, K)}), cut)
+            egspo_sa_objective(beta=0.0, tokens_per_step=1).check(Batch({}, {"step_advantages": torch.ones(B, K)}), cut)
