@@ -142,7 +142,9 @@ class _Server:
             os._exit(0)
         theirs.close()
         try:
-            reply = Reply(*ours.recv()) if ours.poll(request.wall) else Reply("killed, by the clock", seconds=request.wall)
+            # a second at a time, so that what stops this process stops the clock too
+            arrived = any(ours.poll(1.0) for _ in range(math.ceil(request.wall)))
+            reply = Reply(*ours.recv()) if arrived else Reply("killed, by the clock", seconds=request.wall)
         except EOFError:  # killed by a signal
             reply = None
         try:

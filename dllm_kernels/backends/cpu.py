@@ -119,6 +119,11 @@ def _several(problem: HeadProblem, own_NM: Tensor | None = None, given_NM: Tenso
     return _C.Several(each, _address(own_NM), _address(given_NM))
 
 
+def _statistics(result: dict[str, Tensor]) -> object:
+    best = result["best_id"].shape[1] if "best_id" in result else 0
+    return _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), best)
+
+
 def _gradients(
     result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None, *, overwrite: bool
 ) -> object:
@@ -193,7 +198,7 @@ def run(
         call.options,
         _address(call.target_N),
         _several(p, own_NM if combined else None),
-        _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), p.best if "best_id" in result else 0),
+        _statistics(result),
         combined or any(name not in (*STATISTICS, *BEST) for name in outputs),
         (_address(coef_N), _address(entropy_coef_N)),
         _gradients(result, dweight_VH, dbias_V, dlow_VR, overwrite=overwrite),
@@ -271,7 +276,7 @@ def sample(
         call.operands,
         call.low_rank,
         call.options,
-        _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0, 0, 0, 0),
+        _statistics({name: result[name] for name in ("lse", "entropy")}),
         _C.Draw(
             _address(key_N),
             step,
