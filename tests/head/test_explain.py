@@ -311,6 +311,64 @@ def test_logits_wait_in_the_widest_gradient_that_an_id_has(monkeypatch):
     assert cost.workspace_bytes == 3 * ONE_LOGIT * 4 + 90 * 16 * 4 + 7 * (8 + 16 + 16) * 4
 
 
+# --- an expectation, from its parts: the teacher's width is that of the embedding ---------------------------------------
+
+EXPECTATION = 7 * 16 * 2 + 12 * 2 * 4  # bytes of the result; A's product with all positions
+WIDENED = 90 * (8 + 16 + 2) * 4 + 7 * (8 + 2) * 4  # in fp32: slabs of all weights, and rows
+
+
+def expected(head=True, table=True):
+    def make(*sizes, dtype=torch.bfloat16, wants=head):
+        return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=wants)
+
+    return explain(
+        make(3, 4, 8),
+        make(100, 8),
+        rows=torch.empty(7, dtype=torch.int64, device="meta"),
+        bias=make(100, dtype=torch.float32),
+        low_rank=(make(2, 8), make(100, 2), 0.5),
+        embedding=make(100, 16, wants=table),
+        valid_vocab=90,
+    )
+
+
+def test_an_expectation_whose_all_operands_train_costs_the_sum_of_its_parts():
+    cost = expected()
+    head, stored = 100 * 8 * 2 + 100 * 2 * 2 + 100 * 4 + 100 * 16 * 2, (16 + 2) * 7 * 4
+    space = 2 * ONE_LOGIT * 4 + WIDENED + 90 * (8 + 16) * 4 + 3 * 7 * 16 * 4  # both gradients' slabs; the upstream thrice
+    assert (cost.plan, cost.forward_gemms, cost.backward_gemms, cost.passes) == ("recompute", 2, 5, 2)
+    assert cost.flops == 2 * 7 * 90 * (8 + 2 + 16 + (8 + 2) + 2 * (8 + 2) + 2 * 16) + 2 * 3 * 12 * 8 * 2
+    assert (cost.output_bytes, cost.stored_bytes, cost.gradient_bytes) == (EXPECTATION, stored, head + BY_POSITION)
+    assert cost.workspace_bytes == space
+    assert cost.peak_bytes == EXPECTATION + stored + 7 * 16 * 2 + space + BY_ROW + BY_POSITION + head
+    assert cost.traffic_bytes == 4 * STUDENT + 3 * TEACHER + EXPECTATION + head + BY_POSITION
+    assert [(phase.name, phase.flops, phase.traffic) for phase in cost.phases] == [
+        ("logits", 2 * ROWS, STUDENT + 4 * ONE_LOGIT),
+        ("exponentials", 0, (8 + 2) * ONE_LOGIT),
+        ("expectation", 4 * ROWS, 2 * ONE_LOGIT + 90 * 16 * 2 + 7 * 16 * 8),
+        ("logits", 2 * ROWS, STUDENT + 4 * ONE_LOGIT),
+        ("upstream by id", 4 * ROWS, TEACHER + 4 * ONE_LOGIT),
+        ("operand", 0, (4 + 4 + 2 + 2) * ONE_LOGIT),
+        ("dH", 2 * ROWS, 2 * ONE_LOGIT + 90 * 8 * 2 + 7 * 8 * 8),
+        ("dW", 2 * ROWS, 2 * ONE_LOGIT + 7 * 8 * 2 + 90 * 8 * 2),
+        ("dE", 4 * ROWS, 2 * ONE_LOGIT + 7 * 16 * 2 + 90 * 16 * 2),
+    ]
+
+
+def test_an_expectation_of_which_the_embedding_trains_or_nothing_costs_the_sum_of_its_parts():
+    table, nothing = expected(head=False), expected(head=False, table=False)
+    stored, space = (16 + 2) * 7 * 4, ONE_LOGIT * 4 + WIDENED
+    assert (table.plan, table.backward_gemms, table.stored_bytes, table.gradient_bytes) == ("recompute", 2, stored, 100 * 16 * 2)
+    assert table.workspace_bytes == space + 90 * 16 * 4 + 2 * 7 * 16 * 4
+    assert table.peak_bytes == EXPECTATION + stored + 7 * 16 * 2 + table.workspace_bytes + 100 * 16 * 2
+    assert table.traffic_bytes == 2 * STUDENT + 2 * TEACHER + EXPECTATION + 100 * 16 * 2
+    assert [phase.name for phase in table.phases[3:]] == ["logits", "operand", "dE"]
+    assert table.phases[4].traffic == (4 + 2) * ONE_LOGIT
+    assert (nothing.plan, nothing.backward_gemms, nothing.stored_bytes, nothing.gradient_bytes) == ("forward", 0, 0, 0)
+    assert (nothing.workspace_bytes, nothing.peak_bytes) == (space, EXPECTATION + 7 * 16 * 4 + space)
+    assert nothing.traffic_bytes == STUDENT + TEACHER + EXPECTATION
+
+
 def test_memory_is_flat_in_the_number_of_rows_where_the_design_says_so():
     sizes = {"hidden_size": 1024, "vocabulary": 126464, "dtype": torch.bfloat16}
     for more in (
