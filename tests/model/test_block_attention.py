@@ -131,18 +131,18 @@ def test_any_other_attention_sees_an_ordinary_mask(parts):
 def test_a_model_needs_to_name_what_a_layout_says_or_to_take_any_keyword(model):
     layout = plan_of(model, "exact").layout(2)
 
-    class Named(torch.nn.Module):
+    class Named(torch.nn.Linear):
         config = model.config
 
         def forward(self, input_ids, attention_mask=None, position_ids=None):
             raise NotImplementedError
 
-    assert layouts.block_inputs(Named(), layout, {})["position_ids"] is layout.position_RT
+    assert layouts.block_inputs(Named(1, 1), layout, {})["position_ids"] is layout.position_RT
     Named.forward = lambda self, input_ids, attention_mask=None: None
     with pytest.raises(ValueError, match="model must take position_ids, which the copies repeat"):
-        layouts.block_inputs(Named(), layout, {})
+        layouts.block_inputs(Named(1, 1), layout, {})
     Named.forward = lambda self, input_ids, **more: None
-    assert layouts.block_inputs(Named(), layout, {})["position_ids"] is layout.position_RT
+    assert layouts.block_inputs(Named(1, 1), layout, {})["position_ids"] is layout.position_RT
 
 
 def test_the_mask_keeps_its_structure_through_what_keeps_its_values_and_loses_it_otherwise(model):
