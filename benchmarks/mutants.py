@@ -106,7 +106,7 @@ def _campaign(judge: Judge, chosen: Draw, share: Draw, path: Path, arguments: ar
             again = arguments.again and verdict == "survived" and not reasons.get(name)
             if (verdict not in ("", "undecided") and not again) or time.monotonic() > ends:
                 continue
-            if quick and (verdict or not arguments.quick):
+            if quick and ((verdict and not again) or not arguments.quick):
                 continue
             reply = judge.quick(area, mutant, arguments.quick) if quick else judge.verdict(area, mutant)
             state[name] = {"area": area, "verdict": reply.verdict, "test": reply.test, "seconds": round(reply.seconds, 1)}

@@ -256,7 +256,7 @@ def explain(
     backend = backends.for_device(torch.device(device))
     vectors, need_rows = plans.late_vectors((*want, "logp") if late else want), need_hidden or need_down
     forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_weight, vectors=vectors)
-    low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors)) if R else 0
+    low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors))
     low_flops = 2 * low_gemms * N * R * V + 2 * (1 + need_hidden + need_down) * M * H * R  # the latter before and after
 
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)

@@ -19,7 +19,6 @@ from dllm_kernels.backends import reference, targets
 from dllm_kernels.backends.contract import (
     BEST,
     LOW,
-    NO_LOW,
     STATISTICS,
     VECTORS,
     HeadOptions,
@@ -345,16 +344,17 @@ def workspace_bytes(
     dtype: torch.dtype,
     *,
     gradient: bool,
-    dhidden: bool = True,
-    second: bool = False,
-    dweight: bool = False,
-    several: int | None = None,
-    best: int = 0,
-    low: Low = NO_LOW,
+    dhidden: bool,
+    second: bool,
+    dweight: bool,
+    several: int | None,
+    best: int,
+    low: Low,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits, gathered rows, one product's fp32 result; or parts."""
     if dtype not in _TYPES:
-        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        needs: Any = {"gradient": gradient, "dhidden": dhidden, "second": second, "dweight": dweight}
+        more: Any = {"several": several, "best": best, "low": low, **needs}
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     if rows == 0:
         return 0
