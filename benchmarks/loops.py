@@ -279,15 +279,15 @@ def table(result: Mapping[str, Any]) -> str:
         ]
         times = [one["seconds"] / other["seconds"] for one, other in zip(own, ours, strict=True)]
         memory = [one["mib"] / other["mib"] for one, other in zip(own, ours, strict=True)]
-        spread = f"{statistics.median(times):.2f} [{min(times):.2f}, {max(times):.2f}]"
+        spread = f"{statistics.median(times):.2f}" + (f" [{min(times):.2f}, {max(times):.2f}]" if len(times) > 1 else "")
         lines.append([row["loop"], *cells, spread, f"{statistics.median(memory):.2f}"])
     sizes, machine = result["sizes"], result["environment"]
     told = (
         f"One forward and backward of 2 sequences of {sizes['length']} tokens, H = {sizes['hidden']}, V = {sizes['vocabulary']}, "
         "one layer, float32, a trainable head; MiB above model, data and gradients. CPU seconds of one thread, "
-        f"{result['rounds']} rounds in turns, on {machine['cpu']} ({machine['head']}), torch {machine['torch']}; the load of the "
-        f"machine's {result['cores']} cores before a run was {min(loads):.1f} to {max(loads):.1f}. Ratios are medians of a "
-        "round's [least, most]."
+        f"{result['rounds']} round(s) in turns, on {machine['cpu']} ({machine['head']}), torch {machine['torch']}; the load of "
+        f"the machine's {result['cores']} cores before a run was {min(loads):.1f} to {max(loads):.1f}. A ratio is the median of "
+        "the rounds' [least, most]."
     )
     head = ["loop", "its own", "ours", "its time over ours", "its memory over ours"]
     return f"{told}\n\n{markdown(head, lines)}"
