@@ -16,9 +16,9 @@
                  stopped or at its end: what is missing is told
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
-`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning` and
-`benchmarks.studies.cached_rollouts`. "measured" is made of
-the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
+`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts` and
+`benchmarks.studies.cached_rl`. "measured" is made of the default run (--out
+benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
 benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
 """
@@ -434,10 +434,14 @@ def blocks(table: str) -> dict[str, str]:
     if table == "attacks":
         return {table: attacks(result_of("attack-cpu"))}
     if table == "kept":
-        from benchmarks.studies import cached_rollouts
+        from benchmarks.studies import cached_rl, cached_rollouts
 
         found = result_of("cached-rollouts-cpu")
-        return {"kept": cached_rollouts.table(found), "kept of the learned": cached_rollouts.table_of_learned(found)}
+        return {
+            "kept": cached_rollouts.table(found),
+            "kept of the learned": cached_rollouts.table_of_learned(found),
+            "kept in RL": cached_rl.table(result_of("cached-rl-cpu")),
+        }
     if table == "fuzz":
         from benchmarks import fuzz
 
