@@ -16,10 +16,10 @@
                  stopped or at its end: what is missing is told
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
-`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts` and
-`benchmarks/sudoku_in_trl.py`. "measured" is made of
-the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
-benchmarks/results/cpu.json) and runs of single suites or cases (benchmarks/results/cpu-*.json). Nothing is chosen
+`benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts`,
+`benchmarks.studies.cached_rl`, and from `benchmarks/sudoku_in_trl.py`. "measured" is made of the default run
+(--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out benchmarks/results/cpu.json)
+and runs of single suites or cases (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
 """
 
@@ -456,10 +456,14 @@ def blocks(table: str) -> dict[str, str]:
 
         return {"sudoku in trl": sudoku_in_trl.table(result_of("sudoku-in-trl"))}
     if table == "kept":
-        from benchmarks.studies import cached_rollouts
+        from benchmarks.studies import cached_rl, cached_rollouts
 
         found = result_of("cached-rollouts-cpu")
-        return {"kept": cached_rollouts.table(found), "kept of the learned": cached_rollouts.table_of_learned(found)}
+        return {
+            "kept": cached_rollouts.table(found),
+            "kept of the learned": cached_rollouts.table_of_learned(found),
+            "kept in RL": cached_rl.table(result_of("cached-rl-cpu")),
+        }
     if table == "fuzz":
         from benchmarks import fuzz
 
