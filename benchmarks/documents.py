@@ -60,6 +60,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "fuzz": ("docs/loop.md",),
     "kept": ("docs/rollouts.md",),
     "attacks": ("docs/trainer.md",),
+    "mutants": ("CONTRIBUTING.md",),
 }
 
 
@@ -433,6 +434,10 @@ def blocks(table: str) -> dict[str, str]:
         }
     if table == "attacks":
         return {table: attacks(result_of("attack-cpu"))}
+    if table == "mutants":
+        from benchmarks import mutants
+
+        return {table: mutants.counts(result_of("mutants"))}
     if table == "kept":
         from benchmarks.studies import cached_rollouts
 
