@@ -286,7 +286,7 @@ def test_the_order_that_the_comparison_tells_is_that_of_the_runs():
 # --- the blocks of all documents ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", ["demo", "head", "algorithms", "blocks"])
+@pytest.mark.parametrize("table", ["demo", "head", "algorithms", "blocks", "loops"])
 def test_writing_changes_what_stands_between_markers_and_nothing_else(table):
     for document in documents.DOCUMENTS[table]:
         text = (ROOT / document).read_text()

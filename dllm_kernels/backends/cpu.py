@@ -298,6 +298,7 @@ def workspace_bytes(
     *,
     gradient: bool,
     dhidden: bool,
+    second: bool,
     dweight: bool,
     several: int | None,
     best: int,
@@ -305,7 +306,8 @@ def workspace_bytes(
 ) -> int:
     """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
     if _C is None or dtype not in _TYPES:
-        more: Any = {"gradient": gradient, "dhidden": dhidden, "dweight": dweight, "several": several, "best": best, "low": low}
+        needs: Any = {"gradient": gradient, "dhidden": dhidden, "second": second, "dweight": dweight}
+        more: Any = {"several": several, "best": best, "low": low, **needs}
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     threads = torch.get_num_threads()
     return int(
@@ -319,6 +321,7 @@ def workspace_bytes(
             gradient,
             dweight,
             dhidden,
+            second,
             low.gradient,
             -1 if several is None else several,
             best,

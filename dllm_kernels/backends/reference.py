@@ -47,6 +47,7 @@ def workspace_bytes(
     *,
     gradient: bool,
     dhidden: bool,
+    second: bool,
     dweight: bool,
     several: int | None,
     best: int,

@@ -262,7 +262,8 @@ def explain(
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)
 
     def workspace(gradient: bool, best: int = want_top) -> int:
-        needs: Any = {"gradient": gradient, "dhidden": need_rows, "dweight": need_weight}
+        second = gradient and vectors == 2 and chosen in ("unit", "keep")  # vectors or operands of the entropy beside logp's
+        needs: Any = {"gradient": gradient, "dhidden": need_rows, "second": second, "dweight": need_weight}
         low = NO_LOW if low_rank is None else Low(R, low_rank[1].dtype, need_up)
         return backend.workspace_bytes(N, H, V, dtype, **needs, several=T + want_top - best if late else None, best=best, low=low)
 

@@ -126,7 +126,9 @@ class Recipe:
                     raise ValueError(f"{name} is unknown: {self.name} has no options")
                 near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"{name} is unknown: the nearest is {near}; allowed: {', '.join(known)}")
-            allowed = typing.get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
+            # `float | None` is a typing.Union too: where it is written so, and on Python 3.10 where None is a keyword's default
+            union = typing.get_origin(kinds[name]) in (UnionType, typing.Union)
+            allowed = typing.get_args(kinds[name]) if union else (kinds[name],)
             if not any(_is(value, kind) for kind in allowed):
                 raise TypeError(f"{name} must be {' or '.join(_KINDS[kind] for kind in allowed)}, got {value!r}")
         options = self.option_type(**given)

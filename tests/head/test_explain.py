@@ -89,13 +89,13 @@ def predicted(plan, dtype, rows, M=0, k=0, R=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("plan", ["forward", *PLANS])
 def test_the_predicted_peak_is_the_measured_one(plan, dtype, monkeypatch):
-    """Within a twentieth or 8 MiB, whichever is more; the C++ engine, in a fresh process."""
+    """Within a fiftieth or 5 MiB, whichever is more; the C++ engine, in a fresh process."""
     if "cpu" not in backends.names():
         pytest.skip("the extension is not built")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     rows = plan in ("recompute", "unit")  # some with an index, whose gradient is scattered
     want, got = predicted(plan, dtype, rows), measured("cpu", plan, dtype, rows)
-    assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+    assert abs(got - want) <= max(5 * MB, want / 50), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_flops_are_those_of_the_design():
 
 
 def test_the_reference_s_workspace_is_its_chunk_and_what_16_bits_are_widened_to():
-    sizes = {"dhidden": True, "dweight": True, "several": None, "best": 0}
+    sizes = {"dhidden": True, "second": False, "dweight": True, "several": None, "best": 0}
     row = 5 * 100 + 8 + 2 * 2  # five copies of its logits, its hidden state, the adapter's operand and its gradient
     for low, widened in ((Low(2, torch.bfloat16, True), 100 * 2), (Low(2, torch.float32, True), 0)):
         got = reference.workspace_bytes(512, 8, 100, torch.bfloat16, gradient=True, low=low, **sizes)

@@ -1,7 +1,9 @@
 """What the package lists of its algorithms fits together."""
 
+import dataclasses
 import inspect
 import re
+from typing import Optional
 
 import pytest
 import torch
@@ -101,6 +103,16 @@ def test_an_option_may_be_of_several_kinds():
     assert recipe.choose({"window": None}).window is None
     with pytest.raises(TypeError, match=r"window must be an integer or null, got 2\.5"):
         recipe.choose({"window": 2.5})
+
+
+def test_a_union_may_be_written_the_old_way():
+    """As `typing.get_type_hints` gives it on Python 3.10 of every keyword whose default is None."""
+    options = dataclasses.make_dataclass("Options", [("margin", Optional[float], None)])  # noqa: UP045
+    recipe = dataclasses.replace(objectives.RECIPES["bgpo"], options=options, objective=lambda margin=None: objectives.BGPO)
+    assert recipe.choose({"margin": 0.5}).margin == 0.5
+    assert recipe.choose({"margin": None}).margin is None
+    with pytest.raises(TypeError, match=r"margin must be a finite number or null, got 'a'"):
+        recipe.choose({"margin": "a"})
 
 
 @pytest.mark.parametrize("name", objectives.RECIPES)

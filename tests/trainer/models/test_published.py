@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from dllm_trainer.models.loading import Loaded, load
 from safetensors import safe_open
 from torch import Tensor
@@ -45,6 +46,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    if request.param == "mmada" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 copies what a module of a folder imports, and nothing further: MMaDA's are more")
     folder = tmp_path_factory.mktemp(request.param)
     built = write(request.param, folder)
     return Case(request.param, folder, built, load(folder, dtype=torch.float64, trust_remote_code=True))
