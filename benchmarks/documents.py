@@ -61,6 +61,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "fuzz": ("docs/loop.md",),
     "kept": ("docs/rollouts.md",),
     "attacks": ("docs/trainer.md",),
+    "mutants": ("CONTRIBUTING.md",),
     "loops": ("docs/integrations.md",),
 }
 
@@ -451,6 +452,10 @@ def blocks(table: str) -> dict[str, str]:
         }
     if table == "attacks":
         return {table: attacks(result_of("attack-cpu"))}
+    if table == "mutants":
+        from benchmarks import mutants
+
+        return {table: mutants.counts(result_of("mutants"))}
     if table == "loops":
         from benchmarks import sudoku_in_trl
 
