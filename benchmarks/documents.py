@@ -17,7 +17,7 @@
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
 `benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts`,
-`benchmarks.studies.cached_rl`, and from `benchmarks/sudoku_in_trl.py`. "measured" is made of the default run
+`benchmarks.studies.cached_rl`, `benchmarks/loops.py` and `benchmarks/sudoku_in_trl.py`. "measured" is made of the default run
 (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out benchmarks/results/cpu.json)
 and runs of single suites or cases (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
@@ -457,9 +457,12 @@ def blocks(table: str) -> dict[str, str]:
 
         return {table: mutants.counts(result_of("mutants"))}
     if table == "loops":
-        from benchmarks import sudoku_in_trl
+        from benchmarks import loops, sudoku_in_trl
 
-        return {"sudoku in trl": sudoku_in_trl.table(result_of("sudoku-in-trl"))}
+        return {
+            "loops table": loops.table(result_of("loops-cpu")),
+            "sudoku in trl": sudoku_in_trl.table(result_of("sudoku-in-trl")),
+        }
     if table == "kept":
         from benchmarks.studies import cached_rl, cached_rollouts
 

@@ -77,7 +77,7 @@ def trainer(model: Any, batch: dict[str, torch.Tensor], folder: str, ours: bool,
         return lambda: made.compute_loss(model, batch)
 
     def plain() -> torch.Tensor:
-        plan = made.plan(batch, samples=1, seed=0)
+        plan = made.plan(batch, samples=1, seed=made.args.seed)
         logits = model(input_ids=plan.noisy_ids[0], attention_mask=batch["attention_mask"]).logits
         masked_BS, weight_B = plan.scored[0], plan.weight_KB[0]
         losses_N = F.cross_entropy(logits[masked_BS], batch["input_ids"][masked_BS], reduction="none")
