@@ -17,9 +17,9 @@
 
 The other result files come from `benchmarks/run.py`, `benchmarks.studies.claims`, `benchmarks.studies.block_cost`,
 `benchmarks.studies.block_rates`, `benchmarks.studies.block_learning`, `benchmarks.studies.cached_rollouts`,
-`benchmarks/loops.py` and `benchmarks/sudoku_in_trl.py`. "measured" is made of
-the default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
-benchmarks/results/cpu.json) and full runs of single suites (benchmarks/results/cpu-*.json). Nothing is chosen
+`benchmarks.studies.cached_rl`, `benchmarks/loops.py` and `benchmarks/sudoku_in_trl.py`. "measured" is made of the
+default run (--out benchmarks/results/default-cpu.json), the full one (--full --threads 2 --out
+benchmarks/results/cpu.json) and runs of single suites or cases (benchmarks/results/cpu-*.json). Nothing is chosen
 by its outcome: `LINES` names the cases and who stands beside ours before they are run.
 """
 
@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
+from benchmarks import registry
 from benchmarks.registry import Row
-from benchmarks.report import caption, digits, every_row, known, markdown, two_places
+from benchmarks.report import caption, digits, every_row, known, markdown, summary, two_places
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +61,7 @@ DOCUMENTS: dict[str, tuple[str, ...]] = {
     "fuzz": ("docs/loop.md",),
     "kept": ("docs/rollouts.md",),
     "attacks": ("docs/trainer.md",),
+    "mutants": ("CONTRIBUTING.md",),
     "loops": ("docs/integrations.md",),
 }
 
@@ -131,7 +133,7 @@ class Pair(NamedTuple):
 
 
 def sources() -> list[Path]:
-    """The default run, the full run, full runs of single suites: a later suite replaces an earlier one."""
+    """The default run, the full run, runs of suites and cases: they replace default suites, later cases earlier ones."""
     return [RESULTS / "default-cpu.json", RESULTS / "cpu.json", *sorted(RESULTS.glob("cpu-*.json"))]
 
 
@@ -143,13 +145,29 @@ def digest() -> str:
 def load() -> dict[str, Any]:
     """The suites of all files, each with its `figure`; what they ran on is that of the full run."""
     results = {file.stem: result_of(file.stem) for file in sources()}
-    suites = {
-        name: {**entry, "figure": f"{stem}-{name}.png", "command": result["command"]}
-        for stem, result in results.items()
-        for name, entry in result["suites"].items()
-    }
-    used = dict.fromkeys(entry["command"] for entry in suites.values())
-    return {**results["cpu"], "suites": suites, "command": "`, `".join(used)}
+    suites: dict[str, dict[str, Any]] = {}
+    for stem, result in results.items():
+        for name, entry in result["suites"].items():
+            dtype = result["settings"]["dtype"]
+            rows = [{**row, "case": _with_dtype(row["case"], dtype)} if "case" in row else row for row in entry["rows"]]
+            here = {**entry, "rows": rows, "figure": f"cpu-{name}.png", "files": [stem]}
+            usual = name not in suites or suites[name]["files"] == ["default-cpu"]
+            suites[name] = here if usual else joined(name, suites[name], here)
+    used = dict.fromkeys(stem for entry in suites.values() for stem in entry["files"])
+    return {**results["cpu"], "suites": suites, "runs": [results[stem] for stem in used]}
+
+
+def _with_dtype(case: str, dtype: str) -> str:
+    """A run names its cases without its own dtype; beside runs in float32 another one is named."""
+    return case if dtype == "float32" else f"{case} {dtype}"
+
+
+def joined(name: str, first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A suite that was measured in two sittings: cases of the second come after those of the first, or replace them."""
+    again = {row.get("case") for row in more["rows"]}
+    rows = [row for row in first["rows"] if row.get("case") not in again] + more["rows"]
+    files = [*first["files"], *more["files"]]
+    return {**first, "rows": rows, "summary": summary(registry.load(name), rows), "files": files}  # type: ignore[arg-type]
 
 
 def pairs(result: Mapping[str, Any]) -> Iterator[Pair]:
@@ -434,6 +452,10 @@ def blocks(table: str) -> dict[str, str]:
         }
     if table == "attacks":
         return {table: attacks(result_of("attack-cpu"))}
+    if table == "mutants":
+        from benchmarks import mutants
+
+        return {table: mutants.counts(result_of("mutants"))}
     if table == "loops":
         from benchmarks import loops, sudoku_in_trl
 
@@ -442,10 +464,14 @@ def blocks(table: str) -> dict[str, str]:
             "sudoku in trl": sudoku_in_trl.table(result_of("sudoku-in-trl")),
         }
     if table == "kept":
-        from benchmarks.studies import cached_rollouts
+        from benchmarks.studies import cached_rl, cached_rollouts
 
         found = result_of("cached-rollouts-cpu")
-        return {"kept": cached_rollouts.table(found), "kept of the learned": cached_rollouts.table_of_learned(found)}
+        return {
+            "kept": cached_rollouts.table(found),
+            "kept of the learned": cached_rollouts.table_of_learned(found),
+            "kept in RL": cached_rl.table(result_of("cached-rl-cpu")),
+        }
     if table == "fuzz":
         from benchmarks import fuzz
 
@@ -500,7 +526,15 @@ def write(tables: Sequence[str]) -> None:
             path = ROOT / document
             path.write_text(filled(path.read_text(), blocks(table)))
     if "measured" in tables and plots.source(FIGURE) != digest():
-        draw(load(), FIGURE, digest())
+        draw_measured(load())
+
+
+def draw_measured(result: Mapping[str, Any]) -> None:
+    """The README's figure, and one of every timed suite."""
+    for name, entry in result["suites"].items():
+        if isinstance(registry.load(name), registry.Suite):
+            registry.load(name).plot(entry["rows"], RESULTS / entry["figure"])
+    draw(result, FIGURE, digest())
 
 
 def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
@@ -517,10 +551,10 @@ def draw(result: Mapping[str, Any], path: Path, source: str) -> None:
 
 def pictures() -> None:
     """Draws every picture of the committed results again."""
-    from benchmarks import plots, registry
+    from benchmarks import plots
     from benchmarks.studies import many_samples
 
-    draw(load(), FIGURE, digest())
+    draw_measured(load())
     many_samples.draw(result_of("many-samples-cpu"), RESULTS / "many-samples-cpu.png")
     for file in sorted(RESULTS.glob("*.json")):
         result = result_of(file.stem)

@@ -105,7 +105,7 @@ def source() -> str:
 def fuzz(cases: int, seed: int, isas: list[str], path: Path, *, stop: bool = False, what: str = "head") -> State:
     """Goes on from the state in `path` until `cases` cases are judged or, with `stop`, one is wrong."""
     state = json.loads(path.read_text()) if path.exists() else fresh(seed, isas, what)
-    if (state["seed"], state["isas"], state.get("what", "head")) != (seed, isas, what):
+    if (state["seed"], sorted(state["isas"]), state.get("what", "head")) != (seed, sorted(isas), what):
         raise SystemExit(f"error: {path} is of seed {state['seed']} on {', '.join(state['isas'])}")
     fuzzed = source()
     path.parent.mkdir(parents=True, exist_ok=True)

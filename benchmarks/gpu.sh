@@ -16,7 +16,7 @@ if [ "${1:-}" = "--dry-run" ]; then
 fi
 if [ "$dry" = 1 ]; then
   out=${1:-runs/gpu-dry-run}
-  device=cpu head=(--tiny --case forward) exact=(--tiny) rest=(--tiny) suite=(-k "reference and pitfall") kind=float32
+  device=cpu head=(--tiny --case forward) exact=(--tiny) rest=(--tiny --minutes 1.5) suite=(-k "reference and pitfall") kind=float32
 else
   card=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))') || exit 2
   out=${1:-benchmarks/results/gpu-$card}

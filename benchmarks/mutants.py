@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 from benchmarks.mutation.judge import Judge
 from benchmarks.mutation.sources import AREAS, Mutant, drawn, mutants
+from benchmarks.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 Draw = Sequence[tuple[str, Mutant]]
@@ -106,7 +107,7 @@ def _campaign(judge: Judge, chosen: Draw, share: Draw, path: Path, arguments: ar
             again = arguments.again and verdict == "survived" and not reasons.get(name)
             if (verdict not in ("", "undecided") and not again) or time.monotonic() > ends:
                 continue
-            if quick and (verdict or not arguments.quick):
+            if quick and ((verdict and not again) or not arguments.quick):
                 continue
             reply = judge.quick(area, mutant, arguments.quick) if quick else judge.verdict(area, mutant)
             state[name] = {"area": area, "verdict": reply.verdict, "test": reply.test, "seconds": round(reply.seconds, 1)}
@@ -161,6 +162,16 @@ def _write(out: Path, states: Sequence[Mapping[str, dict[str, Any]]], chosen: Dr
     }
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{killed} of {len(verdicts)} judged killed, of {len(chosen)} drawn; {out}")
+
+
+def counts(found: Mapping[str, Any]) -> str:
+    """What came of the mutants of each area, for CONTRIBUTING.md."""
+    rows = [[area, count["killed"] + count["survived"], count["killed"]] for area, count in found["by_area"].items()]
+    judged, killed, reasons = found["judged"], found["killed"], sum(map(bool, found["survivors"].values()))
+    table = markdown(["area", "judged", "killed"], [list(map(str, row)) for row in [*rows, ["all", judged, killed]]])
+    waiting = f" {found['drawn'] - judged} more are drawn and not judged." if judged < found["drawn"] else ""
+    left = f"{judged - killed} survive, {reasons} of them with a reason why that means nothing."
+    return f"{table}\n\n{killed / judged:.1%} of {judged} are killed; {left}{waiting}"
 
 
 if __name__ == "__main__":

@@ -75,13 +75,18 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = " 
 
 
 def caption(result: Mapping[str, Any]) -> str:
-    environment = result["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed")
-    return (
-        f"`{result['command']}` on {environment['cpu']} ({environment['head']}, {environment['threads']} threads, "
-        f"{environment['clocks']}), torch {environment['torch']}, transformers {environment['transformers']}, {versions}, commit "
-        f"{(environment['git_commit'] or 'unknown')[:12]}, load before {environment['load_average']}."
-    )
+    """Commands, and what they ran on; of one run, or of the `runs` that a result was put together from."""
+    alike: dict[str, list[str]] = {}
+    for run in result.get("runs", [result]):
+        environment = run["environment"]
+        versions = ", ".join(
+            f"{name} {version}" for name, version in environment["versions"].items() if version != "not installed"
+        )
+        where = f"{environment['cpu']} ({environment['head']}), torch {environment['torch']}, transformers "
+        where += f"{environment['transformers']}, {versions}, commit {(environment['git_commit'] or 'unknown')[:12]}"
+        told = f"`{run['command']}` ({environment['threads']} threads, load before {environment['load_average']})"
+        alike.setdefault(where, []).append(told)
+    return "\n\n".join(f"On {where}: {', '.join(commands)}." for where, commands in alike.items())
 
 
 def every_row(result: Mapping[str, Any]) -> str:

@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace, argv: list[str] | None = None) -> int:
     names = list(dict.fromkeys(part for name in asked for part in (("elbo", "variance") if name == "elbo" else (name,))))
     if arguments.shape is not None or arguments.case:  # of one of the two
         names = list(dict.fromkeys(asked))
-    suites = [registry.load(name) for name in names]
+    # studies first: they take what they need, and what can be cut shares the rest of --minutes
+    suites = sorted(map(registry.load, names), key=lambda suite: not isinstance(suite, registry.Study))
     settings = _settings(arguments, suites)
     base = _load_base(arguments.compare)
     console = report.console()

@@ -1157,6 +1157,22 @@ def test_an_error_names_the_argument_and_what_came(backend, changes, error, word
         assert word in str(caught.value)
 
 
+def test_a_bias_that_trains_alone_gets_its_gradient(backend):
+    case = make_case(torch.float32, backend.device, bias=True)
+    bias = case.options["bias"].clone().requires_grad_()
+    options = {**case.options, "bias": bias}
+    score_tokens(case.hidden, case.weight, case.target, rows=case.rows, coef=case.coef.float(), **options).weighted_sum.backward()
+    logp = oracle.logits(case.hidden, case.weight, case.rows, **options).log_softmax(-1).gather(1, case.target[:, None])[:, 0]
+    (want,) = torch.autograd.grad((logp * case.coef.float()).sum(), bias)
+    torch.testing.assert_close(bias.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_may_be_an_integer(backend):
+    case = make_case(torch.float32, backend.device)
+    whole, same = (score_tokens(case.hidden, case.weight, case.target, rows=case.rows, temperature=t).logp for t in (1, 1.0))
+    assert torch.equal(whole, same)
+
+
 def test_a_suppressed_target_is_an_error_that_names_the_id(backend):
     for changes in ({"suppress": (5,)}, {"valid_vocab": 5}):
         with pytest.raises(ValueError, match=r"target.*\b5\b"):

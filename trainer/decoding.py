@@ -75,8 +75,11 @@ class RolloutConfig(Section):
         return self
 
     def _check_server(self) -> None:
-        if self.url is None or not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url must be given with engine sglang, such as http://node7:30000, got {self.url}")
+        if self.url is None:
+            raise ValueError("url must be given with engine sglang, such as http://node7:30000, got None")
+        from dllm_kernels.integrations.sglang import check_url
+
+        check_url(self.url)
         if self.stop_at_eos and self.step_maps:
             raise ValueError(
                 "stop_at_eos must be false with step_maps, as SGLang leaves out what the last block holds after the EOS, which "

@@ -92,8 +92,9 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """For work that ranks do separately, such as rewards or reading files: if one fails, all raise.
 
-        The rank that failed raises its own error, the others an `OtherRankError` with its message. There must
-        be no collectives inside.
+        The rank that failed raises its own error, the others an `OtherRankError` with its message; of several
+        that failed with a `UserError`, as all may that ask one server, the first tells it. There must be no
+        collectives inside.
         """
         error: Exception | None = None
         try:
@@ -101,11 +102,11 @@ class Ranks:
         except Exception as raised:
             error = raised
         told = self.tell(None if error is None else str(error) if isinstance(error, UserError) else first_line(error))
-        if error is not None:
+        failed = [rank for rank, sentence in enumerate(told) if sentence is not None]
+        if error is not None and (self.rank == failed[0] or not isinstance(error, UserError)):
             raise error
-        for rank, sentence in enumerate(told):
-            if sentence is not None:
-                raise OtherRankError(f"rank {rank}: {sentence}")
+        if failed:
+            raise OtherRankError(f"rank {failed[0]}: {told[failed[0]]}") from error
 
 
 def start() -> Ranks:

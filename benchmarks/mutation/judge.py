@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -26,8 +26,9 @@ from benchmarks.mutation.sources import Area, Mutant, place_of
 class Judge:
     """A copy of the tree; of each area what its tests run, and a process that has collected them.
 
-    `kept` is a folder for what was recorded: it is used again as long as the sources and the tests are the same. Tests whose
-    file has changed since are taken to run every line, and go first.
+    `kept` is a folder for what was recorded, which is used again. Tests whose file has changed since are taken to run every line,
+    and go first; a line that has changed is taken to be run by the tests of what stood there before. So what kills may be
+    missed where an edit lets other tests run a line: without the folder all is recorded anew.
     """
 
     def __init__(self, root: Path, areas: Mapping[str, Area], kept: Path | None = None) -> None:
@@ -165,14 +166,15 @@ class Judge:
     def _known(self, area: str) -> dict[str, Any]:
         if area in self.recorded:
             return self.recorded[area]
-        sources = sorted(file for package in lines.PACKAGES for file in self.tree.glob(f"{package}/**/*.py"))
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+        files = sorted(file for package in lines.PACKAGES for file in self.tree.glob(f"{package}/**/*.py"))
+        sources = {str(file.relative_to(self.tree)): file.read_text() for file in files}
         path = self.kept / f"{area}.json.gz" if self.kept else None
-        found: dict[str, Any] = {}
+        found: dict[str, Any]
         if path and path.is_file():
             found = json.loads(gzip.decompress(path.read_bytes()))
-        if found.get("digest") != digest:
-            found = {"digest": digest, **self._record(area)}
+            found["lines"] = carried_over(found["lines"], found["sources"], sources)
+        else:
+            found = {"sources": sources, **self._record(area)}
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(gzip.compress(json.dumps(found).encode()))
@@ -197,6 +199,26 @@ class Judge:
                 found[line].append(index)
         shutil.rmtree(folder)
         return {"tests": tests, "lines": found}
+
+
+def carried_over(
+    recorded: Mapping[str, list[int]], before: Mapping[str, str], now: Mapping[str, str]
+) -> Mapping[str, Sequence[int]]:
+    """What was recorded of the lines of earlier sources, for the lines of others."""
+    same_files = {file for file, text in now.items() if before.get(file) == text}
+    found = {line: tests for line, tests in recorded.items() if line.rpartition(":")[0] in same_files}
+    for file, text in now.items():
+        if before.get(file) in (None, text):
+            continue
+        old, new = before[file].splitlines(), text.splitlines()
+        for _, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            same = j - i == m - k
+            around = {test for n in range(max(0, i - 1), j + 1) for test in recorded.get(f"{file}:{n + 1}", ())}
+            for n in range(k, m):
+                tests = recorded.get(f"{file}:{n - k + i + 1}", ()) if same else around
+                if tests:
+                    found[f"{file}:{n + 1}"] = sorted(tests)
+    return found
 
 
 class _Nursery:

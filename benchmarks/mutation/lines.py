@@ -1,12 +1,14 @@
 """Which lines of the packages a test runs, its subprocesses included.
 
 A context is a file to which every line is appended once, as path:line, when it is first run. A copy of this module named
-sitecustomize.py, on PYTHONPATH, records a subprocess to the file that MUTANTS_LINES names; a forked one goes on by itself.
+sitecustomize.py, on PYTHONPATH, lets a subprocess import the tree that it lies in, and records it to the file that MUTANTS_LINES
+names; a forked one goes on by itself.
 """
 
 import os
 import sys
 import threading
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -67,5 +69,16 @@ class Recorder:
         return self._ran
 
 
-if __name__ == "sitecustomize" and VARIABLE in os.environ:
-    Recorder(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))).enter(os.environ[VARIABLE])
+def redirect(tree: str) -> None:
+    """Let an editable install of the packages name this tree."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__editable__") and hasattr(module, "MAPPING"):
+            for package, folder in module.MAPPING.items():
+                module.MAPPING[package] = str(Path(tree) / Path(folder).name)
+
+
+if __name__ == "sitecustomize":
+    TREE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    redirect(TREE)
+    if VARIABLE in os.environ:
+        Recorder(TREE).enter(os.environ[VARIABLE])

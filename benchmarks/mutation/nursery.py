@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from benchmarks.mutation.lines import Recorder
+from benchmarks.mutation.lines import Recorder, redirect
 
 OURS = ("benchmarks", "dllm_kernels", "dllm_trainer", "trainer", "tests")
 PATIENCE = 10.0  # times the CPU seconds that a test takes in peace, and
@@ -80,10 +80,8 @@ def _run_pytest(tree: Path, files: Sequence[str], plugin: object) -> NoReturn:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tree), str(tree / ".mutants")])
     root = Path(__file__).resolve().parents[2]
     sys.path[:] = [str(tree), *(path for path in sys.path if Path(path or ".").resolve() not in (root, root / "benchmarks"))]
-    for name, module in list(sys.modules.items()):
-        if name.startswith("__editable__") and hasattr(module, "MAPPING"):  # of an editable install
-            for package, folder in module.MAPPING.items():
-                module.MAPPING[package] = str(tree / Path(folder).name)
+    redirect(str(tree))
+    for name in list(sys.modules):
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
     options = ["-q", "--timeout=0", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(tree)]
@@ -144,7 +142,9 @@ class _Server:
             os._exit(0)
         theirs.close()
         try:
-            reply = Reply(*ours.recv()) if ours.poll(request.wall) else Reply("killed, by the clock", seconds=request.wall)
+            # a second at a time, so that what stops this process stops the clock too
+            arrived = any(ours.poll(1.0) for _ in range(math.ceil(request.wall)))
+            reply = Reply(*ours.recv()) if arrived else Reply("killed, by the clock", seconds=request.wall)
         except EOFError:  # killed by a signal
             reply = None
         try:

@@ -6,6 +6,7 @@ import ast
 import copy
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,18 @@ AREAS: Mapping[str, Area] = {
         ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py"),
     ),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation", "tests/model/test_sharded.py")),
-    "objectives": Area(("dllm_kernels/objectives/*.py",), ("tests/objectives", "tests/accumulation/test_all_algorithms.py")),
+    "objectives": Area(
+        ("dllm_kernels/objectives/*.py",),
+        (
+            *("tests/objectives", "tests/accumulation/test_all_algorithms.py"),
+            *("tests/trainer/train/test_algorithms.py", "tests/trainer/train/test_installed_algorithm.py"),
+        ),
+    ),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),
     "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),
     "costs": Area(("trainer/commands/*_plan.py", "trainer/commands/planned_calls.py"), ("tests/trainer/commands",)),
 }
+_ALONG_AN_AXIS = re.compile("all|any|amax|amin|argmax|argmin|argsort|sort|cumprod|cumsum|sum|logsumexp|gather")
 SWAPS: Mapping[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -86,7 +94,8 @@ class Mutant:
 def mutants(file: str, source: str) -> Iterator[Mutant]:
     """All of a file, but for types, decorators, texts, what is raised, and the strictness of a zip.
 
-    `strict` only says aloud that two sequences have one length, which they have wherever the code is right.
+    `strict` only says aloud that two sequences have one length, which they have wherever the code is right. Where -1 names the
+    last axis of a tensor that has two by its name, as in `x_BS.sum(-1)`, it becomes -2 but not 1, which is the same axis.
     """
     lines = source.splitlines(keepends=True)
     offsets = [0]
@@ -119,9 +128,19 @@ def _nodes(tree: ast.AST) -> Iterator[ast.expr]:
             continue
         if (isinstance(child, ast.keyword) and child.arg == "strict") or _is_optional(child):
             continue
-        if isinstance(child, ast.BinOp | ast.BoolOp | ast.Compare | ast.UnaryOp | ast.Constant):
+        same = _is_last_of_two_axes(tree, child)
+        if isinstance(child, ast.BinOp | ast.BoolOp | ast.Compare | ast.UnaryOp | ast.Constant) and not same:
             yield child
         yield from _nodes(child)
+
+
+def _is_last_of_two_axes(call: ast.AST, argument: ast.AST) -> bool:
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute) or argument not in call.args[:1]:
+        return False
+    owner, method = call.func.value, call.func.attr
+    name = getattr(owner, "id", getattr(owner, "attr", ""))
+    by_axis = ast.unparse(argument) == "-1" and _ALONG_AN_AXIS.fullmatch(method) is not None
+    return by_axis and re.search(r"_[A-Z][A-Za-z0-9]$", name) is not None
 
 
 def _is_optional(node: ast.AST) -> bool:

@@ -86,7 +86,7 @@ TINY = Sizes(
     (
         "sft.batch=8",
         "rl.prompts=2",
-        "rl.group=2",
+        "rl.group=4",  # so that rewards of a group differ
         "rl.samples=2",
         "rl.reward=reference_cells",
         "task.test_puzzles=4",

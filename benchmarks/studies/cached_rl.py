@@ -92,7 +92,6 @@ def collect(out: Path) -> dict[str, Any]:
                     **json.loads((folder / "exact.json").read_text()),
                     "reward": [record["reward"] for record in records],
                     "largest gap": max(gaps),
-                    "largest ratio": max(record.get("largest_ratio", 1.0) for record in learnt),
                     "largest gradient": max(record["grad_norm"] for record in learnt),
                     "updates": len(records),
                 }
@@ -101,12 +100,16 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    head = ["rollouts", "seed", "T = 1, SFT", "T = 1, RL", "greedy, SFT", "greedy, RL", "gap, nats a token", "largest ratio"]
+    """Of each run: right answers by exact rollouts, reward of the rollouts it learned from, and what would show that it broke."""
+    head = ["rollouts", "seed", "T = 1: SFT, RL", "greedy: SFT, RL", "reward, first and last five", "largest gap, nats a token"]
     lines = []
-    for row in result["rows"]:
-        shares = [f"{100 * row[f'{when} {way}']:.1f}" for way in ("rollout", "greedy") for when in ("before", "after")]
-        lines.append([row["arm"], str(row["seed"]), *shares, f"{row['largest gap']:.2g}", f"{row['largest ratio']:.3g}"])
-    return markdown(head, lines)
+    for row in sorted(result["rows"], key=lambda row: (list(ARMS).index(row["arm"]), row["seed"])):
+        of_ways = [[row[f"{when} {way}"] for when in ("before", "after")] for way in ("rollout", "greedy")]
+        shares = [", ".join(f"{100 * share:.1f} %" for share in pair) for pair in of_ways]
+        reward = ", ".join(f"{sum(part) / len(part):.2f}" for part in (row["reward"][:5], row["reward"][-5:]))
+        broke = [f"{row['largest gap']:.2g}", f"{row['largest gradient']:.2g}"]
+        lines.append([row["arm"], str(row["seed"]), *shares, reward, *broke])
+    return markdown([*head, "largest gradient"], lines, "---")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -196,7 +196,9 @@ def cases(settings: Settings) -> list[Case]:
                     inputs=functools.partial(make_inputs, kind=kind, dtype=DTYPES[dtype], device=settings.device),
                     contestants=CONTESTANTS,
                     oracle=Oracle,
-                    tolerance={"divergence": 1e-5, "gradient": 1e-5 if dtype == "float32" else 1e-2},
+                    tolerance=dict.fromkeys(("divergence", "gradient"), 1e-5)
+                    if dtype == "float32"
+                    else {"divergence": 1e-4, "gradient": 1e-2},
                     output_bytes=lambda x: x.hidden_NH.nbytes + x.weight_VH.nbytes,
                     dtype="" if dtype == settings.dtype else dtype,
                 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.backends import contract, reference
-from dllm_kernels.backends.contract import BEST, LOW, NO_LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
+from dllm_kernels.backends.contract import BEST, LOW, STATISTICS, WORKSPACE_BYTES, HeadProblem, Low
 
 __all__ = [
     "NAME",
@@ -119,6 +119,11 @@ def _several(problem: HeadProblem, own_NM: Tensor | None = None, given_NM: Tenso
     return _C.Several(each, _address(own_NM), _address(given_NM))
 
 
+def _statistics(result: dict[str, Tensor]) -> object:
+    best = result["best_id"].shape[1] if "best_id" in result else 0
+    return _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), best)
+
+
 def _gradients(
     result: dict[str, Tensor], dweight_VH: Tensor | None, dbias_V: Tensor | None, dlow_VR: Tensor | None, *, overwrite: bool
 ) -> object:
@@ -193,7 +198,7 @@ def run(
         call.options,
         _address(call.target_N),
         _several(p, own_NM if combined else None),
-        _C.Statistics(*(_address(result.get(name)) for name in (*STATISTICS, *BEST)), p.best if "best_id" in result else 0),
+        _statistics(result),
         combined or any(name not in (*STATISTICS, *BEST) for name in outputs),
         (_address(coef_N), _address(entropy_coef_N)),
         _gradients(result, dweight_VH, dbias_V, dlow_VR, overwrite=overwrite),
@@ -271,7 +276,7 @@ def sample(
         call.operands,
         call.low_rank,
         call.options,
-        _C.Statistics(0, _address(result["lse"]), _address(result["entropy"]), 0, 0, 0, 0, 0),
+        _statistics({name: result[name] for name in ("lse", "entropy")}),
         _C.Draw(
             _address(key_N),
             step,
@@ -292,15 +297,17 @@ def workspace_bytes(
     dtype: torch.dtype,
     *,
     gradient: bool,
-    dhidden: bool = True,
-    dweight: bool = False,
-    several: int | None = None,
-    best: int = 0,
-    low: Low = NO_LOW,
+    dhidden: bool,
+    second: bool,
+    dweight: bool,
+    several: int | None,
+    best: int,
+    low: Low,
 ) -> int:
     """Bytes that a call works in beyond arguments and results: at most 256 MiB of logits, and packed operands."""
     if _C is None or dtype not in _TYPES:
-        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        needs: Any = {"gradient": gradient, "dhidden": dhidden, "second": second, "dweight": dweight}
+        more: Any = {"several": several, "best": best, "low": low, **needs}
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     threads = torch.get_num_threads()
     return int(
@@ -314,6 +321,7 @@ def workspace_bytes(
             gradient,
             dweight,
             dhidden,
+            second,
             low.gradient,
             -1 if several is None else several,
             best,

@@ -17,7 +17,6 @@ from torch import Tensor
 from dllm_kernels.backends.contract import (
     BEST,
     LOW,
-    NO_LOW,
     ROW_BLOCK,
     STATISTICS,
     VECTORS,
@@ -47,11 +46,12 @@ def workspace_bytes(
     dtype: torch.dtype,
     *,
     gradient: bool,
-    dhidden: bool = True,
-    dweight: bool = False,
-    several: int | None = None,
-    best: int = 0,
-    low: Low = NO_LOW,
+    dhidden: bool,
+    second: bool,
+    dweight: bool,
+    several: int | None,
+    best: int,
+    low: Low,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits with the row kernel's temporaries, one weight slab."""
     statistics = torch.float64 if dtype == torch.float64 else torch.float32

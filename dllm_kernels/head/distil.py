@@ -79,8 +79,10 @@ def choose(wants_gradient: bool, head_trains: bool, coef_known: bool) -> str:
 
 
 @_outside_autocast
-def forward(problem: HeadProblem, teacher: Teacher, plan: str, needs: Needs) -> Result:
-    """Check values and run the forward pass. In place of targets `problem` has the rows' coefficients."""
+def forward(problem: HeadProblem, teacher: Teacher, plan: str, needs: Needs | None = None) -> Result:
+    """Check values and run the forward pass. In place of targets `problem` has the rows' coefficients; `needs` says which
+    gradients come with it.
+    """
     p, coef_N = problem, problem.target_N
     _check_values(backends.select(p), p, coef_N, targets=False)
     for name, bias in (("bias", p.options.bias), ("teacher_bias", teacher.bias)):
@@ -88,11 +90,11 @@ def forward(problem: HeadProblem, teacher: Teacher, plan: str, needs: Needs) -> 
             checks.finite(name, bias)
     made = divergence_problem(p, teacher)
     coef_N = coef_N.to(made.dtype)
-    buffers = _buffers(p, needs) if plan in ("coef", "unit") else None
+    buffers = _buffers(p, needs) if needs is not None and plan in ("coef", "unit") else None
     found = walk.run(made, buffers, coef_N if plan == "coef" else None)
     check_finite(found.student_lse, p)
     check_finite(found.teacher_lse, p, "teacher_hidden, teacher_weight")
-    stored: Stored = (None,) * 5
+    stored: Stored = (None, None, None, None, None)
     if buffers is not None:
         (rows, *low_rows), (weight, *low_weight) = buffers.rows, buffers.weights
         stored = rows, weight, buffers.bias, *(low_rows or (None,)), *(low_weight or (None,))

@@ -58,8 +58,8 @@ class Distil(torch.autograd.Function):
             problem = ctx.problem.with_tensors(of_rows, *of_student)
         else:  # their dtypes alone are needed
             dtype, of_bias = ctx.dtypes
-            likes = torch.empty(0, ctx.shape[-1], dtype=dtype), torch.empty(0, ctx.shape[-1], dtype=dtype)
-            problem = ctx.problem.with_tensors(of_rows, *likes, None if of_bias is None else torch.empty(0, dtype=of_bias))
+            like = _NOTHING.to(dtype)
+            problem = ctx.problem.with_tensors(of_rows, like, like, None if of_bias is None else _NOTHING.flatten().to(of_bias))
         if ops.observed(arrived):
             gradients = distil_ops.run_backward(problem, teacher, ctx.plan, ctx.shape, stored, ctx.needs, arrived, operands[:5])
         else:

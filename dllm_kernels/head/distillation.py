@@ -18,7 +18,6 @@ from dllm_kernels.head import distil, distil_ops, ops
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.distil import Teacher
 from dllm_kernels.head.distil_autograd import Distil
-from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
 from dllm_kernels.head.scoring import score
 
@@ -134,7 +133,7 @@ def distillation_loss(
     else:
         problem = make_problem(hidden, weight, factor_N, rows, options, pair)
         if plan == "forward":
-            found = distil.forward(problem, teacher, plan, Needs(False, False, False))[:2]
+            found = distil.forward(problem, teacher, plan)[:2]
         else:
             found = Distil.apply(hidden, weight, bias, *pair, problem, teacher, plan, take_dweight)
     weighted_sum, divergence_N = found

@@ -256,13 +256,14 @@ def explain(
     backend = backends.for_device(torch.device(device))
     vectors, need_rows = plans.late_vectors((*want, "logp") if late else want), need_hidden or need_down
     forward_gemms, backward_gemms = plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_weight, vectors=vectors)
-    low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors)) if R else 0
+    low_gemms = sum(plans.gemms(chosen, need_dhidden=need_rows, need_dweight=need_up, vectors=vectors))
     low_flops = 2 * low_gemms * N * R * V + 2 * (1 + need_hidden + need_down) * M * H * R  # the latter before and after
 
     item, statistic = dtype.itemsize, max(4, dtype.itemsize)
 
     def workspace(gradient: bool, best: int = want_top) -> int:
-        needs: Any = {"gradient": gradient, "dhidden": need_rows, "dweight": need_weight}
+        second = gradient and vectors == 2 and chosen in ("unit", "keep")  # vectors or operands of the entropy beside logp's
+        needs: Any = {"gradient": gradient, "dhidden": need_rows, "second": second, "dweight": need_weight}
         low = NO_LOW if low_rank is None else Low(R, low_rank[1].dtype, need_up)
         return backend.workspace_bytes(N, H, V, dtype, **needs, several=T + want_top - best if late else None, best=best, low=low)
 

@@ -105,12 +105,13 @@ def forward(
     problem: HeadProblem,
     outputs: Sequence[str],
     plan: str,
-    needs: Needs,
+    needs: Needs | None = None,
     coef_N: Tensor | None = None,
     entropy_coef_N: Tensor | None = None,
     weight_sum: WeightSum | None = None,
 ) -> Result:
-    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef".
+    """Check values and run the forward pass of a plan. `outputs` holds "lse"; coefficients come with the plan "coef", and so does
+    `needs`, which others do not read.
 
     weight_sum: what the plan "coef" adds the weight's gradient to; it is not stored then.
     """
@@ -133,6 +134,7 @@ def forward(
             more = [vectors.pop(LOW + name, None) for name in ("unit", "entropy_unit")]
         return Result(vectors, stored=(vectors.pop(kept, None), vectors.pop("entropy_" + kept, None), more[0], more[1], None))
 
+    assert needs is not None
     dtype = problem.statistics_dtype
     known = coef_N is not None
     if coef_N is None:
@@ -390,7 +392,7 @@ def _by_rows(buffer: Tensor | None, others: Sequence[Tensor | None]) -> tuple[Te
     if buffer is None or not buffer.numel():
         return buffer, True
     width = buffer.shape[1] if buffer.dim() == 2 else 1
-    dense = buffer.stride(-1) == 1 and (buffer.dim() == 1 or len(buffer) == 1 or buffer.stride(0) >= width)
+    dense = buffer.stride(-1) == 1 and (buffer.dim() == 1 or buffer.stride(0) >= width)
     return buffer, dense and not any(other is not None and checks.may_overlap(buffer, other) for other in others)
 
 

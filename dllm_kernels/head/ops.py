@@ -232,15 +232,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     elif plan == "unit":
         hidden, low_hidden = (a if a.dim() == 2 else b for a, b in (stored[:2], stored[2:4]))
     rank = 0 if low_hidden is None else low_hidden.shape[-1]
-    return (
-        hidden.new_empty(hidden_shape) if needs.hidden else target.new_empty(0),
-        weight.new_empty(weight.shape) if needs.weight else target.new_empty(0),
-        bias.new_empty(bias.shape) if needs.bias and bias is not None else target.new_empty(0),
-        hidden.new_empty((*hidden_shape[:-1], rank), dtype=_statistics_dtype(hidden))
-        if needs.low_hidden
-        else target.new_empty(0),
-        low_weight.new_empty(low_weight.shape) if needs.low_weight else target.new_empty(0),
+    dlow = hidden.new_empty((*hidden_shape[:-1], rank), dtype=_statistics_dtype(hidden)) if needs.low_hidden else None
+    found = (
+        hidden.new_empty(hidden_shape) if needs.hidden else None,
+        weight.new_empty(weight.shape) if needs.weight else None,
+        bias.new_empty(bias.shape) if needs.bias and bias is not None else None,
+        dlow,
+        low_weight.new_empty(low_weight.shape) if needs.low_weight else None,
     )
+    return tuple(_given(gradient, target) for gradient in found)
 
 
 def run_backward(

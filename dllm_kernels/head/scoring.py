@@ -25,7 +25,6 @@ from dllm_kernels.backends.contract import BEST, STATISTICS, HeadOptions, Weight
 from dllm_kernels.head import forward_backward, ops, plans, several, vocab_parallel
 from dllm_kernels.head import low_rank as adapter
 from dllm_kernels.head.autograd import Score
-from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, coefficient, make_problem
 from dllm_kernels.head.weight_sum import WeightSum
 from dllm_kernels.rows import Rows
@@ -205,7 +204,7 @@ def score(
             )
             values = dict(zip(outputs, vectors))
         else:
-            values = forward_backward.forward(problem, outputs, chosen, Needs(False, False, False)).vectors
+            values = forward_backward.forward(problem, outputs, chosen).vectors
     logp, entropy, lse, top_logp, top_id = [values[name] if name in want else None for name in _FIELDS]
     ids_logp = None
     if targets.dim() == 2:

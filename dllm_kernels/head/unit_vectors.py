@@ -11,7 +11,6 @@ from torch import Tensor
 from dllm_kernels import checks
 from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.head import forward_backward, ops
-from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import autocast_operands, check_arguments, make_problem
 
 
@@ -39,7 +38,7 @@ def unit_vectors(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor, o
     if ops.observed(hidden, weight):
         return UnitVectors(*ops.run_unit(hidden, weight, target, rows, options))
     problem = make_problem(hidden, weight, target, rows, options)
-    found = forward_backward.forward(problem, ("logp", "lse"), "unit", Needs(True, False, False))
+    found = forward_backward.forward(problem, ("logp", "lse"), "unit")
     vectors_NH = found.stored[0]
     assert vectors_NH is not None
     return UnitVectors(found.vectors["logp"], vectors_NH)

@@ -14,6 +14,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,17 @@ class OtherWeightsError(ServerError):
     """The server's weights are not those that it was told to load."""
 
 
+def check_url(url: str) -> None:
+    """Raises ValueError, for the argument `url`, for what is no address of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port that is no number up to 65535
+        known = False
+    if not known or not url.isprintable() or " " in url:
+        raise ValueError(f"url must be http:// or https://, a host and a port, such as http://node7:30000, got {url!r}")
+
+
 class SGLang:
     """One server.
 
@@ -55,8 +67,7 @@ class SGLang:
     """
 
     def __init__(self, url: str, *, timeout: float = 600.0, retries: int = 5, backoff: float = 1.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must begin with http:// or https://, got {url!r}")
+        check_url(url)
         checks.number("timeout", timeout, above=0)
         checks.count("retries", retries, 0)
         checks.number("backoff", backoff, above=0)
@@ -286,9 +297,10 @@ class SGLang:
         for number in range(self.retries + 1):
             if number:
                 time.sleep(min(LONGEST_WAIT, self.backoff * 2 ** (number - 1)))
+            end = time.monotonic() + self.timeout
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return self._parsed(path, answer.read())
+                    return self._parsed(path, _read(answer, end))
             except urllib.error.HTTPError as error:
                 with error:
                     text = error.read()
@@ -307,9 +319,21 @@ class SGLang:
     def _parsed(self, path: str, text: bytes) -> Any:
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             shown = _short(text.decode(errors="replace"))
             raise ServerError(f"{self.url}{path} must answer with JSON, got {shown}: this is no SGLang server") from error
+
+
+def _read(answer: http.client.HTTPResponse, end: float) -> bytes:
+    """All of it. A socket's own time limit is of each piece, so a server that sends a byte now and then would never run out."""
+    pieces = []
+    while piece := answer.read1(1 << 20):
+        pieces.append(piece)
+        if time.monotonic() > end:
+            raise TimeoutError("timed out in the middle of an answer")
+    if answer.length:
+        raise http.client.IncompleteRead(b"".join(pieces), answer.length)
+    return b"".join(pieces)
 
 
 def _short(value: Any) -> str:

@@ -260,8 +260,8 @@ class Cached:
         mask_id: int,
         block_length: int,
         *,
-        shift: int = 0,
-        guidance: float = 0.0,
+        shift: int,
+        guidance: float,
     ) -> None:
         from transformers import DynamicCache
 

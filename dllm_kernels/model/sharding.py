@@ -177,8 +177,9 @@ class Shards(Wrapper):
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
-        if self.modules and _state(self.modules[0])._is_root and hasattr(self.modules[0], "reset_iter_state"):
-            self.modules[0].reset_iter_state()
+        root: Any = self.carrier
+        if root is not None and _state(root)._is_root and hasattr(root, "reset_iter_state"):
+            root.reset_iter_state()
 
     def reduce_gradients(self, now: bool) -> None:
         """Whether the next backwards reduce-scatter gradients or accumulate them unsharded."""

@@ -27,8 +27,12 @@ def make_canvas(ids: Tensor, holes: Sequence[tuple[int, int]], *, mask_id: int) 
     checks.shape("ids", ids, [None])
     if bool((ids == mask_id).any()):
         raise ValueError(f"ids must not hold mask_id={mask_id}, which marks the holes")
+    if not isinstance(holes, (list, tuple)):
+        raise TypeError(f"holes must be a list or tuple of (first, end), got {type(holes).__name__}")
     if len(holes) == 0:
         raise ValueError("holes must hold at least one (first, end), got none")
+    if wrong := [hole for hole in holes if not _is_pair(hole)]:
+        raise TypeError(f"holes must be pairs of ints, (first, end), got {wrong[0]!r}")
     found, before = ids.clone(), (0, 0)
     for hole in sorted(holes):
         first, end = hole
@@ -39,6 +43,10 @@ def make_canvas(ids: Tensor, holes: Sequence[tuple[int, int]], *, mask_id: int) 
         found[first:end] = mask_id
         before = hole
     return found
+
+
+def _is_pair(hole: object) -> bool:
+    return isinstance(hole, (list, tuple)) and len(hole) == 2 and all(type(edge) is int for edge in hole)
 
 
 def check(

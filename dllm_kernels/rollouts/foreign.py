@@ -289,11 +289,11 @@ def _ids(name: str, values: Ids) -> list[int]:
 def _values(name: str, b: int, values: Values) -> list[float]:
     """Log-probs are at most 0, entropies at least 0."""
     many = values.tolist() if isinstance(values, Tensor) else list(_sequence(f"{name}[{b}]", values))
-    sign = 1 if name == "entropy" else -1
+    is_entropy = name == "entropy"
     for value in many:
         if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
             raise TypeError(f"{name}[{b}] must hold numbers, got {value!r}")
-        if not math.isfinite(value) or sign * value < -ROUNDING:
-            bound = "at least 0" if sign > 0 else "at most 0"
+        if not math.isfinite(value) or (value < -ROUNDING if is_entropy else value > ROUNDING):
+            bound = "at least 0" if is_entropy else "at most 0"
             raise ValueError(f"{name}[{b}] must be finite and {bound} (in nats, not probabilities), got {value!r}")
     return [float(value) for value in many]

@@ -367,6 +367,7 @@ def test_an_error_names_the_argument():
         (Batch({"advantages": ADVANTAGES}, {"old_sample_elbo": old[..., None]}), r"old_sample_elbo must have 2 dimension"),
         (Batch({"advantages": ADVANTAGES}, {"old_sample_elbos": old}), r"per_sample holds 'old_sample_elbos'"),
         (Batch({"advantages": ADVANTAGES, "old_sample_elbo": old}), r"per_sequence holds 'old_sample_elbo'"),
+        (Batch({"advantages": ADVANTAGES, "group_ids": torch.arange(B)}), r"per_sequence holds 'group_ids'"),
         (Batch({"advantages": ADVANTAGES * math.nan}), r"advantages must be finite"),
         (Batch({"advantages": ADVANTAGES.to("meta")}), r"advantages must be on the device"),
     ):

@@ -10,9 +10,10 @@ import torch
 from dllm_kernels import accumulate, estimate_elbo, generate, headless, make_mask_plan
 from dllm_kernels.accumulation.objective import NEGATIVE_ELBO, Batch
 from dllm_kernels.accumulation.scores import score_samples
+from dllm_kernels.masks import steps
 from dllm_kernels.masks.layout import input_tokens
 from dllm_kernels.model.layouts import block_diffusion
-from dllm_kernels.objectives import BGPO, egspo_objective, trace_rl_objective
+from dllm_kernels.objectives import BGPO, egspo_objective, egspo_sa_objective, trace_rl_objective
 from tests.rollouts.test_layouts import causal
 from tests.tiny import gradients, worst_gradient_error
 
@@ -383,3 +384,13 @@ def test_the_loss_of_fine_tuning_is_over_each_length_also_where_it_is_one(model)
     logp_N = -torch.rand(len(plan.rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     want = -sum(float(score) / n for score, n in zip(plan.score(logp_N), LENGTHS, strict=True))
     assert float(NEGATIVE_ELBO.contributions(logp_N, plan, Batch())) == pytest.approx(want, rel=1e-12)
+
+
+def test_entries_of_steps_are_of_every_block_and_others_of_a_sample(model):
+    plan = plan_of(model, "trace")
+    for cut in (plan, plan.cut(sequences=slice(0, 1))):
+        K, B, S = cut.shape
+        assert steps.shape(cut) == [B, K, -(-S // BLOCK) + 1]
+        BGPO.check(Batch({"advantages": torch.ones(B)}, {"old_sample_elbo": torch.zeros(B, K)}), cut)
+        with pytest.raises(ValueError, match="step_advantages must have 3 dimension"):
+            egspo_sa_objective(beta=0.0, tokens_per_step=1).check(Batch({}, {"step_advantages": torch.ones(B, K)}), cut)

@@ -245,9 +245,18 @@ def test_a_rows_bits_depend_on_no_other_row(isa, rows):
 def test_the_workspace_budget_changes_no_bit_of_a_row(monkeypatch):
     p = make(900, 20, 1500)
     want = cpu.run(p, (*STATISTICS, "unit"))
-    small = cpu.workspace_bytes(900, 20, 1500, torch.float32, gradient=True)
+    how = {
+        "gradient": True,
+        "dhidden": True,
+        "second": False,
+        "dweight": False,
+        "several": None,
+        "best": 0,
+        "low": contract.NO_LOW,
+    }
+    large = cpu.workspace_bytes(900, 20, 1500, torch.float32, **how)
     monkeypatch.setitem(contract.WORKSPACE_BYTES, "cpu", 1 << 20)
-    assert cpu.workspace_bytes(900, 20, 1500, torch.float32, gradient=True) < small
+    assert cpu.workspace_bytes(900, 20, 1500, torch.float32, **how) < large
     got = cpu.run(p, (*STATISTICS, "unit"))
     for name in want:
         assert torch.equal(got[name], want[name]), name

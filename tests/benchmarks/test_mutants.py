@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.mutation.judge import carried_over
 from benchmarks.mutation.sources import AREAS, drawn, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,22 @@ def test_operators_comparisons_constants_and_flags_change_but_no_text_type_or_me
         "0 -> 1",
         "9 -> 10",
     }
+
+
+def test_what_was_recorded_is_carried_over_to_edited_lines() -> None:
+    recorded = {"a.py:1": [0], "a.py:2": [1], "a.py:3": [2], "b.py:1": [3], "gone.py:1": [4]}
+    before = {"a.py": "x\ny\nz\n", "b.py": "b\n", "gone.py": "g\n"}
+    now = {"a.py": "x\nyy\nmore\nz\n", "b.py": "b\n", "new.py": "n\n"}
+    found = carried_over(recorded, before, now)
+    assert found == {"a.py:1": [0], "a.py:2": [0, 1, 2], "a.py:3": [0, 1, 2], "a.py:4": [2], "b.py:1": [3]}
+    assert carried_over(recorded, before, {**now, "a.py": "x\nY\nz\n"})["a.py:2"] == [1]
+
+
+def test_an_axis_is_not_changed_into_itself() -> None:
+    source = "y = x_BS.sum(-1) + self.x_BS.sum(-1) + x_KBS.sum(-1) + x_BS.fill_(-1) + x_BS.gather(-1, x.sum(-1))"
+    found = [mutant.change for mutant in mutants("x.py", source)]
+    assert found.count("1 -> 2") == 6, "-2 is another axis"
+    assert found.count("-1 -> 1") == 3, "of three axes, of a value, of an unknown tensor"
 
 
 def test_every_mutant_of_the_tree_is_another_program_and_the_draw_is_the_seed_s() -> None:

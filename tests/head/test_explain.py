@@ -11,6 +11,8 @@ import torch
 
 from dllm_kernels import backends, explain, score_tokens
 from dllm_kernels.backends import reference
+from dllm_kernels.backends.contract import Low
+from dllm_kernels.backends.divergence import walk
 from dllm_kernels.head import plans
 from tests.head_suite import LATE_PLANS, PLANS, make_case
 
@@ -87,13 +89,13 @@ def predicted(plan, dtype, rows, M=0, k=0, R=0):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("plan", ["forward", *PLANS])
 def test_the_predicted_peak_is_the_measured_one(plan, dtype, monkeypatch):
-    """Within a twentieth or 8 MiB, whichever is more; the C++ engine, in a fresh process."""
+    """Within a fiftieth or 5 MiB, whichever is more; the C++ engine, in a fresh process."""
     if "cpu" not in backends.names():
         pytest.skip("the extension is not built")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     rows = plan in ("recompute", "unit")  # some with an index, whose gradient is scattered
     want, got = predicted(plan, dtype, rows), measured("cpu", plan, dtype, rows)
-    assert abs(got - want) <= max(8 * MB, want / 20), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
+    assert abs(got - want) <= max(5 * MB, want / 50), f"{got / MB:.1f} MiB, predicted {want / MB:.1f}"
 
 
 @pytest.mark.slow
@@ -210,6 +212,161 @@ def test_flops_are_those_of_the_design():
         ({"ids": 8, "coef_known": True}, 2),
     ):
         assert explain(**sizes, **more).flops == products * product, more
+
+
+def test_the_reference_s_workspace_is_its_chunk_and_what_16_bits_are_widened_to():
+    sizes = {"dhidden": True, "second": False, "dweight": True, "several": None, "best": 0}
+    row = 5 * 100 + 8 + 2 * 2  # five copies of its logits, its hidden state, the adapter's operand and its gradient
+    for low, widened in ((Low(2, torch.bfloat16, True), 100 * 2), (Low(2, torch.float32, True), 0)):
+        got = reference.workspace_bytes(512, 8, 100, torch.bfloat16, gradient=True, low=low, **sizes)
+        assert got == 4 * (512 * row + widened + 100 * 8)
+    assert explain(rows=7, hidden_size=8, vocabulary=100, want=("logp", "entropy")).stored_bytes == 2 * 7 * 8 * 4
+
+
+# --- distillation, from its parts -------------------------------------------------------------------------------------
+
+ROWS, ONE_LOGIT = 7 * 8 * 90, 7 * 90  # multiplications of one product with a head of 8; logits of the rows that are scored
+STUDENT, TEACHER = (7 + 90) * 8 * 2, (7 + 90) * 16 * 2  # bytes that a product reads
+OUTPUTS = (1 + 7) * 4 + 12 * 2 * 4  # the sum and the rows' divergences; A's product with all positions
+BY_POSITION = 12 * 8 * 2 + 12 * 2 * 4  # gradients of the hidden states and of A's product
+BY_ROW = 7 * (8 + 2) * 4  # the same of the rows alone, in fp32
+OPERANDS = 90 * 16 * 4 + 7 * (8 + 16 + 2) * 4  # in fp32: a slab of the widest weight, and rows
+
+
+def distilled(reduction, kind="jsd", head=True, grad=True, weight=True, R=2):
+    """7 of 12 positions, students of 8 and a teacher of 16 columns in 16 bits, an adapter of rank R, 90 of 100 ids."""
+
+    def make(*sizes, dtype=torch.bfloat16, wants=True):
+        return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=grad and wants)
+
+    return explain(
+        make(3, 4, 8),
+        make(100, 8, wants=head and weight),
+        rows=torch.empty(7, dtype=torch.int64, device="meta"),
+        bias=make(100, dtype=torch.float32, wants=head and weight),
+        low_rank=(make(R, 8), make(100, R, wants=head), 0.5),
+        teacher_hidden=make(3, 4, 16, wants=False),
+        teacher_weight=make(100, 16, wants=False),
+        valid_vocab=90,
+        kind=kind,
+        reduction=reduction,
+    )
+
+
+def test_a_distillation_with_known_coefficients_costs_the_sum_of_its_parts():
+    cost = distilled("mean")
+    head = 100 * 8 * 2 + 100 * 2 * 2 + 100 * 4
+    space = ONE_LOGIT * 4 + 2 * ONE_LOGIT * 4 + OPERANDS  # the gradient operand, logits of both heads
+    assert (cost.plan, cost.forward_gemms, cost.backward_gemms, cost.passes) == ("coef", 4, 0, 3)
+    assert cost.flops == 2 * 7 * 90 * (8 + 2 + 16 + 2 * (8 + 2)) + 2 * 3 * 12 * 8 * 2
+    assert cost.output_bytes == OUTPUTS
+    assert cost.stored_bytes == BY_ROW + head
+    assert cost.gradient_bytes == head + BY_POSITION
+    assert cost.workspace_bytes == space
+    assert cost.peak_bytes == OUTPUTS + space + BY_ROW + head + BY_POSITION
+    assert cost.traffic_bytes == 3 * STUDENT + TEACHER + OUTPUTS + head + BY_POSITION
+    assert [(phase.name, phase.flops, phase.traffic) for phase in cost.phases] == [
+        ("logits of the student", 2 * ROWS, STUDENT + 4 * ONE_LOGIT),
+        ("logits of the teacher", 4 * ROWS, TEACHER + 4 * ONE_LOGIT),
+        ("statistics", 0, 8 * ONE_LOGIT),
+        ("mixture", 0, 8 * ONE_LOGIT),
+        ("operand", 0, 8 * ONE_LOGIT + 2 * ONE_LOGIT),
+        ("dH", 2 * ROWS, 2 * ONE_LOGIT + 90 * 8 * 2 + 7 * 8 * 8),
+        ("dW", 2 * ROWS, 2 * ONE_LOGIT + 7 * 8 * 2 + 90 * 8 * 2),
+    ]
+    assert "mixture" not in {phase.name for phase in distilled("mean", "forward_kl").phases}
+
+
+def test_a_distillation_of_a_frozen_head_or_of_nothing_costs_the_sum_of_its_parts():
+    unit, nothing = distilled("none", head=False), distilled("none", grad=False)
+    waiting = 2 * ONE_LOGIT * 4
+    assert (unit.plan, unit.stored_bytes, unit.gradient_bytes) == ("unit", BY_ROW, BY_POSITION)
+    assert unit.workspace_bytes == ONE_LOGIT * 4 + waiting + OPERANDS
+    assert unit.peak_bytes == OUTPUTS + unit.workspace_bytes + BY_ROW + BY_POSITION
+    assert (nothing.plan, nothing.stored_bytes, nothing.gradient_bytes) == ("forward", 0, 0)
+    assert nothing.workspace_bytes == waiting + OPERANDS
+    assert nothing.peak_bytes == OUTPUTS + nothing.workspace_bytes
+    assert nothing.traffic_bytes == STUDENT + TEACHER + OUTPUTS
+    assert [phase.name for phase in nothing.phases] == ["logits of the student", "logits of the teacher", "statistics", "mixture"]
+
+
+def test_a_distillation_with_late_coefficients_makes_the_logits_again():
+    cost = distilled("none")
+    head = 100 * 8 * 2 + 100 * 2 * 2 + 100 * 4
+    space = 3 * ONE_LOGIT * 4 + 2 * ONE_LOGIT * 4 + OPERANDS  # two slabs of logits and the operand; those that wait for jsd
+    assert (cost.plan, cost.forward_gemms, cost.backward_gemms, cost.passes) == ("recompute", 2, 4, 3)
+    assert cost.flops == 2 * 7 * 90 * (2 * (8 + 2 + 16) + 2 * (8 + 2)) + 2 * 3 * 12 * 8 * 2
+    assert (cost.stored_bytes, cost.workspace_bytes) == (3 * 7 * 4, space)
+    assert cost.peak_bytes == OUTPUTS + space + BY_ROW + head + BY_POSITION
+    assert cost.traffic_bytes == 2 * (STUDENT + TEACHER) + 2 * STUDENT + OUTPUTS + head + BY_POSITION
+    assert [phase.name for phase in cost.phases[4:6]] == ["logits of the student", "logits of the teacher"]
+
+
+def test_logits_wait_in_the_widest_gradient_that_an_id_has(monkeypatch):
+    """That of B alone, 16 bf16 columns: for four of the seven rows' two fp32 logits; those of three are made on each walk."""
+    monkeypatch.setattr(walk, "SMALL_BYTES", 0)
+    cost = distilled("mean", weight=False, R=16)
+    assert cost.flops == 2 * 90 * ((7 + 2 * 3) * (8 + 16 + 16) + 7 * (8 + 2 * 16)) + 2 * 3 * 12 * 8 * 16
+    assert cost.forward_gemms == 2 + 2 * 2 + 2
+    assert cost.workspace_bytes == 3 * ONE_LOGIT * 4 + 90 * 16 * 4 + 7 * (8 + 16 + 16) * 4
+
+
+# --- an expectation, from its parts: the teacher's width is that of the embedding ---------------------------------------
+
+EXPECTATION = 7 * 16 * 2 + 12 * 2 * 4  # bytes of the result; A's product with all positions
+WIDENED = 90 * (8 + 16 + 2) * 4 + 7 * (8 + 2) * 4  # in fp32: slabs of all weights, and rows
+
+
+def expected(head=True, table=True):
+    def make(*sizes, dtype=torch.bfloat16, wants=head):
+        return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=wants)
+
+    return explain(
+        make(3, 4, 8),
+        make(100, 8),
+        rows=torch.empty(7, dtype=torch.int64, device="meta"),
+        bias=make(100, dtype=torch.float32),
+        low_rank=(make(2, 8), make(100, 2), 0.5),
+        embedding=make(100, 16, wants=table),
+        valid_vocab=90,
+    )
+
+
+def test_an_expectation_whose_all_operands_train_costs_the_sum_of_its_parts():
+    cost = expected()
+    head, stored = 100 * 8 * 2 + 100 * 2 * 2 + 100 * 4 + 100 * 16 * 2, (16 + 2) * 7 * 4
+    space = 2 * ONE_LOGIT * 4 + WIDENED + 90 * (8 + 16) * 4 + 3 * 7 * 16 * 4  # both gradients' slabs; the upstream thrice
+    assert (cost.plan, cost.forward_gemms, cost.backward_gemms, cost.passes) == ("recompute", 2, 5, 2)
+    assert cost.flops == 2 * 7 * 90 * (8 + 2 + 16 + (8 + 2) + 2 * (8 + 2) + 2 * 16) + 2 * 3 * 12 * 8 * 2
+    assert (cost.output_bytes, cost.stored_bytes, cost.gradient_bytes) == (EXPECTATION, stored, head + BY_POSITION)
+    assert cost.workspace_bytes == space
+    assert cost.peak_bytes == EXPECTATION + stored + 7 * 16 * 2 + space + BY_ROW + BY_POSITION + head
+    assert cost.traffic_bytes == 4 * STUDENT + 3 * TEACHER + EXPECTATION + head + BY_POSITION
+    assert [(phase.name, phase.flops, phase.traffic) for phase in cost.phases] == [
+        ("logits", 2 * ROWS, STUDENT + 4 * ONE_LOGIT),
+        ("exponentials", 0, (8 + 2) * ONE_LOGIT),
+        ("expectation", 4 * ROWS, 2 * ONE_LOGIT + 90 * 16 * 2 + 7 * 16 * 8),
+        ("logits", 2 * ROWS, STUDENT + 4 * ONE_LOGIT),
+        ("upstream by id", 4 * ROWS, TEACHER + 4 * ONE_LOGIT),
+        ("operand", 0, (4 + 4 + 2 + 2) * ONE_LOGIT),
+        ("dH", 2 * ROWS, 2 * ONE_LOGIT + 90 * 8 * 2 + 7 * 8 * 8),
+        ("dW", 2 * ROWS, 2 * ONE_LOGIT + 7 * 8 * 2 + 90 * 8 * 2),
+        ("dE", 4 * ROWS, 2 * ONE_LOGIT + 7 * 16 * 2 + 90 * 16 * 2),
+    ]
+
+
+def test_an_expectation_of_which_the_embedding_trains_or_nothing_costs_the_sum_of_its_parts():
+    table, nothing = expected(head=False), expected(head=False, table=False)
+    stored, space = (16 + 2) * 7 * 4, ONE_LOGIT * 4 + WIDENED
+    assert (table.plan, table.backward_gemms, table.stored_bytes, table.gradient_bytes) == ("recompute", 2, stored, 100 * 16 * 2)
+    assert table.workspace_bytes == space + 90 * 16 * 4 + 2 * 7 * 16 * 4
+    assert table.peak_bytes == EXPECTATION + stored + 7 * 16 * 2 + table.workspace_bytes + 100 * 16 * 2
+    assert table.traffic_bytes == 2 * STUDENT + 2 * TEACHER + EXPECTATION + 100 * 16 * 2
+    assert [phase.name for phase in table.phases[3:]] == ["logits", "operand", "dE"]
+    assert table.phases[4].traffic == (4 + 2) * ONE_LOGIT
+    assert (nothing.plan, nothing.backward_gemms, nothing.stored_bytes, nothing.gradient_bytes) == ("forward", 0, 0, 0)
+    assert (nothing.workspace_bytes, nothing.peak_bytes) == (space, EXPECTATION + 7 * 16 * 4 + space)
+    assert nothing.traffic_bytes == STUDENT + TEACHER + EXPECTATION
 
 
 def test_memory_is_flat_in_the_number_of_rows_where_the_design_says_so():

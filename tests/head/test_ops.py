@@ -142,6 +142,8 @@ def test_opcheck_of_the_other_ops(backend):
     arguments = (case.hidden, case.weight, case.target, case.rows, None, None, None, *more)
     torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias, None))
     torch.library.opcheck(ops.add_gradient, (*arguments, None, None, None))
+    every = (case.hidden, case.weight, torch.arange(21) % 13, None, None, None, None, *more[:6], torch.ones(21), None)
+    torch.library.opcheck(ops.add_gradient, (*every, None, None, None))
     pair = torch.randn(3, 7, 2), torch.randn(13, 2)
     arguments = (case.hidden, case.weight, case.target, case.rows, None, *pair, *more)
     torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias, torch.zeros(13, 2)))
@@ -153,6 +155,21 @@ def test_opcheck_of_a_head_with_an_adapter(backend, plan):
     torch.library.opcheck(ops.score, score_arguments(plan, trainable_head=plan != "unit", pair=pair))
     down = torch.randn(2, 6, requires_grad=True)
     torch.library.opcheck(low_rank.project, (torch.randn(3, 7, 6, dtype=torch.bfloat16, requires_grad=True), down, 0.5))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_backward_does_not_want_comes_empty_in_a_graph_too(backend, plan):
+    """Sizes and dtypes are those that the compiler is told, whichever gradients are wanted."""
+    pair = torch.randn(3, 7, 2), torch.randn(13, 2)
+    arguments = list(score_arguments(plan, torch.bfloat16, pair=pair))
+    needs = [True, *[plan != "unit"] * 2, True, plan != "unit"]
+    with torch.no_grad():
+        stored = ops.score(*arguments[:-5], *needs)[1 + len(ops._VECTORS) :]
+    arrived = [torch.ones(()), None] if plan == "coef" else [None, torch.ones(11)]
+    for wanted in [needs] if plan == "coef" else [needs, *([n == one for n in range(5)] for one in range(5) if needs[one])]:
+        call = (*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments[:13]), *arrived, None, None, None)
+        call = (*call, list(stored), 0, plan, [3, 7, 6], *wanted)
+        torch.library.opcheck(ops.score_backward, call, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("plan", PLANS)

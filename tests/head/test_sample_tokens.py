@@ -194,6 +194,7 @@ def test_an_adapter_draws_as_the_weight_that_it_makes(backend, more):
         ((torch.ones(2, 7), torch.ones(5, 2), 1.0), ValueError, "low_rank A must have shape"),
         ((torch.ones(2, 3), torch.ones(4, 2), 1.0), ValueError, "low_rank B must have shape"),
         ((torch.ones(2, 3), torch.ones(5, 1), 1.0), ValueError, "low_rank A must have shape"),
+        ((torch.ones(5, 3), torch.ones(5), 1.0), ValueError, "low_rank B must have shape"),
         ((torch.ones(0, 3), torch.ones(5, 0), 1.0), ValueError, "rank of at least 1"),
         ((torch.ones(2, 3), torch.ones(5, 2), math.inf), ValueError, "low_rank scale must be finite"),
         ((torch.ones(2, 3), torch.ones(5, 2).int(), 1.0), TypeError, "low_rank B"),

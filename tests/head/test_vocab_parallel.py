@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
+
+from dllm_kernels.head import shards
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -15,3 +18,11 @@ def test_scores_gradients_losses_and_draws_are_those_of_the_whole_head(tmp_path,
     command = [sys.executable, "-m", "tests.head.split_ranks", str(tmp_path / "store"), str(world)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def test_where_values_are_not_read_a_rank_raises_by_itself():
+    """As on a GPU without DLLM_KERNELS_VALIDATE: agreeing would stall it."""
+    elsewhere = torch.empty(0, device="meta")
+    assert shards.agree(None, elsewhere, None) is None
+    with pytest.raises(ValueError, match="hidden is bad"):
+        shards.agree(ValueError("hidden is bad"), elsewhere, None)

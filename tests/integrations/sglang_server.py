@@ -28,7 +28,7 @@ UPDATE = {"model_path", "load_format", "abort_all_requests", "weight_version", "
           "recapture_cuda_graph", "token_step", "flush_cache"}  # fmt: skip
 
 
-HANG_UP = object()  # a fault: the connection breaks
+HANG_UP, CUT = object(), object()  # faults: the connection breaks, before or in the middle of the answer
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure
@@ -36,7 +36,7 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a failure
 
 
 class DiffusionServer:
-    """`faults` befall the next answers: an HTTP status or bytes in their place, a function of them, HANG_UP, or None: nothing."""
+    """`faults` befall the next answers: an HTTP status or bytes in their place, a function of them, HANG_UP, CUT, or None."""
 
     def __init__(self, folder: Path, *, block: int, mask_id: int, threshold: float = 0.95, eos_id: int | None = None,
                  step_maps: bool = True, greedy: bool = False) -> None:  # fmt: skip
@@ -165,7 +165,12 @@ def serving(server: DiffusionServer) -> Iterator[str]:
 
         def _reply(self, body: Any) -> None:
             fault = server.faults.pop(0) if server.faults else None
-            if fault is HANG_UP:
+            if fault is CUT:
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"[{")
+            if fault in (HANG_UP, CUT):
                 self.close_connection = True
                 return
             status, found = (fault, {"detail": "fault"}) if isinstance(fault, int) else server.answer(self.path, body)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ from dllm_trainer.models.loading import load
 from dllm_kernels import Rollout, generate, trajectory_rows
 from dllm_kernels.integrations.foreign_rollouts import score_rollout
 from dllm_kernels.integrations.sglang import OtherWeightsError, ServerError, SGLang
-from tests.integrations.sglang_server import HANG_UP, DiffusionServer, serving
+from tests.integrations.sglang_server import CUT, HANG_UP, DiffusionServer, serving
 from tests.tiny import checkpoint
 
 BLOCK = 4
@@ -125,6 +130,30 @@ def test_a_dead_or_slow_server_is_told(server: DiffusionServer, loaded: Any) -> 
         ask(SGLang(url, retries=1, backoff=0.01), loaded)
 
 
+def test_an_answer_that_never_ends_is_told(loaded: Any) -> None:
+    """Each byte comes in time."""
+
+    def drip(listening: socket.socket) -> None:
+        connection = listening.accept()[0]
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=(listening,), daemon=True).start()
+        client = SGLang(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.2, retries=0)
+        with pytest.raises(ServerError, match=r"did not answer GET /get_model_info in 1 tries.*in the middle of an answer"):
+            client.model_info()
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(client: SGLang, loaded: Any, server: DiffusionServer) -> None:
+    server.faults = [CUT]
+    ask(client, loaded)
+    assert not server.faults
+
+
 def altered(**changes: Any) -> Any:
     """A fault: the first answer with other values; None leaves one out."""
 
@@ -140,6 +169,7 @@ def altered(**changes: Any) -> Any:
 
 NONSENSE = {
     "no json": (b"<html>", r"/generate must answer with JSON, got <html>: this is no SGLang server"),
+    "nested": (b"[" * 100_000, r"/generate must answer with JSON, got \[\[\["),
     "another object": (b'{"error": "x"}', r"must answer each of the 4 prompts, got \{\"error\": \"x\"\}"),
     "too few": (lambda answers: answers[1:], "must answer each of the 4 prompts, got 3 answers"),
     "no meta": (lambda answers: [{"output_ids": []}] * 4, "must answer with output_ids and meta_info"),
@@ -195,9 +225,12 @@ def test_versions_that_only_the_model_info_tells_are_looked_up(client: SGLang, l
         client.load(server.info["model_path"], "a-2")
 
 
+NO_ADDRESS = ("node7:30000", "http://", "http://[::1", "http://node7:port", "http://node7:70000", "http://node 7", "http://x/\n")
+
+
 def test_arguments_are_checked(client: SGLang, loaded: Any) -> None:
     for options, message in (
-        ({"url": "node7:30000"}, "url must begin with http:// or https://, got 'node7:30000'"),
+        *(({"url": url}, f"url must be http:// or https://, a host.* got {re.escape(repr(url))}") for url in NO_ADDRESS),
         ({"timeout": 0}, "timeout"),
         ({"retries": -1}, "retries"),
         ({"backoff": 0.0}, "backoff"),

@@ -403,3 +403,10 @@ def test_an_error_names_the_argument_and_what_came(changes, error, words):
         make_mask_plan(arguments.pop("input_ids_BS"), arguments.pop("completion_mask_BS"), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_plan_says_its_law_with_the_options_that_it_has():
+    said = plan_of([9, 3], law="block", block_length=4).describe()
+    assert said.startswith("law         block (SPG, arXiv 2510.09541); options block_length=4\n")
+    assert "4 samples x 2 sequences x" in said
+    assert "; options none\n" in plan_of([9], law="full", samples=1).describe()

@@ -20,6 +20,7 @@ from dllm_trainer.errors import GuardError
 from dllm_trainer.records.checkpoints import Checkpoints
 from dllm_trainer.records.states import load_state
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EuroBertForMaskedLM  # noqa: F401 - imported once, before the ranks are forked
 
@@ -153,7 +154,7 @@ def gradients(ranks, cases=ALL):
 def few(ranks):
     """What make test runs."""
     found = {"gradients": gradients(ranks, FEW), "curves": curves(ranks, steps=2)}
-    for work in (rollouts, supervised, gathered, half_precision, clipped, recomputed, saved):
+    for work in (rollouts, supervised, gathered, half_precision, clipped, recomputed, saved, reduced_once):
         found[work.__name__] = work(ranks)
     if not ranks.launched:
         found["stopped"] = stopped()
@@ -327,14 +328,14 @@ def nothing_to_learn(ranks):
 
 
 class Collectives(TorchDispatchMode):
-    """Names of the functional collectives, which are DTensor's; FSDP's own are none of these."""
+    """Names of collectives: the functional ones are DTensor's, FSDP's own are none of these."""
 
     def __enter__(self):
         self.names = []
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "_c10d_functional":
+        if func.namespace in ("_c10d_functional", "c10d"):
             self.names.append(func._schema.name.partition("::")[2])
         return func(*args, **(kwargs or {}))
 
@@ -356,6 +357,20 @@ def gathers(ranks):
             accumulate(model, plan.cut(sequences=half), objective, batch.cut(sequences=half), denominator=float(B))
         assert model.get_output_embeddings().weight.grad is None
     return seen.count("all_gather_into_tensor"), seen.count("reduce_scatter_tensor"), full_gradients(model)
+
+
+def reduced_once(ranks):
+    """Gradients of a step of several blocks of sequences, of which each rank's last has only clipped ones; how often FSDP
+    reduced, and its modules.
+    """
+    model = shard(model_of("untied"), ranks)
+    objective, plan, batch = case("sequence")
+    old_elbo = batch.per_sequence["old_elbo"] + 100.0 * torch.isin(torch.arange(B), torch.tensor([3, 6]))
+    batch, mine = Batch({**batch.per_sequence, "old_elbo": old_elbo}), ranks.share(B)
+    with Collectives() as seen:
+        accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), sequences_per_pass=1, reduce_last=True)
+    modules = sum(isinstance(module, FSDPModule) for module in model.modules())
+    return full_gradients(model), seen.count("_reduce_scatter_base_"), modules
 
 
 def an_updated_head(ranks):

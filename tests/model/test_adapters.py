@@ -122,6 +122,9 @@ def test_an_adapter_that_is_no_low_rank_map_is_refused_by_name(config, train, wo
 
 
 def test_another_kind_of_adapter_on_the_head_is_refused_by_name():
+    tokens = adapted(target_modules=["q_proj"], trainable_token_indices={"lm_head": [1, 2]})
+    with pytest.raises(ValueError, match="wrapped by peft's TrainableTokensWrapper with adapters default"), headless(tokens):
+        pass
     config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
     model = peft.get_peft_model(bare(), config).double().eval()
     with pytest.raises(ValueError, match="'default' of kind Linear, which is no LoRA"), headless(model) as body:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -107,11 +109,40 @@ def test_flex_attention_s_tiles_grow_with_k_and_not_with_its_square():
     assert copy == 4 * 4 + 4 * 5 // 2 + 4, "the prompt, clean blocks up to the tile's own, the copy's own tile"
 
 
+def test_heads_that_share_keys_meet_them_in_parts_too(model, parts):
+    """Two queries a key, as a model hands them over that leaves the repetition to the attention."""
+    layout = plan_of(model, "exact").layout(2)
+    (R, T), mask, generator = layout.ids_RT.shape, layout.sees[:, None], torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(R, heads, T, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, enable_gqa=True)
+    masks = block_attention.BlockMask.of(mask, layout), mask
+    got, want = (attend(attn_mask=one).transpose(1, 2)[layout.block_RT >= 0] for one in masks)
+    assert len(parts) == 1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 def test_any_other_attention_sees_an_ordinary_mask(parts):
     model = causal("Llama")
     model.set_attn_implementation("eager")
     both(model, plan_of(model, "exact").layout(3))
     assert not parts
+
+
+def test_a_model_needs_to_name_what_a_layout_says_or_to_take_any_keyword(model):
+    layout = plan_of(model, "exact").layout(2)
+
+    class Named(torch.nn.Linear):
+        config = model.config
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            raise NotImplementedError
+
+    assert layouts.block_inputs(Named(1, 1), layout, {})["position_ids"] is layout.position_RT
+    Named.forward = lambda self, input_ids, attention_mask=None: None
+    with pytest.raises(ValueError, match="model must take position_ids, which the copies repeat"):
+        layouts.block_inputs(Named(1, 1), layout, {})
+    Named.forward = lambda self, input_ids, **more: None
+    assert layouts.block_inputs(Named(1, 1), layout, {})["position_ids"] is layout.position_RT
 
 
 def test_the_mask_keeps_its_structure_through_what_keeps_its_values_and_loses_it_otherwise(model):

@@ -172,6 +172,8 @@ def test_leading_dimensions_become_one_batch_and_the_attention_mask_follows():
         for k in range(3):
             torch.testing.assert_close(got[k], body(ids[k], attention_mask=attention))
         assert not torch.allclose(got[:, 1], body(ids)[:, 1])
+        with pytest.raises(ValueError, match="input_ids must be on the device of the input embedding"):
+            body(ids.to("meta"))
 
 
 @pytest.mark.parametrize("bare", [lambda: tf.EuroBertModel(tf.EuroBertConfig(**SMALL)), lambda: torch.nn.Linear(3, 4)])
@@ -234,6 +236,14 @@ def test_ids_outside_the_vocabulary_are_an_error_that_names_them(call):
             (_body if call == "body" else _rollout)(model, ids)
 
 
+def test_a_model_whose_states_are_nan_is_not_said_to_change_its_logits():
+    model = eurobert()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4] = torch.nan
+        with headless(model) as body:
+            assert body(torch.tensor([[3, 4]])).isnan().any()
+
+
 def _body(model, ids):
     with headless(model) as body:
         return body(ids)
@@ -251,3 +261,5 @@ def test_dropout_is_found_where_it_is_active():
     bert = tf.BertForMaskedLM(tf.BertConfig(**SMALL))
     assert dropout_names(bert.eval()) == []
     assert any("dropout" in name for name in dropout_names(bert.train()))
+    bert = tf.BertForMaskedLM(tf.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    assert dropout_names(bert.train()) == [], "dropout of nothing"

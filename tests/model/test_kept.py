@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -37,14 +40,15 @@ def modernbert():
     return _seeded(ModernBertForMaskedLM, ModernBertConfig(**sizes, **local, **ids, attn_implementation="sdpa"))
 
 
-def llada():
-    from tests.trainer.models.published.configuration_llada import LLaDAConfig
-    from tests.trainer.models.published.modeling_llada import LLaDAModelLM
+def loaded(kind):
+    """A model of a published structure, as the trainer loads it, which knows what mask of padding it takes."""
+    from dllm_trainer.models.loading import load
 
-    sizes = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2, "mlp_hidden_size": 16, "embedding_size": 11}
-    config = LLaDAConfig(**sizes, vocab_size=11, weight_tying=False)
-    config.use_cache = False  # transformers 5 has no default for it
-    return _seeded(LLaDAModelLM, config)
+    from tests.trainer.models import tiny_checkpoints
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_checkpoints.write(kind, Path(folder) / kind)
+        return load(Path(folder) / kind, trust_remote_code=True).model.double().eval()
 
 
 def _seeded(cls, config):
@@ -57,7 +61,13 @@ def _seeded(cls, config):
     return model
 
 
-FAMILIES = {"eurobert": lambda: eurobert(hidden=16), "grouped": grouped, "modernbert": modernbert, "llada": llada}
+FAMILIES = {
+    "eurobert": lambda: eurobert(hidden=16),
+    "grouped": grouped,
+    "modernbert": modernbert,
+    "llada": lambda: loaded("llada"),
+    "dream": lambda: loaded("dream"),
+}
 
 
 class Frozen:
@@ -113,14 +123,12 @@ def plain(model, prompt, monkeypatch, *, kind, refresh, shift, sampler, steps=No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_is_that_of_whole_calls_with_frozen_keys_and_values(family, kind, monkeypatch):
     model, differs = FAMILIES[family](), False
-    # LLaDA's own code takes a mask of padding in a form of its own, which the trainer knows
-    prompts = [ids.roll(b) for b, ids in enumerate(PROMPTS[:1] * 3)] if family == "llada" else PROMPTS
     for name, refresh, shift in (("llada", None, 0), ("llada", 2, 1), ("fast_dllm", None, 1), ("fast_dllm", 3, 0)):
         options = SAMPLERS[name]
-        rollout = generate(model, prompts, cache=kind, refresh=refresh, shift=shift, **OPTIONS, **options)
-        exact = generate(model, prompts, shift=shift, **OPTIONS, **options)
+        rollout = generate(model, PROMPTS, cache=kind, refresh=refresh, shift=shift, **OPTIONS, **options)
+        exact = generate(model, PROMPTS, shift=shift, **OPTIONS, **options)
         differs |= not torch.equal(rollout.commit_logp_BL, exact.commit_logp_BL)
-        for b, prompt in enumerate(prompts):
+        for b, prompt in enumerate(PROMPTS):
             ids, step_L, logp_L, stale = plain(model, prompt, monkeypatch, kind=kind, refresh=refresh, shift=shift, **options)
             assert torch.equal(rollout.ids_BS[b][: len(ids)], ids)
             assert torch.equal(rollout.commit_step_BL[b].long(), step_L)

@@ -134,6 +134,13 @@ def test_the_head_is_gathered_and_reduced_once_per_optimizer_step(few):
     assert worst_gradient_error(gradients, alone["gradients"]["untied", "sequence", 0][1]) < 1e-10
 
 
+def test_a_step_reduces_once_even_where_its_last_block_has_no_gradient(few):
+    alone, found, size = few
+    gradients, reductions, modules = found["reduced_once"]
+    assert worst_gradient_error(gradients, alone["reduced_once"][0]) < 1e-10
+    assert size == 1 or reductions == modules
+
+
 def test_a_head_that_changed_is_gathered_anew(few):
     before, after, fresh = few[1]["an_updated_head"]
     assert torch.equal(after, fresh)

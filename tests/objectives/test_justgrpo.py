@@ -16,7 +16,7 @@ ADVANTAGES = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=F64)
 
 
 @pytest.mark.parametrize("epsilon", [0.2, 0.0])
-@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [5, 2, 3, 0]])
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [1, 2, 3, 0]])
 def test_equals_loops_over_tokens(epsilon, lengths):
     logp, old, _ = loops.logps(4, 5)
     total, gradient = 0.0, [[0.0] * 5 for _ in range(4)]

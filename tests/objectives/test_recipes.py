@@ -11,6 +11,7 @@ import torch
 from dllm_kernels import generate, objectives
 from dllm_kernels.masks.laws import LAWS
 from dllm_kernels.objectives.advantages import KINDS
+from dllm_kernels.objectives.recipe import Clip
 from tests.objectives import loops
 from tests.objectives.plans_and_batches import plan_of
 from tests.tiny import eurobert
@@ -213,3 +214,29 @@ def test_no_state_shows_what_lies_between_a_completion_and_the_end_of_its_block_
     for b, prompt in enumerate(prompts):
         for shown, _, _ in shown_and_scored(plan, b, 8):
             assert shown[len(prompt) + 4 :] == [11] * (4 - len(prompt)), "from left to right, it is written last"
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "states"),
+    [  # of 9 tokens in 4 steps
+        ("egspo", 3, 4),  # the steps' tokens are whole, and no more states than steps
+        ("egspo_sa", 3, 4),
+        ("justgrpo", 1, None),
+        ("mdpo", 5, 4),  # half of the tokens are hidden, on average
+        ("on_policy_distillation", 3, None),
+        ("rldf", 5, 4),
+    ],
+)
+def test_a_plan_is_told_how_many_tokens_a_state_decides_and_of_how_many_states(name, tokens, states):
+    trajectory, options = objectives.RECIPES[name].trajectory, objectives.RECIPES[name].choose({})
+    assert trajectory.tokens(options, 9, 4) == tokens
+    assert (trajectory.number and trajectory.number(options, 9, 4)) == states
+
+
+def test_a_clip_of_a_ratio_per_token_is_said_to_be_one():
+    recipes = [recipe for recipe in objectives.RECIPES.values() if recipe.clip is not None]
+    per_token = {recipe.name for recipe in recipes if recipe.clip(recipe.choose({})).per_token}
+    assert per_token == {"espo", "gdpo"}, "these divide ELBOs by the completion's length"
+    assert not Clip().per_token
+    gdpo = objectives.RECIPES["gdpo"]
+    assert not gdpo.clip(gdpo.choose({"mode": "paper"})).per_token

@@ -262,3 +262,9 @@ def test_holes_that_make_no_canvas(ids, holes, words):
         make_canvas(torch.tensor(ids), holes, mask_id=MASK)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("holes", [[(0.0, 2)], [("a", 2)], [(0, 1, 2)], [3], [(True, 2)], None, "ab"])
+def test_holes_that_are_no_places(holes):
+    with pytest.raises(TypeError, match=r"holes must be (pairs of ints, \(first, end\)|a list or tuple of \(first, end\)), got"):
+        make_canvas(torch.tensor([3, 4, 5]), holes, mask_id=MASK)

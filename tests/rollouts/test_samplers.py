@@ -44,7 +44,7 @@ RECIPES = {
     "sdar sequential": {"sampler": "sdar", "block_length": 4, "steps": 3, "remasking": "sequential"},
     "entropy_bound": {"sampler": "entropy_bound", "block_length": 4, "bound": 2.0},
     "roar": {"sampler": "roar", "block_length": 4},
-    "fast_dllm factor": {"sampler": "fast_dllm", "block_length": 8, "factor": 2.0},
+    "fast_dllm factor": {"sampler": "fast_dllm", "block_length": 4, "factor": 2.0},
     "dream threshold": {"sampler": "dream", "steps": 4, "alg": "confidence_threshold", "threshold": 0.25, "top_p": 0.9},
     "fast_dream": {"sampler": "fast_dream", "block_length": 4, "threshold": 0.25, "shift": 1},
     "fast_dream entropy": {"sampler": "fast_dream", "block_length": 4, "steps": 6, "alg": "entropy", "shift": 1},

@@ -219,11 +219,14 @@ def test_every_signal_saves_and_exits_with_75(number: signal.Signals, tmp_path: 
     monkeypatch.setattr(run.folder, "log", send)
     monkeypatch.setattr("dllm_trainer.train.run.Run", lambda *_: run)
     monkeypatch.setattr(cli, "console", run.console)
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stopped:
-        cli._execute(run.folder, run.config, Ranks(), new=True, changed={})
+    around = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, by a run as well
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli._execute(run.folder, run.config, Ranks(), new=True, changed={})
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, around)
     assert stopped.value.code == 75
-    assert signal.getsignal(number) == before
     assert resumed(tmp_path / "demo").where() == "rl step 1 of 2"
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from dllm_trainer import distributed
-from dllm_trainer.distributed import Ranks, clip_gradients, find_blocks, layers, shard, start
+from dllm_trainer.distributed import OtherRankError, Ranks, clip_gradients, find_blocks, layers, shard, start
 from dllm_trainer.errors import UserError
 from dllm_trainer.models.loading import load
 
@@ -41,6 +41,22 @@ def test_alone_nothing_is_sharded_and_errors_are_what_they_are():
     with pytest.raises(KeyError), Ranks().together():
         raise KeyError("x")
     with pytest.raises(KeyError), distributed.one_fails_all_stop(Ranks()):
+        raise KeyError("x")
+
+
+class Second(Ranks):
+    """Rank 1 of two, of which rank 0 has failed with a sentence."""
+
+    def tell(self, value):
+        return ["the server died", value]
+
+
+def test_of_several_ranks_that_fail_with_a_sentence_the_first_tells_it():
+    with pytest.raises(OtherRankError, match=r"^rank 0: the server died$"), Second(1, 2).together():
+        raise UserError("the server died too")
+    with pytest.raises(OtherRankError, match=r"^rank 0: the server died$"), Second(1, 2).together():
+        pass
+    with pytest.raises(KeyError), Second(1, 2).together():  # a bug is never hidden
         raise KeyError("x")
 
 

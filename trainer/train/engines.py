@@ -71,22 +71,23 @@ class ServedEngine:
         assert not greedy, "refused with the config"
         setup.served.publish(setup.trained, setup.loaded.tokenizer)
         with setup.ranks.together():
-            sampled = setup.served.generate(
-                setup.codec.prompts(examples),
-                sequence_ids=sequence_ids,
-                length=setup.length,
-                mask_id=setup.facts.mask_id,
-                vocabulary=setup.facts.valid_vocab or int(setup.model.config.get_text_config().vocab_size),
-                causal_block=setup.facts.block_length,
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                step_maps=rollout.step_maps,
-                logp=rollout.logp,
-                stop_id=setup.facts.eos_id if rollout.stop_at_eos else None,
-                suppress=setup.loaded.suppressed,
-                shift=setup.facts.shift,
-            )
+            prompts = setup.codec.prompts(examples)
+        sampled = setup.served.generate(
+            prompts,
+            sequence_ids=sequence_ids,
+            length=setup.length,
+            mask_id=setup.facts.mask_id,
+            vocabulary=setup.facts.valid_vocab or int(setup.model.config.get_text_config().vocab_size),
+            causal_block=setup.facts.block_length,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            step_maps=rollout.step_maps,
+            logp=rollout.logp,
+            stop_id=setup.facts.eos_id if rollout.stop_at_eos else None,
+            suppress=setup.loaded.suppressed,
+            shift=setup.facts.shift,
+        )
         return sampled.to(setup.ranks.device)
 
     def check(self, sampled: Rollout, *, due: bool, replayed: bool) -> tuple[Rollout, dict[str, float]]:

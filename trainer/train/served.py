@@ -79,18 +79,30 @@ class Served:
             raise UserError(f"rollout.url: {error}") from error
 
     def generate(self, prompts: Sequence[Tensor], *, sequence_ids: Tensor, **options: Any) -> Rollout:
-        """As `SGLang.generate`, of the weights that were published; a server that lost them is given them again, once."""
+        """As `SGLang.generate`, of the weights that were published; a server that lost them is given them again, once.
+
+        A collective: whichever ranks met other weights, the first has them loaded, so that no rank's answers are cut short by
+        another's loading, and those ranks ask again.
+        """
+        found: Rollout | None = None
         for last in (False, True):
-            try:
-                return self._server.generate(prompts, sequence_ids=sequence_ids.cpu(), version=self._version, **options)
-            except OtherWeightsError as error:
-                if last:
+            with self._ranks.together():
+                try:
+                    if found is None:
+                        found = self._server.generate(prompts, sequence_ids=sequence_ids.cpu(), version=self._version, **options)
+                except OtherWeightsError as error:
+                    if last:
+                        raise UserError(f"rollout.url: {error}") from error
+                except ServerError as error:
                     raise UserError(f"rollout.url: {error}") from error
-                self.reloads += 1
-                self._load()
-            except ServerError as error:
-                raise UserError(f"rollout.url: {error}") from error
-        raise AssertionError("unreachable")
+            if all(self._ranks.tell(found is not None)):
+                break
+            with self._ranks.together():
+                if self._ranks.is_first:
+                    self.reloads += 1
+                    self._load()
+        assert found is not None
+        return found
 
     def forget(self) -> None:
         """Remove the written weights, at the end of a run."""

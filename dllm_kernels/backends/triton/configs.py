@@ -53,7 +53,7 @@ CONFIGS: dict[str, tuple[Config, Config, Config]] = {
         Config(64, 64, 32, 4, 1, piece=64, segment=128),
         Config(64, 64, 32, 4, 1, piece=32, segment=128),
     ),
-    "sm_80": (Config(128, 128, 32, 8, 4), Config(32, 128, 32, 8, 4, piece=32), Config(64, 128, 32, 8, 4)),
+    "sm_80": (Config(128, 128, 32, 8, 4), Config(32, 64, 32, 4, 4, piece=32), Config(64, 128, 32, 8, 4)),
     "sm_90": (Config(128, 256, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True, piece=32), Config(128, 128, 64, 8, 4, True)),
     "sm_100": (
         Config(128, 128, 64, 8, 4, True, piece=32),

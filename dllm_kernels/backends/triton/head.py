@@ -19,7 +19,6 @@ from dllm_kernels.backends import reference, targets
 from dllm_kernels.backends.contract import (
     BEST,
     LOW,
-    NO_LOW,
     STATISTICS,
     VECTORS,
     HeadOptions,
@@ -88,13 +87,19 @@ class _Several:
             z_CV = logits_CV.clone()
             reference._transform_(z_CV, options)
             self.best_z_CK, self.best_id_CK = targets.best_of(z_CV, max(best, 1))
-        self.joined_C, self.spread_C = self.z_CM.new_full((len(logits_CV),), float("-inf")), self.z_CM.new_zeros(len(logits_CV))
+        count = len(logits_CV)
+        self.joined_C, self.spread_C = self.z_CM.new_full((count,), float("-inf")), self.z_CM.new_zeros(count)
+        self.share_CM = self.z_CM  # logp among the targets
         if target_CM.shape[1]:
-            once_CM = targets.first_of_equals(target_CM)
-            z_CM = self.z_CM.masked_fill(~once_CM, float("-inf"))
-            self.joined_C = z_CM.logsumexp(1)
-            less_CM = z_CM - self.joined_C[:, None].clamp(min=-3e38)
-            self.spread_C = torch.where(less_CM > -88, less_CM * less_CM.exp(), 0.0).sum(1)
+            z_CM = self.z_CM.masked_fill(~targets.first_of_equals(target_CM), float("-inf"))
+            top_C1, place_C1 = z_CM.max(1, keepdim=True)
+            z_CM = z_CM - top_C1.clamp(min=-3e38)
+            # what the others have beside the likeliest: its own 1 is lost to none of their digits
+            more_C1 = torch.log1p(z_CM.exp().scatter(1, place_C1, 0.0).sum(1, keepdim=True))
+            self.share_CM = (self.z_CM - top_C1.clamp(min=-3e38)) - more_C1
+            self.joined_C = (top_C1 + more_C1)[:, 0]
+            once_CM = z_CM - more_C1
+            self.spread_C = torch.where(once_CM > -88, once_CM * once_CM.exp(), 0.0).sum(1)
             logits_CV.scatter_(1, target_CM, float("-inf"))
 
     def finish(
@@ -102,7 +107,7 @@ class _Several:
     ) -> None:
         """Write what the kernel could not know to the results; `operand_CM` is then what stands in the targets' places."""
         result = self.result
-        logp_CM = (self.z_CM - self.joined_C[:, None].clamp(min=-3e38)) + stats["logp"][:, None]
+        logp_CM = self.share_CM + stats["logp"][:, None]
         if own_CM is not None and coef_C is not None:
             given_CM = targets.target_gradient(logp_CM, own_CM, coef_C, stats.get("entropy"), entropy_coef_C)
             self.operand_CM = self.operand_CM * given_CM
@@ -339,15 +344,17 @@ def workspace_bytes(
     dtype: torch.dtype,
     *,
     gradient: bool,
-    dhidden: bool = True,
-    dweight: bool = False,
-    several: int | None = None,
-    best: int = 0,
-    low: Low = NO_LOW,
+    dhidden: bool,
+    second: bool,
+    dweight: bool,
+    several: int | None,
+    best: int,
+    low: Low,
 ) -> int:
     """Memory that `run` takes beside its results: one chunk of logits, gathered rows, one product's fp32 result; or parts."""
     if dtype not in _TYPES:
-        more: Any = {"gradient": gradient, "several": several, "best": best, "low": low}
+        needs: Any = {"gradient": gradient, "dhidden": dhidden, "second": second, "dweight": dweight}
+        more: Any = {"several": several, "best": best, "low": low, **needs}
         return reference.workspace_bytes(rows, hidden_size, vocabulary, dtype, **more)
     if rows == 0:
         return 0
@@ -360,7 +367,8 @@ def workspace_bytes(
     adapter = 4 * low.rank * (vocabulary * ((low.dtype != torch.float32) + 2 * gradient + 2 * low.gradient) + 3 * size)
     if best:  # final logits beside the raw ones, which of them are taken, and their ranks
         return size * (20 * row_stride(vocabulary) + hidden_size * item) + adapter
-    return size * (4 * row_stride(vocabulary) + hidden_size * (item + 4 * (gradient and dhidden))) + adapter
+    columns = row_stride(vocabulary) * (4 + item * second)
+    return size * (columns + hidden_size * (item + 4 * (gradient and dhidden))) + adapter
 
 
 def warmup(

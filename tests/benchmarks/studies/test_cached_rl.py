@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+from benchmarks.documents import result_of
 from benchmarks.studies import cached_rl
+
+
+def test_committed_runs_are_whole_and_their_arms_differ_in_their_rollouts_alone():
+    rows = {(row["seed"], row["arm"]): row for row in result_of("cached-rl-cpu")["rows"]}
+    for seed in sorted({seed for seed, _ in rows}):
+        exact, dual = rows[seed, "exact"], rows[seed, "dual"]
+        assert exact["largest gap"] < 1e-5 < dual["largest gap"]
+        for way in ("rollout", "greedy"):
+            assert exact[f"before {way}"] == dual[f"before {way}"], "both begin with one model"
+        for row in (exact, dual):
+            assert len(row["reward"]) == row["updates"] == 30
+            assert math.isfinite(row["largest gradient"])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,49 @@ def test_what_a_config_adds_is_a_phase_of_its_own(tmp_path: Path) -> None:
     kept = planned(tmp_path, "rollout.steps=16", "rollout.block_length=4", "rollout.cache=dual")["rl update", "rollout"]
     assert kept.calls == plain.calls
     assert kept.tokens == pytest.approx(plain.tokens * (1 / 4 * 33 + 3 / 4 * 4) / 33, rel=0.03)
+    keys = ("rollout.steps=16", "rollout.block_length=4", "rollout.cache=prefix")
+    kept = planned(tmp_path, *keys)["rl update", "rollout"]
+    assert kept.tokens == kept.calls * 16 * round(1 / 4 * 33 + 3 / 4 * (4 + 16 // 2)), "a block, and half of what follows it"
+
+
+def test_a_couple_of_a_batch_is_one_pass_where_one_call_holds_all(tmp_path: Path) -> None:
+    """Samples that go together are sequences of one call, whose rows are a pass's share of all."""
+    rspo = ("rl.algorithm=rspo", "rl.samples=4")
+    whole, cut = planned(tmp_path, *rspo, "rl.samples_per_pass=4"), planned(tmp_path, *rspo, "rl.samples_per_pass=2")
+    assert ("rl update", "first pass") not in whole
+    assert ("rl update", "first pass") in cut
+    assert ("rl update", "first pass") in planned(tmp_path, *rspo, "rl.samples_per_pass=4", "rl.micro_batch=4")
+    assert ("rl update", "first pass") in planned(tmp_path, *rspo, "rl.samples_per_pass=4", ranks=2)
+    works = [found["rl update", name].work for found in (whole, cut) for name in ("gradient", "reference scores")]
+    assert [work and work.sequences for work in works] == [16 * 4, 16 * 4, 16 * 2, 16 * 2]
+    rows = [work.rows for work in works if work]
+    assert rows[0] == rows[1] == 2 * rows[2] == 2 * rows[3], rows
+    work = whole["sft step", "gradient"].work
+    assert work is not None
+    assert work.rows == 16 * 17 // 2
+    assert whole["rl update", "rollout"].at_most, "a completion may end early"
+
+
+def test_what_takes_most_is_said_with_what_halves_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, *ONE)
+    found = {(phase.step, phase.name): phase for phase in phases(config)[0]}
+    for name, advice in {
+        ("rl update", "rollout"): "half of rollout.steps, or keys",
+        ("rl update", "gradient"): "half of rl.samples, of the states",
+        ("rl update", "optimizer"): "adapters (model.lora.rank)",
+        ("sft step", "optimizer"): "adapters (model.lora.rank)",
+        ("sft step", "gradient"): "half of sft.batch",
+    }.items():
+        assert time_plan._advice(config, found[name]).startswith(advice)
+    assert [time_plan._duration(seconds) for seconds in (119, 120, 7199, 7200)] == ["119 s", "2 min", "120 min", "2 h"]
+    assert re.search(r"^evaluation: .* s, 2 of them", describe_time(config, on="H200"), re.MULTILINE), "after both trainings"
 
 
 def test_ranks_share_the_calls(tmp_path: Path) -> None:
     one, four = planned(tmp_path), planned(tmp_path, ranks=4)
     for name, phase in one.items():
         assert four[name].tokens == pytest.approx(phase.tokens / (4 if phase.work else 1))
+        assert phase.work or phase.tokens == phase.flops == 0
 
 
 def test_a_datasheets_slowest_part_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +122,17 @@ def test_a_datasheets_slowest_part_is_what_counts(tmp_path: Path, monkeypatch: p
     for phase, seconds in zip(found, weights_only, strict=True):
         bytes_of_call = 28 * parameters if phase.work is None else 4 * parameters * (3 if phase.work.trains else 1)
         assert seconds == pytest.approx(phase.calls * bytes_of_call)
+    for phase, seconds in zip(found, time_plan._by_datasheet(config, found, slow, 4), strict=True):
+        if phase.work is None:
+            assert seconds == pytest.approx(phase.calls * 28 * parameters / 4), "each rank steps its shard"
     fast = dataclasses.replace(DEVICES["H200"], memory=1e30, fp32=1.0)
     for phase, seconds in zip(found, time_plan._by_datasheet(config, found, fast, 1), strict=True):
         assert seconds == pytest.approx(phase.flops / time_plan.SHARE, abs=1e-9)
+    half = tiny_config(tmp_path, *ONE, "model.dtype=bfloat16")
+    bf16 = dataclasses.replace(DEVICES["H200"], memory=1e30, bf16=1.0)
+    for phase, seconds in zip(found, time_plan._by_datasheet(half, found, bf16, 1), strict=True):
+        assert seconds == pytest.approx(phase.flops / time_plan.SHARE, abs=1e-9)
+    assert sum(time_plan._by_datasheet(config, found, DEVICES["H200"], 1)) < 0.5, "one GPU waits for no other"
 
 
 def planned_bytes(config) -> int:

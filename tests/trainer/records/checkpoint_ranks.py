@@ -80,7 +80,8 @@ def killed(folder, kills, seed):
         process = context.Process(target=_run, args=(folder, steps))
         process.start()
         if done < kills:  # mostly somewhere in the step after the next new one, so that the run gets on, however slow it is
-            while generator.random() < 0.998 and process.is_alive() and not _saved(folder, done + 1):
+            early = generator.random() < 0.1
+            while not early and process.is_alive() and not _saved(folder, done + 1):
                 time.sleep(one_step / 100)
             time.sleep(generator.uniform(0, 2 * one_step))
             process.kill()

@@ -29,7 +29,8 @@ from dllm_kernels import noise
 from dllm_kernels.integrations.foreign_rollouts import Gap
 from tests.integrations.sglang_server import HANG_UP, DiffusionServer, serving
 from tests.tiny import checkpoint
-from tests.trainer.conftest import lines, new_run, resumed, tiny_config
+from tests.trainer.conftest import TINY, lines, new_run, resumed, tiny_config
+from tests.trainer.train.test_processes import torchrun
 
 BLOCKS = ["model.facts.topology=block_causal", "model.facts.block_length=4", "model.facts.attention_mask=float"]
 SHORT = ["sft.steps=3", "sft.save_every=10", "rl.updates=2", "rl.save_every=10", "rl.gap_every=1"]
@@ -188,6 +189,74 @@ def test_a_server_that_dies_ends_the_run_with_a_sentence_and_a_saved_state(
     assert not (tmp_path / "run" / "rollout_weights").exists()
 
 
+def ranked(folder: Path, url: str, out: Path, *more: str) -> list[str]:
+    """The arguments of a run of several ranks: three prompts twice, so a group lies on two of them."""
+    own = [key for key in TINY if not key.startswith("rollout.")]
+    return ["demo", *own, *keys(folder, url, "rl.prompts=3", "tensorboard=false", *more), "--out", str(out)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ranks_ask_for_their_own_prompts_and_the_weights_reach_the_server_once(
+    server: DiffusionServer, url: str, folder: Path, tmp_path: Path
+) -> None:
+    answer, left = server.answer, [0]
+
+    def loses_the_weights(path: str, body: Any) -> tuple[int, Any]:  # before either rank has its answer
+        if path == "/generate" and server.info["weight_version"].endswith("-2"):
+            left[0] += 1
+            if left[0] == 1:
+                server.info = {**server.info, "weight_version": "default"}
+        return answer(path, body)
+
+    server.answer = loses_the_weights  # type: ignore[method-assign]
+    done = torchrun(2, *ranked(folder, url, tmp_path / "two", "rollout.logp=true"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    versions = [body["weight_version"].rpartition("-")[2] for body in updates_of(server)]
+    assert versions == ["1", "2", "2", "3"], "once whenever they changed, and once more as the server had lost them"
+    rows = [row for row in lines(tmp_path / "two") if row["phase"] == "rl"]
+    assert [row["server_reloads"] for row in rows] == [0, 1]
+    assert all(row["on_policy_gap"] < 1e-4 for row in rows)
+    assert not (tmp_path / "two" / "rollout_weights").exists()
+    asked = [body["input_ids"] for path, body in server.asked if path == "/generate"]
+    again = asked[10:12]  # two sets in two ways, and one update, before it lost them
+    assert sorted(again) == sorted(asked[12:14]), "both asked again"
+    del asked[10:12]
+    alone = DiffusionServer(folder, block=4, mask_id=7, threshold=0.5, eos_id=9)
+    with serving(alone) as address:
+        new_run(tmp_path / "one", *keys(folder, address, "rl.prompts=3")).execute()
+    whole = [body["input_ids"] for path, body in alone.asked if path == "/generate"]
+    assert len(asked) == 2 * len(whole)
+    for number, prompts in enumerate(whole):
+        shares = asked[2 * number : 2 * number + 2]
+        assert {len(share) for share in shares} == {len(prompts) // 2}
+        assert sorted(shares[0] + shares[1]) == sorted(prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_server_that_dies_while_ranks_wait_ends_them_all_with_one_sentence_and_a_saved_state(
+    server: DiffusionServer, url: str, folder: Path, tmp_path: Path
+) -> None:
+    answer = server.answer
+
+    def dies(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/update_weights_from_disk" and server.info["weight_version"].endswith("-1"):
+            server.faults = [None, *[HANG_UP] * 99]  # after it was asked whether it has the second update's weights
+        return answer(path, body)
+
+    server.answer = dies  # type: ignore[method-assign]
+    done = torchrun(2, *ranked(folder, url, tmp_path / "two", "rollout.retries=1"), cwd=tmp_path)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("dllm-kernels: ")]
+    assert len(told) == 1, done.stderr[-4000:]
+    assert f"rollout.url: {url} did not answer POST /generate in 2 tries" in told[0]
+    assert "Traceback" not in done.stderr.partition(told[0])[0]
+    saved = latest(tmp_path / "two" / "checkpoints")
+    assert saved is not None
+    assert (saved.state["phase"], saved.state["step"]) == ("rl", 1)
+
+
 def test_a_server_that_is_not_there_is_told_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rollout\.url: http://127\.0\.0\.1:9 did not answer GET /get_model_info.*refused"):
         setup_of(tmp_path, folder / "nowhere", "http://127.0.0.1:9")
@@ -244,7 +313,7 @@ def test_a_bidirectional_model_is_refused(server: DiffusionServer, url: str, fol
 
 CONTRADICTIONS = {
     "rollout.url=null": "url must be given with engine sglang, such as http://node7:30000, got None",
-    "rollout.url=node7:30000": "url must be given with engine sglang.*got node7:30000",
+    "rollout.url=node7:30000": "url must be http:// or https://, a host and a port.*got 'node7:30000'",
     "rollout.sampler=sdar": "sampler must be left out with engine sglang, whose server decodes as it was launched to, got sdar",
     "rollout.steps=4": "steps must be left out with engine sglang",
     "rollout.threshold=0.9": "threshold must be left out with engine sglang",
