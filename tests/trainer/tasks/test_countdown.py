@@ -109,7 +109,7 @@ def test_the_solver_finds_a_solution_exactly_where_there_is_one(task: Task) -> N
     assert solve([2, 4], 2, operations="+*") is None
 
 
-@pytest.mark.skipif(not D1.is_file(), reason="the data sets of the workplace are not here")
+@pytest.mark.skipif(not D1.is_file(), reason="the data sets are not here")
 def test_d1s_test_file_is_read_and_all_of_it_can_be_solved() -> None:
     task = make_task(CountdownConfig(**SMALL, style="words", test_file=str(D1)), seed=0)
     problems = task.tests["file"]

@@ -73,7 +73,7 @@ def test_another_number_or_no_answer_is_wrong(text: str) -> None:
     assert gsm8k.exact([GSM8K], [text]) == [0.0]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data sets of the workplace are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not here")
 def test_all_of_gsm8k_is_read_and_its_demonstrations_are_right() -> None:
     config = Gsm8kConfig(train=str(DATA / "gsm8k_train.jsonl"), test=str(DATA / "gsm8k_test.jsonl"))
     task = make_task(config, seed=0)
