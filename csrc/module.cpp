@@ -334,7 +334,7 @@ int64_t workspace_bytes(int64_t rows, int64_t vocabulary, int64_t width, int typ
   p.out.dweight = address<float>(dweight ? 1 : 0);
   p.out.dlow = address<float>(dlow ? 1 : 0);
   p.out.vectors[0] = address<void>(dhidden ? 1 : 0);
-  p.out.vectors[1] = address<void>(second && !dweight ? 1 : 0);  // of a trained head they are made when all has been added up
+  p.out.vectors[1] = address<void>(second && !dweight ? 1 : 0);  // where the head trains, `coef` joins them to one and `keep` makes them in backward
   p.chunk = chunk_rows(rows, vocabulary, gradient, best, engine.panel, budget);
   return engine.workspace(p, team_size(p, threads)) * (int64_t)sizeof(float);
 }
