@@ -94,7 +94,13 @@ class DiffusionSFTTrainer(Trainer):
             raise ValueError(f"causal_block must be None where packed is given, got {args.causal_block}")
         if named.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: there are no logits; the evaluation gives the loss")
+        if args.label_smoothing_factor != 0:
+            raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the loss is an ELBO")
+        if not args.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must be True: the loss is divided once, over all processes of a step")
         super().__init__(model, args, *arguments, **named)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func must be None: the loss is that of args.reduction, without logits")
         check_block_length(self.model, args.causal_block)
         if args.n_gpu > 1:
             raise ValueError("torch.nn.DataParallel splits a model call; launch one process per GPU with torchrun")

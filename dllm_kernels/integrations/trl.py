@@ -104,6 +104,12 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         if args.algorithm not in RECIPES:
             raise ValueError(f"algorithm must be one of {', '.join(RECIPES)}, got {args.algorithm!r}")
         self.recipe = RECIPES[args.algorithm]
+        for name in ("scale_rewards", "multi_objective_aggregation"):
+            if self.recipe.signal is not advantage_signal and (value := getattr(args, name)) != published[name]:
+                raise ValueError(
+                    f"{name} must be left at {published[name]!r} for {args.algorithm}, which makes no use of TRL's advantages, "
+                    f"got {value!r}"
+                )
         if self.recipe.greedy:
             raise ValueError(f"algorithm must not score intermediate states by the reward, which {args.algorithm} does")
         if isinstance(model, str):

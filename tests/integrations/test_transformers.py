@@ -42,7 +42,7 @@ def cosine(t):
     return torch.cos(angle), math.pi / 2 * torch.sin(angle) / torch.cos(angle)
 
 
-def make(folder, *, trainer=DiffusionSFTTrainer, model=None, schedule=None, **options):
+def make(folder, *, trainer=DiffusionSFTTrainer, model=None, schedule=None, loss=None, **options):
     settings = {
         "per_device_train_batch_size": 4,
         "max_steps": 2,
@@ -60,7 +60,7 @@ def make(folder, *, trainer=DiffusionSFTTrainer, model=None, schedule=None, **op
     args = DiffusionSFTConfig(str(folder), **(settings | options))
     model = eurobert() if model is None else model
     data = {"train_dataset": examples(), "eval_dataset": examples(7, seed=1)}
-    return trainer(model, args, data_collator=DiffusionCollator(PAD), schedule=schedule, **data)
+    return trainer(model, args, data_collator=DiffusionCollator(PAD), schedule=schedule, compute_loss_func=loss, **data)
 
 
 class OnLogits(DiffusionSFTTrainer):
@@ -212,6 +212,12 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         make(tmp_path, law="exact", schedule=cosine)
     with pytest.raises(ValueError, match=r"^law_options must have no weight where a schedule is given"):
         make(tmp_path, law_options={"weight": "L/count"}, schedule=cosine)
+    with pytest.raises(ValueError, match=r"^label_smoothing_factor must be 0, got 0.1"):
+        make(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"^average_tokens_across_devices must be True"):
+        make(tmp_path, average_tokens_across_devices=False)
+    with pytest.raises(ValueError, match=r"^compute_loss_func must be None"):
+        make(tmp_path, loss=F.cross_entropy)
     with pytest.raises(ValueError, match=r"^mask_id must be in 0..10, got 128002, of the model's config"):
         make(tmp_path, mask_id=None)
     packing = make(tmp_path, packed=True)

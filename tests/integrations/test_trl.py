@@ -295,6 +295,7 @@ def test_a_block_causal_model_learns_from_the_states_of_its_blocks(folder, tmp_p
         ({"beta": 0.1}, r"^beta must be left at 0.0, got 0.1: algorithm_options has"),
         ({"epsilon": 0.1}, r"^epsilon must be left at 0.2, got 0.1: algorithm_options has"),
         ({"loss_type": "grpo"}, r"^loss_type must be left at 'dapo', got 'grpo': algorithm says"),
+        ({"algorithm": "dmpo", "scale_rewards": "none"}, r"^scale_rewards must be left at 'group' for dmpo, .* got 'none'"),
         ({"algorithm": "grpo"}, r"^algorithm must be one of bgpo"),
         ({"algorithm": "egspo_sa"}, r"^algorithm must not score intermediate states by the reward"),
         ({"algorithm_options": {"epsilon": 1}}, r"^epsilon is unknown"),
