@@ -224,7 +224,7 @@ def headless(model: nn.Module) -> Iterator[Body]:
 
     Raises TypeError if `model` is not a module, ValueError if it has no output embedding, or one with a norm or scale in its
     forward, with DoRA, a LoRA bias, LoRA dropout in training, or an adapter of another kind; or if it is in a wrapper under
-    which gradients could not be right: FSDP1, ZeRO 3, DataParallel.
+    which gradients could not be right: FSDP1, ZeRO 3, DataParallel; or if tensor parallelism splits its head.
 
     Example:
         >>> import torch
@@ -264,8 +264,10 @@ def headless(model: nn.Module) -> Iterator[Body]:
                 )
             wrapper = shards
         whole = WholeHead(head.weight, getattr(head, "bias", None), wrapper)
-        whole.get("bias")
         whole.parameters |= adapters.parameters(head)
+        if shards is not None:
+            shards.check_head(whole.parameters.values())
+        whole.get("bias")
         for parameter in whole.parameters.values():
             if parameter is not None:
                 wrapper.stand_in(parameter)  # before any forward

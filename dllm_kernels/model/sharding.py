@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,15 +109,18 @@ class Shards(Wrapper):
                     return bool(held._unsharded_param.requires_grad)
         return parameter.requires_grad
 
-    def divisor(self, parameter: Tensor) -> float:
-        """What the sum of a parameter's gradients over ranks is divided by at present: 1 where FSDP is not at work.
+    def check_head(self, parameters: Iterable[Tensor | None]) -> None:
+        """Raise ValueError where the head is split by something other than FSDP: its forward and gradient are another's then."""
+        if not self._units and any(is_sharded(parameter) for parameter in parameters):
+            raise ValueError(
+                "model must be under fully_shard (FSDP2) where its head is sharded, but no FSDP holds that: in tensor "
+                "parallelism keep the head whole, or call what is below it and score this rank's rows with vocab_group="
+            )
 
-        Raises ValueError where it cannot be known.
-        """
+    def divisor(self, parameter: Tensor) -> float:
+        """What the sum of a parameter's gradients over ranks is divided by at present. Raises ValueError if unknown."""
         own = [unit for unit in self._units if any(p.sharded_param is parameter for p in unit.fsdp_params)]
-        unit: Any = next(iter(own or self._units), None)  # one that FSDP was told to ignore follows the others
-        if unit is None:
-            return 1.0
+        unit: Any = (own or self._units)[0]  # one that FSDP was told to ignore follows the others
         ranks = unit.mesh_info.mesh.size()
         if parameter.device_mesh.size() != ranks:  # type: ignore[attr-defined]
             raise ValueError(f"model must be sharded by FSDP2 alone, but its head is on {parameter.device_mesh}")  # type: ignore[attr-defined]
@@ -156,6 +159,12 @@ class Shards(Wrapper):
             raise ValueError(
                 "model must not hold gradients that FSDP has not reduced yet (set_requires_gradient_sync(False)): "
                 "accumulate sums, what waits is to be averaged; end that step first"
+            )
+        meshes = [(p.sharded_param.device_mesh, unit.mesh_info.mesh) for unit in self._units for p in unit.fsdp_params]
+        if not meshes or any(mesh.size() != of_data.size() for mesh, of_data in meshes):
+            raise ValueError(
+                "model must be sharded by fully_shard (FSDP2) alone for accumulate, which sums over all ranks: those of tensor "
+                "parallelism hold the same data; use headless and a loss of your own"
             )
         before = [(unit, {name: getattr(unit, name) for name in _SETTINGS if hasattr(unit, name)}) for unit in self._units]
         self.sum_gradients()

@@ -70,6 +70,8 @@ def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_rig
         "inside fsdp1": r"FullyShardedDataParallel",
         "composed": r"composable replicate",
         "data parallel": r"DataParallel.*use DistributedDataParallel",
+        "head of tensor parallelism": r"fully_shard.*where its head is sharded.*vocab_group=",
+        "tensor parallel body": r"fully_shard.*alone for accumulate.*tensor parallelism hold the same data",
     }
     if FSDP2:
         said |= {"late": r"backward must run inside", "waiting": r"not reduced yet"}

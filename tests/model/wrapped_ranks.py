@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import accumulate, elbo_loss, fit_passes, headless
@@ -384,6 +386,20 @@ def refusals():
         sharded.set_requires_gradient_sync(True)
         accumulate(sharded, plan, BGPO, of_all, denominator=5.0)
 
+    def tensor_parallel(split):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(model_of("untied"), mesh, {split: ColwiseParallel(output_layouts=Replicate())})
+
+    def same_data():
+        """The same step on every rank is that of one; `accumulate` would sum it over them."""
+        model, alone, case = tensor_parallel("model.layers.*.mlp.gate_proj"), model_of("untied"), batch(0, 0, 0)
+        with headless(model) as body:
+            headless_loss(body, *case).backward()
+        plain_loss(alone, *case).backward()
+        for (name, got), want in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(_full(got.grad), want.grad, atol=1e-6), name
+        accumulate(model, plan, BGPO, of_all)
+
     only_head = model_of("untied")
     only_head.model.requires_grad_(False)
     wrapped_head = ddp(only_head)
@@ -400,6 +416,8 @@ def refusals():
         "inside fsdp1": lambda: inside(flat.module),
         "composed": lambda: accumulate(replicate(model_of("untied")), plan, BGPO, of_all, denominator=5.0),
         "data parallel": lambda: inside(torch.nn.DataParallel(model_of("untied"))),
+        "head of tensor parallelism": lambda: inside(tensor_parallel("lm_head")),
+        "tensor parallel body": same_data,
     }
     if FSDP2:
         tries |= {"late": late, "stepped": stepped, "waiting": waiting}
