@@ -7,8 +7,7 @@ lines (docs/integrations.md shows which).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,8 @@ from dllm_kernels.model.headless import Body
 IGNORED = -100  # as a label: not scored
 
 
-@dataclass
-class FusedOutput:
-    """What a patched forward returns: float32 `[B, S]`, 0 where the label is -100."""
+class FusedOutput(NamedTuple):
+    """What a patched forward returns: float32 `[B, S]`, 0 where the label is -100. A tuple, in which reducers find tensors."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -56,7 +54,8 @@ def patch_forward(model: nn.Module, *, shift: int = 0, suppress: Sequence[int] =
 
     Call it as `model(input_ids=noisy, labels=targets, temperature=1.0, ...)`, labels -100 where nothing is scored; the
     token at position i is scored by row i - `shift`. Without labels the forward is the model's own. The head runs inside
-    the forward, so a data-parallel wrapper sees it. Patch before wrapping.
+    the forward, so DistributedDataParallel and `fully_shard` (FSDP2), which gathers a head that is no unit of its own, see it.
+    Patch before wrapping.
 
     Raises TypeError or ValueError where the model has no head that `headless` finds.
     """

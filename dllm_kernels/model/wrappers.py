@@ -234,9 +234,12 @@ def check_alone(head: nn.Module) -> None:
     """Raise ValueError where a wrapper of several ranks holds the head, but was not passed to `headless`.
 
     It would not see the forward and leave the gradients of its ranks unreduced, without a word. Wrappers leave
-    no trace on what they wrap, so all live objects are searched.
+    no trace on what they wrap, so all live objects are searched. In a DDP's own forward, it sees what comes out.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    running = nn.parallel.DistributedDataParallel._active_ddp_module
+    if running is not None and any(module is head for module in running.modules()):
         return
     if _holders(head):
         gc.collect()  # it may be garbage

@@ -58,9 +58,10 @@ def check_refusals(found, said):
 
 
 def test_steps_in_ddp_and_fsdp2_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path):
-    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "reference", "fitted", "refusals"])
+    ranks = run(tmp_path, 2, [*QUICK, *(["in backward"] if FSDP2 else []), "reference", "fitted", "patched", "refusals"])
     check(ranks, QUICK)
     check_fits(ranks)
+    assert all(difference < 1e-6 < 0.02 < moved for difference, moved in ranks[0]["patched"].values())
     *differences, moved = ranks[0]["reference"].values()
     assert max(differences) < 1e-6 < 0.1 < moved
     said = {

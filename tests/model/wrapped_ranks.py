@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import accumulate, elbo_loss, fit_passes, headless
 from dllm_kernels.accumulation.objective import Batch
+from dllm_kernels.integrations import verl
 from dllm_kernels.objectives import BGPO
 from tests.plans import plan_of
 from tests.tiny import eurobert
@@ -341,6 +342,30 @@ def reference():
     return differences | {"moved": worst(found["plain"], start)}
 
 
+def patched():
+    """Differences of parameters: a forward that returns log-probs, patched before it was wrapped, and logits in the wrapper."""
+    found = {}
+    for kind in ("ddp", *(["fsdp2"] if FSDP2 else [])):
+        models = {ours: model_of("tied") for ours in (True, False)}
+        start = whole(models[True])
+        verl.patch_forward(models[True])
+        for ours, model in models.items():
+            models[ours] = wrapped = (fsdp2 if kind == "fsdp2" else ddp)(model)
+            optimizer = torch.optim.SGD(wrapped.parameters(), lr=rate(kind))
+            for step in range(STEPS):
+                ids, attention, target, masked, p_mask = data = batch(dist.get_rank(), step, 0)
+                if ours:
+                    given = {"attention_mask": attention, "labels": target.masked_fill(~masked, -100)}
+                    loss = -wrapped(input_ids=ids, **given).log_probs.sum() / p_mask / target.numel()
+                else:
+                    loss = plain_loss(wrapped, *data)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        found[kind] = worst(whole(models[True]), whole(models[False])), worst(whole(models[True]), start)
+    return found
+
+
 def fitted():
     """What `fit_passes` finds, the last rank without a sequence, and the gradient of a step after it."""
     plan, of_all = rl_case()
@@ -463,6 +488,7 @@ def _rank(rank, size, store, names, out):
             "in backward": in_backward,
             "reference": reference,
             "fitted": fitted,
+            "patched": patched,
             "deepspeed refusals": deepspeed_refusals,
         }
         found[name] = kinds[name]() if name in kinds else case(name)
