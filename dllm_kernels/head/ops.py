@@ -70,14 +70,21 @@ def _flat(
 
 def _number(value: float) -> tuple[Tensor | None, float]:
     """A tensor that holds it where the compiler lets it vary, else None, and the number where it does not, else 1."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        if not statically_known_true(value != _SOME_NUMBER):
-            return torch.ones((), dtype=torch.float64, device="cpu") * value, 1.0
+    if torch.compiler.is_compiling() and not _is_constant(value):
+        return torch.ones((), dtype=torch.float64, device="cpu") * value, 1.0
     return None, value
 
 
+def _is_constant(value: float) -> bool:
+    """Whether the compiler takes it for one. Nothing is one where Dynamo cannot ask (torch 2.6, 2.7), which costs a tensor."""
+    if not _ASKS:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(value != _SOME_NUMBER)
+
+
+_ASKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)  # which of those between can has not been tried
 _SOME_NUMBER = 0.8414709848078965  # that a constant differs from it is known at once; of a varying number nothing is
 
 

