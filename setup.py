@@ -10,6 +10,7 @@ from glob import glob
 from pathlib import Path
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 
 
@@ -29,6 +30,7 @@ def addresses() -> dict[str, object]:
     }
 
 
+ParallelCompile().install()  # each instruction set is a file of its own: as many at once as there are cores
 setup(
     **addresses(),
     ext_modules=[

@@ -26,6 +26,7 @@ AREAS: Mapping[str, Area] = {
         ("dllm_kernels/masks/*.py",),
         (
             *("tests/masks", "tests/accumulation/test_block_diffusion.py", "tests/rollouts/test_trajectories.py"),
+            "tests/rollouts/test_events.py",
             *("tests/objectives/test_egspo.py", "tests/objectives/test_trace_rl.py"),
         ),
     ),
@@ -36,7 +37,7 @@ AREAS: Mapping[str, Area] = {
     "losses": Area(("dllm_kernels/losses.py",), ("tests/test_losses.py",)),
     "model": Area(
         ("dllm_kernels/model/*.py",),
-        ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py"),
+        ("tests/model", "tests/rollouts/test_layouts.py", "tests/rollouts/test_events.py", "tests/rollouts/test_samplers.py"),
     ),
     "accumulation": Area(("dllm_kernels/accumulation/*.py",), ("tests/accumulation", "tests/model/test_sharded.py")),
     "objectives": Area(
@@ -47,7 +48,13 @@ AREAS: Mapping[str, Area] = {
         ),
     ),
     "rollouts": Area(("dllm_kernels/rollouts/*.py",), ("tests/rollouts", "tests/model/test_kept.py")),
-    "trainer": Area(("trainer/train/*.py", "trainer/records/checkpoints.py"), ("tests/trainer/train", "tests/trainer/records")),
+    "trainer": Area(
+        ("trainer/train/*.py", "trainer/records/checkpoints.py"),
+        (
+            *("tests/trainer/train", "tests/trainer/records", "tests/trainer/test_attacks.py", "tests/trainer/test_schedules.py"),
+            "tests/trainer/commands/test_compare.py",
+        ),
+    ),
     "costs": Area(("trainer/commands/*_plan.py", "trainer/commands/planned_calls.py"), ("tests/trainer/commands",)),
 }
 _ALONG_AN_AXIS = re.compile("all|any|amax|amin|argmax|argmin|argsort|sort|cumprod|cumsum|sum|logsumexp|gather")

@@ -157,4 +157,4 @@ def content_ids(input_ids_BS: Tensor, completion_mask_BS: Tensor, attention_mask
 
 
 def _line_on_stderr(done: int, total: int) -> None:
-    print(f"\restimate_elbo: {done} of {total} masked sequences", end="\n" * (done == total), file=sys.stderr, flush=True)
+    print(f"\restimate_elbo: {done} of {total} masked sequences", end="\n" * (done == total), file=sys.stderr)

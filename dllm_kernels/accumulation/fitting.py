@@ -173,9 +173,9 @@ class _Sizes:
             self.body.idle(1, {}, backward=False)
             return 0
         widest_B = self.plan.completion_mask_BS.sum(-1)
-        mask = self.model_kwargs.get("attention_mask")
-        if self.plan.block_BS is None and mask is not None and mask.dim() == 2:
-            widest_B = -mask.sum(-1)  # all are as long; of one without padding, models drop the mask
+        mask_BS = self.model_kwargs.get("attention_mask")
+        if self.plan.block_BS is None and mask_BS is not None and mask_BS.dim() == 2:
+            widest_B = -mask_BS.sum(-1)  # all are as long; of one without padding, models drop the mask
         widest = int(widest_B.argmax())
         cut = self.plan.cut(samples=slice(0, samples), sequences=slice(widest, widest + 1))
         kwargs = {name: tensor[widest : widest + 1] for name, tensor in self.model_kwargs.items()}

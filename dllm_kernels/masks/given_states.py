@@ -107,7 +107,7 @@ def in_blocks(
         step_map_BS = _segments(step_map_BS, options["segments"], options["total_steps"])
     rank_BS = _ranks(step_map_BS, block_BS)
     if (shrink := options.get("shrink", 1)) > 1:
-        rank_BS = torch.where(rank_BS >= 0, rank_BS // shrink, -1)
+        rank_BS = rank_BS // shrink  # -1 // shrink is -1
     # the last step of each (block, rank); a block has at most `length` ranks
     slots = (block_BS.shape[1] // length + 2) * length
     key_BS = torch.where(rank_BS >= 0, block_BS * length + rank_BS, slots)
@@ -127,7 +127,7 @@ def _ranks(step_BS: Tensor, block_BS: Tensor) -> Tensor:
     there_BS = step_BS >= 0
     span = step_BS.amax() + 2
     key_BS = torch.where(there_BS, block_BS * span + step_BS, -1)
-    sorted_BS, order_BS = key_BS.sort(dim=-1, stable=True)
+    sorted_BS, order_BS = key_BS.sort(dim=-1)  # equal keys get equal ranks
     block_sorted_BS = sorted_BS // span  # -1 // span is -1
     new_BS, first_BS = torch.ones_like(there_BS), torch.ones_like(there_BS)
     new_BS[:, 1:] = sorted_BS[:, 1:] != sorted_BS[:, :-1]

@@ -267,7 +267,7 @@ class Cached:
 
         self.body, self.block_length, self.shift = body, block_length, shift
         self.guidance, self.mask_id = guidance, mask_id
-        canvas = Padded(body, prompts, lengths, mask_id, 0)
+        canvas = Padded(body, prompts, lengths, mask_id, shift)
         B, W = canvas.ids.shape
         device = canvas.ids.device
         lengths_B = prompts.lengths_B

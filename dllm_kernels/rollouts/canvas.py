@@ -131,9 +131,8 @@ def check_options(
     if cache is not False:
         raise ValueError(f"cache must be False where length is not one int, as blocks of holes are in no window, got {cache!r}")
     real_BP = torch.ones_like(canvas.ids_BP, dtype=torch.bool) if canvas.keep_BP is None else canvas.keep_BP
-    hole_BP = torch.zeros_like(real_BP)
-    there_BL = torch.arange(holes.widest, device=hole_BP.device) < holes.lengths_B[:, None]
-    hole_BP = torch.nn.functional.pad(hole_BP, (0, holes.widest)).scatter(1, holes.hole_BL, there_BL)[:, : holes.columns]  # type: ignore[arg-type]
+    none_BW = real_BP.new_zeros(len(real_BP), holes.columns + holes.widest)  # places that a sequence lacks lie at the end
+    hole_BP = none_BW.scatter(1, holes.hole_BL, True)[:, : holes.columns]  # type: ignore[arg-type]
     if shift and bool((hole_BP & (real_BP.cumsum(-1) <= shift)).any()):
         raise ValueError(f"prompt_ids must begin with {shift} given token(s) when shift={shift}, which no row predicts")
     if eos_id is not None and bool((real_BP & ~hole_BP & (hole_BP.cumsum(-1) > 0)).any()):

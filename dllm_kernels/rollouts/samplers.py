@@ -212,7 +212,7 @@ _DREAM_RANKS: dict[str, Rank] = {"maskgit_plus": "drawn_logp", "topk_margin": "m
 def _check_dream(options: Options, algorithms: tuple[str, ...]) -> None:
     alg = options["alg"]
     checks.choice("alg", alg, algorithms)
-    if not 0 < checks.number("eps", options["eps"], above=0) < 1:
+    if checks.number("eps", options["eps"], above=0) >= 1:
         raise ValueError(f"eps must be in (0, 1), got {options['eps']}")
     if options["alg_temp"] is not None:
         checks.number("alg_temp", options["alg_temp"], least=0)
@@ -251,8 +251,8 @@ def _rcr(sampler: Sampler, options: Options) -> Sampler:
 
 def _remdm(sampler: Sampler, options: Options) -> Sampler:
     checks.choice("strategy", options["strategy"], ("cap", "rescale", "conf", "loop"))
-    for name, least in (("eps", 0), ("t_on", 0), ("t_off", 0), ("alpha_on", 0)):
-        if not least < checks.number(name, options[name], above=0) < 1:
+    for name in ("eps", "t_on", "t_off", "alpha_on"):
+        if checks.number(name, options[name], above=0) >= 1:
             raise ValueError(f"{name} must be in (0, 1), got {options[name]}")
     if checks.number("eta", options["eta"], least=0) > 1:
         raise ValueError(f"eta must be in [0, 1], got {options['eta']}")

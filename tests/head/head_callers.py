@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dllm_kernels import Rows, head_backward, score_tokens
+from dllm_kernels.backends import for_device
 from tests.head_suite import F64, LATE_PLANS, PLANS, as_rows, make_case
 
 DTYPES = pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
@@ -89,14 +90,18 @@ def test_head_backward_may_add_to_the_columns_of_one_buffer_and_to_the_weight_it
     torch.testing.assert_close(weight, case.weight + dweight)
 
 
-def test_autograd_hears_of_a_buffer_that_head_backward_wrote_to(backend):
+def test_autograd_hears_of_a_buffer_that_head_backward_wrote_to(backend, monkeypatch):
+    """Which the backend does itself, where rows are dense: without another one to add up in."""
     case = make_case(torch.float32, backend.device)
     dweight = torch.ones(13, 6, device=backend.device)
+    module, written = for_device(backend.device), []
+    monkeypatch.setattr(module, "run", lambda *a, run=module.run, **kw: written.append(kw["dweight_VH"]) or run(*a, **kw))
     x = torch.ones(6, device=backend.device, requires_grad=True)
     product = (dweight * x).sum()
     head_backward(case.hidden, case.weight, as_rows(case), case.coef, dweight_out=dweight)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+    assert written[0].data_ptr() == dweight.data_ptr()
 
 
 # --- changed in place -------------------------------------------------------------------------------------------------

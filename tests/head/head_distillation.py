@@ -206,3 +206,6 @@ def test_a_compiled_graph_does_not_break_and_flops_are_those_that_explain_says(b
             )
             assert cost.flops == counter.get_total_flops()
             assert products is None or cost.flops == products * 2 * 7 * 64 * 300
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            loss(case.hidden, case.weight, 1.0)
+        assert options or counter.get_total_flops() == 2 * 2 * 7 * 64 * 300, "the logits of both heads and no gradient"

@@ -179,3 +179,8 @@ def test_a_compiled_expectation_does_not_break_and_flops_are_those_that_explain_
             cost = explain(case.hidden, case.weight, embedding=table, rows=case.rows, **case.options)
             assert cost.flops == counter.get_total_flops()
             assert products is None or cost.flops == products * 2 * 7 * 16 * 300
+        eager = expected(*operands, 0.7)
+        with FlopCounterMode(display=False) as counter:
+            late = torch.autograd.grad(eager.square().sum(), case.leaves)
+        assert all(map(torch.equal, late, wanted))
+        assert products is None or counter.get_total_flops() == (products - 2) * 2 * 7 * 16 * 300, "a counter over backward alone"

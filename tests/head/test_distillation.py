@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_kernels import distillation_loss
 from dllm_kernels.backends.divergence import walk
@@ -149,6 +150,11 @@ def test_what_backward_reads_again_must_not_change():
     with torch.no_grad():
         case.teacher_weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    bias = torch.zeros(len(case.teacher_weight))
+    with FlopCounterMode(display=False):  # the op that a compiler sees, of a plan whose backward reads no operand
+        loss = case.loss("forward_kl", reduction="mean", teacher_bias=bias)
+        bias.add_(1)
         loss.backward()
 
 

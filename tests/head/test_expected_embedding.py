@@ -14,6 +14,7 @@ from dllm_kernels.backends.contract import HeadOptions
 from dllm_kernels.backends.divergence import walk
 from dllm_kernels.head import expectation
 from dllm_kernels.head.expectation import Wants
+from dllm_kernels.head.expectation_autograd import Expect
 from dllm_kernels.head.forward_backward import Needs
 from dllm_kernels.head.options import make_problem
 from tests.head.head_expectation import make_expectation
@@ -133,13 +134,18 @@ def test_a_double_backward_is_refused():
         gradient.sum().backward()
 
 
-def test_nothing_is_recorded_under_no_grad_and_inference_mode():
+def test_nothing_is_recorded_under_no_grad_and_inference_mode(monkeypatch):
     case = make_expectation(torch.float32)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             out = case.expected()
         assert not out.requires_grad
         assert torch.equal(out, case.expected().detach())
+    frozen = make_expectation(torch.float32, trains=False)
+    for operand in (frozen.hidden, frozen.weight):
+        operand.requires_grad_(False)
+    monkeypatch.setattr(Expect, "apply", None)  # which adds up, and keeps, what a backward would read
+    assert torch.equal(frozen.expected(), out)
 
 
 def test_under_autocast_operands_are_cast_and_gradients_come_back_in_their_own_dtypes():

@@ -9,7 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_kernels import explain, head_backward, sample_tokens, score_tokens
-from dllm_kernels.head import low_rank, ops, plans
+from dllm_kernels.head import expectation_ops, low_rank, ops, plans
+from dllm_kernels.head.options import HeadOptions
+from dllm_kernels.head.unit_vectors import unit_vectors
 from dllm_kernels.noise import Stream, row_bits
 from tests.head_suite import PLANS, as_rows, make_case
 
@@ -147,6 +149,8 @@ def test_opcheck_of_the_other_ops(backend):
     pair = torch.randn(3, 7, 2), torch.randn(13, 2)
     arguments = (case.hidden, case.weight, case.target, case.rows, None, *pair, *more)
     torch.library.opcheck(ops.add_gradient, (*arguments, dweight, dbias, torch.zeros(13, 2)))
+    head = (case.hidden, case.weight, torch.empty(11), case.rows, None, None, None, None, 1.0, None, None, [], None)
+    torch.library.opcheck(expectation_ops.expect_op, (*head, None, *[False] * 6), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -370,6 +374,11 @@ def test_a_counter_over_backward_alone_sees_it_too(backend):
     with FlopCounterMode(display=False) as counter:
         logp.sum().backward()
     assert counter.get_total_flops() == 2 * GEMM
+    every = make_case(torch.float32, rows=None).fresh()  # of 21 positions
+    logp = every.score("keep", want=("logp",)).logp
+    with FlopCounterMode(display=False) as counter:
+        logp.sum().backward()
+    assert counter.get_total_flops() == 2 * GEMM * 21 / 11
 
 
 def test_sampling_and_head_backward_are_counted(backend):
@@ -382,6 +391,11 @@ def test_sampling_and_head_backward_are_counted(backend):
         with FlopCounterMode(display=False) as counter:
             head_backward(case.hidden, case.weight, as_rows(case), case.coef, dweight_out=dweight)
         assert counter.get_total_flops() == products * GEMM
+    arguments = case.hidden, case.weight, case.target, case.rows, HeadOptions()
+    with FlopCounterMode(display=False) as counter:
+        found = unit_vectors(*arguments)
+    assert counter.get_total_flops() == 2 * GEMM
+    assert all(map(torch.equal, found, unit_vectors(*arguments)))
 
 
 def test_a_counted_call_gives_the_bits_of_a_plain_one(backend):

@@ -391,6 +391,9 @@ def test_a_standard_error_needs_all_samples_in_any_order():
 # --- options ------------------------------------------------------------------------------------------------
 
 
+EVENTS = {name: torch.full((2, 1, 6), -1) for name in ("shown_BKS", "event_steps_BKS", "event_ids_BKS")}
+
+
 @pytest.mark.parametrize(
     ("law", "samples", "options", "error", "words"),
     [
@@ -421,6 +424,7 @@ def test_a_standard_error_needs_all_samples_in_any_order():
         ("trace", None, {"step_map_BS": step_map, "shrink": 0}, ValueError, ["shrink", "0"]),
         ("trace", None, {"step_map_BS": step_map, "shrink": 2, "steps_BJ": step_map}, ValueError, ["steps_BJ", "shrink"]),
         ("trace", None, {"step_map_BS": step_map, "steps_BJ": step_map[:1]}, ValueError, ["steps_BJ", "2"]),
+        ("trace", None, {**EVENTS, "shrink": 2}, ValueError, ["shrink must be 1 where shown_BKS gives the states, got 2"]),
         ("segments", None, {"step_map_BS": step_map}, TypeError, ["segments"]),
         ("segments", None, {"step_map_BS": step_map, "segments": 4, "total_steps": 3}, ValueError, ["total_steps", "3"]),
         ("segments", None, {"step_map_BS": step_map, "segments": 2, "total_steps": 4}, ValueError, ["step_map_BS", "4", "5"]),

@@ -360,13 +360,14 @@ def gathers(ranks):
 
 
 def reduced_once(ranks):
-    """Gradients of a step of several blocks of sequences, of which each rank's last has only clipped ones; how often FSDP
-    reduced, and its modules.
+    """Gradients of a step of several blocks of sequences, of which each rank's first two have some and its last has only
+    clipped ones; how often FSDP reduced, and its modules.
     """
     model = shard(model_of("untied"), ranks)
     objective, plan, batch = case("sequence")
     old_elbo = batch.per_sequence["old_elbo"] + 100.0 * torch.isin(torch.arange(B), torch.tensor([3, 6]))
-    batch, mine = Batch({**batch.per_sequence, "old_elbo": old_elbo}), ranks.share(B)
+    entries = {"advantages": torch.where(WEIGHTS == 0, 1.0, WEIGHTS), "old_elbo": old_elbo}
+    batch, mine = Batch({**batch.per_sequence, **entries}), ranks.share(B)
     with Collectives() as seen:
         accumulate(model, plan.cut(sequences=mine), objective, batch.cut(sequences=mine), sequences_per_pass=1, reduce_last=True)
     modules = sum(isinstance(module, FSDPModule) for module in model.modules())

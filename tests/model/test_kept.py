@@ -61,6 +61,17 @@ def _seeded(cls, config):
     return model
 
 
+def with_an_option():
+    """LLaDA, with a third argument of the module that turns queries and keys, as a model's own code may have it."""
+    model = loaded("llada")
+    for module in model.modules():
+        if type(module).__name__ == "RotaryEmbedding":
+            turn = type(module).forward
+            own = {"forward": lambda self, q, k, backwards=False, turn=turn: turn(self, q, k)}
+            module.__class__ = type("RotaryEmbedding", (type(module),), own)
+    return model
+
+
 FAMILIES = {
     "eurobert": lambda: eurobert(hidden=16),
     "grouped": grouped,
@@ -163,8 +174,10 @@ def test_refresh_at_every_step_is_exact_to_the_bit(kind):
 
 def test_a_step_is_one_call_on_the_window():
     model, shapes = eurobert(hidden=16), []
-    generate(model, PROMPTS, cache="dual", **OPTIONS, **SAMPLERS["llada"])  # the first looks whether the model can
     model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    generate(model, PROMPTS, cache="dual", **OPTIONS, **SAMPLERS["llada"])
+    assert shapes[:4] == [(1, 8), (1, 3), (1, 2), (1, 2)], "the first looks whether the model can be called so"
+    shapes.clear()
     generate(model, PROMPTS, cache="dual", **OPTIONS, **SAMPLERS["llada"])
     assert shapes == [(3, 13), (3, 4), (3, 4), (3, 4)] * 2
     shapes.clear()
@@ -182,6 +195,14 @@ def test_old_scores_are_refused_and_the_gap_can_be_seen():
     gap_BK = (trajectory_logp(rollout, plan, approximate=True) - scored).abs()
     assert float(gap_BK[:, [0, 4]].max()) < 1e-5, "the first step of a block is exact"
     assert float(gap_BK[:, [1, 2, 3, 5, 6, 7]].max()) > 1e-3
+
+
+def test_a_rotary_module_may_take_more_than_queries_and_keys():
+    plain, other = (
+        generate(model, PROMPTS, cache="dual", **OPTIONS, **SAMPLERS["llada"]) for model in (loaded("llada"), with_an_option())
+    )
+    assert torch.equal(plain.ids_BS, other.ids_BS)
+    assert torch.equal(plain.commit_logp_BL, other.commit_logp_BL)
 
 
 class Deaf(torch.nn.Module):

@@ -105,6 +105,7 @@ def short_model():
         ({"prompt_ids": LIST, "mask_id": 9}, ValueError, ["prompt_ids", "mask_id=9"]),
         ({"eos_id": 11}, ValueError, ["eos_id", "11", "10"]),
         ({**REMDM, "eos_id": 3}, ValueError, ["eos_id", "remdm", "3"]),
+        ({**REMDM, "strategy": "loop", "t_off": 0.55}, ValueError, ["t_off", "below t_on=0.55", "got 0.55"]),
         ({"shift": 5}, ValueError, ["prompt_ids", "shift=5"]),
         ({"shift": -1}, ValueError, ["shift", "-1"]),
         ({"length": 60, "block_length": 60}, ValueError, ["length", "48", "64"]),

@@ -43,8 +43,10 @@ def test_a_file_gives_back_the_rollout_and_its_log_probs_to_the_bit(model, tmp_p
     made = generate(model, prompts, attention_mask=mask, block_length=4, shift=1, eos_id=7, **options)
     assert (made.commit_step_BL < 0).any(), "some are filled up"
     made.to_jsonl(tmp_path / "rollouts.jsonl")
-    read = Rollout.from_jsonl(tmp_path / "rollouts.jsonl")
+    read = Rollout.from_jsonl(tmp_path / "rollouts.jsonl", mask_id=MASK)
     same(made, read)
+    with pytest.raises(ValueError, match=f"mask_id must be the {MASK} of .*rollouts.jsonl, got {MASK + 1}"):
+        Rollout.from_jsonl(tmp_path / "rollouts.jsonl", mask_id=MASK + 1)
     assert (read.settings["shift"], read.settings["eos_id"], read.settings["temperature"]) == (1, 7, 1.0)
     ours, theirs = trajectory_rows(made), trajectory_rows(read)
     assert torch.equal(trajectory_logp(made, ours), trajectory_logp(read, theirs))
@@ -86,6 +88,8 @@ def test_step_maps_edits_and_holes_mean_what_the_states_show():
     assert rollout.completion_BL.tolist() == [[6, 7, MASK], [8, 9, 6]]
     assert rollout.steps_B.tolist() == [2, 3]
     assert rollout.unscored
+    order = torch.stack([getattr(rollout.events, f"{name}_E") for name in ("sequence", "step", "position")], 1).tolist()
+    assert order == sorted(order) != []
     plan = trajectory_rows(rollout, score="all_events")
     assert plan.counts.sum() == 7 == len(rollout.events) - 1, "an event that takes a token back is scored nowhere"
     with pytest.raises(ValueError, match="rollout must have log-probs"):
@@ -122,6 +126,7 @@ GOOD = {
         ({"step_map": [[0, 1, 2], [1, 2]]}, ValueError, ["step_map[1]", "step 0 of 0..2"]),
         ({"step_map": [[0, 1], [1, 0]]}, ValueError, ["step_map[0]", "3 tokens", "got 2"]),
         ({"step_map": [[0, 1, 2]]}, ValueError, ["step_map", "2 prompts", "got 1"]),
+        ({"step_map": None}, ValueError, ["logp must be None where step_map is None"]),
         ({"step_map": [[0, 1, -1], [1, 0]]}, ValueError, ["step_map[0]", "eos_id", "place 2"]),
         ({"step_map": [[0, -1, 1], [1, 0]], "eos_id": 4}, ValueError, ["step_map[0]", "place 1"]),
         ({"step_map": [[0, 1.0, 2], [1, 0]]}, TypeError, ["step_map[0]", "1.0"]),

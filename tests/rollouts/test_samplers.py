@@ -50,6 +50,7 @@ RECIPES = {
     "fast_dream": {"sampler": "fast_dream", "block_length": 4, "threshold": 0.25, "shift": 1},
     "fast_dream entropy": {"sampler": "fast_dream", "block_length": 4, "steps": 6, "alg": "entropy", "shift": 1},
 }
+OFF = torch.linspace(1, 1e-5, 10)[7].item()  # the time of one of nine steps, which is the first that takes nothing back
 TAKING_BACK = {
     "rcr": {"sampler": "rcr", "block_length": 4, "steps": 6},
     "rcr margin": {"sampler": "rcr", "block_length": 8, "steps": 5, "alg": "topk_margin", "top_k": 5},
@@ -57,7 +58,7 @@ TAKING_BACK = {
     "remdm cap": {"sampler": "remdm", "steps": 6, "eta": 0.3},
     "remdm rescale": {"sampler": "remdm", "steps": 6, "eta": 0.5, "strategy": "rescale"},
     "remdm conf": {"sampler": "remdm", "steps": 6, "strategy": "conf"},
-    "remdm loop": {"sampler": "remdm", "steps": 9, "strategy": "loop", "eta": 0.1},
+    "remdm loop": {"sampler": "remdm", "steps": 9, "strategy": "loop", "eta": 0.1, "t_on": 0.7, "t_off": OFF},
 }
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 

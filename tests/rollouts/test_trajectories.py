@@ -109,6 +109,7 @@ def test_storage_is_a_few_floats_per_token_and_step_and_no_row_of_the_vocabulary
     floats = sum(t.numel() for t in tensors.values() if t.is_floating_point())
     assert floats == B * (2 * L + T)
     assert step_entropy(rollout.commit_entropy_BL, rollout.commit_step_BL).numel() == T * B
+    assert step_entropy(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.int64)).shape == (1, 2), "no token, no step"
     assert sum(t.numel() for t in tensors.values()) < 12 * B * (L + 5)
 
 

@@ -26,6 +26,7 @@ from dllm_trainer.records.lock import Lock
 from dllm_trainer.tasks import Example, d1_compat, shaping
 from dllm_trainer.tasks.rewards import checked, load_reward
 from dllm_trainer.train.run import Run
+from dllm_trainer.train.stop import IN_TIME, Moments
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -253,6 +254,14 @@ def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path) -> None:
     run.checkpoints.save = lambda step, *a, **k: (saved.append(step), save(step, *a, **k))[1]  # type: ignore[method-assign]
     run.execute()
     assert saved == [1, 2, 3]
+
+
+def test_a_stop_that_may_take_too_long_is_told_once() -> None:
+    moments = Moments(None)
+    assert moments.warning(IN_TIME) == "", "nothing was saved yet"
+    moments.saved(4.0)
+    assert "takes up to 24 s here" in moments.warning(3.0), "the longest step and the longest save"
+    assert moments.warning(99.0) == ""
 
 
 # --- resume is exact, or refused --------------------------------------------------------------------------------------

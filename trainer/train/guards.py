@@ -94,16 +94,16 @@ class NoSignal:
         return told if self._updates == self._config.warn_after else ""
 
 
-def guard_groups(completion: Tensor, logp: Tensor, group: int) -> None:
+def guard_groups(completion_BL: Tensor, logp_BL: Tensor, group: int) -> None:
     """Raises GuardError if the policy collapsed to one token or the members of groups share their noise.
 
-    Completions `[B, L]` and their log-probs `[B, L]`, of all ranks; `group` consecutive ones belong together.
+    Completions and their log-probs `[B, L]`, of all ranks; `group` consecutive ones belong together.
     """
-    if bool((completion == completion[:, :1]).all()) and completion.shape[1] > 1:
+    if bool((completion_BL == completion_BL[:, :1]).all()) and completion_BL.shape[1] > 1:
         raise GuardError("every rollout repeats a single token: the policy has collapsed; a lower rl.lr usually helps")
-    groups = completion.view(-1, group, completion.shape[1])
+    groups = completion_BL.view(-1, group, completion_BL.shape[1])
     # a confident policy repeats itself; broken noise repeats what is very unlikely to be drawn twice
-    repeats_logp = float(logp.sum(-1).view(-1, group)[:, 1:].sum())
+    repeats_logp = float(logp_BL.sum(-1).view(-1, group)[:, 1:].sum())
     if bool((groups == groups[:, :1]).all()) and not repeats_logp >= IMPOSSIBLE_LOGP:  # nan: another engine did not tell
         told = "" if math.isnan(repeats_logp) else f", though the policy gives that a log-probability of {repeats_logp:.0f}"
         raise GuardError(

@@ -21,7 +21,7 @@ class StopRequest:
     nothing_to_lose: no step has been made that is not saved, so the first signal stops the run where it is.
     """
 
-    def __init__(self, *, nothing_to_lose: bool = False) -> None:
+    def __init__(self, *, nothing_to_lose: bool) -> None:
         self.wanted = False
         self.nothing_to_lose = nothing_to_lose
         self._code = STOPPED_BY_CTRL_C

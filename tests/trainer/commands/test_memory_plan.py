@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,10 @@ def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     for name in ("weights", "gradients", "optimiser"):
         assert term(four, name) == pytest.approx(term(one, name) / 4, abs=0.1)
     assert term(four, "gathered layers") > term(four, "weights")
+    setup, _ = planned_calls.skeleton(config, planned_calls.planned_task(config)[0], 4)
+    model: Any = setup.trained
+    layer, head = (sum(p.numel() for p in part.parameters()) for part in (model.model.layers[0], model.lm_head))
+    assert memory_plan._gathered(model, config) == 4 * (2 * layer + head) + 4 * head, "two layers, the head and its gradient"
 
 
 def test_activations_are_counted_and_checkpointing_takes_less(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dllm_trainer.records.run_dir import RunDir
 from dllm_trainer.train.run import Run
 from rich.console import Console
 
+from tests.tiny import checkpoint
 from tests.trainer.conftest import new_run, tiny_config
 
 ONE = ["rl.updates=1", "sft.steps=1", "rl.gap_every=0", "task.train_puzzles=20", "task.test_puzzles=2"]
@@ -72,6 +73,22 @@ def test_what_a_config_adds_is_a_phase_of_its_own(tmp_path: Path) -> None:
     keys = ("rollout.steps=16", "rollout.block_length=4", "rollout.cache=prefix")
     kept = planned(tmp_path, *keys)["rl update", "rollout"]
     assert kept.tokens == kept.calls * 16 * round(1 / 4 * 33 + 3 / 4 * (4 + 16 // 2)), "a block, and half of what follows it"
+
+
+def test_a_state_of_blocks_decides_a_token_of_each_and_a_cached_call_sees_one_block_and_a_share_of_the_one_before(
+    tmp_path: Path,
+) -> None:
+    facts = ["topology=block_causal", "block_length=4", "attention_mask=float"]
+    keys = [f"model.checkpoint={json.dumps(str(checkpoint(tmp_path / 'm', alphabet='01234=')))}"]
+    keys += [f"model.facts.{fact}" for fact in facts]
+    keys += ["rollout.sampler=sdar", "rollout.block_length=4", "rollout.steps=4", "rl.algorithm=trace_rl", "rl.options.shrink=1"]
+    learned = planned(tmp_path, *keys)["rl update", "gradient"].work
+    assert learned is not None
+    assert learned.rows == 4 * learned.sequences
+    for shift, width in (("0", 4 + 4 / 4), ("1", 4 + 4)):
+        kept = planned(tmp_path, *keys, "rollout.cache=true", f"model.facts.shift={shift}")["rl update", "rollout"].work
+        assert kept is not None
+        assert kept.tokens == round(width + 17 / 16), "the prompt is read once in 16 steps"
 
 
 def test_a_couple_of_a_batch_is_one_pass_where_one_call_holds_all(tmp_path: Path) -> None:

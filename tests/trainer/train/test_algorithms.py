@@ -230,6 +230,10 @@ def test_figures_of_a_step_are_those_of_what_it_scored(mode: str) -> None:
         },
         rel=1e-6,
     )
+    old_BK = torch.tensor([[-5.5, -4.5], [-3.0, 0.0], [0.0, 0.0], [-9.0, -5.25]], dtype=F64)
+    for old_elbo in (old_BK, old_BK[:, :, None] * torch.tensor([0.25, 0.75])):  # of samples, and of each step of one
+        by_sample = algorithms.step_figures(chosen("bgpo"), report, plan, Batch({}, {"old_sample_elbo": old_elbo}), ranks)
+        assert by_sample["largest_ratio"] == pytest.approx(math.exp(0.5))
     nothing: Any = SimpleNamespace(sample_elbo_BK=torch.full([4, 2], math.nan, dtype=F64))
     samples = Batch({}, {"old_sample_elbo": torch.zeros(4, 2, dtype=F64)})
     none = algorithms.step_figures(chosen("bgpo"), nothing, plan, samples, ranks)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,13 @@ def test_an_update_is_that_of_the_cut_that_was_found_and_a_resume_does_not_look_
     resumed(tmp_path / "cut").execute()
     assert len(found) == looked
     assert lines(tmp_path / "cut") == lines(tmp_path / "auto")
+
+
+def test_until_it_is_found_one_sample_of_one_sequence_goes_at_a_time(tmp_path: Path) -> None:
+    loaded = SimpleNamespace(suppressed=(), call_kwargs=lambda mask: {})
+    setup: Any = SimpleNamespace(passes={}, loaded=loaded)
+    told = train_setup.Setup.scoring_options(setup, None, tiny_config(tmp_path, *AUTO).rl, as_rolled_out=False)
+    assert (told["sequences_per_pass"], told["samples_per_pass"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

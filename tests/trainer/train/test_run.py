@@ -1,8 +1,12 @@
 """The whole demo at a tiny setting: every file, exact resume, nothing overwritten, guards."""
 
+import io
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from dllm_trainer.errors import GuardError, Stopped
 from dllm_trainer.records.checkpoints import latest
 from dllm_trainer.train.evaluation import paired_gain
 from dllm_trainer.train.optimization import batch_indices, guarded_step
-from dllm_trainer.train.run import Run
+from dllm_trainer.train.run import Run, is_finished
+from rich.console import Console
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from dllm_kernels import Rollout
@@ -69,7 +74,10 @@ def test_metrics_have_one_line_per_step_with_all_figures(finished: Path) -> None
     whole = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert all(record["tokens_per_second"] > 0 and record["peak_memory_mb"] > 0 for record in whole)
     assert [r["step"] for r in records if "probe_greedy" in r] == [5, 10, 2]
-    assert records[9]["loss"] < records[0]["loss"]
+    assert records[9]["loss"] < records[0]["loss"] == pytest.approx(math.log(10), rel=0.02), "at first ten ids are as likely"
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    kept = {step: {s["set"] for s in samples if (s["phase"], s["step"]) == ("sft", step)} for step in (5, 10)}
+    assert kept == {5: {"unseen_puzzles"}, 10: {"unseen_puzzles", "unseen_grids"}}, "a probe is of the first set"
 
 
 def test_evaluations_hold_every_decoding_setting_and_the_machine(finished: Path) -> None:
@@ -155,9 +163,25 @@ def test_inner_iterations_run_off_policy_and_resume_exactly(tmp_path: Path, monk
     assert lines(tmp_path / "whole")[-1]["loss"] != 0.0
 
 
+def test_what_lacks_an_update_is_neither_finished_nor_evaluated(finished: Path) -> None:
+    folder: Any = SimpleNamespace(path=finished, read_json=lambda name: json.loads((finished / name).read_text()))
+    assert is_finished(folder, tiny_config(finished))
+    assert not is_finished(folder, tiny_config(finished, "rl.updates=4"))
+    assert not is_finished(SimpleNamespace(path=finished / "checkpoint"), tiny_config(finished))  # type: ignore[arg-type]
+    task = SimpleNamespace(tests={name: [None] * 16 for name in ("unseen_puzzles", "unseen_grids")})
+    run: Any = SimpleNamespace(folder=folder, setup=SimpleNamespace(task=task))
+    for where, evaluated in (("rl step 3 of 3", True), ("rl step 4 of 4", False)):
+        run.where = lambda at=where: at
+        assert Run._has(run, "eval_after.json") == evaluated
+
+
 def test_two_seeds_differ_and_sft_alone_needs_no_rl(finished: Path, tmp_path: Path) -> None:
-    run = new_run(tmp_path / "demo", "seed=1", "rl.updates=0", "sft.steps=3")
+    run = new_run(tmp_path / "demo", "seed=1", "rl.updates=0", "sft.steps=3", "evaluation.samples=0")
+    run.console = Console(file=(said := io.StringIO()))
     run.execute()
+    assert re.search(r"^\S.*  3/3  .*  loss \d", said.getvalue(), re.MULTILINE), "progress ends with the last step"
+    assert not (tmp_path / "demo" / "samples.jsonl").exists()
+    assert run.setup.steps == 4
     assert not (tmp_path / "demo" / "eval_after.json").exists()
     assert (tmp_path / "demo" / "report.md").is_file()
     assert lines(tmp_path / "demo")[0]["loss"] != lines(finished)[0]["loss"]
@@ -242,3 +266,5 @@ def test_the_paired_interval_is_that_of_the_differences() -> None:
     assert gain["low"] == pytest.approx(0.25 - half)
     assert gain["high"] == pytest.approx(0.25 + half)
     assert paired_gain(before, before) == {"gain": 0.0, "low": 0.0, "high": 0.0}
+    two = paired_gain({"solved": "01"}, {"solved": "11"})
+    assert two["high"] == pytest.approx(0.5 + 1.96 * 0.5), "the squares of two are divided by 1"
