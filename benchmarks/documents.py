@@ -5,7 +5,7 @@
     python benchmarks/documents.py pictures                   every committed picture, as PNG and SVG
     python benchmarks/documents.py collect demo runs/seed0 runs/seed1 runs/seed2 --out demo-cpu.json
     python benchmarks/documents.py collect head a.json b.json --out head-cpu.json
-    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out tuned-sudoku.json
+    python benchmarks/documents.py collect comparison runs/sudoku --command "..." --out compare-sudoku.json
 
 `collect` makes one result file of what several commands measured, to be kept in benchmarks/results:
 
@@ -309,53 +309,31 @@ TASKS = ("sudoku", "countdown")
 def collect_comparison(folder: Path, made_by: str, out: Path) -> dict[str, Any]:
     """The comparison with the command that made it, and its picture beside the result where a run has ended."""
     result = {"schema": 2, "command": made_by, **json.loads((folder / "compare.json").read_text())}
-    if rows := final_rows(result):
-        draw_comparison(result, rows, out.with_suffix(".png"))
+    draw_comparison(result, out.with_suffix(".png"))
     return result
-
-
-def final_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a comparison; one of schema 1 holds them itself, all runs at the config's own rate and none failed."""
-    if result["schema"] == 2:
-        from dllm_trainer.commands.compare_report import rows
-
-        return rows(result)
-    import yaml
-
-    rate = yaml.safe_load(result["config"])["rl"]["lr"]
-    kept = [row for row in result["algorithms"] if not any(row["stopped"])]
-    return [{**row, "rate": rate, "failed": [], "updates": [row["updates"]] * len(row["forwards"])} for row in kept]
-
-
-def tuned() -> list[str]:
-    """The tasks whose comparison has chosen learning rates, as far as it has run."""
-    return [task for task in TASKS if (RESULTS / f"tuned-{task}.json").is_file()]
 
 
 def comparison(result: dict[str, Any]) -> str:
     """Command, tables, verdict, what is missing, and greedy accuracies, which the table leaves out."""
-    from dllm_trainer.commands.compare_report import notes, sweeps, table, verdict
+    from dllm_trainer.commands.compare_report import notes, rows, sweeps, table, verdict
 
-    rows = final_rows(result)
-    greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in rows if not row["failed"]]
-    seeds = max((len(row["forwards"]) for row in rows), default=0)
+    found = rows(result)
+    greedy = [f"{row['algorithm']} {100 * _mean(row['greedy']['rl']):.1f}" for row in found if not row["failed"]]
+    seeds = max((len(row["forwards"]) for row in found), default=0)
     lines = [
-        # what the runs were made with, under the command's name of today
-        f"```\n{result['command'].replace('dllm-train ', 'dllm-kernels ')}\n```",
+        f"```\n{result['command']}\n```",
         f"{result['budget']:,} forwards a run, {seeds or 'no'} seed{'s' * (seeds != 1)}; "
         f"{result['environment']['cpu']}, one thread each.",
     ]
-    if rows:
-        lines += [table(rows), f"**{verdict(rows)}**"]
+    if found:
+        lines += [table(found), f"**{verdict(found)}**"]
     if greedy:
-        lines.append(f"Greedy, in %: {', '.join(greedy)} (SFT {100 * _mean(rows[0]['greedy']['sft']):.1f}).")
-    if result["schema"] == 2:
-        told = (
-            f"Right answers of {result['validation']} validation examples, in %, after {result['sweep_budget']:,} forwards at "
-            "each learning rate; the chosen one is bold."
-        )
-        lines += [*notes(result), told, sweeps(result)]
-    return "\n\n".join(lines)
+        lines.append(f"Greedy, in %: {', '.join(greedy)} (SFT {100 * _mean(found[0]['greedy']['sft']):.1f}).")
+    told = (
+        f"Right answers of {result['validation']} validation examples, in %, after {result['sweep_budget']:,} forwards at "
+        "each learning rate; the chosen one is bold."
+    )
+    return "\n\n".join([*lines, *notes(result), told, sweeps(result)])
 
 
 def _mean(values: list[float]) -> float:
@@ -429,8 +407,7 @@ def blocks(table: str) -> dict[str, str]:
     if table == "published":
         return {table: published(result_of("published"))}
     if table == "comparison":
-        earlier = {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
-        return earlier | {f"tuned {task}": comparison(result_of(f"tuned-{task}")) for task in tuned()}
+        return {task: comparison(result_of(f"compare-{task}")) for task in TASKS}
     if table == "head":
         return {"head table": head(result_of("head-cpu"))}
     if table == "estimators":
@@ -569,18 +546,19 @@ def pictures() -> None:
         "growth of peak memory from 2 to 64 samples, MiB",
         RESULTS / "memory-of-algorithms.png",
     )
-    for name in [*(f"compare-{task}" for task in TASKS), *(f"tuned-{task}" for task in tuned())]:
-        result = result_of(name)
-        if rows := final_rows(result):
-            draw_comparison(result, rows, RESULTS / f"{name}.png")
+    for task in TASKS:
+        draw_comparison(result_of(f"compare-{task}"), RESULTS / f"compare-{task}.png")
 
 
-def draw_comparison(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Right answers on unseen examples before and after RL, a point per seed."""
+def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
+    """Right answers on unseen examples before and after RL, a point per seed; nothing where no run has ended."""
+    from dllm_trainer.commands.compare_report import rows
+
     from benchmarks import plots
 
-    points = {row["algorithm"]: row["rollout"] for row in rows if row["rollout"]["rl"]}
-    plots.before_and_after(points, f"right answers, unseen {result['task']}, temperature {result['temperature']:g} (%)", path)
+    points = {row["algorithm"]: row["rollout"] for row in rows(result) if row["rollout"]["rl"]}
+    if points:
+        plots.before_and_after(points, f"right answers, unseen {result['task']}, temperature {result['temperature']:g} (%)", path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,12 +110,12 @@ def test_a_comparison_has_equal_forwards_tables_a_plot_and_all_its_curves(whole:
     assert text.count("| bgpo |") == text.count("| dmpo |") == 2
     assert "Not complete" not in text
     assert (whole / "rewards.png").read_bytes().startswith(b"\x89PNG")
-    collected = documents.collect_comparison(whole, "dllm-kernels compare", whole / "tuned.json")
+    collected = documents.collect_comparison(whole, "dllm-kernels compare", whole / "sudoku.json")
     page = documents.comparison(collected)
     assert page.count("| bgpo |") == 2
     assert "400 forwards a run, 2 seeds" in page
     assert "Right answers of 6 validation examples, in %, after 100 forwards" in page
-    assert (whole / "tuned.png").is_file()
+    assert (whole / "sudoku.png").is_file()
     part = {**collected, "cells": collected["cells"][:3]}
     assert "**Not complete: missing are " in documents.comparison(part)
     assert "no seeds" in documents.comparison({**collected, "cells": []})
