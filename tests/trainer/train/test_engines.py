@@ -34,7 +34,8 @@ from tests.trainer.train.test_processes import torchrun
 
 BLOCKS = ["model.facts.topology=block_causal", "model.facts.block_length=4", "model.facts.attention_mask=float"]
 SHORT = ["sft.steps=3", "sft.save_every=10", "rl.updates=2", "rl.save_every=10", "rl.gap_every=1"]
-FEW = ["evaluation.probe_every_sft=0", "evaluation.probe_every_rl=0", "task.test_puzzles=2", "rl.prompts=2", "rl.group=2"]
+FEW = ["evaluation.probe_every_sft=0", "evaluation.probe_every_rl=0", "task.test_puzzles=2", "rl.prompts=2"]
+FEW += ["rl.group=8"]  # random weights differ between versions of torch: in groups of 2 some had no signal
 
 
 @pytest.fixture(scope="module")
