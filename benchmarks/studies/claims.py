@@ -1,8 +1,8 @@
 """The papers' claims at toy scale: experiments, figures with intervals, and verdicts for docs/claims.md.
 
-    python -m benchmarks.studies.claims --out FILE.json                        all; 15 minutes, one core
+    python -m benchmarks.studies.claims --out FILE.json                        all; half an hour, one core
     python -m benchmarks.studies.claims --claim egspo-steps --out FILE.json    one again, the others stay
-    python -m benchmarks.studies.claims --large --claim dmpo-neg --out FILE.json   sizes that take hours
+    python -m benchmarks.studies.claims --large --claim dmpo-neg --out FILE.json   larger sizes, up to half an hour
     python -m benchmarks.studies.claims --tiny --out FILE.json                 checks the experiments
     python benchmarks/documents.py write claims                                the tables of docs/claims.md
 

@@ -80,7 +80,7 @@ class Settings:
     checkpoint: str | None = None
     tiny: bool = False
     seed: int = 0
-    large: bool = False  # sizes that take hours
+    large: bool = False  # the sizes that undecided claims asked for
     characters: str | None = None  # a character model's folder, see gdpo.py
     parts: Parts = field(default_factory=Parts, compare=False)
 
