@@ -17,6 +17,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from .lock import Lock
 
 PHASES = ("sft", "rl")
 HISTORY = "history.jsonl"
+EVENTS = "events.out.tfevents.*"
 _BEFORE_CONFIG = {LOCK, ".writable", ".config.yaml.part"}
 
 
@@ -75,7 +78,8 @@ class RunDir:
         self._wandb_run: Any = None
         self._metrics: Any = None
         self._events: Any = None
-        self._kept: list[dict[str, Any]] | None = None  # records before a resume, for TensorBoard
+        self._kept: list[dict[str, Any]] = []  # records before a resume, for TensorBoard
+        self._kept_samples: list[dict[str, Any]] = []
         self._warned = False
         self._lock: Lock | None = None
 
@@ -150,9 +154,7 @@ class RunDir:
         """Append to samples.jsonl, and show in TensorBoard."""
         with (self.path / samples.NAME).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        if self._events is not None:
-            first = records[0]
-            self._events.add_text(f"{first['phase']}/{first['set']}", samples.as_text(records), first["step"])
+        self._show_samples(records)
 
     def _open_loggers(self) -> None:
         if self.wandb is not None:
@@ -164,12 +166,14 @@ class RunDir:
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            # both phases count from 1, so purging from the resumed step on would drop too much: log
-            # everything again
-            again = None if self._kept is None else 0
-            self._events = SummaryWriter(str(self.path), purge_step=again)  # type: ignore[no-untyped-call]
-            for earlier in self._kept or ():
-                self._show(earlier)
+            # log everything again, and first: TensorBoard's own purging goes by the step, which both phases count
+            # from 1, and by the order of the files' names, which begin with the second and the machine
+            for file in self.path.glob(EVENTS):
+                file.unlink()
+            self._events = SummaryWriter(str(self.path))  # type: ignore[no-untyped-call]
+            self._show_samples(self._kept_samples)
+        for earlier in self._kept:
+            self._show(earlier)
 
     def _show(self, record: dict[str, Any]) -> None:
         figures = {f"{record['phase']}/{name}": value for name, value in record.items() if name not in ("phase", "step")}
@@ -177,6 +181,11 @@ class RunDir:
             self._wandb_run.log({**figures, f"{record['phase']}/step": record["step"]})
         for name, value in figures.items() if self._events is not None else ():
             self._events.add_scalar(name, value, record["step"])
+
+    def _show_samples(self, records: Sequence[dict[str, Any]]) -> None:
+        evaluations = groupby(records, itemgetter("phase", "set", "step")) if self._events is not None else ()
+        for (phase, shown, step), of_one in evaluations:
+            self._events.add_text(f"{phase}/{shown}", samples.as_text(of_one), step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; damaged lines are skipped with a warning."""
@@ -199,8 +208,8 @@ class RunDir:
         if (self.path / samples.NAME).is_file():
             known = [s for s in samples.read(self.path / samples.NAME) if state.is_past(s["phase"], s["step"])]
             self.write_text(samples.NAME, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in known))
-        if any(self.path.glob("events.out.tfevents.*")):
-            self._kept = kept
+            self._kept_samples = known
+        self._kept = kept
 
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step and cannot be resumed."""

@@ -13,7 +13,8 @@ NAME = "samples.jsonl"
 _SHOWN = 2  # of the solved and of the failed examples, in the report
 _LONGEST = 400  # characters of a text in the report
 
-Sample = dict[str, Any]  # phase, step, set, id, prompt, answer, completion, correct, reward, tokens, steps
+Sample = dict[str, Any]
+_FIELDS = {"phase", "step", "set", "id", "prompt", "answer", "completion", "correct", "reward", "tokens", "steps"}
 
 
 def read(file: Path) -> list[Sample]:
@@ -24,7 +25,7 @@ def read(file: Path) -> list[Sample]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and "completion" in record:
+        if isinstance(record, dict) and record.keys() >= _FIELDS and isinstance(record["step"], int):
             found.append(record)
     return found
 

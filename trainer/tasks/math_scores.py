@@ -33,16 +33,25 @@ def equal(gold: str, given: str) -> bool:
     if max(len(gold), len(given)) > _LONGEST:
         return False
     from math_verify import verify
+    from math_verify.errors import TimeoutException
 
-    one, other = _parsed(gold), _parsed(given)
+    try:
+        one, other = _parsed(gold), _parsed(given)
+    except TimeoutException:
+        return False
     return bool(one and other and verify(one, other, timeout_seconds=_SECONDS))
 
 
 @lru_cache(maxsize=4096)  # a group of rollouts asks for the same gold answer
 def _parsed(text: str) -> Any:
+    """What math-verify reads; nothing where it fails. Runs out of time as an exception, which the cache does not keep: a busy
+    machine must not turn a right answer into a wrong one for the rest of a run."""
     from math_verify import parse
 
-    return parse(f"${text.strip().strip('$').rstrip('.')}$", parsing_timeout=_SECONDS)
+    try:
+        return parse(f"${text.strip().strip('$').rstrip('.')}$", parsing_timeout=_SECONDS, raise_on_error=True)
+    except Exception:  # of any kind, by what the text holds; the one of the time is no Exception
+        return []
 
 
 def answer(completion: str) -> str | None:

@@ -8,6 +8,11 @@ from dllm_trainer.errors import UserError
 from dllm_trainer.records.run_dir import RunDir, State
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+SAMPLE = {
+    **{"phase": "rl", "step": 1, "set": "test", "id": "0", "prompt": "1+1=", "answer": "2", "completion": "3"},
+    **{"correct": 0.0, "reward": None, "tokens": ["3"], "steps": [0]},
+}
+
 
 def test_a_taken_name_is_left_alone(tmp_path: Path) -> None:
     first = RunDir.create(tmp_path / "runs" / "demo")
@@ -70,14 +75,31 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path: Path) -> No
     first = RunDir.create(tmp_path / "run")
     for phase, step in [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]:
         first.log({"phase": phase, "step": step, "loss": 0.5})
+    first.keep([SAMPLE])
+    first.keep([SAMPLE | {"step": 2}])
+    first.close()
+    for loss in range(12):  # within a second, so that the order of the files' names is not that of the resumes
+        again = RunDir(first.path)
+        again.rewind(State("rl", 1))
+        again.log({"phase": "rl", "step": 2, "loss": float(loss)})
+        again.keep([SAMPLE | {"step": 2}])
+        again.close()
+        shown = EventAccumulator(str(first.path)).Reload()
+        assert [event.step for event in shown.Scalars("sft/loss")] == [1, 2, 3]
+        assert [(event.step, event.value) for event in shown.Scalars("rl/loss")] == [(1, 0.5), (2, loss)]
+        assert [event.step for event in shown.Tensors("rl/test/text_summary")] == [1, 2]
+
+
+def test_tensorboard_begins_with_the_first_step_where_it_is_switched_on_at_a_resume(tmp_path: Path) -> None:
+    first = RunDir.create(tmp_path / "run")
+    first.tensorboard = False
+    first.log({"phase": "rl", "step": 1, "loss": 0.5})
     first.close()
     again = RunDir(first.path)
     again.rewind(State("rl", 1))
     again.log({"phase": "rl", "step": 2, "loss": 0.25})
     again.close()
-    shown = EventAccumulator(str(first.path)).Reload()
-    assert [event.step for event in shown.Scalars("sft/loss")] == [1, 2, 3]
-    assert [(event.step, event.value) for event in shown.Scalars("rl/loss")] == [(1, 0.5), (2, 0.25)]
+    assert [event.step for event in EventAccumulator(str(first.path)).Reload().Scalars("rl/loss")] == [1, 2]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ have.
 
 import doctest
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,14 @@ def test_hostile_answers_are_only_wrong(text: str) -> None:
     for completion in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
         assert math_scores.exact([HALF], [completion]) == [0.0]
         assert d1_compat.MATH_PARTS["correct"]([HALF], [completion]) == [0.0]
+
+
+def test_an_answer_that_ran_out_of_time_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sum_of_many, alarm = "+".join(["\\frac{1}{2}"] * 40), signal.alarm
+    with monkeypatch.context() as busy:
+        busy.setattr(signal, "alarm", lambda s: signal.setitimer(signal.ITIMER_REAL, 0.005) if s else alarm(0))
+        assert not math_scores.equal(sum_of_many, "20")
+    assert math_scores.equal(sum_of_many, "20")
 
 
 def test_math_is_read_and_graded(tmp_path: Path) -> None:
