@@ -9,8 +9,17 @@ from dllm_trainer.records.run_dir import RunDir, State
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SAMPLE = {
-    **{"phase": "rl", "step": 1, "set": "test", "id": "0", "prompt": "1+1=", "answer": "2", "completion": "3"},
-    **{"correct": 0.0, "reward": None, "tokens": ["3"], "steps": [0]},
+    "phase": "rl",
+    "step": 1,
+    "set": "test",
+    "id": "0",
+    "prompt": "1+1=",
+    "answer": "2",
+    "completion": "3",
+    "correct": 0.0,
+    "reward": None,
+    "tokens": ["3"],
+    "steps": [0],
 }
 
 
