@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ from hypothesis.internal.conjecture import providers
 
 from dllm_kernels import backends
 from dllm_kernels.backends import cpu
+
+# transformers copies a checkpoint's code there by the folder's name, in place, while other processes may read it
+_code = tempfile.TemporaryDirectory(prefix="dllm-tests-code-")
+os.environ["HF_MODULES_CACHE"] = _code.name
 
 torch.set_num_threads(1)  # at these sizes a second thread only waits, and does so for long on a busy machine
 
