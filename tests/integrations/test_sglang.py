@@ -47,7 +47,7 @@ def server(folder: Path, loaded: Any) -> DiffusionServer:
 @pytest.fixture
 def client(server: DiffusionServer) -> Iterator[SGLang]:
     with serving(server) as url:
-        yield SGLang(url, timeout=20.0, retries=2, backoff=0.01)
+        yield SGLang(url, timeout=300.0, retries=2, backoff=0.01)
 
 
 def ask(client: SGLang, loaded: Any, **options: Any) -> Rollout:
