@@ -7,9 +7,11 @@ user namespace where the trainer does not run as root), no capability and no env
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from ..errors import UserError
 
 Mechanism = Literal["auto", "bubblewrap", "unshare", "none"]
 
-_FIRST_UID = 61000  # of the users that sandboxes run as where the trainer runs as root
+_UIDS = range(61_000, 65_534)  # of the users that sandboxes run as where the trainer runs as root
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("null", "zero", "urandom")
 _TMP_BYTES = 16 * 2**20
@@ -74,11 +76,34 @@ class Sandbox:
 
     def __init__(self, mechanism: Mechanism = "auto"):
         self.mechanism = _working(mechanism)
+        self._users: dict[int, _User] = {}  # by slot
         self._root = tempfile.TemporaryDirectory(prefix="dllm-sandbox-")  # sandboxes mount their root over it, each its own
 
     def start(self, command: Sequence[str], *, slot: int, stdin: int, stdout: int, pass_fds: Sequence[int] = ()) -> Process:
         """Start a command; sandboxes that run at the same time have different slots."""
-        return Process(_wrapped(self.mechanism, command, self._root.name, slot), stdin, stdout, pass_fds)
+        if slot not in self._users:
+            self._users[slot] = _User()
+        return Process(_wrapped(self.mechanism, command, self._root.name, self._users[slot].uid), stdin, stdout, pass_fds)
+
+
+class _User:
+    """A user that nothing else of this machine runs as: limits on processes count those of a user, so two ranks that shared one
+    would judge by what the other's programs fork. Claimed by an abstract socket, which ends with its owner.
+    """
+
+    def __init__(self) -> None:
+        for uid in _UIDS:
+            self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                self._claim.bind(f"\0dllm-kernels-sandbox-user-{uid}")
+            except OSError as error:
+                self._claim.close()
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            self.uid = uid
+            return
+        raise UserError(f"all {len(_UIDS)} users of sandboxes are in use on this machine; end runs of task.kind=code")
 
 
 class Process:
@@ -118,10 +143,9 @@ def python() -> list[str]:
     return [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-B", "-c"]
 
 
-def _wrapped(mechanism: str, command: Sequence[str], root: str, slot: int) -> list[str]:
+def _wrapped(mechanism: str, command: Sequence[str], root: str, uid: int) -> list[str]:
     as_root = os.geteuid() == 0
-    uid = str(_FIRST_UID + slot)
-    user = ["--reuid", uid, "--regid", uid, "--clear-groups"] if as_root else []
+    user = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"] if as_root else []
     dropped = ["setpriv", *user, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--", *command]
     bound_to_us = ["setpriv", "--pdeathsig", "KILL", "--"]
     if mechanism == "unshare":
@@ -185,7 +209,7 @@ def _working(mechanism: Mechanism) -> str:
 def _fails(name: str) -> str | None:
     """Why a mechanism does not work; None if it does."""
     with tempfile.TemporaryDirectory() as root:
-        command = _wrapped(name, [*python(), "print('inside')"], root, 0)
+        command = _wrapped(name, [*python(), "print('inside')"], root, _UIDS[0])
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

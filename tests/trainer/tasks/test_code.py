@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from dllm_trainer.tasks.judge import Job, Judge
 from dllm_trainer.tasks.sandbox import Limits, _working
 
 from tests.trainer.tasks.hostile import HOSTILE
+
+pytestmark = pytest.mark.xdist_group("sandbox")  # one worker: what is left of one mechanism's is no process of the other's
 
 LIMITS = Limits(seconds=2.0, memory_mib=128, processes=8)
 
@@ -105,16 +108,19 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
 
 
 def _processes_of_sandboxes() -> list[str]:
-    """What still runs of the code of the cells, which every one of them has in its command line."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    """What still runs of the code of the cells, which every one of them has in its command line, of this process or of nobody."""
+    parents = {}
+    for place in Path("/proc").glob("[0-9]*"):
         try:
-            text = place.read_bytes()
+            if b"What runs inside the two sandboxes of one program" in (place / "cmdline").read_bytes():
+                parents[place.name] = (place / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:  # it ended meanwhile
             continue
-        if b"What runs inside the two sandboxes of one program" in text:
-            found.append(place.parent.name)
-    return found
+
+    def begun_by(pid: str) -> str:
+        return begun_by(parents[pid]) if pid in parents else pid
+
+    return [pid for pid in parents if begun_by(pid) in (str(os.getpid()), "1")]
 
 
 def test_hostile_programs_reach_nothing_and_the_pool_goes_on(judge: Judge, machine: dict[str, Any]) -> None:
@@ -135,6 +141,18 @@ def test_hostile_programs_reach_nothing_and_the_pool_goes_on(judge: Judge, machi
         assert time.monotonic() < started + seconds + 5, f"processes {left} are left"
         time.sleep(0.01)
     assert run(judge, "def f():\n    return 1", "assert f() == 1") == [True]
+
+
+FORKS = "import os, time\ndef f():\n    for _ in range(6):\n        if os.fork() == 0:\n            time.sleep(9)\n"
+
+
+def test_what_another_judge_s_programs_fork_does_not_count(judge: Judge) -> None:
+    one, other = (Judge(judge._mechanism, LIMITS, workers=1) for _ in range(2))  # as those of two ranks
+    with ThreadPoolExecutor(1) as beside:
+        forking = beside.submit(run, other, f"{FORKS}    time.sleep(9)", "f()")
+        time.sleep(0.5)
+        assert run(one, f"{FORKS}    return 1", "assert f() == 1") == [True]
+    assert forking.result() == [False]
 
 
 def test_the_same_programs_reach_this_machine_without_a_sandbox(machine: dict[str, Any]) -> None:
