@@ -143,6 +143,13 @@ def test_hostile_programs_reach_nothing_and_the_pool_goes_on(judge: Judge, machi
     assert run(judge, "def f():\n    return 1", "assert f() == 1") == [True]
 
 
+def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    for ranks, workers in {"": 12, "1": 12, "5": 2, "64": 1}.items():
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert Judge()._workers == workers
+
+
 FORKS = "import os, time\ndef f():\n    for _ in range(6):\n        if os.fork() == 0:\n            time.sleep(9)\n"
 
 
