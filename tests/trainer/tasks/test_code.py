@@ -146,6 +146,13 @@ def test_hostile_programs_reach_nothing_and_the_pool_goes_on(judge: Judge, machi
     assert run(judge, "def f():\n    return 1", "assert f() == 1") == [True]
 
 
+def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    for ranks, workers in {"": 12, "1": 12, "5": 2, "64": 1}.items():
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert Judge()._workers == workers
+
+
 def test_programs_of_two_trainers_do_not_take_each_other_s_processes(judge: Judge) -> None:
     """As root a sandbox has a user, whose processes the kernel counts over all of this machine."""
     greedy = (
