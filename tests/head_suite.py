@@ -6,6 +6,7 @@ Every claim is checked against `tests.oracle`: full logits, plain autograd, floa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -45,6 +46,23 @@ class Target:
         pairs = self.name == "cpu" and dtype == torch.bfloat16 and "bf16" in str(cpu.isa())
         rounds = (self.name == "triton" and dtype.itemsize == 2) or pairs
         return torch.finfo(dtype).eps if rounds else 0.0
+
+    def some_rows(self, count: int, of: int, generator: torch.Generator) -> Tensor:
+        """Any of them in any order; the first, each in its place, where this backend's bits depend on the place in a block."""
+        drawn = torch.randperm(of, generator=generator)[:count].to(self.device)
+        return torch.arange(count) if self.name == "reference" and not equal_rows_have_equal_products() else drawn
+
+
+@functools.cache
+def equal_rows_have_equal_products() -> bool:
+    """Those of MKL do not without AVX-512: the last rows of one of its panels have other last bits. The reference takes them."""
+    g = torch.Generator().manual_seed(0)
+    for H, V in ((16, 50), (40, 131)):
+        z = torch.randn(1, H, generator=g).repeat(contract.ROW_BLOCK, 1) @ torch.randn(V, H, generator=g).t()
+        back = z[:1].repeat(contract.ROW_BLOCK, 1) @ torch.randn(V, H, generator=g)
+        if not ((z == z[:1]).all() and (back == back[:1]).all()):
+            return False
+    return True
 
 
 @dataclass
@@ -494,7 +512,7 @@ def test_the_bits_of_a_row_depend_neither_on_how_many_rows_there_are_nor_on_its_
     whole = run(torch.arange(600, device=backend.device))
     g = torch.Generator().manual_seed(1)
     for count in (1, 2, 7, 255, 256, 257, 599):
-        chosen = torch.randperm(600, generator=g)[:count].to(backend.device)
+        chosen = backend.some_rows(count, 600, g)
         for name, value in run(chosen).items():
             assert torch.equal(value, whole[name][chosen]), f"{name} of {count} rows"
 

@@ -366,8 +366,9 @@ def from_operands(
             slope_NM = operands[0][0][span].gather(1, p.target_N[span]).to(dtype)
             scaled_NV.scatter_(1, p.target_N[span], given_NM[span] * slope_NM)
         if dhidden:
-            # padded to whole row blocks, like every other product: a row's bits depend on no other row
-            padded_NV = torch.nn.functional.pad(scaled_NV, (0, 0, 0, -len(scaled_NV) % ROW_BLOCK))
+            # whole row blocks of one layout, like every other product: a row's bits do not depend on how many rows there are
+            padded_NV = scaled_NV.new_zeros(-(-len(scaled_NV) // ROW_BLOCK) * ROW_BLOCK, scaled_NV.shape[1])
+            padded_NV[: len(scaled_NV)] = scaled_NV
             result["dhidden"][span] = _matmul_nn(padded_NV, p.weight_VH)[: len(scaled_NV)]
             if p.low_rank is not None:
                 result[LOW + "dhidden"][span] = adapter.vectors(padded_NV)[: len(scaled_NV)]
