@@ -278,7 +278,8 @@ def test_scores_without_gradients_equal_those_of_the_training_pass_bit_for_bit()
     assert not old.requires_grad
     report, _ = run(model, plan, BGPO, Batch({"advantages": ADVANTAGES.float()}, {"old_sample_elbo": old}))
     assert torch.equal(report.sample_elbo_BK, old)
-    torch.testing.assert_close(score_samples(model, plan, samples_per_pass=3, sequences_per_pass=2), old)
+    # sums in float64 of a float32 body's figures, whose last bits depend on the sizes of its products
+    torch.testing.assert_close(score_samples(model, plan, samples_per_pass=3, sequences_per_pass=2), old, rtol=2e-6, atol=0)
 
 
 def test_it_works_under_headless_and_restores_the_model():
