@@ -7,16 +7,17 @@ user namespace where the trainer does not run as root), no capability and no env
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -25,7 +26,7 @@ from ..errors import UserError
 
 Mechanism = Literal["auto", "bubblewrap", "unshare", "none"]
 
-_UIDS = range(61_000, 65_534)  # of the users that sandboxes run as where the trainer runs as root
+_UIDS = range(61000, 65534)  # users that sandboxes run as where the trainer runs as root; rootless containers map no higher
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("null", "zero", "urandom")
 _TMP_BYTES = 16 * 2**20
@@ -76,34 +77,18 @@ class Sandbox:
 
     def __init__(self, mechanism: Mechanism = "auto"):
         self.mechanism = _working(mechanism)
-        self._users: dict[int, _User] = {}  # by slot
         self._root = tempfile.TemporaryDirectory(prefix="dllm-sandbox-")  # sandboxes mount their root over it, each its own
+        self._users: dict[int, int] = {}  # of each slot
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)
 
     def start(self, command: Sequence[str], *, slot: int, stdin: int, stdout: int, pass_fds: Sequence[int] = ()) -> Process:
         """Start a command; sandboxes that run at the same time have different slots."""
-        if slot not in self._users:
-            self._users[slot] = _User()
-        return Process(_wrapped(self.mechanism, command, self._root.name, self._users[slot].uid), stdin, stdout, pass_fds)
-
-
-class _User:
-    """A user that nothing else of this machine runs as: limits on processes count those of a user, so two ranks that shared one
-    would judge by what the other's programs fork. Claimed by an abstract socket, which ends with its owner.
-    """
-
-    def __init__(self) -> None:
-        for uid in _UIDS:
-            self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                self._claim.bind(f"\0dllm-kernels-sandbox-user-{uid}")
-            except OSError as error:
-                self._claim.close()
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                continue
-            self.uid = uid
-            return
-        raise UserError(f"all {len(_UIDS)} users of sandboxes are in use on this machine; end runs of task.kind=code")
+        if os.geteuid() == 0 and self.mechanism != "none" and slot not in self._users:
+            self._users[slot], held = _free_user()
+            self._held.enter_context(held)
+        uid = self._users.get(slot, _UIDS[0])
+        return Process(_wrapped(self.mechanism, command, self._root.name, uid), stdin, stdout, pass_fds)
 
 
 class Process:
@@ -141,6 +126,23 @@ class Process:
 def python() -> list[str]:
     """The interpreter without site packages, user settings or bytecode files, for code that comes by `-c`."""
     return [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-B", "-c"]
+
+
+def _free_user() -> tuple[int, socket.socket]:
+    """A user that no sandbox has, and what keeps it until it is closed or this process ends.
+
+    The kernel counts the processes of a user over all its sandboxes: a fork bomb under one rank, or in another run, would
+    take those of a program here.
+    """
+    start = secrets.randbelow(len(_UIDS))  # names of sockets are known within a network alone, the count goes beyond it
+    for uid in (*_UIDS[start:], *_UIDS[:start]):
+        held = socket.socket(socket.AF_UNIX)
+        try:
+            held.bind(f"\0dllm-sandbox-user-{uid}")
+            return uid, held
+        except OSError:  # another has it
+            held.close()
+    raise UserError(f"all {len(_UIDS)} users that sandboxes run as are taken; end other runs, or give fewer task.workers")
 
 
 def _wrapped(mechanism: str, command: Sequence[str], root: str, uid: int) -> list[str]:
