@@ -86,7 +86,7 @@ def _human_eval(name: str, row: Mapping[str, Any], where: str) -> Example:
     head = text_of(row, "prompt", where)
     check = f"{text_of(row, 'test', where)}\ncheck({text_of(row, 'entry_point', where)})"
     shown = head + text_of(row, "canonical_solution", where) if "canonical_solution" in row else ""
-    facts = {"tests": [check], "setup": "", "before": head}
+    facts = {"tests": [check], "setup": "", "before": head, "name": text_of(row, "entry_point", where)}
     return Example(name, f"Complete this function:\n```python\n{head}```", _block(shown), facts)
 
 
@@ -102,11 +102,21 @@ def _block(code: str) -> str:
 
 
 def program(example: Example, completion: str) -> str:
-    """The last block of a completion, or all of it; after the example's own lines where it begins in the body."""
+    """The last block of a completion, or all of it.
+
+    It comes after the example's own lines: after all of them where it goes on in the body, else after the imports and helpers
+    that they begin with, which a model that writes the function anew need not repeat.
+    """
     blocks = _BLOCK.findall(completion)
     code = blocks[-1] if blocks else completion.partition("```")[0]
     before = example.facts["before"]
-    return f"{before}{code}" if before and not re.search(r"^(?:def|import|from) ", code, re.MULTILINE) else code
+    if not before:
+        return code
+    named = rf"^(?:(?:async )?def|class) {re.escape(example.facts['name'])}\b"
+    if re.search(named, code, re.MULTILINE) is None:
+        return f"{before}{code}"
+    begins = re.search(named, before, re.MULTILINE)
+    return f"{before[: begins.start()] if begins else ''}{code}"
 
 
 def _toy_program(example: Example, completion: str) -> str:
