@@ -255,6 +255,8 @@ def test_human_evals_form_is_read_and_judged(tmp_path: Path) -> None:
         ({"prompt": "x", "test_list": []}, "column 'test_list' must be a list of texts, got []"),
         ({"prompt": "x", "test_list": ["assert 1"], "test_imports": [1]}, "column 'test_imports' must be a list of texts"),
         ({"test_list": ["assert 1"]}, "there is no column 'text'"),
+        ({"prompt": "x", "test_list": ["assert f() = 1"]}, "a test is no Python (SyntaxError: "),
+        ({"prompt": "x", "entry_point": "f", "test": "def check(f)\n    assert f()"}, "a test is no Python (SyntaxError: "),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path: Path, row: dict[str, Any], said: str) -> None:
