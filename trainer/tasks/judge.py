@@ -49,8 +49,10 @@ class Judge:
 
     @cached_property
     def _slots(self) -> queue.SimpleQueue[int]:
+        # the kernel counts the processes of a user: two ranks of a machine must not share one
+        first = int(os.environ.get("LOCAL_RANK") or 0) * self._workers
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(self._workers):
+        for slot in range(first, first + self._workers):
             slots.put(slot)
         return slots
 

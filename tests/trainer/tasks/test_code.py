@@ -94,6 +94,18 @@ def test_what_starting_a_sandbox_takes_is_no_verdict(judge: Judge, monkeypatch: 
             Judge(judge._sandbox.mechanism)([job])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user's sandboxes run as that user")
+def test_programs_of_two_ranks_run_as_different_users(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a fork bomb of one rank would leave no process to a program of another."""
+    text, users = "import os\ndef f():\n    return os.getuid()", (61000, 61002)
+    tests = tuple(f"assert f() == {user}" for user in users)
+    seen = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        seen.append(run(Judge(judge._sandbox.mechanism, LIMITS, workers=1), text, *tests))
+    assert seen == [[True, False], [False, True]]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as such a user")
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_a_user_without_rights_gets_sandboxes_too(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
