@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePath
 from typing import Literal
 
 from ..errors import UserError
@@ -28,6 +31,7 @@ Mechanism = Literal["auto", "bubblewrap", "unshare", "none"]
 
 _UIDS = range(61000, 65534)  # users that sandboxes run as where the trainer runs as root; rootless containers map no higher
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
 _DEVICES = ("null", "zero", "urandom")
 _TMP_BYTES = 16 * 2**20
 
@@ -50,10 +54,10 @@ done
 mkdir -p proc dev tmp old
 mount -t proc -o nosuid,nodev,noexec proc proc
 for device in DEVICES; do : >"dev/$device"; mount --bind "/dev/$device" "dev/$device"; done
-mount -t tmpfs -o size=TMP,mode=1777,nosuid,nodev tmpfs tmp
+mount -t tmpfs -o size=TMP,nr_inodes=4k,mode=1777,nosuid,nodev tmpfs tmp
 pivot_root . old
 umount -l /old
-mount -o remount,ro,nosuid,nodev /
+mount -o remount,bind,ro,nosuid,nodev /
 cd /tmp
 "$@" || exit $?
 exit 0
@@ -99,11 +103,25 @@ class Process:
             command,
             stdin=stdin,
             stdout=stdout,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # of the mechanism, and of the command until it closes it
             pass_fds=tuple(pass_fds),
-            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"},
+            env=_ENVIRONMENT,
             start_new_session=True,
         )
+
+    def said(self, what: bytes, seconds: float) -> bool:
+        """Whether these are the first bytes that come back, and come in time; no more of them is read."""
+        assert self._process.stdout is not None
+        source, over = self._process.stdout.fileno(), time.monotonic() + seconds
+        waiting, got = select.poll(), b""
+        waiting.register(source, select.POLLIN)
+        while len(got) < len(what):
+            if not waiting.poll(max(0.0, 1000 * (over - time.monotonic()))) or not (
+                more := os.read(source, len(what) - len(got))
+            ):
+                return False
+            got += more
+        return got == what
 
     def communicate(self, given: bytes, seconds: float) -> bytes:
         """Send bytes; what came back when the process ended, or when the time was over."""
@@ -113,9 +131,12 @@ class Process:
             self._kill()
             return self._process.communicate()[0]
 
-    def end(self) -> None:
+    def end(self) -> str:
+        """The last line of its errors, if any, at the first call."""
         self._kill()
-        self._process.communicate()
+        if self._process.stderr is None or self._process.stderr.closed:
+            return ""
+        return _last_line(self._process.communicate()[1])
 
     def _kill(self) -> None:
         """End the group, and with its first process all of its pid namespace."""
@@ -159,12 +180,17 @@ def _wrapped(mechanism: str, command: Sequence[str], root: str, uid: int) -> lis
         own += [f for c in ("SETUID", "SETGID", "SETPCAP") for f in ("--cap-add", f"CAP_{c}")] if as_root else ["--unshare-user"]
         binds: list[str] = []
         for place in _places():
+            # bubblewrap makes what is above a place for its own user alone, and ours is another
+            for above in reversed(PurePath(place).parents[:-1]):
+                binds += ["--perms", "0755", "--dir", str(above)]
             kind = ["--symlink", os.readlink(place)] if os.path.islink(place) else ["--ro-bind", place]
             binds += [*kind, place]
         rest = [
             "--proc",
             "/proc",
             "--dev",
+            "/dev",
+            "--remount-ro",
             "/dev",
             "--perms",
             "1777",
@@ -213,10 +239,15 @@ def _fails(name: str) -> str | None:
     with tempfile.TemporaryDirectory() as root:
         command = _wrapped(name, [*python(), "print('inside')"], root, _UIDS[0])
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, env=_ENVIRONMENT, timeout=30, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"cannot be run ({type(error).__name__})"
     if done.stdout == b"inside\n":
         return None
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return f"fails ({lines[-1] if lines else f'exit code {done.returncode}'})"
+    return f"fails ({_last_line(done.stderr) or f'exit code {done.returncode}'})"
+
+
+def _last_line(errors: bytes) -> str:
+    return "".join(errors.decode(errors="replace").strip().splitlines()[-1:])
