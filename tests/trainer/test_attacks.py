@@ -541,10 +541,14 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
 
 
-def test_what_counts_right_answers_returns_shares() -> None:
-    right = checked(lambda examples, completions: [2.0 for _ in completions], "correct", share=True)
-    with pytest.raises(UserError, match=r"reward correct must return truth values or numbers in 0..1, got 2 for 0"):
-        right([Example("0", "")], ["a"])
+def test_what_counts_right_answers_returns_truth_values() -> None:
+    """Else the shares before and after would differ by another gain than the one beside them."""
+    for value in (2.0, 0.5, -1):
+        right = checked(lambda examples, completions, value=value: [value for _ in completions], "correct", truth=True)
+        with pytest.raises(UserError, match=rf"reward correct must return truth values, or 0 and 1, got {value:g} for 0"):
+            right([Example("0", "")], ["a"])
+    both = checked(lambda examples, completions: [True, 0.0], "correct", truth=True)
+    assert both([Example("0", ""), Example("1", "")], ["a", "b"]) == [1.0, 0.0]
 
 
 def test_a_model_with_nan_is_not_one_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ class FileConfig(Section):
     id_column: Text | None = None  # None: the row's number
     train_rows: Rows = None  # the first rows of the training data; null: all
     test_rows: Rows = None  # the same, of each test set
-    correct: Text = "exact_match"  # or "module:function"; counted by evaluation
+    correct: Text = "exact_match"  # or "module:function" of truth values; counted by evaluation
     timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that `module:function` may take for one batch
     system: str = ""  # instructions before every prompt
     completion_length: Positive = 256  # tokens of a completion
