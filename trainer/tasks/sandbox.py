@@ -199,8 +199,6 @@ def _wrapped(mechanism: str, command: Sequence[str], root: str, uid: int) -> lis
             "--tmpfs",
             "/tmp",
             "--remount-ro",
-            "/dev",  # else a place without a limit for who owns it
-            "--remount-ro",
             "/",
         ]
         return [*bound_to_us, "bwrap", *own, *binds, *rest, "--chdir", "/tmp", "--", *dropped]
