@@ -53,14 +53,15 @@ def test_accelerate_divides_a_loss_by_its_steps_of_accumulation_and_accumulate_b
                     accelerator.backward(loss_of(prepared, micro, kind == "ours"))
         assert accelerator.sync_gradients
         found[kind] = grads(model)
-    assert_close(found["ours"], found["plain"], rtol=0, atol=2e-6)
+    close = {"rtol": 0, "atol": 5e-6}  # of gradients up to 2.5; MKL without AVX-512 is off by 1e-6
+    assert_close(found["ours"], found["plain"], **close)
     model.zero_grad()
     (sum(loss_of(model, micro, False) for micro in range(2)) / 2).backward()
-    assert_close(found["ours"], grads(model), rtol=0, atol=1e-6)
+    assert_close(found["ours"], grads(model), **close)
     model.zero_grad()
     plan, batch = plan_of([5, 4, 6, 3], samples=3), Batch({"advantages": torch.tensor([1.0, -0.5, 2.0, -1.0])})
     accumulate(model, plan, BGPO, batch)
-    assert_close(found["accumulate"], grads(model), rtol=0, atol=1e-6)
+    assert_close(found["accumulate"], grads(model), **close)
 
 
 def test_a_scaler_scales_a_loss_and_accumulate_takes_its_scale_in_the_denominator():

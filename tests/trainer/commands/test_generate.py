@@ -104,6 +104,7 @@ def test_a_terminal_shows_every_step_with_fewer_undecided_places(setup: Setup, m
             super().update(text, *arguments, **options)
 
     monkeypatch.setattr(generating, "Live", Screen)
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb one nothing is drawn in place
     screen = io.StringIO()
     write_completions(setup, [(prompt, "") for prompt in PROMPTS], None, Console(file=screen, force_terminal=True, width=80))
     undecided = [[line.count(UNDECIDED) for line in text.split("\n")] for text in shown]
