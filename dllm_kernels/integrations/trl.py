@@ -23,7 +23,7 @@ from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.integrations import needs
 from dllm_kernels.integrations.logps import DiffusionLogps
-from dllm_kernels.integrations.transformers import find_mask_id
+from dllm_kernels.integrations.transformers import check_parallelism, find_mask_id
 from dllm_kernels.masks import steps
 from dllm_kernels.masks.tails import eos_tail
 from dllm_kernels.model.layouts import check_block_length
@@ -128,6 +128,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         super().__init__(model, reward_funcs, args, *arguments, **named)
         if self.is_deepspeed_enabled:
             raise ValueError("args must not use DeepSpeed, which runs its own backward; use FSDP2 (fsdp_version 2) or DDP")
+        check_parallelism(self.accelerator)
         args.mask_id = find_mask_id(args.mask_id, self.processing_class, self.model)
         check_block_length(self.model, args.causal_block)
         if args.rollout.get("cache") is True and args.causal_block != args.rollout.get("block_length"):
