@@ -60,7 +60,7 @@ def results(tmp_path_factory):
     command += ["--output_path", str(folder / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=280
+        [sys.executable, *command], cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (folder / "out").rglob("results_*.json")
