@@ -112,6 +112,7 @@ class DiffusionSFTTrainer(Trainer):
         self.law_options: dict[str, Any] = of_llada if args.law_options is None else args.law_options
         self.mask_id = find_mask_id(args.mask_id, self.processing_class, self.model)
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+        check_parallelism(self.accelerator)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of an optimizer step, and what divides their loss, over all processes."""
@@ -284,6 +285,14 @@ def find_mask_id(given: int | None, tokenizer: Any, model: nn.Module) -> int:
     if checks.count("mask_id", found, 0) >= len(embedding.weight):
         raise ValueError(f"mask_id must be in 0..{len(embedding.weight) - 1}, got {found}, of {place}")
     return found
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Raises ValueError where ranks hold parts of a sequence: masks, weights and counts are made of whole ones."""
+    config = getattr(accelerator, "parallelism_config", None)
+    for name in ("cp_size", "sp_size"):
+        if getattr(config, name, 1) > 1:
+            raise ValueError(f"parallelism_config must have {name}=1, got {getattr(config, name)}: a rank needs whole sequences")
 
 
 def _scored(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from dllm_kernels import MaskPlan, Rollout, accumulate, generate, make_mask_plan
 from dllm_kernels.accumulation.scores import adapters_off, score_samples
 from dllm_kernels.integrations import needs
 from dllm_kernels.integrations.logps import DiffusionLogps
-from dllm_kernels.integrations.transformers import find_mask_id
+from dllm_kernels.integrations.transformers import check_parallelism, find_mask_id
 from dllm_kernels.masks import steps
 from dllm_kernels.masks.tails import eos_tail
 from dllm_kernels.model.layouts import check_block_length
@@ -128,6 +128,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         super().__init__(model, reward_funcs, args, *arguments, **named)
         if self.is_deepspeed_enabled:
             raise ValueError("args must not use DeepSpeed, which runs its own backward; use FSDP2 (fsdp_version 2) or DDP")
+        check_parallelism(self.accelerator)
         args.mask_id = find_mask_id(args.mask_id, self.processing_class, self.model)
         check_block_length(self.model, args.causal_block)
         if args.rollout.get("cache") is True and args.causal_block != args.rollout.get("block_length"):
@@ -141,6 +142,7 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         self._rewards_BF: Tensor | None = None  # of all processes
         self._update: list[tuple[MaskPlan, Batch]] = []  # of each inner iteration; empty where nothing is learnt
         self._denominator: float | None = None
+        self._evaluated = 0  # completions of this evaluation, of all processes
 
     # --- rollouts and rewards, when TRL asks for them -----------------------------------------------------------------
 
@@ -152,6 +154,9 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         device, args = self.accelerator.device, self.args
         place_B = self.accelerator.process_index * len(prompt_ids) + torch.arange(len(prompt_ids))
         training = self.model.training
+        if not training:  # an evaluation has several batches, a step has one
+            place_B += self._evaluated
+            self._evaluated += self.accelerator.num_processes * len(prompt_ids)
         start = f"{'train' if training else 'eval'}/{self.state.global_step}"
         names = [f"{start}/{group}" for group in (place_B // num_generations).tolist()]
         options = {"temperature": self.temperature, "top_k": self.top_k or None, **args.rollout}
@@ -313,10 +318,16 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
     def _no_reward(self, completions: Tensor) -> Tensor:
         raise ValueError(f"algorithm must not score other completions by the reward, which {self.recipe.name} does")
 
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's. A run that is resumed between the steps of a rollout draws a new one for those that are left."""
+        self._buffered_inputs, self._update = None, []
+        return super().train(*arguments, **named)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Rollouts where they are due, then the exact gradient of one inner iteration."""
         started = time.perf_counter()
         model.train()
+        self._step = self.state.global_step  # TRL counts from 0 after a resume, too
         self._prepare_inputs(inputs)
         iteration = self._step % self.num_iterations
         loss = torch.zeros((), device=self.accelerator.device)
@@ -340,6 +351,10 @@ class DiffusionGRPOTrainer(DiffusionLogps, GRPOTrainer):
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - started)
         return loss
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        self._evaluated = 0
+        return super().evaluation_loop(*arguments, **named)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *arguments: Any, **named: Any) -> tuple[None, None, None]:
         """Rollouts and their rewards, which TRL logs."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dllm_kernels.integrations.transformers import (  # noqa: E402
     DiffusionCollator,
     DiffusionSFTConfig,
     DiffusionSFTTrainer,
+    check_parallelism,
 )
 
 MASK, PAD = 10, 0
@@ -220,6 +222,9 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         make(tmp_path, loss=F.cross_entropy)
     with pytest.raises(ValueError, match=r"^mask_id must be in 0..10, got 128002, of the model's config"):
         make(tmp_path, mask_id=None)
+    apart = SimpleNamespace(parallelism_config=pytest.importorskip("accelerate").ParallelismConfig(cp_size=2))
+    with pytest.raises(ValueError, match=r"^parallelism_config must have cp_size=1, got 2"):
+        check_parallelism(apart)  # where accelerate takes that, it wants accelerators
     packing = make(tmp_path, packed=True)
     with pytest.raises(ValueError, match=r"^packed takes input_ids, labels and attention_mask only, got position_ids"):
         packing.compute_loss(packing.model, batch | {"position_ids": batch["input_ids"]})

@@ -154,6 +154,37 @@ def test_every_kind_of_algorithm_takes_steps_off_policy_and_at_any_memory(algori
     assert_close(found, small, rtol=0, atol=2e-5)
 
 
+def test_a_resumed_run_goes_on_as_the_unbroken_one_and_no_two_batches_of_an_evaluation_share_their_noise(folder, tmp_path):
+    options = {"num_iterations": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    drawn = {}
+
+    def spied(start=None):
+        trainer = make(folder, tmp_path, **options, per_device_train_batch_size=8, per_device_eval_batch_size=4)
+        original, drawn[start] = trainer._generate_single_turn, {}
+
+        def generated(*arguments, **named):
+            found = original(*arguments, **named)
+            if trainer.model.training:
+                drawn[start][trainer.state.global_step] = trainer._rollout.ids_BS
+            else:
+                evaluated.extend(trainer._rollout.sequence_ids_B.tolist())
+            return found
+
+        trainer._generate_single_turn = generated
+        trainer.train(resume_from_checkpoint=None if start is None else str(tmp_path / f"checkpoint-{start}"))
+        return trainer
+
+    evaluated = []
+    whole = spied()
+    for start in (2, 1):
+        again = spied(start)
+        if start == 2:
+            assert_close(list(again.model.parameters()), list(whole.model.parameters()), rtol=0, atol=0)
+    assert [list(steps) for steps in drawn.values()] == [[0, 2], [2], [1, 2]], "the second step of a rollout draws it anew"
+    whole.evaluate()
+    assert len(evaluated) == len(set(evaluated)) == 16, "four batches"
+
+
 def test_an_adapter_is_its_own_reference(folder, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForMaskedLM
