@@ -86,13 +86,14 @@ class Codec:
         return torch.tensor(encoded)
 
     def look_ahead(self, task: Task, *, shown: bool) -> None:
-        """Raises UserError for what training would stumble over hours later: the longest texts, answers that are missing.
+        """Raises UserError for what training would stumble over hours later: the longest texts, what is missing.
 
         `shown`: whether there is supervised training.
         """
         levels = [task.train] if task.curriculum is None else task.curriculum.levels
         for examples in (*levels, *task.tests.values()):
             self.prompts(heapq.nlargest(_LOOKED_AT, examples, key=lambda example: len(example.prompt) + len(example.suffix)))
+            self.prompts(heapq.nsmallest(1, examples, key=lambda example: len(example.prompt)))
         if shown:
             self.answers([example for example in task.demonstrations if not example.answer][:1])
             self.answers(heapq.nlargest(_LOOKED_AT, task.demonstrations, key=lambda example: len(example.answer)))
@@ -153,7 +154,8 @@ def encode_answers(
 ) -> list[list[int]]:
     """Token ids of each demonstration: answer, the chat template's end of turn, `eos_id` up to `length`.
 
-    An answer may fill the length without an EOS; a longer one raises UserError, as does an empty one.
+    An answer may fill the length without an EOS; a longer one raises UserError, as does an empty one, and one that goes on after
+    an EOS of its own, where completions are read no further.
     """
     end = tokenizer.eos_token_id if eos_id is None else eos_id
     encoded = []
@@ -161,12 +163,18 @@ def encode_answers(
         if not example.answer:
             raise UserError(f"example {example.id} has no answer to be shown in supervised training")
         ids = _ids(tokenizer, example.answer + _end_of_turn(tokenizer, example), example, "answer")
+        if end in ids and set(_after(end, _ids(tokenizer, example.answer, example, "answer"))) - {end}:
+            raise UserError(f"the answer of example {example.id} goes on after the token that ends a text ({end})")
         if len(ids) > length:
             raise UserError(f"the answer of example {example.id} has {len(ids)} tokens, more than the completion's {length}")
         if len(ids) < length and end is None:
             raise UserError("the tokenizer has no EOS token to fill the completions with; give model.facts.eos_id")
         encoded.append(ids + [end] * (length - len(ids)))
     return encoded
+
+
+def _after(token: int | None, ids: list[int]) -> list[int]:
+    return ids[ids.index(token) :] if token in ids else []
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Tensor, *, eos_id: int | None = None) -> list[str]:

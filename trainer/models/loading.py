@@ -149,7 +149,8 @@ def _sentences(name: str) -> Iterator[None]:
     except Exception as error:  # damaged files raise all kinds of errors
         if "trust_remote_code" in str(error):
             raise _untrusted(name) from error
-        raise UserError(f"model: {name} cannot be loaded ({first_line(error)})") from error
+        nowhere = "" if Path(name).expanduser().is_dir() else "is no folder here, and as an id of the hub "
+        raise UserError(f"model: {name} {nowhere}cannot be loaded ({first_line(error)})") from error
 
 
 def _untrusted(name: str) -> UserError:

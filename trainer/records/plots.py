@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ..errors import visible
 
 Records = list[dict[str, Any]]
 
@@ -62,7 +65,7 @@ def draw_unmasking(samples: Sequence[dict[str, Any]], file: Path) -> None:
     for sample in samples:
         tokens, steps = sample["tokens"][: _WIDTH * _LINES], sample["steps"][: _WIDTH * _LINES]
         for first in range(0, len(tokens), _WIDTH):
-            name = f"{'solved' if sample['correct'] else 'failed'}: {sample['id']}" if first == 0 else ""
+            name = f"{'solved' if sample['correct'] else 'failed'}: {visible(sample['id'])[:_WIDTH]}" if first == 0 else ""
             rows.append((name, tokens[first : first + _WIDTH], steps[first : first + _WIDTH]))
     width = max(len(tokens) for _, tokens, _ in rows)
     most = max(1, *(max(steps) for _, _, steps in rows))
@@ -72,14 +75,17 @@ def draw_unmasking(samples: Sequence[dict[str, Any]], file: Path) -> None:
     image = axis.imshow([[1 + step for step in row] for row in shades], cmap="viridis", vmin=1, vmax=most + 1, aspect="auto")
     for y, (_, tokens, steps) in enumerate(rows):
         for x, (token, step) in enumerate(zip(tokens, steps, strict=True)):
-            text = token.replace("\n", "⏎").replace("$", "\\$") or "·"
-            axis.text(x, y, text[:6], ha="center", va="center", fontsize=8, color="white" if step < 0.6 * most else "black")
-    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
+            color = "white" if step < 0.6 * most else "black"
+            text = visible(token.replace("\n", "⏎"))[:6] or "·"
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color, parse_math=False)
+    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8, parse_math=False)
     axis.set_xticks([])
     axis.set_title("order of unmasking", fontsize=10, loc="left")
     axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axis, label="step")
-    figure.savefig(file, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a script that its font lacks, a box is drawn
+        figure.savefig(file, dpi=110)
 
 
 def draw_rewards(runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], file: Path) -> None:
@@ -127,7 +133,7 @@ def _running(values: Sequence[float], share: int = 20) -> list[float]:
 
 
 def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None:
-    points = [(r["step"], r[key]) for r in records if key in r]
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), float | int)]
     axis.set_title(f"{title} ({unit})" if unit else title, fontsize=11)
     if not points:
         axis.text(0.5, 0.5, "no steps", ha="center", va="center", transform=axis.transAxes, color=_GREY)
@@ -147,8 +153,8 @@ def _line(axis: Axes, records: Records, key: str, title: str, unit: str) -> None
 
 def _accuracy(axis: Axes, records: Records) -> None:
     axis.set_title("right answers on unseen examples (%)", fontsize=11)
-    probed = [r for r in records if "probe_greedy" in r]
     for way, (label, color) in _WAYS.items():
+        probed = [r for r in records if isinstance(r.get(f"probe_{way}"), float | int)]
         values = [100 * r[f"probe_{way}"] for r in probed]
         axis.plot([r["step"] for r in probed], values, color=color, linewidth=1.8, marker=".", label=label)
     axis.set_ylim(0, 100)

@@ -12,10 +12,12 @@ history.jsonl      one line per start: from where, what changed, on which machin
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -142,21 +144,27 @@ class RunDir:
             raise _damaged(file, error) from error
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one step's figures to metrics.jsonl and to TensorBoard."""
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a")
-            self._open_loggers()
+        """Append one step's figures to metrics.jsonl and to TensorBoard; null for those that are not finite, as in JSON.
+
+        Raises UserError for a figure that is no number, as an algorithm of one's own may return.
+        """
+        record = {name: _figure(name, value) for name, value in record.items()}
+        self._open()
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._show(record)
 
     def keep(self, records: Sequence[dict[str, Any]]) -> None:
         """Append to samples.jsonl, and show in TensorBoard."""
+        self._open()
         with (self.path / samples.NAME).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         self._show_samples(records)
 
-    def _open_loggers(self) -> None:
+    def _open(self) -> None:
+        if self._metrics is not None:
+            return
+        self._metrics = (self.path / "metrics.jsonl").open("a")
         if self.wandb is not None:
             try:
                 import wandb
@@ -176,7 +184,8 @@ class RunDir:
             self._show(earlier)
 
     def _show(self, record: dict[str, Any]) -> None:
-        figures = {f"{record['phase']}/{name}": value for name, value in record.items() if name not in ("phase", "step")}
+        own = {name: value for name, value in record.items() if name not in ("phase", "step")}
+        figures = {f"{record['phase']}/{name}": math.nan if value is None else value for name, value in own.items()}
         if self._wandb_run is not None:
             self._wandb_run.log({**figures, f"{record['phase']}/step": record["step"]})
         for name, value in figures.items() if self._events is not None else ():
@@ -204,12 +213,13 @@ class RunDir:
         done = state.step + (sft_steps if state.phase == "rl" else 0)
         if (lost := done - len({(record["phase"], record["step"]) for record in kept})) > 0:
             print(f"dllm-kernels: {self.path / 'metrics.jsonl'} lacks {lost} of the {done} steps that were made", file=sys.stderr)
-        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        clean = [{name: _figure(name, value) for name, value in record.items()} for record in kept]  # earlier versions had NaN
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in clean))
         if (self.path / samples.NAME).is_file():
             known = [s for s in samples.read(self.path / samples.NAME) if state.is_past(s["phase"], s["step"])]
             self.write_text(samples.NAME, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in known))
             self._kept_samples = known
-        self._kept = kept
+        self._kept = clean
 
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step and cannot be resumed."""
@@ -219,8 +229,9 @@ class RunDir:
 
     def close(self) -> None:
         for logger in (self._metrics, self._events):
-            if logger is not None:
-                logger.close()
+            with suppress(OSError):  # every line is flushed when it is logged: what fails again here was told then
+                if logger is not None:
+                    logger.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
         if self._lock is not None:
@@ -270,6 +281,16 @@ def _record(line: str) -> dict[str, Any] | None:
         return None
     whole = isinstance(record, dict) and record.get("phase") in PHASES and isinstance(record.get("step"), int)
     return record if whole else None
+
+
+def _figure(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (str, int)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"figure {name} of a step must be a number, got {type(value).__name__}") from error
+    return number if math.isfinite(number) else None
 
 
 def _flush(file: Any) -> None:

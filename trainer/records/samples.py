@@ -36,9 +36,9 @@ def as_text(samples: Iterable[Sample]) -> str:
 
 
 def chosen(samples: Sequence[Sample]) -> list[Sample]:
-    """Solved and failed examples of the last evaluation."""
-    last = [s for s in samples if (s["phase"], s["step"]) == (samples[-1]["phase"], samples[-1]["step"])]
-    solved, failed = ([s for s in last if bool(s["correct"]) is right][:_SHOWN] for right in (True, False))
+    """Solved and failed examples of the last evaluation, each once: a look in between may have been at the same step."""
+    last = {(s["set"], s["id"]): s for s in samples if (s["phase"], s["step"]) == (samples[-1]["phase"], samples[-1]["step"])}
+    solved, failed = ([s for s in last.values() if bool(s["correct"]) is right][:_SHOWN] for right in (True, False))
     return [*solved, *failed]
 
 

@@ -40,6 +40,6 @@ def make_task(config: AnyTaskConfig, *, seed: int) -> Task:
     return replace(
         made,
         rewards={name: checked(reward, name) for name, reward in made.rewards.items()},
-        correct=checked(made.correct, "correct", share=True),
+        correct=checked(made.correct, "correct", truth=True),
         metrics={name: checked(reward, name) for name, reward in made.metrics.items()},
     )

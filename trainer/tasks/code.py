@@ -5,9 +5,11 @@ The reward is the share of tests that a completion's program passes, each run in
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import torch
 from dllm_kernels import noise
 from dllm_kernels.noise import Stream
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, first_line
 from .config import CodeConfig
 from .files import distinct, first_rows, text_of
 from .judge import Job, Judge
@@ -77,6 +79,7 @@ def _mbpp(name: str, row: Mapping[str, Any], where: str) -> Example:
     setup = [text_of(row, "test_setup_code", where)] if "test_setup_code" in row else []
     asked = text_of(row, "prompt" if "prompt" in row else "text", where)
     facts = {"tests": tests, "setup": "\n".join([*imports, *setup]), "before": ""}
+    _check(facts, where)
     shown = text_of(row, "code", where) if "code" in row else ""
     # the tests tell the function's name, as in MBPP's own prompts
     return Example(name, f"{asked}\nIt must pass these tests:\n{chr(10).join(tests)}", _block(shown), facts)
@@ -86,8 +89,20 @@ def _human_eval(name: str, row: Mapping[str, Any], where: str) -> Example:
     head = text_of(row, "prompt", where)
     check = f"{text_of(row, 'test', where)}\ncheck({text_of(row, 'entry_point', where)})"
     shown = head + text_of(row, "canonical_solution", where) if "canonical_solution" in row else ""
-    facts = {"tests": [check], "setup": "", "before": head}
+    facts = {"tests": [check], "setup": "", "before": head, "name": text_of(row, "entry_point", where)}
+    _check(facts, where)
     return Example(name, f"Complete this function:\n```python\n{head}```", _block(shown), facts)
+
+
+def _check(facts: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a test that no program could pass, as Python does not read it."""
+    for test in facts["tests"]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its style
+                ast.parse(f"{facts['setup']}\n{test}")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise UserError(f"{where}: a test is no Python ({first_line(error)}): {test!r:.80}") from error
 
 
 def _texts(row: Mapping[str, Any], column: str, where: str) -> list[str]:
@@ -102,11 +117,21 @@ def _block(code: str) -> str:
 
 
 def program(example: Example, completion: str) -> str:
-    """The last block of a completion, or all of it; after the example's own lines where it begins in the body."""
+    """The last block of a completion, or all of it.
+
+    It comes after the example's own lines: after all of them where it goes on in the body, else after the imports and helpers
+    that they begin with, which a model that writes the function anew need not repeat.
+    """
     blocks = _BLOCK.findall(completion)
     code = blocks[-1] if blocks else completion.partition("```")[0]
     before = example.facts["before"]
-    return f"{before}{code}" if before and not re.search(r"^(?:def|import|from) ", code, re.MULTILINE) else code
+    if not before:
+        return code
+    named = rf"^(?:(?:async )?def|class) {re.escape(example.facts['name'])}\b"
+    if re.search(named, code, re.MULTILINE) is None:
+        return f"{before}{code}"
+    begins = re.search(named, before, re.MULTILINE)
+    return f"{before[: begins.start()] if begins else ''}{code}"
 
 
 def _toy_program(example: Example, completion: str) -> str:

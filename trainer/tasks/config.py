@@ -85,7 +85,7 @@ class FileConfig(Section):
     id_column: Text | None = None  # None: the row's number
     train_rows: Rows = None  # the first rows of the training data; null: all
     test_rows: Rows = None  # the same, of each test set
-    correct: Text = "exact_match"  # or "module:function"; counted by evaluation
+    correct: Text = "exact_match"  # or "module:function" of truth values; counted by evaluation
     timeout: Annotated[float, Field(gt=0.0)] = 60.0  # seconds that `module:function` may take for one batch
     system: str = ""  # instructions before every prompt
     completion_length: Positive = 256  # tokens of a completion
@@ -107,7 +107,7 @@ class CodeConfig(Section):
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = 5.0  # seconds for all tests of one program
     memory_mib: Annotated[int, Field(ge=64)] = 256  # of each process
     processes: Annotated[int, Field(ge=1, le=256)] = 8  # that a program may start
-    workers: Positive | None = None  # programs at once; None: the cores of this process
+    workers: Positive | None = None  # programs at once; None: a rank's share of the cores
 
     @model_validator(mode="after")
     def _check(self) -> CodeConfig:

@@ -149,6 +149,9 @@ def _csv(name: str) -> Iterator[tuple[str, Row]]:
     text = "\n".join(line for _, line in _lines(name))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        columns = reader.fieldnames or ()
+        if twice := [column for place, column in enumerate(columns) if column in columns[:place]]:
+            raise UserError(f"{name}:1: column {twice[0]!r} is there twice")
         for row in reader:
             where = f"{name}:{reader.line_num}"
             if None in row or None in row.values():

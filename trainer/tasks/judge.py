@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..errors import UserError
 from . import code_cell
-from .sandbox import Limits, Mechanism, Sandbox, python
+from .sandbox import Limits, Mechanism, Process, Sandbox, python
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Job:
 class Judge:
     """Judges programs, several at once; results come in order, whatever ends when.
 
-    Raises UserError at the first use where no sandbox works.
+    Raises UserError at the first use where no sandbox works, and at any where one does not start.
     """
 
     def __init__(self, mechanism: Mechanism = "auto", limits: Limits | None = None, workers: int | None = None):
         self._mechanism, self._limits = mechanism, limits or Limits()
         self._known: dict[Job, list[bool]] = {}  # verdicts of the last call
-        self._workers = workers or max(1, len(os.sched_getaffinity(0)))
+        self._workers = workers or _share_of_the_cores()
 
     def __call__(self, jobs: Sequence[Job]) -> list[list[bool]]:
         """Which tests hold; all that come after one that exceeds the limits fail."""
@@ -62,26 +63,34 @@ class Judge:
         slot = self._slots.get()
         try:
             lines = self._run(job, slot)
+        except OSError as error:
+            raise UserError(f"no sandbox can be started for a program: {error.strerror}") from error
         finally:
             self._slots.put(slot)
         passed = [line == b"true" for line in lines[: len(job.tests)]]
         return passed + [False] * (len(job.tests) - len(passed))
 
     def _run(self, job: Job, slot: int) -> list[bytes]:
-        limits = asdict(self._limits) | ({"processes": None} if self._sandbox.mechanism == "none" else {})
+        bare = self._sandbox.mechanism == "none"
+        limits = asdict(self._limits) | {"sandboxed": not bare} | ({"processes": None} if bare else {})
         command = [*python(), _SOURCE]
-        calls_read, calls_write = os.pipe()
-        answers_read, answers_write = os.pipe()
-        started = []
+        calls_read, calls_write, answers_read, answers_write = ends = (*os.pipe(), *os.pipe())
+        started: list[Process] = []
         try:
-            program = [*command, "program", json.dumps(limits)]
-            started.append(self._sandbox.start(program, slot=2 * slot, stdin=calls_read, stdout=answers_write))
-            tests = [*command, "tests", json.dumps(limits), str(calls_write), str(answers_read)]
-            ours = (calls_write, answers_read)
-            pipe = subprocess.PIPE
-            started.append(self._sandbox.start(tests, slot=2 * slot + 1, stdin=pipe, stdout=pipe, pass_fds=ours))
-            for end in (calls_read, calls_write, answers_read, answers_write):
-                os.close(end)
+            try:
+                program = [*command, "program", json.dumps(limits)]
+                started.append(self._sandbox.start(program, slot=2 * slot, stdin=calls_read, stdout=answers_write))
+                tests = [*command, "tests", json.dumps(limits), str(calls_write), str(answers_read)]
+                ours = (calls_write, answers_read)
+                pipe = subprocess.PIPE
+                started.append(self._sandbox.start(tests, slot=2 * slot + 1, stdin=pipe, stdout=pipe, pass_fds=ours))
+            finally:
+                for end in ends:
+                    os.close(end)
+            # the program's time begins here: how long a sandbox takes to start is the machine's affair, not a verdict
+            if not started[1].said(code_cell.READY, _START_SECONDS):
+                told = "; ".join(filter(None, (process.end() for process in started)))
+                raise UserError(f"the sandbox of a program did not start ({told or f'in {_START_SECONDS:g} s'})")
             spec = json.dumps({"program": job.program, "tests": job.tests, "setup": job.setup})
             return started[1].communicate(spec.encode(), self._limits.seconds).splitlines()
         finally:
@@ -89,4 +98,10 @@ class Judge:
                 process.end()
 
 
+def _share_of_the_cores() -> int:
+    """Of this process, where torchrun may have started others beside it: programs that wait for a core run out of wall time."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 _SOURCE = Path(code_cell.__file__).read_text()
+_START_SECONDS = 60.0

@@ -42,10 +42,10 @@ def choose(name: str, rewards: Mapping[str, Reward], *, timeout: float) -> Rewar
     raise UserError(f"reward {name} is unknown: this task has {known}; one of your own is written module:function")
 
 
-def checked(reward: Reward, name: str, *, share: bool = False) -> Reward:
+def checked(reward: Reward, name: str, *, truth: bool = False) -> Reward:
     """Wrap a reward to raise UserError, naming the example, unless it returns a finite number for each.
 
-    share: one in 0..1, or a truth value, as what counts right answers must.
+    truth: 0, 1 or a truth value for each, as what counts right answers must: gains are those of answers that became right.
     """
 
     def call(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
@@ -56,9 +56,9 @@ def checked(reward: Reward, name: str, *, share: bool = False) -> Reward:
         except Exception as error:
             raise UserError(f"reward {name} raised {first_line(error)}{_place(error)}") from error
         numbers = _numbers(values, name, examples)
-        for example, number in zip(examples, numbers, strict=True) if share else ():
-            if not 0 <= number <= 1:
-                raise UserError(f"reward {name} must return truth values or numbers in 0..1, got {number:g} for {example.id}")
+        for example, number in zip(examples, numbers, strict=True) if truth else ():
+            if number not in (0, 1):
+                raise UserError(f"reward {name} must return truth values, or 0 and 1, got {number:g} for {example.id}")
         return numbers
 
     return call

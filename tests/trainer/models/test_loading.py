@@ -148,6 +148,15 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
         load(tmp_path / "wrong", facts={"maskid": 3})
 
 
+def test_a_name_that_may_be_a_folder_or_an_id_is_told_as_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"runs/sft is no folder here, and as an id of the hub cannot be loaded \(OSError: no"):
+        load("runs/sft")
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_weights_that_no_file_holds_are_not_drawn_at_random_in_silence(foreign: bool, tmp_path: Path) -> None:
     write("eurobert", tmp_path)

@@ -1,10 +1,16 @@
 """A run's folder: claimed once, never overwritten, whole at every moment."""
 
 import json
+import math
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from dllm_trainer.errors import UserError
+from dllm_trainer.records import samples
+from dllm_trainer.records.plots import draw_curves, draw_unmasking
 from dllm_trainer.records.run_dir import RunDir, State
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,6 +115,47 @@ def test_tensorboard_begins_with_the_first_step_where_it_is_switched_on_at_a_res
     again.log({"phase": "rl", "step": 2, "loss": 0.25})
     again.close()
     assert [event.step for event in EventAccumulator(str(first.path)).Reload().Scalars("rl/loss")] == [1, 2]
+
+
+def test_figures_that_are_not_finite_leave_json_that_others_read(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.keep([SAMPLE])  # of an evaluation before the first step
+    run.log({"phase": "rl", "step": 1, "loss": math.nan, "elbo": torch.tensor(-math.inf), "reward": np.float32(0.5)})
+    run.log({"phase": "rl", "step": 2, "loss": 0.25, "elbo": -1.0, "reward": 1})
+    with pytest.raises(UserError, match="figure rank of a step must be a number, got list"):
+        run.log({"phase": "rl", "step": 3, "rank": [1]})
+    run.close()
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert records[0] == {"phase": "rl", "step": 1, "loss": None, "elbo": None, "reward": 0.5}
+    draw_curves(records, [], run.path / "curves.png")
+    shown = EventAccumulator(str(run.path)).Reload()
+    assert [event.step for event in shown.Scalars("rl/loss")] == [1, 2]
+    assert [event.step for event in shown.Tensors("rl/test/text_summary")] == [1]
+    (run.path / "metrics.jsonl").write_text('{"phase": "rl", "step": 1, "loss": NaN}\n')  # of an earlier version
+    again = RunDir(run.path)
+    again.rewind(State("rl", 1))
+    assert (run.path / "metrics.jsonl").read_text() == '{"phase": "rl", "step": 1, "loss": null}\n'
+
+
+def test_pictures_and_reports_take_any_text(tmp_path: Path) -> None:
+    texts = {"id": r"a $\nonsense$ \x1b[2J", "tokens": ["$", r"$\x", "\x07", "\u4e2d"], "steps": [0, 1, 2, 3]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_unmasking([SAMPLE | texts], tmp_path / "unmasking.png")
+    looked_at_twice = [SAMPLE | {"completion": "4"}, SAMPLE]
+    assert samples.chosen(looked_at_twice) == [SAMPLE]
+
+
+def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.tensorboard = False
+    (run.path / "metrics.jsonl").symlink_to("/dev/full")
+    run.lock()
+    with pytest.raises(OSError, match="No space left"):
+        run.log({"phase": "rl", "step": 1})
+    run.close()
+    assert not (run.path / ".lock").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

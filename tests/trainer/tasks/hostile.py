@@ -11,6 +11,7 @@ class Hostile(NamedTuple):
     program: str
     tests: tuple[str, ...]
     verdicts: list[bool]  # one a test
+    endless: bool = False  # takes all the time that it is given
 
 
 HOSTILE = {
@@ -240,6 +241,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "sleeps": Hostile(
         """
@@ -248,6 +250,7 @@ time.sleep(1000)
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "ignores signals and spins": Hostile(
         """
@@ -262,6 +265,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "hangs in C": Hostile(
         """
@@ -270,6 +274,7 @@ def f():
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "bombs memory": Hostile(
         """
@@ -340,6 +345,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "counts what it can fork": Hostile(
         """
@@ -380,6 +386,7 @@ time.sleep(1000)
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "opens many files": Hostile(
         """
@@ -465,7 +472,8 @@ def f():
         """
 def f():
     wrote = []
-    for place in (MARKER, '/marker', '/usr/marker', '/usr/lib/marker', '/dev/marker', '/proc/sys/kernel/hostname'):
+    places = [MARKER, '/marker', '/usr/marker', '/usr/lib/marker', '/dev/marker', '/dev/shm/marker']
+    for place in (*places, '/proc/sys/kernel/hostname'):
         try:
             open(place, 'w').write('x')
             wrote.append(place)
@@ -612,5 +620,74 @@ def f():
 """,
         ("assert f() == []",),
         [True],
+    ),
+    "leaves a key for the next": Hostile(
+        """
+import ctypes, os
+def f():
+    add_key, keyctl = {'x86_64': (248, 250), 'aarch64': (217, 219)}[os.uname().machine]
+    system = ctypes.CDLL(None)
+    of_user, of_session, get = -4, -3, 0
+    return [system.syscall(add_key, b'user', b'left', b'x', 1, ring) for ring in (of_user, of_session)] + [
+        system.syscall(keyctl, get, of_session, 0)
+    ]
+""",
+        ("assert f() == [-1] * 3",),
+        [True],
+    ),
+    "takes memory that no limit counts": Hostile(
+        """
+import ctypes, os
+def f():
+    return [ctypes.CDLL(None).shmget(0, ctypes.c_size_t(2**20), 0o1700), ctypes.CDLL(None).msgget(0, 0o1700)]
+def g():
+    os.memfd_create('memory')
+def h():
+    open('/tmp/x', 'w').close()
+    os.setxattr('/tmp/x', 'user.x', b'x' * 2**15)
+""",
+        (
+            "assert f() == [-1, -1]",
+            "try:\n    g()\nexcept PermissionError:\n    pass\nelse:\n    raise AssertionError",
+            "try:\n    h()\nexcept PermissionError:\n    pass\nelse:\n    raise AssertionError",
+        ),
+        [True] * 3,
+    ),
+    "makes namespaces of its own": Hostile(
+        """
+import ctypes, os
+def f():
+    system = ctypes.CDLL(None)
+    of_user, of_mounts, dies_with = 0x10000000, 0x20000, 17
+    made = [system.unshare(of_user), system.unshare(of_user | of_mounts)]  # in which it could mount what it likes
+    made.append(system.syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], of_user | dies_with, 0, 0, 0, 0))
+    if made[-1] == 0:
+        os._exit(0)
+    return made
+""",
+        ("assert f() == [-1] * 3",),
+        [True],
+    ),
+    "asks the hypervisor and the kernel": Hostile(
+        """
+import ctypes, os, socket
+def f():
+    made = []
+    for family in (40, 38, 17, 44):  # of virtual machines, ciphers, packets, fast packets
+        try:
+            socket.socket(family, socket.SOCK_STREAM)
+            made.append(family)
+        except OSError:
+            pass
+    return made
+def g():
+    calls = {'x86_64': (323, 321, 298, 310), 'aarch64': (282, 280, 241, 270)}[os.uname().machine]
+    return [ctypes.CDLL(None).syscall(n, 0, ctypes.create_string_buffer(256), 120, 0, 0, 0) for n in (425, *calls)]
+""",
+        (
+            "assert f() == []",
+            "assert g() == [-1] * 5",
+        ),
+        [True, True],
     ),
 }

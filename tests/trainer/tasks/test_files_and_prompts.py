@@ -94,6 +94,13 @@ def test_a_source_that_cannot_be_read_is_said(tmp_path: Path, name: str, said: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_column_that_is_there_twice_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,answer,answer\n1,2,3\n")
+    with pytest.raises(UserError, match=r"data\.csv:1: column 'answer' is there twice"):
+        make_task(FileConfig(train=str(path)), seed=0)
+
+
 def test_a_damaged_parquet_file_is_said(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     path = tmp_path / "bad.parquet"
@@ -226,6 +233,9 @@ def test_answers_are_filled_with_eos_and_never_cut(tokenizer: PreTrainedTokenize
         codec.encode_answers(tokenizer, [Example("2", "1")], length=3)
     with pytest.raises(UserError, match="the answer of example 3 has what the tokenizer does not know: 'x'"):
         codec.encode_answers(tokenizer, [Example("3", "1", "1x")], length=3)
+    assert codec.encode_answers(tokenizer, [Example("4", "1", "1[EOS]")], length=3) == [[1, eos, eos]]
+    with pytest.raises(UserError, match=rf"the answer of example 5 goes on after the token that ends a text \({eos}\)"):
+        codec.encode_answers(tokenizer, [Example("5", "1", "1[EOS]2")], length=3)
 
 
 def test_completions_are_read_up_to_the_first_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dllm_trainer.errors import ConfigError, UserError
 from dllm_trainer.models.loading import tokenizer_of
 from dllm_trainer.models.tokenizer import train_tokenizer
 from dllm_trainer.records.run_dir import RunDir
-from dllm_trainer.tasks import make_task
+from dllm_trainer.tasks import Example, make_task
 from dllm_trainer.train.run import Run, prepare
 from dllm_trainer.train.setup import Setup
 from pyarrow import Table, parquet
@@ -144,6 +145,9 @@ def test_what_follows_counts_where_texts_are_looked_at_beforehand(tmp_path: Path
     assert "1 of 9 training examples ask a question of the test set held" in note
     longer.codec.look_ahead(longer.task, shown=False)
     assert prompt_tokens(longer, []) == 73, "what `plan` plans with"
+    empty = replace(longer.task, train=[*longer.task.train, Example("9", "", "2")])
+    with pytest.raises(UserError, match="the prompt of example 9 is empty"):
+        longer.codec.look_ahead(empty, shown=False)
 
 
 @pytest.mark.parametrize(
