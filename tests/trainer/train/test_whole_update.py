@@ -117,7 +117,7 @@ def test_the_second_inner_iteration_has_the_gradient_of_plain_loops(
         monkeypatch.setattr(rl, attribute, replacement)
     setup.__dict__["reward"] = lambda examples, texts: REWARDS
     list(rl.rl_updates(setup, make_optimizer(setup.trained, config.rl)))
-    (_, _), (policy, got), plan = *seen["steps"], seen["plans"][1]
+    (policy, got), plan = seen["steps"][1], seen["plans"][1]
     assert len(plan.input_ids_BS) == (4 if name == "bgpo" else 8)
     tokens = (ENDS * 2)[: len(plan.input_ids_BS)] if window == "eos" else [16] * 8
     policy.zero_grad()
