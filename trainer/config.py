@@ -180,6 +180,11 @@ class RlConfig(OptimizerConfig):
         window, _ = self.scored()
         if self.tail is not None and window != "eos":
             raise ValueError(f"tail must be null with window completion, which leaves no tail, got {self.tail}")
+        if self.tail not in (None, "hidden") and recipe.needs_trajectory:
+            raise ValueError(
+                f"tail must be null or hidden for algorithm {self.algorithm}, which scores the states of its rollouts: they hide "
+                f"of the tail what the rollout had not decided, got {self.tail}"
+            )
         if self.law not in TRACES:
             options = laws.resolve(self.law, self.law_options())
             laws.check_samples(*options, self.samples)

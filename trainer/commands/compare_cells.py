@@ -62,11 +62,11 @@ def overrides(cell: Cell, task_seed: int) -> list[str]:
 
 
 def split(task: Task, validation: int) -> tuple[str, Sequence[Example], Sequence[Example]]:
-    """(name of the first test set, its first examples for choices, the others for the table); no prompt is in both."""
+    """(name of the first test set, its first examples for choices, the others for the table); no problem is in both."""
     name, examples = next(iter(task.tests.items()))
     chosen_by = examples[:validation]
-    known = {example.prompt for example in chosen_by}
-    return name, chosen_by, [example for example in examples[validation:] if example.prompt not in known]
+    known = {example.problem or example.prompt for example in chosen_by}
+    return name, chosen_by, [example for example in examples[validation:] if (example.problem or example.prompt) not in known]
 
 
 def run_cell(config: RunConfig, cell: Cell, budget: int) -> Entry:

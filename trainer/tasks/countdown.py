@@ -117,8 +117,11 @@ def examples(config: CountdownConfig, name: str, count: int, *, seed: int) -> li
 
 def held_out(numbers: Iterable[int], target: int, share: float) -> bool:
     """Whether a problem belongs to the tests; independent of the seed and the order of its numbers."""
-    key = ",".join(map(str, sorted(numbers)))
-    return noise.sequence_id(f"countdown/{key}>{target}") % 2**32 < share * 2**32
+    return noise.sequence_id(f"countdown/{_problem(numbers, target)}") % 2**32 < share * 2**32
+
+
+def _problem(numbers: Iterable[int], target: int) -> str:
+    return f"{','.join(map(str, sorted(numbers)))}>{target}"
 
 
 def _candidates(
@@ -155,9 +158,10 @@ def _example(name: str, numbers: Sequence[int], target: int, answer: str, style:
     facts = {"numbers": list(numbers), "target": target}
     if style == "characters":
         shown = " ".join(f"{number:0{width}d}" for number in numbers)
-        return Example(name, f"{shown}>{target}=", answer, facts)
+        return Example(name, f"{shown}>{target}=", answer, facts, problem=_problem(numbers, target))
     prompt = _SENTENCE.format(numbers=", ".join(map(str, numbers)), target=target)
-    return Example(name, prompt, f"<answer>\n{answer}\n</answer>" if answer else "", facts)
+    answer = f"<answer>\n{answer}\n</answer>" if answer else ""
+    return Example(name, prompt, answer, facts, problem=_problem(numbers, target))
 
 
 def read_d1(path: str, style: str) -> list[Example]:

@@ -14,6 +14,7 @@ class Example:
     answer: str = ""  # the demonstration for SFT; "" if there is none
     facts: Mapping[str, Any] = field(default_factory=dict)  # for rewards; plain, picklable values
     suffix: str = ""  # what follows the completion, which then fills the gap between the two
+    problem: str = ""  # the same for prompts that ask the same in other words; "": no other prompt does
 
 
 # one finite number per completion; completions are texts without special tokens

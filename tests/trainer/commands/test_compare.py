@@ -172,6 +172,15 @@ def test_an_example_that_stands_on_both_sides_is_the_validation_s_alone() -> Non
     assert split(doubled, 2) == ("t", [one, two], [three])
 
 
+def test_a_countdown_problem_with_its_numbers_in_another_order_is_the_same_problem() -> None:
+    task = make_task(load_config(Path("countdown"), ["task.test_problems=300"]).task, seed=0)
+    _, validation, table = split(task, 100)
+    chosen_by, left = ({(*sorted(e.facts["numbers"]), e.facts["target"]) for e in part} for part in (validation, table))
+    assert left
+    assert not chosen_by & left
+    assert len(table) < 200, "in no order came a problem twice, so nothing was tested"
+
+
 def entry(rate: float, correct: float, *, phase: str = "sweep", failed: str | None = None) -> dict[str, Any]:
     right = {way: {"correct": correct, "examples": 4, "solved": "1100"} for way in ("rollout", "greedy")}
     return {"phase": phase, "algorithm": "a", "rate": rate, "seed": 0, "failed": failed, "right": right}
