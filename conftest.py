@@ -1,9 +1,12 @@
-"""Adapters are imported for their doctests only where the foreign package is installed."""
+"""Adapters are imported for their doctests only where the foreign package is installed; no test draws what another left."""
 
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 _FOREIGN = {
     "automodel": "nemo_automodel/recipes/dllm",
@@ -21,6 +24,24 @@ def installed(folder: str) -> bool:
 
 
 collect_ignore = [f"dllm_kernels/integrations/{file}.py" for file, folder in _FOREIGN.items() if not installed(folder)]
+
+
+def _seed(value: int) -> None:
+    random.seed(value)
+    numpy.random.seed(value)
+    torch.manual_seed(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Which tests ran before in this process, and what they drew, is pytest-xdist's choice."""
+    _seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Once more, since a fixture of a whole file or session is made for the first of its tests alone."""
+    _seed(1)
 
 
 @pytest.hookimpl(trylast=True)

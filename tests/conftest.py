@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from dllm_kernels import backends
 from dllm_kernels.backends import cpu
+
+# transformers copies a checkpoint's code there by the folder's name, in place, while other processes may read it
+_code = tempfile.TemporaryDirectory(prefix="dllm-tests-code-")
+os.environ["HF_MODULES_CACHE"] = _code.name
 
 torch.set_num_threads(1)  # at these sizes a second thread only waits, and does so for long on a busy machine
 
@@ -21,6 +27,9 @@ settings.register_profile("fixed", derandomize=True, max_examples=30, **_quiet)
 settings.register_profile("few", derandomize=True, max_examples=5, **_quiet)  # where every shape costs a compilation
 settings.register_profile("explore", max_examples=1000, **_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+# one value in twenty is a constant out of the local modules imported so far, other ones in each process of pytest-xdist
+if settings().derandomize and hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = lambda: providers._local_constants
 pytest.register_assert_rewrite(
     "tests.head_suite",
     "tests.head.head_relations",

@@ -97,7 +97,7 @@ def test_a_backend_of_the_how_to_passes_the_suite_of_claims(tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count(".") > 50, "claims were selected"
@@ -119,7 +119,7 @@ def test_a_task_of_the_how_to_is_trained_for_two_updates(tmp_path: Path) -> None
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     updates = [line for line in RunDir.reopen(tmp_path / "runs" / "sums").metrics() if line["phase"] == "rl"]

@@ -138,7 +138,7 @@ def test_the_extension_is_not_asked_about_tensors_without_memory():
 def run_with_triton(code, tmp_path, **environment):
     paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *code], env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, *code], env={**os.environ, **paths, **environment}, capture_output=True, text=True, timeout=800
     )
 
 

@@ -62,8 +62,10 @@ class DiffusionLM(TemplateLM):
         greedy: whether to find out, by greedy decoding of one token a step, if a continuation is the likeliest.
             False answers "no" to every request, in one call of the model less per token: for tasks that compare
             log-likelihoods alone.
-        length, sampler, steps, block_length, temperature, and others of `generate`: the decoding.
-            Values of a task's or the command's gen_kwargs come over them; `max_gen_toks` is the length.
+        length, sampler, steps, block_length, temperature, and others of `generate`: the decoding. sampler None is
+            "llada", of a block-causal model "sdar" in its blocks with cache=True.
+            Values of a task's or the command's gen_kwargs come over them; `max_gen_toks` is the length where none is given
+            here, and `do_sample` alone means temperature 1.
         errors: a file to which every estimate is appended with its standard error, a JSON object a line.
 
     Raises ValueError or TypeError naming the argument.
@@ -90,13 +92,14 @@ class DiffusionLM(TemplateLM):
         samples_per_pass: int = 1,
         greedy: bool = True,
         length: int | None = None,
-        sampler: str = "llada",
+        sampler: str | None = None,
         errors: str | None = None,
         **decoding: Any,
     ) -> None:
         super().__init__()
         checks.choice("law", law, tuple(LAWS))
-        checks.choice("sampler", sampler, tuple(SAMPLERS))
+        if sampler is not None:
+            checks.choice("sampler", sampler, tuple(SAMPLERS))
         self.batch_size = checks.count("batch_size", int(batch_size) if str(batch_size).isdigit() else batch_size)
         loaded = _load(pretrained, tokenizer, loader, dtype, trust_remote_code)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -114,7 +117,9 @@ class DiffusionLM(TemplateLM):
         self.scoring = {"law": law, "samples": samples, "seed": seed, **(law_options or {}), "samples_per_pass": samples_per_pass}
         if block is not None:
             self.scoring["causal_block"] = block
-        self.decoding = {"sampler": sampler, "seed": seed, **decoding} | ({} if length is None else {"length": length})
+        own: dict[str, Any] = {"sampler": "llada"} if block is None else {"sampler": "sdar", "block_length": block, "cache": True}
+        given = {name: value for name, value in (("sampler", sampler), ("length", length)) if value is not None}
+        self.decoding = {**own, "seed": seed, **decoding, **given}
         self._greedy, self._errors = greedy, None if errors is None else Path(errors)
         self._decoded: list[dict[str, Any]] = []
         self._found: list[float] = []  # standard errors
@@ -236,15 +241,18 @@ class DiffusionLM(TemplateLM):
             if not continuation:
                 found.append(True)
                 continue
+            options: dict[str, Any] = {"steps": len(continuation), "block_length": len(continuation)}
+            if (block := self.scoring.get("causal_block")) is not None:  # such a model never saw masks before a block
+                options = {"steps": block, "block_length": block, "sampler": "sdar", "cache": True}
+                options["remasking"] = "low_confidence_static"
             rollout = generate(
                 self.model,
                 [self._tensor(context)],
                 length=len(continuation),
-                steps=len(continuation),
-                block_length=len(continuation),
                 mask_id=self.mask_id,
                 shift=self.shift,
                 suppress=self._suppress[1:],
+                **options,
             )
             found.append(rollout.completion_BL[0].tolist() == list(continuation))
         return found
@@ -259,6 +267,8 @@ class DiffusionLM(TemplateLM):
             options["temperature"] = 0.0
         elif given.get("temperature") is not None:
             options["temperature"] = float(given["temperature"])
+        elif given.get("do_sample"):
+            options.setdefault("temperature", 1.0)  # as transformers reads it
         if "length" not in options:
             raise ValueError("length must be given, in model_args or gen_kwargs (there as max_gen_toks too)")
         return options, [until] if isinstance(until, str) else list(until)

@@ -23,6 +23,7 @@ from dllm_kernels.backends.contract import WeightGradient
 from dllm_kernels.model.wrappers import Wrapper
 
 _WIDE = (torch.float32, torch.float64)
+OLD_GLOO = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9)
 # of FSDP's parameter groups, by the versions of torch that have them
 _SETTINGS = (
     "gradient_divide_factor",
@@ -125,13 +126,16 @@ class Shards(Wrapper):
         if parameter.device_mesh.size() != ranks:  # type: ignore[attr-defined]
             raise ValueError(f"model must be sharded by FSDP2 alone, but its head is on {parameter.device_mesh}")  # type: ignore[attr-defined]
         if hasattr(unit, "gradient_divide_factor"):
-            return float(unit.gradient_divide_factor or ranks)
-        operation = unit.reduce_scatter_reduce_op  # all that torch up to 2.7 keeps of the factor
-        if operation is None:  # gloo takes torch's average for a sum there, so the body's gradients are sums
-            return 1.0 if _averages_in_transit(unit) and dist.get_backend(self.group) == "gloo" else float(ranks)
-        if _SUMS.get(unit) is not operation:
-            raise ValueError("model must have FSDP2's own divide factor: torch up to 2.7 does not tell which one was set")
-        return 1.0
+            factor = float(unit.gradient_divide_factor or ranks)
+            averages = factor == ranks and not unit.force_sum_reduction_for_comms
+        else:
+            operation = unit.reduce_scatter_reduce_op  # all that torch up to 2.7 keeps of the factor
+            if operation is not None and _SUMS.get(unit) is not operation:
+                raise ValueError("model must have FSDP2's own divide factor: torch up to 2.7 does not tell which one was set")
+            factor, averages = float(ranks if operation is None else 1), operation is None
+        if averages and _averages_in_transit(unit) and _gloo_sums(self.mesh):  # the body's gradients are sums over the shards
+            return factor / getattr(unit.mesh_info, "shard_mesh_size", 1)
+        return factor
 
     def sum_gradients(self) -> None:
         """From now on sum gradients over ranks; FSDP averages by default. Raises ValueError where it cannot."""
@@ -338,8 +342,13 @@ def _units(module: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
+def _gloo_sums(mesh: Any) -> bool:
+    """Whether a reduce-scatter takes an average for a sum, as gloo's does in torch up to 2.8."""
+    return OLD_GLOO and (mesh.device_type == "cpu" or dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo")
+
+
 def _averages_in_transit(unit: Any) -> bool:
-    """Whether torch up to 2.7 divides by an operation of the collective, not before and after it."""
+    """Whether FSDP divides by an operation of the collective, not before and after it, where it is not told to sum."""
     policy = unit.mp_policy
     dtype = policy.reduce_dtype or policy.param_dtype or unit.fsdp_params[0].sharded_param.dtype
     return dtype in (torch.float32, torch.bfloat16)

@@ -1,7 +1,7 @@
 """MDPO: masked diffusion policy optimization (arXiv 2508.13148).
 
 Each step of the rollout is an action: the draft of all hidden tokens that its state suggests. The drafts are rewarded, and the
-steps whose advantages differ most are trained on, weighed by how many tokens are hidden and how sure the draft is.
+steps of each rollout with the largest advantages are trained on, weighed by how many tokens are hidden and how sure the draft is.
 
 Verified against the code (autonomousvision/mdpo at e6ae439, src/open_r1/mdpo/mdpo_trainer.py, lines 850-857, 917-949 and
 1487-1546); DARE's port (yjyddq/DARE at 83ae8a3, verl/trainer/ppo/mdpo_algos.py) has the same loss.
@@ -25,7 +25,6 @@ from dllm_kernels.objectives.surrogates import (
     check_values,
     clipped_ratio_term,
     dense_logp,
-    group_sum,
     k2,
     masked_difference,
 )
@@ -196,15 +195,16 @@ def _draft_states(rollout: Rollout, options: Options, seed: int) -> States:
 
 
 def _steps(update: Update, options: Options) -> dict[str, Tensor]:
-    """Advantages of all steps, and the weights of those with the largest advantages, summed over the group."""
+    """Advantages of all steps, and the weights of each sequence's steps with the largest ones, of either sign.
+
+    The code chooses by a sum over the sequences of a process, which its configs and its README make one (line 922).
+    """
     states = update.states
     assert states is not None
     everyone, mine = update.gather(mdpo_step_values(update.reward(_drafts(states.rollout))))
-    group_ids_B = update.rewards.group_ids_B
-    advantages_BT = group_advantages(everyone, group_ids_B, kind="std")
-    sums_BT = torch.stack([group_sum(column_B, group_ids_B) for column_B in advantages_BT.abs().unbind(1)], dim=1)
-    J = min(options.selected_steps, sums_BT.shape[1])
-    chosen_BJ = sums_BT.argsort(dim=-1, descending=True, stable=True)[:, :J]
+    advantages_BT = group_advantages(everyone, update.rewards.group_ids_B, kind="std")
+    J = min(options.selected_steps, advantages_BT.shape[1])
+    chosen_BJ = advantages_BT.abs().argsort(dim=-1, descending=True, stable=True)[:, :J]
     weights_BT = torch.zeros_like(advantages_BT).scatter(1, chosen_BJ, 1.0 / J)
     return {"step_advantages": advantages_BT[mine], "step_weights": weights_BT[mine]}
 
@@ -235,5 +235,6 @@ RECIPE = Recipe(
     entries=_steps,
     notes="The code was read, of the paper the abstract. Its drafts are drawn at temperature 0.1, ours are the likeliest tokens; "
     "its logits are divided by that temperature, ours are not. 16 of 128 steps, 512 tokens, groups of 4, learning rate 1e-5, "
-    "full fine-tuning; running confidence remasking is a rollout's.",
+    "full fine-tuning, by its config; its README's command for the paper has 8 steps, beta 0.02, learning rate 7e-7, temperature "
+    "0.4. Running confidence remasking is a rollout's.",
 )

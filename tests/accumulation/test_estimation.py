@@ -276,7 +276,7 @@ print(peak() - before)
 @functools.cache
 def growth(case):
     """Bytes by which the peak resident set of a fresh process grows from K = 4 to K = 64."""
-    done = subprocess.run([sys.executable, "-c", PROBE, case], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROBE, case], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 

@@ -309,10 +309,9 @@ def test_a_rank_with_fewer_cuts_makes_idle_calls_and_the_last_of_all_reduces(mos
     assert [call for call in told if isinstance(call, dict)] == [{"backward": False, "reduce": False}] * max(4, most)
 
 
-@pytest.mark.timeout(120)
 def test_two_ranks_couple_their_batches_as_one_call_does(tmp_path):
     command = [sys.executable, "-m", "tests.accumulation.ranked_accumulation", str(tmp_path / "store"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out")
     assert set(found) == set(ranked_accumulation.cases())

@@ -28,7 +28,7 @@ TINY = registry.Settings(tiny=True, threads=1)
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("bench") / "new" / "result.json"
     command = [sys.executable, "benchmarks/run.py", "--tiny", "--threads", "1", "--out", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200), out
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800), out
 
 
 def test_tiny_run_writes_every_figure(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:

@@ -212,7 +212,7 @@ print(peak() - before - weight.nbytes)
 def test_memory_beyond_the_gradients_is_a_tenth_of_eager_s():
     extra = {}
     for how in ("ours", "eager"):
-        done = subprocess.run([sys.executable, "-c", PROBE, how], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", PROBE, how], capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stderr
         extra[how] = int(done.stdout)
     assert extra["ours"] * 10 <= extra["eager"], extra

@@ -66,7 +66,7 @@ def measured(backend, plan, dtype, rows, V=V, H=H, N=N, M=0, k=0, R=0):
     environment = {**os.environ, "DLLM_KERNELS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     arguments = [plan, str(dtype).removeprefix("torch."), V, H, N, int(rows), M, k, R]
     command = [sys.executable, "-c", PROBE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

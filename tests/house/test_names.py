@@ -46,7 +46,7 @@ class Place:
         path = os.pathsep.join([*([str(first)] if first else []), *self.path])
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1" if first else ""}
         done = subprocess.run(
-            [self.python, *command], capture_output=True, text=True, cwd=cwd or self.cwd, env=environment, timeout=120
+            [self.python, *command], capture_output=True, text=True, cwd=cwd or self.cwd, env=environment, timeout=800
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.strip()

@@ -60,7 +60,7 @@ def results(tmp_path_factory):
     command += ["--output_path", str(folder / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=280
+        [sys.executable, *command], cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (folder / "out").rglob("results_*.json")
@@ -179,3 +179,38 @@ def test_an_empty_continuation_is_certain_and_equal_requests_share_an_estimate(r
     assert found[1] == (0.0, True)
     assert found[0] == found[2]
     assert lm.get_model_info()["elbo"]["estimates"] == 2
+
+
+def test_sampling_without_a_temperature_is_at_temperature_1(results):
+    from dllm_kernels.integrations.lm_eval import DiffusionLM
+
+    model, tokenizer = load(results[2])
+
+    class Request:
+        args = ("1+2=", {"until": ["="], "do_sample": True, "max_gen_toks": 8})
+
+    for given, used in (({}, 1.0), ({"temperature": 0.5}, 0.5)):
+        lm = DiffusionLM(model, tokenizer=tokenizer, block_length=4, steps=4, **given)
+        found = lm.generate_until([Request()] * 6)
+        assert lm.get_model_info()["decoding"][0]["temperature"] == used
+        assert len(set(found)) > 1
+
+
+def test_a_block_causal_model_decodes_its_blocks(results):
+    from dllm_kernels.integrations.lm_eval import DiffusionLM
+    from tests.rollouts.test_layouts import causal
+
+    model, (_, tokenizer) = causal("Qwen3", torch.float32), load(results[2])
+    lm = DiffusionLM(model, tokenizer=tokenizer, samples=2, causal_block=4, mask_id=10, steps=4)
+
+    class Request:
+        args = ("101", {"until": [], "max_gen_toks": 8})
+
+    (text,) = lm.generate_until([Request()])
+    context = ids(tokenizer, "101")
+    blocks = {"sampler": "sdar", "block_length": 4, "steps": 4, "cache": True, "mask_id": 10}
+    assert text == tokenizer.decode(generate(model, [context[0]], length=8, **blocks).completion_BL[0])
+    surest = {**blocks, "remasking": "low_confidence_static"}
+    likeliest = generate(model, [context[0]], length=3, **surest).completion_BL[0].tolist()
+    asked = [("", context[0].tolist(), tokens) for tokens in (likeliest, [likeliest[0], likeliest[1], 3 + likeliest[2] % 4])]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(asked)] == [True, False]

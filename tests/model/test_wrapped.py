@@ -92,6 +92,15 @@ def test_steps_in_every_setting_of_a_wrapper_equal_plain_cross_entropy(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FSDP2, reason="FSDP2 of torch 2.6 wants streams that a CPU has not")
+def test_steps_under_fsdp2_and_tensor_parallelism_equal_plain_cross_entropy_and_one_process(tmp_path):
+    for differences, moved, said in (found["two dimensions"] for found in run(tmp_path, 4, ["two dimensions"])):
+        assert all(difference < 1e-6 for difference in differences.values()), differences
+        assert moved > 0.02
+        assert re.search(r"alone for accumulate", str(said))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed")
 @pytest.mark.parametrize("size", [2, 4])
 def test_steps_in_deepspeed_equal_plain_cross_entropy_and_what_cannot_be_right_is_refused(tmp_path, size):

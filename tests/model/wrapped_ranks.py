@@ -21,12 +21,13 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dllm_kernels import accumulate, elbo_loss, fit_passes, headless
 from dllm_kernels.accumulation.objective import Batch
 from dllm_kernels.integrations import verl
+from dllm_kernels.model.sharding import OLD_GLOO
 from dllm_kernels.objectives import BGPO
 from tests.plans import plan_of
 from tests.tiny import eurobert
@@ -233,12 +234,11 @@ def _full(tensor):
 
 
 def rate(name):
-    """FSDP2 of torch up to 2.7 sums over gloo where it should average: a smaller rate makes the same steps of it.
+    """FSDP2 of torch up to 2.8 sums over gloo where it should average: a smaller rate makes the same steps of it.
 
     Twice or four times as far, fp32 does not determine five steps to 1e-6: cross-entropy itself ends 2e-6 from fp64.
     """
-    sums = name.startswith("fsdp2") and OLD
-    return 0.1 / (dist.get_world_size() if sums else 1)
+    return 0.1 / (dist.get_world_size() if name.startswith("fsdp2") and OLD_GLOO else 1)
 
 
 def case(name):
@@ -287,7 +287,7 @@ class InBackward:
     """An optimizer that steps as soon as a gradient is there."""
 
     def __init__(self, model):
-        self.optimizers = {p: torch.optim.SGD([p], lr=0.1 / (dist.get_world_size() if OLD else 1)) for p in model.parameters()}
+        self.optimizers = {p: torch.optim.SGD([p], lr=rate("fsdp2")) for p in model.parameters()}
         for parameter in self.optimizers:
             parameter.register_post_accumulate_grad_hook(self.hook)
 
@@ -381,6 +381,36 @@ def fitted():
             gradients = {name: _full(p.grad) for name, p in model.named_parameters()}
             found[kind, looks] = fits[-1] if fits else None, gradients, same
     return found
+
+
+def two_dimensions():
+    """Two groups of FSDP2, each rank's blocks split over two by tensor parallelism: differences of parameters from
+    cross-entropy on logits there, and from one process; how far they moved; the sentence of `accumulate`.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mine = mesh["data"].get_local_rank()
+    columns = {f"model.layers.*.mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
+    models = {}
+    for ours in (True, False):
+        models[ours] = model_of("untied")
+        parallelize_module(models[ours], mesh["tensor"], columns | {"model.layers.*.mlp.down_proj": RowwiseParallel()})
+        fully_shard(models[ours], mesh=mesh["data"])
+    start, models["alone"] = whole(models[True]), model_of("untied")
+    for kind, model in models.items():
+        averages = kind == "alone" or not OLD_GLOO
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if averages else 0.05)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            if kind == "alone":
+                (sum(plain_loss(model, *batch(data, step, 0)) for data in range(2)) / 2).backward()
+            else:
+                with headless(model) if kind else nullcontext() as body:
+                    case = batch(mine, step, 0)
+                    (headless_loss(body, *case) if kind else plain_loss(model, *case)).backward()
+            optimizer.step()
+    found = whole(models[True])
+    differences = {str(kind): worst(found, whole(models[kind])) for kind in (False, "alone")}
+    return differences, worst(found, start), _error(lambda: accumulated(models[True]))
 
 
 def refusals():
@@ -489,6 +519,7 @@ def _rank(rank, size, store, names, out):
             "reference": reference,
             "fitted": fitted,
             "patched": patched,
+            "two dimensions": two_dimensions,
             "deepspeed refusals": deepspeed_refusals,
         }
         found[name] = kinds[name]() if name in kinds else case(name)

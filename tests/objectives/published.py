@@ -23,6 +23,7 @@ B, PROMPT, L, STEPS = 4, 5, 12, 6
 V, MASK, EOS = 24, 23, 22
 ENDS = [3, 12, 7, 1]  # tokens up to and with the first EOS; other tokens and further EOS lie behind it
 REWARDS, GROUPS = torch.tensor([1.0, 0.0, 0.25, 0.75], dtype=F64), torch.tensor([0, 0, 1, 1])
+ONE_GROUP = ("mdpo",)  # of two, the advantages are the same but for the sign, and so are the steps that MDPO chooses by them
 # beside the recipe's own, what fits so few tokens, and the forms that the code has
 KEYS = {
     "bgpo": (
@@ -121,7 +122,8 @@ def case(name: str, *keys: str) -> Case:
     config = load_config(overrides=overrides).rl
     algorithm, window = choose_algorithm(config, L, STEPS), window_of(config, Facts("tiny", mask_id=MASK, eos_id=EOS))
     sampled, (policy, old, ref) = rollout(name), (model(seed) for seed in (0.0, 0.03, -0.05))
-    rewards = algorithm.rewards(REWARDS, GROUPS, window.lengths(sampled.ids_BS, sampled.completion_mask_BS))
+    groups = torch.zeros_like(GROUPS) if name in ONE_GROUP else GROUPS
+    rewards = algorithm.rewards(REWARDS, groups, window.lengths(sampled.ids_BS, sampled.completion_mask_BS))
     found = algorithm.signal(rewards)
     kept_N, states = found.kept_N, algorithm.states(window.of_trajectory(sampled), found.kept_N, 0)
 

@@ -45,9 +45,9 @@ def test_a_step_is_worth_its_gain_and_the_mean_of_what_follows(T):
             assert values[t] == pytest.approx(row[t] - (row[t - 1] if t else 0.0) + 1 + sum(later) / len(later))
 
 
-def test_states_score_the_drafts_of_what_is_hidden_and_the_steps_that_differ_most_are_trained_on():
+def test_states_score_the_drafts_of_what_is_hidden_and_each_rollouts_own_largest_advantages_are_trained_on():
     model = eurobert(vocab=12)
-    prompts = torch.tensor([[1, 2, 3]] * 2 + [[4, 5, 6]] * 2)
+    prompts = torch.tensor([[1, 2, 3]] * 3 + [[4, 5, 6]] * 2)
     rollout = generate(model, prompts, length=4, steps=4, block_length=4, mask_id=11, greedy=True, temperature=0.0)
     options = RECIPE.choose({"selected_steps": 2})
     states = RECIPE.trajectory.states(rollout, options, 0)
@@ -56,14 +56,14 @@ def test_states_score_the_drafts_of_what_is_hidden_and_the_steps_that_differ_mos
     for k in range(4):
         assert torch.equal(plan.noisy_ids[k], rollout.state_at(k))
         assert torch.equal(plan.scored[k], plan.noisy_ids[k] == 11)
-        for b in range(4):
+        for b in range(5):
             logits = model(plan.noisy_ids[k, b][None]).logits[0, 3:]
             logits[:, 11] = -math.inf  # the rollout's
             drafts = [int(logits[place].argmax()) for place in range(4) if plan.scored[k, b, 3 + place]]
             of_pair = (plan.rows.sample == k) & (plan.rows.sequence == b)
             assert plan.rows.target[of_pair].tolist() == drafts
-    values, groups = torch.zeros(4), torch.tensor([1, 1, 2, 2])
-    rewards_BT = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 1]], dtype=F64)
+    values, groups = torch.zeros(5), torch.tensor([1, 1, 1, 2, 2])
+    rewards_BT = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 0, 1]], dtype=F64)
     seen = []
 
     def reward(drafts_BTL):
@@ -71,25 +71,27 @@ def test_states_score_the_drafts_of_what_is_hidden_and_the_steps_that_differ_mos
         return rewards_BT
 
     none = {"old": None, "ref": None, "fresh_plan": None}
-    gather = lambda x: (x, slice(0, 4))  # noqa: E731
-    update = Update(Rewards(values, groups, torch.full([4], 4)), torch.arange(4), states, reward=reward, gather=gather, **none)
+    gather = lambda x: (x, slice(0, 5))  # noqa: E731
+    update = Update(Rewards(values, groups, torch.full([5], 4)), torch.arange(5), states, reward=reward, gather=gather, **none)
     entries = RECIPE.entries(update, options)
     assert torch.equal(seen[0][:, 0].int(), rollout.greedy_BTL[:, 0])
     worth = mdpo_step_values(rewards_BT)
-    for group in ((0, 1), (2, 3)):
-        pair = worth[list(group)]
-        advantages = (pair - pair.mean(0)) / (pair.std(0) + 1e-4)
+    chosen = []
+    for group in ((0, 1, 2), (3, 4)):
+        values_GT = worth[list(group)]
+        advantages = (values_GT - values_GT.mean(0)) / (values_GT.std(0) + 1e-4)
         torch.testing.assert_close(entries["step_advantages"][list(group)], advantages)
-        ranked = sorted(range(4), key=lambda t: (-float(advantages[:, t].abs().sum()), t))[:2]
-        for b in group:
-            assert entries["step_weights"][b].tolist() == [0.5 if t in ranked else 0.0 for t in range(4)]
+        for b, own in zip(group, advantages.abs().tolist(), strict=True):
+            chosen.append(sorted(sorted(range(4), key=lambda t: (-own[t], t))[:2]))
+            assert entries["step_weights"][b].tolist() == [0.5 if t in chosen[-1] else 0.0 for t in range(4)]
+    assert chosen[0] != chosen[1], "all members of a group would train on the same steps"
     logp_N, old_N = (x[0] for x in loops.logps(1, len(plan.rows))[:2])
     old_BKS = plan.dense(old_N).transpose(0, 1)
     got = RECIPE.make(options).contributions(logp_N, plan, Batch({}, {**entries, "old_logp": old_BKS}))
     dense = plan.dense(logp_N)[:, :, 3:]
     want = 0.0
     for k in range(4):
-        for b in range(4):
+        for b in range(5):
             scores = dense[k, b : b + 1], old_BKS[b : b + 1, k, 3:]
             mask = plan.scored[k, b : b + 1, 3:]
             loss = mdpo(*scores, None, entries["step_advantages"][b : b + 1, k], mask, scores[1].exp())

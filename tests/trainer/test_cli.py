@@ -215,13 +215,13 @@ def test_ctrl_c_leaves_a_readable_folder_and_says_how_to_go_on(tmp_path: Path) -
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "demo" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (metrics.is_file() and '"rl"' in metrics.read_text()):
-        assert time.monotonic() < deadline, "no update within two minutes"
+        assert time.monotonic() < deadline, "no update within ten minutes"
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "go on with: dllm-kernels demo --resume runs/demo" in output

@@ -13,7 +13,6 @@ from tests.trainer.ranks import ENDLESS, Launch, resumes_at
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 @pytest.mark.parametrize("everyone", [True, False], ids=["as the terminal sends it", "to the launcher alone"])
 def test_a_signal_saves_and_ends_without_a_traceback(number: signal.Signals, code: int, everyone: bool, tmp_path: Path) -> None:
@@ -27,13 +26,12 @@ def test_a_signal_saves_and_ends_without_a_traceback(number: signal.Signals, cod
     assert resumes_at(run.out) == len(lines(run.out)), "what was logged is saved"
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(75)", 75), ("os.kill(os.getpid(), 9)", 137), ("pass", 0)])
 def test_the_status_is_that_of_the_rank_that_failed_first(end: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(f"import os, sys\n{end}\n")
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1"]
     command = [sys.executable, "-m", "dllm_trainer.launch", *options, str(tmp_path / "rank.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     how = {75: "with status 75", 137: "by SIGKILL"}.get(code)

@@ -107,7 +107,7 @@ class CodeConfig(Section):
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = 5.0  # seconds for all tests of one program
     memory_mib: Annotated[int, Field(ge=64)] = 256  # of each process
     processes: Annotated[int, Field(ge=1, le=256)] = 8  # that a program may start
-    workers: Positive | None = None  # programs at once; None: the cores of this process
+    workers: Positive | None = None  # programs at once; None: a rank's share of the cores
 
     @model_validator(mode="after")
     def _check(self) -> CodeConfig:

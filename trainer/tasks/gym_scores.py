@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from .cpu_time import TooLong, limited
 from .tags import final_answer
 from .task import Example
 
-SECONDS = 5.0  # of CPU time, for one answer: the time on the wall would depend on what else the machine does
-
-
-class _TooLong(BaseException):  # an Exception is what scorers catch
-    pass
+SECONDS = 5.0  # of CPU time, for one answer
 
 
 def score(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
@@ -33,9 +28,9 @@ def _score(example: Example, completion: str) -> float:
     facts = example.facts
     dataset = _dataset(facts["dataset"], json.dumps(facts["options"]))
     try:
-        with _limited(SECONDS):
+        with limited(SECONDS):
             value = float(dataset.score_answer(text, facts["entry"]))
-    except (Exception, _TooLong):  # a scorer that stumbles over an answer has not found it right
+    except (Exception, TooLong):  # a scorer that stumbles over an answer has not found it right
         return 0.0
     return min(1.0, max(0.0, value)) if value == value else 0.0
 
@@ -45,17 +40,3 @@ def _dataset(name: str, options: str) -> Any:
     from reasoning_gym.factory import create_dataset
 
     return create_dataset(name, **json.loads(options))
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    def over(*_: object) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGPROF, over)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)

@@ -33,7 +33,7 @@ class Judge:
     def __init__(self, mechanism: Mechanism = "auto", limits: Limits | None = None, workers: int | None = None):
         self._mechanism, self._limits = mechanism, limits or Limits()
         self._known: dict[Job, list[bool]] = {}  # verdicts of the last call
-        self._workers = workers or max(1, len(os.sched_getaffinity(0)))
+        self._workers = workers or _share_of_the_cores()
 
     def __call__(self, jobs: Sequence[Job]) -> list[list[bool]]:
         """Which tests hold; all that come after one that exceeds the limits fail."""
@@ -49,10 +49,8 @@ class Judge:
 
     @cached_property
     def _slots(self) -> queue.SimpleQueue[int]:
-        # the kernel counts the processes of a user: two ranks of a machine must not share one
-        first = int(os.environ.get("LOCAL_RANK") or 0) * self._workers
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(first, first + self._workers):
+        for slot in range(self._workers):
             slots.put(slot)
         return slots
 
@@ -98,6 +96,11 @@ class Judge:
         finally:
             for process in started:
                 process.end()
+
+
+def _share_of_the_cores() -> int:
+    """Of this process, where torchrun may have started others beside it: programs that wait for a core run out of wall time."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 _SOURCE = Path(code_cell.__file__).read_text()

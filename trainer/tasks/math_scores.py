@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from .cpu_time import TooLong, limited
 from .tags import final_answer
 from .task import Example
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\(?:boxed|fbox)\s+(?!\{)")
+for _module in ("parser", "grader"):  # which warn that their own limit, of time on the wall, is switched off
+    logging.getLogger(f"math_verify.{_module}").setLevel(logging.ERROR)
 _LONGEST = 1000  # characters; of longer answers only the same text is right
-_SECONDS = 5  # for reading an answer, and for comparing two
+_SECONDS = 5.0  # of CPU time, for reading an answer, and for comparing two
 
 
 def exact(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
@@ -33,24 +37,24 @@ def equal(gold: str, given: str) -> bool:
     if max(len(gold), len(given)) > _LONGEST:
         return False
     from math_verify import verify
-    from math_verify.errors import TimeoutException
 
     try:
         one, other = _parsed(gold), _parsed(given)
-    except TimeoutException:
+        with limited(_SECONDS):
+            return bool(one and other and verify(one, other, timeout_seconds=None))
+    except TooLong:
         return False
-    return bool(one and other and verify(one, other, timeout_seconds=_SECONDS))
 
 
 @lru_cache(maxsize=4096)  # a group of rollouts asks for the same gold answer
 def _parsed(text: str) -> Any:
-    """What math-verify reads; nothing where it fails. Runs out of time as an exception, which the cache does not keep: a busy
-    machine must not turn a right answer into a wrong one for the rest of a run."""
+    """What math-verify reads; nothing where it fails. TooLong where it takes too long, which the cache does not keep."""
     from math_verify import parse
 
     try:
-        return parse(f"${text.strip().strip('$').rstrip('.')}$", parsing_timeout=_SECONDS, raise_on_error=True)
-    except Exception:  # of any kind, by what the text holds; the one of the time is no Exception
+        with limited(_SECONDS):
+            return parse(f"${text.strip().strip('$').rstrip('.')}$", parsing_timeout=None, raise_on_error=True)
+    except Exception:  # of any kind, by what the text holds
         return []
 
 

@@ -8,15 +8,18 @@ user namespace where the trainer does not run as root), no capability and no env
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
@@ -26,7 +29,7 @@ from ..errors import UserError
 
 Mechanism = Literal["auto", "bubblewrap", "unshare", "none"]
 
-_FIRST_UID = 61000  # of the users that sandboxes run as where the trainer runs as root
+_UIDS = range(61000, 65534)  # users that sandboxes run as where the trainer runs as root; rootless containers map no higher
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
 _DEVICES = ("null", "zero", "urandom")
@@ -79,10 +82,17 @@ class Sandbox:
     def __init__(self, mechanism: Mechanism = "auto"):
         self.mechanism = _working(mechanism)
         self._root = tempfile.TemporaryDirectory(prefix="dllm-sandbox-")  # sandboxes mount their root over it, each its own
+        self._users: dict[int, int] = {}  # of each slot
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)
 
     def start(self, command: Sequence[str], *, slot: int, stdin: int, stdout: int, pass_fds: Sequence[int] = ()) -> Process:
         """Start a command; sandboxes that run at the same time have different slots."""
-        return Process(_wrapped(self.mechanism, command, self._root.name, slot), stdin, stdout, pass_fds)
+        if os.geteuid() == 0 and self.mechanism != "none" and slot not in self._users:
+            self._users[slot], held = _free_user()
+            self._held.enter_context(held)
+        uid = self._users.get(slot, _UIDS[0])
+        return Process(_wrapped(self.mechanism, command, self._root.name, uid), stdin, stdout, pass_fds)
 
 
 class Process:
@@ -106,9 +116,8 @@ class Process:
         waiting, got = select.poll(), b""
         waiting.register(source, select.POLLIN)
         while len(got) < len(what):
-            if not waiting.poll(max(0.0, 1000 * (over - time.monotonic()))) or not (
-                more := os.read(source, len(what) - len(got))
-            ):
+            in_time = waiting.poll(max(0.0, 1000 * (over - time.monotonic())))
+            if not in_time or not (more := os.read(source, len(what) - len(got))):
                 return False
             got += more
         return got == what
@@ -139,10 +148,26 @@ def python() -> list[str]:
     return [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-B", "-c"]
 
 
-def _wrapped(mechanism: str, command: Sequence[str], root: str, slot: int) -> list[str]:
+def _free_user() -> tuple[int, socket.socket]:
+    """A user that no sandbox has, and what keeps it until it is closed or this process ends.
+
+    The kernel counts the processes of a user over all its sandboxes: a fork bomb under one rank, or in another run, would
+    take those of a program here.
+    """
+    start = secrets.randbelow(len(_UIDS))  # names of sockets are known within a network alone, the count goes beyond it
+    for uid in (*_UIDS[start:], *_UIDS[:start]):
+        held = socket.socket(socket.AF_UNIX)
+        try:
+            held.bind(f"\0dllm-sandbox-user-{uid}")
+            return uid, held
+        except OSError:  # another has it
+            held.close()
+    raise UserError(f"all {len(_UIDS)} users that sandboxes run as are taken; end other runs, or give fewer task.workers")
+
+
+def _wrapped(mechanism: str, command: Sequence[str], root: str, uid: int) -> list[str]:
     as_root = os.geteuid() == 0
-    uid = str(_FIRST_UID + slot)
-    user = ["--reuid", uid, "--regid", uid, "--clear-groups"] if as_root else []
+    user = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"] if as_root else []
     dropped = ["setpriv", *user, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--", *command]
     bound_to_us = ["setpriv", "--pdeathsig", "KILL", "--"]
     if mechanism == "unshare":
@@ -211,7 +236,7 @@ def _working(mechanism: Mechanism) -> str:
 def _fails(name: str) -> str | None:
     """Why a mechanism does not work; None if it does."""
     with tempfile.TemporaryDirectory() as root:
-        command = _wrapped(name, [*python(), "print('inside')"], root, 0)
+        command = _wrapped(name, [*python(), "print('inside')"], root, _UIDS[0])
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, env=_ENVIRONMENT, timeout=30, check=False

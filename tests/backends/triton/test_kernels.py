@@ -55,13 +55,13 @@ def interpreted(*arguments: str, timeout: int) -> str:
 def test_kernels_agree_with_the_float64_reference_in_the_interpreter():
     from tests.backends.triton import interpreted as checks
 
-    said = interpreted("-m", "tests.backends.triton.interpreted", timeout=250)
+    said = interpreted("-m", "tests.backends.triton.interpreted", timeout=800)
     assert [line for line in said.splitlines() if line] == [check.__name__ for check in checks.CHECKS]
 
 
 def test_the_head_suite_passes_in_the_interpreter():
     said = interpreted(
-        "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/head/test_head.py::{name}" for name in QUICK), timeout=250
+        "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/head/test_head.py::{name}" for name in QUICK), timeout=800
     )
     assert f"{len(QUICK)} passed" in said
 
@@ -75,7 +75,7 @@ def test_no_kernel_touches_what_lies_beside_its_tensors():
 @pytest.mark.slow
 def test_a_kernel_that_does_touch_it_dies():
     with pytest.raises(AssertionError):
-        interpreted("-m", "tests.backends.triton.guarded", "beyond", timeout=120)
+        interpreted("-m", "tests.backends.triton.guarded", "beyond", timeout=800)
 
 
 def test_every_launch_says_whether_sums_and_products_are_fused():
@@ -146,7 +146,7 @@ def test_importing_the_library_and_calling_it_on_the_cpu_imports_no_triton():
         "dllm_kernels.explain(rows=1, hidden_size=2, vocabulary=3).on('H100')\n"
         "assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=800, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_forced_without_a_gpu_it_says_what_it_takes_and_cuda_tensors_select_it(monkeypatch):

@@ -48,17 +48,17 @@ def killed_until_finished(out: Path, kills: int, seed: int) -> list[int]:
     for _ in range(kills):
         process = launch(out)
         target = min(steps_logged(out) + draw.randrange(2), STEPS)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while process.poll() is None and not (is_at_work(process, out) and steps_logged(out) >= target):
-            assert time.monotonic() < deadline, "no progress in two minutes"
+            assert time.monotonic() < deadline, "no progress in ten minutes"
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         assert process.returncode in (0, -signal.SIGKILL), output
         moments.append(steps_logged(out))
     process = launch(out)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     return moments
 
@@ -72,7 +72,7 @@ def assert_ended_alike(out: Path, finished: Path) -> None:
     assert not list(out.glob(".*.part")), "half-written files are left"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)  # starts of a run, one after the other
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_in_peace(kills: int, finished: Path, tmp_path: Path) -> None:
     moments = killed_until_finished(tmp_path / "demo", kills, seed=kills)

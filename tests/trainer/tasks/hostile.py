@@ -11,6 +11,7 @@ class Hostile(NamedTuple):
     program: str
     tests: tuple[str, ...]
     verdicts: list[bool]  # one a test
+    endless: bool = False  # takes all the time that it is given
 
 
 HOSTILE = {
@@ -240,6 +241,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "sleeps": Hostile(
         """
@@ -248,6 +250,7 @@ time.sleep(1000)
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "ignores signals and spins": Hostile(
         """
@@ -262,6 +265,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "hangs in C": Hostile(
         """
@@ -270,6 +274,7 @@ def f():
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "bombs memory": Hostile(
         """
@@ -340,6 +345,7 @@ while True:
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "counts what it can fork": Hostile(
         """
@@ -380,6 +386,7 @@ time.sleep(1000)
 """,
         ("assert f() == 1",),
         [False],
+        endless=True,
     ),
     "opens many files": Hostile(
         """

@@ -4,9 +4,10 @@ have.
 
 import doctest
 import json
-import signal
+import time
 from pathlib import Path
 
+import math_verify
 import pytest
 from dllm_trainer.errors import UserError
 from dllm_trainer.tasks import Example, arithmetic, d1_compat, gsm8k, make_task, math, math_scores, shaping
@@ -165,18 +166,33 @@ def test_different_answers_are_not(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     "text", ["\\boxed" * 1000, "{" * 10_000, "\\boxed{" + "{" * 10_000, "\\frac" * 300, "(" * 999, "\\text{" * 300]
 )
-def test_hostile_answers_are_only_wrong(text: str) -> None:
+def test_hostile_answers_are_only_wrong(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_scores, "_SECONDS", 1.0)
     for completion in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
         assert math_scores.exact([HALF], [completion]) == [0.0]
         assert d1_compat.MATH_PARTS["correct"]([HALF], [completion]) == [0.0]
 
 
 def test_an_answer_that_ran_out_of_time_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sum_of_many, alarm = "+".join(["\\frac{1}{2}"] * 40), signal.alarm
-    with monkeypatch.context() as busy:
-        busy.setattr(signal, "alarm", lambda s: signal.setitimer(signal.ITIMER_REAL, 0.005) if s else alarm(0))
-        assert not math_scores.equal(sum_of_many, "20")
-    assert math_scores.equal(sum_of_many, "20")
+    def endless(*_: object, **__: object) -> None:
+        while True:
+            pass
+
+    with monkeypatch.context() as slow:
+        slow.setattr(math_scores, "_SECONDS", 0.05)
+        slow.setattr(math_verify, "parse", endless)
+        assert not math_scores.equal("1/17", "2/34")
+    assert math_scores.equal("1/17", "2/34")
+
+
+def test_time_on_the_wall_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that does something else meanwhile."""
+    assert math_scores.equal("1/3", "2/6"), "what is imported at the first use is"
+    monkeypatch.setattr(math_scores, "_SECONDS", 0.5)
+    for name in ("parse", "verify"):
+        real = getattr(math_verify, name)
+        monkeypatch.setattr(math_verify, name, lambda *a, real=real, **k: (time.sleep(0.6), real(*a, **k))[1])
+    assert math_scores.equal("1/7", "2/14")
 
 
 def test_math_is_read_and_graded(tmp_path: Path) -> None:

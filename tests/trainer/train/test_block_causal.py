@@ -245,7 +245,7 @@ def test_a_run_of_blocks_that_is_stopped_and_resumed_has_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("more", [[], ["model.lora.rank=2", "model.gradient_checkpointing=true"]], ids=["whole", "adapters"])
 def test_two_processes_train_by_blocks_as_one_does(cached_folder: Path, tmp_path: Path, more: list[str]) -> None:
     """FSDP2: ranks whose copies differ in number and width call the model equally often."""

@@ -197,7 +197,6 @@ def ranked(folder: Path, url: str, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ranks_ask_for_their_own_prompts_and_the_weights_reach_the_server_once(
     server: DiffusionServer, url: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -235,7 +234,6 @@ def test_ranks_ask_for_their_own_prompts_and_the_weights_reach_the_server_once(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_server_that_dies_while_ranks_wait_ends_them_all_with_one_sentence_and_a_saved_state(
     server: DiffusionServer, url: str, folder: Path, tmp_path: Path
 ) -> None:

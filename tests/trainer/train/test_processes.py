@@ -27,7 +27,7 @@ def torchrun(processes: int, *arguments: str | Path, cwd: Path) -> subprocess.Co
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "trainer", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
+        [*command, "-m", "trainer", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=800
     )
 
 
@@ -43,7 +43,6 @@ def assert_same_metrics(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 does not run on a CPU")
-@pytest.mark.timeout(300)
 def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
     few = ["sft.steps=2", "rl.updates=1", "rl.prompts=3", "rl.group=3", "task.test_puzzles=3", "evaluation.probe_every_sft=2"]
     new_run(tmp_path / "one", *few).execute()
@@ -60,7 +59,7 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("algorithm", ["bgpo", "egspo_sa", "dmpo"])
 def test_two_processes_train_any_algorithm_as_one_does_and_go_on_where_they_stopped(algorithm: str, tmp_path: Path) -> None:
     keys = [f"rl.algorithm={algorithm}", "rl.inner_iterations=2", "rl.micro_batch=2", "sft.micro_batch=3"]
@@ -76,7 +75,6 @@ def test_two_processes_train_any_algorithm_as_one_does_and_go_on_where_they_stop
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_mistake_is_one_sentence_of_one_process_and_ends_both(tmp_path: Path) -> None:
     done = torchrun(2, "demo", *TINY, "rl.reward=luck", "--out", tmp_path / "two", cwd=tmp_path)
     assert done.returncode != 0
