@@ -6,6 +6,7 @@ The reward is the share of tests that a completion's program passes, each run in
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import itertools
 import re
@@ -78,9 +79,9 @@ def _mbpp(name: str, row: Mapping[str, Any], where: str) -> Example:
     tests, imports = _texts(row, "test_list", where), _texts(row, "test_imports", where)
     setup = [text_of(row, "test_setup_code", where)] if "test_setup_code" in row else []
     asked = text_of(row, "prompt" if "prompt" in row else "text", where)
-    facts = {"tests": tests, "setup": "\n".join([*imports, *setup]), "before": ""}
-    _check(facts, where)
     shown = text_of(row, "code", where) if "code" in row else ""
+    facts = {"tests": tests, "setup": "\n".join([*imports, *setup]), "before": "", "names": _built_in(shown)}
+    _check(facts, where)
     # the tests tell the function's name, as in MBPP's own prompts
     return Example(name, f"{asked}\nIt must pass these tests:\n{chr(10).join(tests)}", _block(shown), facts)
 
@@ -89,9 +90,21 @@ def _human_eval(name: str, row: Mapping[str, Any], where: str) -> Example:
     head = text_of(row, "prompt", where)
     check = f"{text_of(row, 'test', where)}\ncheck({text_of(row, 'entry_point', where)})"
     shown = head + text_of(row, "canonical_solution", where) if "canonical_solution" in row else ""
-    facts = {"tests": [check], "setup": "", "before": head, "name": text_of(row, "entry_point", where)}
+    name_asked = text_of(row, "entry_point", where)
+    facts = {"tests": [check], "setup": "", "before": head, "name": name_asked, "names": [name_asked]}
     _check(facts, where)
     return Example(name, f"Complete this function:\n```python\n{head}```", _block(shown), facts)
+
+
+def _built_in(code: str) -> list[str]:
+    """The functions of a solution that have the names of Python's own, as `sum` in MBPP: tests mean the program's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            defined = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return [name for name in defined if hasattr(builtins, name)]
 
 
 def _check(facts: Mapping[str, Any], where: str) -> None:
@@ -146,7 +159,8 @@ def well_formed(examples: Sequence[Example], completions: Sequence[str]) -> list
 def _rewards(judge: Judge, written: Any) -> tuple[Reward, Reward]:
     def verdicts(examples: Sequence[Example], completions: Sequence[str]) -> list[list[bool]]:
         pairs = zip(examples, completions, strict=True)
-        return judge([Job(written(e, text), tuple(e.facts["tests"]), e.facts["setup"]) for e, text in pairs])
+        jobs = ((e.facts, written(e, text)) for e, text in pairs)
+        return judge([Job(text, tuple(f["tests"]), f["setup"], tuple(f.get("names", ()))) for f, text in jobs])
 
     def share(examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         return [sum(passed) / len(passed) for passed in verdicts(examples, completions)]

@@ -222,10 +222,10 @@ class Call:
         return value
 
 
-def unknown_names(source: str) -> set[str]:
-    """The names that a text reads, neither bound in it nor built in: those of the program."""
+def unknown_names(source: str, asked: list[str]) -> set[str]:
+    """The names of the program: those that a text reads and does not bind, built in only where they are `asked` for."""
     read: set[str] = set()
-    bound = set(dir(builtins))
+    bound = set(dir(builtins)).difference(asked)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name):
             (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
@@ -256,7 +256,9 @@ def tests(limits: dict[str, Any], requests: int, answers: int) -> None:
             source = spec["setup"] + "\n" + test
             space: dict[str, Any] = {"__name__": "tests"}
             try:
-                space.update({name: Call(name, calls, replies, limits["answer_bytes"]) for name in unknown_names(source)})
+                space.update(
+                    {name: Call(name, calls, replies, limits["answer_bytes"]) for name in unknown_names(source, spec["names"])}
+                )
                 exec(compile(source, "tests", "exec"), space)
                 passed = True
             except BaseException:

@@ -22,6 +22,7 @@ class Job:
     program: str
     tests: tuple[str, ...]  # each a text that raises unless it holds
     setup: str = ""  # run before each test
+    names: tuple[str, ...] = ()  # that tests call in the program though Python has them too
 
 
 class Judge:
@@ -91,7 +92,7 @@ class Judge:
             if not started[1].said(code_cell.READY, _START_SECONDS):
                 told = "; ".join(filter(None, (process.end() for process in started)))
                 raise UserError(f"the sandbox of a program did not start ({told or f'in {_START_SECONDS:g} s'})")
-            spec = json.dumps({"program": job.program, "tests": job.tests, "setup": job.setup})
+            spec = json.dumps({"program": job.program, "tests": job.tests, "setup": job.setup, "names": job.names})
             return started[1].communicate(spec.encode(), self._limits.seconds).splitlines()
         finally:
             for process in started:

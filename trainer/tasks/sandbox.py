@@ -116,9 +116,8 @@ class Process:
         waiting, got = select.poll(), b""
         waiting.register(source, select.POLLIN)
         while len(got) < len(what):
-            if not waiting.poll(max(0.0, 1000 * (over - time.monotonic()))) or not (
-                more := os.read(source, len(what) - len(got))
-            ):
+            in_time = waiting.poll(max(0.0, 1000 * (over - time.monotonic())))
+            if not in_time or not (more := os.read(source, len(what) - len(got))):
                 return False
             got += more
         return got == what

@@ -277,6 +277,16 @@ def test_human_evals_form_is_read_and_judged(tmp_path: Path) -> None:
     assert task.correct([example] * 7, bodies) == [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
+def test_a_function_that_is_asked_for_may_have_the_name_of_pythons_own(tmp_path: Path) -> None:
+    """As `sum` of one of MBPP's problems."""
+    path = tmp_path / "data.jsonl"
+    of_mbpp = {"text": "Sum.", "code": "def sum(a, b):\n    return a + b", "test_list": ["assert sum(1, 2) == 3"]}
+    path.write_text(json.dumps(of_mbpp) + "\n")
+    task = make_task(CodeConfig(train=str(path), timeout=60.0), seed=0)
+    others = "def sum(a, b):\n    return a - b\ndef len(x):\n    return 0"
+    assert task.correct([*task.train] * 2, [task.train[0].answer, others]) == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
