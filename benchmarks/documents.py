@@ -32,6 +32,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -333,7 +334,28 @@ def comparison(result: dict[str, Any]) -> str:
         f"Right answers of {result['validation']} validation examples, in %, after {result['sweep_budget']:,} forwards at "
         "each learning rate; the chosen one is bold."
     )
-    return "\n\n".join([*lines, *notes(result), told, sweeps(result)])
+    return "\n\n".join([*lines, *notes(result), told, sweeps(result), *_other_rates(result)])
+
+
+def _other_rates(result: Mapping[str, Any]) -> list[str]:
+    """What the table leaves out: seeds that have run at a rate that was not chosen."""
+    from dllm_trainer.commands.compare_report import rate_of
+
+    found: dict[str, dict[float, list[float]]] = {}
+    for cell in result["cells"]:
+        if cell["phase"] == "final" and cell["failed"] is None:
+            right = found.setdefault(cell["algorithm"], {}).setdefault(cell["rate"], [])
+            right.append(100 * cell["right"]["rollout"]["correct"])
+    lines = []
+    for name, by_rate in sorted(found.items()):
+        taken = rate_of(result, name)
+        texts = {rate: f"{_mean(right):.1f} ± {stdev(right):.1f}" for rate, right in by_rate.items() if len(right) > 1}
+        for rate in sorted(texts.keys() - {taken}):
+            lines.append([name, f"{taken:g}", texts[taken], f"{rate:g}", texts[rate]])
+    if not lines:
+        return []
+    told = "Seeds that have run at another rate as well; the table above leaves them out."
+    return [told, markdown(["algorithm", "rate", "+ RL (%)", "other rate", "+ RL (%)"], lines, "---")]
 
 
 def _mean(values: list[float]) -> float:

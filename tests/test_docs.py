@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,19 +249,33 @@ def test_the_comparison_is_that_of_the_committed_cells(task):
 
 
 def test_what_the_comparison_tells_of_rates_is_in_its_cells():
-    rows = {row["algorithm"]: row for row in compare_report.rows(documents.result_of("compare-sudoku"))}
-    improve = {name for name, row in rows.items() if row["improves"]}
-    lowest, middle = ({name for name, row in rows.items() if row["rate"] == rate} for rate in (1.5e-4, 5e-4))
-    assert (len(rows), len(improve), len(lowest), len(middle)) == (21, 15, 8, 13)
-    assert lowest - improve == {"mdpo"}
-    assert len(middle - improve) == 5
-    apart = {name: max(row["rollout"]["rl"]) - min(row["rollout"]["rl"]) for name, row in rows.items()}
-    assert max(apart[name] for name in lowest) <= 0.08 + 1e-3
-    assert round(100 * max(apart[name] for name in middle)) == 31
-    means = {name: sum(row["rollout"]["gain"]) / len(row["rollout"]["gain"]) for name, row in rows.items()}
-    assert {name for name, gain in means.items() if gain < 0} == {"rspo", "unigrpo", "dmpo"}
-    assert set(sorted(means, key=means.__getitem__)[-5:]) == {"d2", "egspo", "egspo_sa", "gdpo", "vrpo"}
+    result = documents.result_of("compare-sudoku")
+    rows = {row["algorithm"]: row for row in compare_report.rows(result)}
+    sft = 100 * statistics.fmean(rows["bgpo"]["rollout"]["sft"])
+    ran = {}
+    for cell in result["cells"]:
+        if cell["phase"] == "final":
+            ran.setdefault((cell["algorithm"], cell["rate"]), []).append(100 * cell["right"]["rollout"]["correct"] - sft)
+    assert {len(gains) for gains in ran.values()} == {5}
+    gain = {key: statistics.fmean(gains) for key, gains in ran.items()}
+    taken = {name: gain[name, row["rate"]] for name, row in rows.items()}
+    assert len(taken) == 21
+    assert sum(row["improves"] for row in rows.values()) == 16
+    assert {name for name, points in taken.items() if points < 0} == {"unigrpo", "dmpo"}
+    assert set(sorted(taken, key=taken.__getitem__)[-5:]) == {"d2", "egspo", "egspo_sa", "gdpo", "vrpo"}
+    lower = {name: points for (name, rate), points in gain.items() if rate == 1.5e-4}
+    assert (len(lower), min(lower, key=lower.__getitem__), max(lower, key=lower.__getitem__)) == (17, "mdpo", "trace_rl")
+    told = {"trace_rl": 20.5, "justgrpo": 5.2, "unigrpo": 8.9, "dmpo": 10.5, "bgpo": 15.7}
+    assert {name: round(lower[name], 1) for name in told} == told
+    assert sorted(lower.values())[1] == lower["justgrpo"]
+    both = {name for name in lower if rows[name]["rate"] == 5e-4}
+    assert {name for name in both if taken[name] > lower[name]} == {"diffu_grpo"}
+    lowest = {name for name in rows if rows[name]["rate"] == 5e-5}
+    assert len(lowest) == 5
+    assert {name for name in lowest if lower[name] < taken[name] + 1} == {"mdpo"}
     assert rows["ebpo"]["rollout"] == rows["bgpo"]["rollout"]
+    countdown = {row["algorithm"]: row for row in compare_report.rows(documents.result_of("compare-countdown"))}
+    assert {name for name, row in countdown.items() if row["improves"]} == {"bgpo", "ebpo", "gdsd", "gdpo", "trace_rl"}
 
 
 # --- the blocks of all documents ----------------------------------------------------------------------------

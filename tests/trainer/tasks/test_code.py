@@ -83,10 +83,10 @@ def test_a_program_runs_on_the_library_of_the_interpreter_that_trains(judge: Jud
 
 def test_what_starting_a_sandbox_takes_is_no_verdict(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("def f():\n    return 1", ("assert f() == 1",))
-    slow = judging._SOURCE.replace("import ast\n", "import ast, time\ntime.sleep(1)\n", 1)
+    slow = judging._SOURCE.replace("import ast\n", "import ast, time\ntime.sleep(2)\n", 1)
     with monkeypatch.context() as patch:
         patch.setattr(judging, "_SOURCE", slow)
-        assert Judge(judge._sandbox.mechanism, Limits(seconds=0.7))([job]) == [[True]]
+        assert Judge(judge._sandbox.mechanism, Limits(seconds=1.5))([job]) == [[True]]
         patch.setattr(judging, "_START_SECONDS", 0.2)
         with pytest.raises(UserError, match=r"the sandbox of a program did not start \(in 0\.2 s\)"):
             Judge(judge._sandbox.mechanism)([job])
